@@ -1,0 +1,148 @@
+"""Declare a C structure once, bind it to an ABI: byte order, word size and alignment.
+
+One declaration serves 32 and 64 bit, both byte orders, and both alignments of 64-bit integers
+(4 on i386 and in packed structures, 8 on Arm). Offsets are computed here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal
+
+ByteOrder = Literal["little", "big"]
+
+_INTEGER_SIZES = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8, "s64": 8}
+_SIGNED = frozenset(("s32", "s64"))
+_UNSIGNED_CODE = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+@dataclass(frozen=True)
+class Abi:
+    """How a compiler lays out structures.
+
+    Attributes:
+        byte_order: Of every integer.
+        word_size: Size of `long` and of pointers in bytes, 4 or 8.
+        max_align: Largest alignment that a member is given, in bytes; 1 means packed.
+    """
+
+    byte_order: ByteOrder
+    word_size: int
+    max_align: int
+
+
+@dataclass(frozen=True)
+class Field:
+    """One member.
+
+    Attributes:
+        name: Unique in its structure; the spelling of the header that declares it.
+        kind: `u8` to `u64`, `s32`, `s64`, `ulong` (one word), or `bytes`.
+        count: For `bytes`, the length; an array of integers is written as several fields.
+    """
+
+    name: str
+    kind: str
+    count: int = 1
+
+
+class BoundStruct:
+    """A structure with known offsets.
+
+    Attributes:
+        size: In bytes, tail padding included.
+        offsets: Byte offset of each member.
+        codec: `struct.Struct` over all members in order, for hot loops.
+    """
+
+    def __init__(self, layout: StructLayout, abi: Abi) -> None:
+        self.name = layout.name
+        self.byte_order = abi.byte_order
+        code = "<" if abi.byte_order == "little" else ">"
+        offset = 0
+        struct_align = 1
+        self.offsets: dict[str, int] = {}
+        self._masks: dict[str, int] = {}
+        for field in layout.fields:
+            if field.kind == "bytes":
+                size, align, member = field.count, 1, f"{field.count}s"
+            else:
+                size = abi.word_size if field.kind == "ulong" else _INTEGER_SIZES[field.kind]
+                align = min(size, abi.max_align)
+                letter = _UNSIGNED_CODE[size]
+                member = letter.lower() if field.kind in _SIGNED else letter
+                self._masks[field.name] = (1 << 8 * size) - 1
+            padding = -offset % align
+            offset += padding
+            self.offsets[field.name] = offset
+            code += f"{padding}x" * bool(padding) + member
+            offset += size
+            struct_align = max(struct_align, align)
+        tail = -offset % struct_align
+        self.codec = struct.Struct(code + f"{tail}x" * bool(tail))
+        self.size = self.codec.size
+        self._names = tuple(self.offsets)
+
+    def pack(self, **values: int | bytes) -> bytes:
+        """Encode; members that are not named become zero.
+
+        Raises:
+            TypeError: A name is not a member.
+            struct.error: A value does not fit its member.
+        """
+        unknown = values.keys() - self.offsets.keys()
+        if unknown:
+            raise TypeError(f"struct {self.name} has no member {', '.join(sorted(unknown))}")
+        default: dict[str, int | bytes] = {
+            name: 0 if name in self._masks else b"" for name in self._names
+        }
+        return self.codec.pack(*(default | values).values())
+
+    def unpack(self, data: bytes | memoryview, offset: int = 0) -> dict[str, int | bytes]:
+        """Decode at `offset`.
+
+        Raises:
+            struct.error: `data` is too short.
+        """
+        return dict(zip(self._names, self.codec.unpack_from(data, offset), strict=True))
+
+    def unpack_integers(self, data: bytes | memoryview, offset: int = 0) -> dict[str, int]:
+        """Decode the integer members only."""
+        return {
+            name: value
+            for name, value in self.unpack(data, offset).items()
+            if isinstance(value, int)
+        }
+
+    def truncate(self, name: str, value: int) -> int:
+        """Cut a register value to the width of the (unsigned) member `name`."""
+        return value & self._masks[name]
+
+
+@dataclass(frozen=True)
+class StructLayout:
+    """A structure as its header declares it, independent of the ABI.
+
+    Attributes:
+        name: As in C.
+        fields: In order.
+    """
+
+    name: str
+    fields: tuple[Field, ...]
+
+    def bind(self, abi: Abi) -> BoundStruct:
+        """Return the structure as laid out by `abi`."""
+        return _bind(self, abi)
+
+
+@cache
+def _bind(layout: StructLayout, abi: Abi) -> BoundStruct:
+    return BoundStruct(layout, abi)
+
+
+def fields_of(kind: str, names: str) -> tuple[Field, ...]:
+    """Declare consecutive members of one kind from a blank-separated list of names."""
+    return tuple(Field(name, kind) for name in names.split())

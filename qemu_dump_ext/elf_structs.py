@@ -1,0 +1,68 @@
+"""ELF structures and numbers that a core file needs.
+
+Source: System V gABI (ELF header, program header, section header, note header); glibc elf.h.
+"""
+
+from __future__ import annotations
+
+from qemu_dump_ext.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
+
+ELF_MAGIC = b"\x7fELF"
+ELFCLASS32, ELFCLASS64 = 1, 2
+ELFDATA: dict[ByteOrder, int] = {"little": 1, "big": 2}
+EV_CURRENT = 1
+ET_CORE = 4
+PT_LOAD, PT_NOTE = 1, 4
+SHT_STRTAB = 3
+PN_XNUM = 0xFFFF
+"""Value of e_phnum that says: the real number is sh_info of section header 0."""
+
+EM_386, EM_X86_64 = 3, 62
+
+NT_PRSTATUS = 1
+NT_QEMU = 0
+"""Type of the note named `QEMU` that carries the x86 CPU state."""
+
+EHDR = StructLayout(
+    "Ehdr",
+    (
+        Field("e_ident", "bytes", 16),
+        *fields_of("u16", "e_type e_machine"),
+        Field("e_version", "u32"),
+        *fields_of("ulong", "e_entry e_phoff e_shoff"),
+        Field("e_flags", "u32"),
+        *fields_of("u16", "e_ehsize e_phentsize e_phnum e_shentsize e_shnum e_shstrndx"),
+    ),
+)
+PHDR32 = StructLayout(
+    "Elf32_Phdr",
+    fields_of("u32", "p_type p_offset p_vaddr p_paddr p_filesz p_memsz p_flags p_align"),
+)
+PHDR64 = StructLayout(
+    "Elf64_Phdr",
+    (
+        *fields_of("u32", "p_type p_flags"),
+        *fields_of("u64", "p_offset p_vaddr p_paddr p_filesz p_memsz p_align"),
+    ),
+)
+SHDR = StructLayout(
+    "Shdr",
+    (
+        *fields_of("u32", "sh_name sh_type"),
+        *fields_of("ulong", "sh_flags sh_addr sh_offset sh_size"),
+        *fields_of("u32", "sh_link sh_info"),
+        *fields_of("ulong", "sh_addralign sh_entsize"),
+    ),
+)
+NHDR = StructLayout("Nhdr", fields_of("u32", "n_namesz n_descsz n_type"))
+"""Three 32-bit words in both classes."""
+
+
+def phdr_layout(word_size: int) -> StructLayout:
+    """Return the program header of ELFCLASS32 (4) or ELFCLASS64 (8); their order differs."""
+    return PHDR64 if word_size == 8 else PHDR32
+
+
+def elf_abi(byte_order: ByteOrder, word_size: int) -> Abi:
+    """Return the ABI of the ELF structures: naturally aligned, no padding arises."""
+    return Abi(byte_order, word_size, max_align=word_size)

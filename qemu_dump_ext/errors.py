@@ -1,0 +1,103 @@
+"""Every exception that the package raises on purpose.
+
+::
+
+    DumpError                        exit status 1
+     +- RequestError                 2  asked for something impossible
+     |   +- CodecUnavailableError       .package
+     |   +- UnsupportedTargetError
+     +- SourceError                  3  cannot get at the guest
+     |   +- ConnectError
+     |   +- GuestMemoryFaultError       .gpa .size
+     |   +- MonitorAnswerError          .command .answer
+     +- DumpWriteError               4  the dump could not be written
+     +- CorruptDumpError             5  an existing dump is damaged
+     |   +- NotADumpError               it is no dump that we know
+
+Each carries one line that says what was wrong, and optionally a `hint`: one thing that the user
+can do. A front end shows both and ends with `exit_status`.
+"""
+
+from __future__ import annotations
+
+EXIT_SUCCESS = 0
+EXIT_INCOMPLETE = 6
+"""The dump was written, and something that belongs into it could not be had."""
+EXIT_INTERRUPTED = 130
+
+
+class DumpError(Exception):
+    """Root of all errors that a user can cause or mend."""
+
+    exit_status = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} ({self.hint})" if self.hint else self.message
+
+
+class RequestError(DumpError):
+    """What was asked for is impossible or contradicts itself."""
+
+    exit_status = 2
+
+
+class CodecUnavailableError(RequestError):
+    """The page codec needs a Python package that this interpreter cannot import."""
+
+    def __init__(self, message: str, *, package: str, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.package = package
+
+
+class UnsupportedTargetError(RequestError):
+    """No architecture file describes this guest."""
+
+
+class SourceError(DumpError):
+    """The guest, its monitor or its memory cannot be reached."""
+
+    exit_status = 3
+
+
+class ConnectError(SourceError):
+    """A socket or a debugger could not be connected to."""
+
+
+class GuestMemoryFaultError(SourceError):
+    """Guest memory could not be read."""
+
+    def __init__(self, gpa: int, size: int, reason: str) -> None:
+        super().__init__(f"cannot read {size:#x} bytes of guest memory at {gpa:#x}: {reason}")
+        self.gpa = gpa
+        self.size = size
+
+
+class MonitorAnswerError(SourceError):
+    """The monitor refused a command or gave an answer that cannot be understood."""
+
+    def __init__(self, command: str, answer: str, *, hint: str | None = None) -> None:
+        first_line = answer.strip().splitlines()[0][:200] if answer.strip() else "no answer"
+        super().__init__(f"monitor command {command!r}: {first_line}", hint=hint)
+        self.command = command
+        self.answer = answer
+
+
+class DumpWriteError(DumpError):
+    """The dump could not be written; no file of its name was left behind."""
+
+    exit_status = 4
+
+
+class CorruptDumpError(DumpError):
+    """An existing dump contradicts its format."""
+
+    exit_status = 5
+
+
+class NotADumpError(CorruptDumpError):
+    """The file is of no format that we read."""

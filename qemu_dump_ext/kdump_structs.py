@@ -1,0 +1,76 @@
+"""Structures of the kdump-compressed format and of the flattened stream around it.
+
+Source: makedumpfile diskdump_mod.h and IMPLEMENTATION; crash diskdump.h. The version behind a
+member is the header_version that brought it.
+"""
+
+from __future__ import annotations
+
+from qemu_dump_ext.c_struct import Abi, Field, StructLayout, fields_of
+
+KDUMP_SIGNATURE = b"KDUMP   "
+HEADER_VERSION = 6
+UTSNAME_SIZE = 65
+"""Of each of the six strings of struct new_utsname, terminating NUL included."""
+UTSNAME_FIELDS = ("sysname", "nodename", "release", "version", "machine", "domainname")
+
+DUMP_DH_COMPRESSED_ZLIB = 0x1
+DUMP_DH_COMPRESSED_LZO = 0x2
+DUMP_DH_COMPRESSED_SNAPPY = 0x4
+DUMP_DH_COMPRESSED_INCOMPLETE = 0x8
+DUMP_DH_EXCLUDED_VMEMMAP = 0x10
+DUMP_DH_COMPRESSED_ZSTD = 0x20
+
+DISK_DUMP_HEADER = StructLayout(
+    "disk_dump_header",
+    (
+        Field("signature", "bytes", 8),
+        Field("header_version", "s32"),
+        *(Field(name, "bytes", UTSNAME_SIZE) for name in UTSNAME_FIELDS),
+        *fields_of("ulong", "timestamp_sec timestamp_usec"),
+        *fields_of("u32", "status"),
+        *fields_of("s32", "block_size sub_hdr_size"),
+        *fields_of("u32", "bitmap_blocks max_mapnr total_ram_blocks device_blocks written_blocks"),
+        *fields_of("u32", "current_cpu"),
+        Field("nr_cpus", "s32"),
+    ),
+)
+KDUMP_SUB_HEADER = StructLayout(
+    "kdump_sub_header",
+    (
+        Field("phys_base", "ulong"),
+        Field("dump_level", "s32"),  # 1
+        Field("split", "s32"),  # 2
+        *fields_of("ulong", "start_pfn end_pfn"),  # 2, obsolete since 6
+        Field("offset_vmcoreinfo", "u64"),  # 3
+        Field("size_vmcoreinfo", "ulong"),  # 3
+        Field("offset_note", "u64"),  # 4
+        Field("size_note", "ulong"),  # 4
+        Field("offset_eraseinfo", "u64"),  # 5
+        Field("size_eraseinfo", "ulong"),  # 5
+        *fields_of("u64", "start_pfn_64 end_pfn_64 max_mapnr_64"),  # 6
+    ),
+)
+PAGE_DESCRIPTOR = StructLayout(
+    "page_desc",
+    (
+        Field("offset", "s64"),
+        *fields_of("u32", "size flags"),
+        Field("page_flags", "u64"),
+    ),
+)
+
+FLATTENED_SIGNATURE = b"makedumpfile"
+FLATTENED_HEADER_SIZE = 4096
+FLATTENED_TYPE = 1
+FLATTENED_VERSION = 1
+FLATTENED_ABI = Abi("big", word_size=8, max_align=8)
+"""Integers of the flattened stream are big-endian whatever the dump is."""
+FLATTENED_HEADER = StructLayout(
+    "makedumpfile_header",
+    (Field("signature", "bytes", 16), *fields_of("s64", "type version")),
+)
+FLATTENED_CHUNK = StructLayout("makedumpfile_data_header", fields_of("s64", "offset buf_size"))
+FLATTENED_END = -1
+
+
