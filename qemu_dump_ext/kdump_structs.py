@@ -72,5 +72,3 @@ FLATTENED_HEADER = StructLayout(
 )
 FLATTENED_CHUNK = StructLayout("makedumpfile_data_header", fields_of("s64", "offset buf_size"))
 FLATTENED_END = -1
-
-

@@ -1,3 +1,42 @@
-"""The command line."""
+"""The command line: `qemu-dump` with its subcommands, and `qemu-dump-guest-memory`."""
 
 from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from qemu_dump_ext import __version__
+from qemu_dump_ext.cli import subcommands
+from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.discovery import collect
+from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
+
+
+def run_guarded(program: str, work: Callable[[], int]) -> int:
+    """Run `work`; turn an expected error into one line on stderr and its exit status."""
+    try:
+        return work()
+    except DumpError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `qemu-dump`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="qemu-dump", description="Look at crash dumps, and at guests to take them from."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    choices = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
+    commands = collect(subcommands, "COMMAND", Subcommand)
+    for command in commands.values():
+        command.add_arguments(
+            choices.add_parser(command.name, help=command.help, description=command.help)
+        )
+    arguments = parser.parse_args(argv)
+    chosen = commands[arguments.subcommand]
+    return run_guarded(f"qemu-dump {chosen.name}", lambda: chosen.run(arguments))

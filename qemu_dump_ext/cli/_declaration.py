@@ -1,0 +1,24 @@
+"""What one file of `cli/subcommands/` must declare."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Subcommand:
+    """One word behind `qemu-dump`.
+
+    Attributes:
+        name: The word; equal to the name of the file.
+        help: One line.
+        add_arguments: Declares the options on the parser of this subcommand.
+        run: Does the work and returns the exit status; `DumpError` becomes one line on stderr.
+    """
+
+    name: str
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
