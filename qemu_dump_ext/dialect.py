@@ -1,0 +1,87 @@
+"""How a dump is spelt: as the readers want it, or as one version of QEMU writes it.
+
+A dialect is a set of named differences. `MENDED` is the default; with `--exact` the dialect of the
+attached QEMU reproduces its dumps byte for byte, known defects included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal
+
+QemuVersion = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """The differences between writers of one and the same dump.
+
+    Attributes:
+        name: For messages.
+        sections_first: Two section headers and a string table surround the program headers, and
+            e_ehsize is the size of a pointer (QEMU since 7.2). makedumpfile, and crash before
+            7.2.9, want the program headers right behind the ELF header.
+        vaddr_is_paddr: An unpaged PT_LOAD has its physical address as p_vaddr (QEMU since 4.0);
+            with 0, gdb maps all blocks over each other.
+        kernel_gs_base: The note `QEMU` has its last member (QEMU since 3.0).
+        utsname: What a kdump header says of the kernel. `facts`: all that the guest tells;
+            libkdumpfile, and drgn with it, refuses a header without. `target`: only a machine
+            name, and only for some targets. `unknown`: the machine name "Unknown".
+        phys_base_is_hex: NUMBER(phys_base) is read as hexadecimal though Linux writes it in
+            decimal; wrong whenever KASLR moved the kernel.
+        first_vcpu_decides: Word size and notes follow the first vCPU, even where another one is
+            in long mode already.
+        whole_pages_only: max_mapnr is rounded down, and every block has its own descriptor for
+            a page that several blocks share, so that all later ones are off.
+    """
+
+    name: str
+    sections_first: bool
+    vaddr_is_paddr: bool
+    kernel_gs_base: bool
+    utsname: Literal["facts", "target", "unknown"]
+    phys_base_is_hex: bool
+    first_vcpu_decides: bool
+    whole_pages_only: bool
+
+
+MENDED = Dialect(
+    name="as the readers want it",
+    sections_first=False,
+    vaddr_is_paddr=True,
+    kernel_gs_base=True,
+    utsname="facts",
+    phys_base_is_hex=False,
+    first_vcpu_decides=False,
+    whole_pages_only=False,
+)
+
+
+_QEMU_0 = Dialect(
+    name="QEMU",
+    sections_first=False,
+    vaddr_is_paddr=False,
+    kernel_gs_base=False,
+    utsname="target",
+    phys_base_is_hex=True,
+    first_vcpu_decides=True,
+    whole_pages_only=True,
+)
+# What each version of QEMU changed, oldest first.
+_CHANGES: tuple[tuple[QemuVersion, Callable[[Dialect], Dialect]], ...] = (
+    ((3, 0, 0), partial(replace, kernel_gs_base=True)),
+    ((4, 0, 0), partial(replace, vaddr_is_paddr=True)),
+    ((7, 2, 0), partial(replace, sections_first=True)),
+    ((9, 2, 0), partial(replace, utsname="unknown")),
+)
+
+
+def qemu_dialect(version: QemuVersion) -> Dialect:
+    """Return how QEMU of this version spells its own dumps."""
+    dialect = replace(_QEMU_0, name="QEMU {}.{}.{}".format(*version))
+    for since, change in _CHANGES:
+        if version >= since:
+            dialect = change(dialect)
+    return dialect

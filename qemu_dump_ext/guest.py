@@ -1,0 +1,91 @@
+"""The domain: what a guest is to a dump, and what the engine wants from a door.
+
+The protocols live here, with their user; memory sources, QMP and gdb implement them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class RamBlock:
+    """A range of guest physical memory that `dump-guest-memory` includes.
+
+    Attributes:
+        gpa: First guest physical address.
+        size: In bytes; need not be a multiple of a page.
+        name: QEMU's memory region behind it.
+        region_offset: Offset of `gpa` inside that region, in bytes.
+    """
+
+    gpa: int
+    size: int
+    name: str
+    region_offset: int
+
+    @property
+    def end(self) -> int:
+        """First guest physical address behind the block."""
+        return self.gpa + self.size
+
+
+@dataclass(frozen=True)
+class Vcpu:
+    """One guest CPU.
+
+    Attributes:
+        index: QEMU's cpu_index.
+        registers: Values by register name of the architecture. A register that no source gives
+            is an absent key, never 0.
+    """
+
+    index: int
+    registers: Mapping[str, int]
+
+
+class GuestMemory(Protocol):
+    """Guest physical memory while the guest is stopped."""
+
+    @property
+    def name(self) -> str:
+        """The word by which users ask for this source."""
+
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` with guest memory from `gpa` on; the range lies within one RAM block.
+
+        Raises:
+            GuestMemoryFaultError: It cannot be read.
+        """
+
+    def close(self) -> None:
+        """Give back what the source holds; harmless when repeated."""
+
+
+class Monitor(Protocol):
+    """QEMU's human monitor, whatever carries it."""
+
+    def execute(self, command: str) -> str:
+        """Return the answer of one HMP command, with plain line ends.
+
+        Raises:
+            SourceError: The monitor cannot be reached.
+        """
+
+
+class Stub(Protocol):
+    """A gdbstub of QEMU with a debugger in front of it."""
+
+    def packet(self, text: str) -> str:
+        """Send one packet of the remote protocol and return the reply; "" where unsupported."""
+
+    def read(self, address: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `address` on, in the address space that the stub is set to."""
+
+    def flush(self) -> None:
+        """Drop what the debugger has cached of memory."""
+
+    def registers(self, names: Collection[str]) -> Sequence[Vcpu]:
+        """Return every vCPU with those of `names`, the stub's own, that the stub has."""

@@ -1,0 +1,121 @@
+"""Parsers of HMP answers. Pure: text in, data out.
+
+The answers come from QEMU, but names in them come from users and may hold anything: everything is
+parsed from the side whose form is fixed.
+"""
+
+from __future__ import annotations
+
+import re
+
+from qemu_dump_ext.dialect import QemuVersion
+from qemu_dump_ext.errors import MonitorAnswerError
+from qemu_dump_ext.guest import RamBlock
+
+_FLAT_RANGE = re.compile(
+    r"^  (?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\):"
+    r" ?(?P<name>.*)$"
+)
+_REGION_OFFSET = re.compile(r"^(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?$")
+_RAM_KINDS = frozenset(("ram", "rom", "nv-ram", "nv-rom"))
+_NON_VOLATILE_BACKEND = re.compile(r"alias \S.*? @(?P<backend>\S+) ")
+
+
+def parse_version(text: str) -> QemuVersion:
+    """Parse `info version`: `7.2.22Debian 1:7.2+dfsg…` is (7, 2, 22)."""
+    match = re.match(r"\s*(\d+)\.(\d+)\.(\d+)", text)
+    if match is None:
+        raise MonitorAnswerError("info version", text)
+    major, minor, micro = (int(number) for number in match.groups())
+    return major, minor, micro
+
+
+def parse_status(text: str) -> str:
+    """Parse `info status`: `running`, or what is behind `paused`, as in `paused (prelaunch)`."""
+    match = re.search(r"VM status: (.+)", text)
+    if match is None:
+        raise MonitorAnswerError("info status", text)
+    return match.group(1).strip()
+
+
+def parse_flat_view(text: str) -> list[RamBlock]:
+    """Parse `info mtree -f` into the blocks that `dump-guest-memory` includes.
+
+    Ranges of the address space `memory` that are RAM or ROM, merged where they touch both in
+    guest physical memory and inside one memory region. Flat views are numbered at random: the
+    right one is found by the address space that shares it.
+
+    Returns:
+        Blocks by ascending gpa.
+
+    Raises:
+        MonitorAnswerError: No such flat view.
+
+    Source:
+        QEMU system/memory.c mtree_print_flatview(); system/memory_mapping.c
+        guest_phys_block_add_section().
+    """
+    blocks: list[RamBlock] = []
+    in_view = found = False
+    for line in text.splitlines():
+        if line.startswith("FlatView #"):
+            in_view = False
+        elif line.startswith(' AS "memory",'):
+            in_view = found = True
+        elif in_view and (match := _FLAT_RANGE.match(line)) and match["kind"] in _RAM_KINDS:
+            _add_range(blocks, match)
+    if not found:
+        raise MonitorAnswerError(
+            "info mtree -f", text, hint="QEMU before 2.9 has no flat view of its memory"
+        )
+    return blocks
+
+
+def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:
+    gpa, end = int(match["first"], 16), int(match["last"], 16) + 1
+    # A range that KVM has mapped is followed by the accelerator's name, once per address space.
+    named = _REGION_OFFSET.match(re.sub(r"( [A-Z]+)+$", "", match["name"]))
+    name = named["name"] if named else match["name"]
+    offset = int(named["offset"], 16) if named and named["offset"] else 0
+    last = blocks[-1] if blocks else None
+    if (
+        last is not None
+        and last.end == gpa
+        and last.name == name
+        and last.region_offset + last.size == offset
+    ):
+        blocks[-1] = RamBlock(last.gpa, last.size + end - gpa, name, last.region_offset)
+    else:
+        blocks.append(RamBlock(gpa, end - gpa, name, offset))
+
+
+def split_vcpus(text: str) -> dict[int, str]:
+    """Split `info registers -a` into the text of each vCPU, by cpu_index."""
+    parts = re.split(r"^CPU#(\d+)\s*$", text, flags=re.MULTILINE)
+    return {int(index): body for index, body in zip(parts[1::2], parts[2::2], strict=True)}
+
+
+def parse_named_values(text: str) -> dict[str, int]:
+    """Parse every `NAME=hexadecimal` of a register dump."""
+    return {
+        name: int(value, 16)
+        for name, value in re.findall(r"\b([A-Z][A-Z0-9_]*) *= *([0-9a-fA-F]+)\b", text)
+    }
+
+
+def parse_cpu_types(text: str) -> set[str]:
+    """Find the QOM types of CPUs in `info qom-tree`: `qemu64-x86_64-cpu`."""
+    return set(re.findall(r"\(([\w.+-]+-cpu)\)", text))
+
+
+def has_device(text: str, qom_type: str) -> bool:
+    """Tell whether `info qom-tree` shows an object of this type."""
+    return f"({qom_type})" in text
+
+
+def parse_physical_bytes(text: str) -> bytes:
+    """Parse `xp /Nxb ADDRESS`: lines of `0000000000001000: 0x01 0x02 …`."""
+    values: list[int] = []
+    for line in text.splitlines():
+        values.extend(int(value, 16) for value in line.partition(":")[2].split())
+    return bytes(values)
