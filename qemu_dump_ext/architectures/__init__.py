@@ -1,0 +1,33 @@
+"""One file for each QEMU target."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from functools import cache
+
+from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.discovery import collect
+from qemu_dump_ext.errors import UnsupportedTargetError
+
+
+@cache
+def all_architectures() -> dict[str, Architecture]:
+    """Return every architecture by name."""
+    return collect(sys.modules[__name__], "ARCHITECTURE", Architecture)
+
+
+def architecture_for_cpu_types(cpu_types: Iterable[str]) -> Architecture:
+    """Find the architecture of a guest by the QOM types of its CPUs.
+
+    Raises:
+        UnsupportedTargetError: None is known.
+    """
+    types = sorted(cpu_types)
+    for architecture in all_architectures().values():
+        if any(cpu_type.endswith(architecture.cpu_type_suffix) for cpu_type in types):
+            return architecture
+    raise UnsupportedTargetError(
+        f"guests with CPUs of type {', '.join(types) or 'unknown'} cannot be dumped",
+        hint="known architectures: " + ", ".join(all_architectures()),
+    )

@@ -1,0 +1,126 @@
+"""What one file of this folder must declare.
+
+An architecture is data: which registers exist, what each source calls them, and which notes hold
+them. What only the running guest knows (is it in long mode?) selects among declared cores, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.guest import RamBlock, Vcpu
+
+
+@dataclass(frozen=True)
+class Register:
+    """One register that a note holds, with a column for each source of its value.
+
+    Attributes:
+        name: Ours; the members of notes have the same names.
+        gdb: Name in the stub's target description; None where the stub does not have it.
+        monitor: Names in `info registers`, the first that is there counts.
+    """
+
+    name: str
+    gdb: str | None = None
+    monitor: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NoteLayout:
+    """A note that every vCPU has.
+
+    Attributes:
+        owner: Name of the note, without the terminating NUL.
+        type: n_type.
+        layout: Of the descriptor. A member that is named like a register holds that register,
+            cut to its width; `pr_pid` holds cpu_index + 1; all others are constant.
+        max_align: Largest alignment inside the descriptor, in bytes.
+        constants: Members that are neither a register nor 0.
+        after_all_vcpus: Stands behind the notes of all vCPUs instead of among them.
+    """
+
+    owner: str
+    type: int
+    layout: StructLayout
+    max_align: int
+    constants: Mapping[str, int] = field(default_factory=dict)
+    after_all_vcpus: bool = False
+
+    def bind(self, byte_order: ByteOrder) -> BoundStruct:
+        """Return the descriptor's structure."""
+        return self.layout.bind(Abi(byte_order, word_size=self.max_align, max_align=self.max_align))
+
+
+@dataclass(frozen=True)
+class Core:
+    """The form of a dump: what the ELF header, or the kdump header, says about the guest.
+
+    Attributes:
+        e_machine: EM_* of the ELF header.
+        byte_order: Of every structure in the dump.
+        word_size: 8 for ELFCLASS64 and the 64-bit kdump headers, 4 for the others.
+        notes: Of each vCPU, in order.
+        uname_machine: What `uname -m` prints in such a guest.
+    """
+
+    e_machine: int
+    byte_order: ByteOrder
+    word_size: int
+    notes: tuple[NoteLayout, ...]
+    uname_machine: str
+
+
+@dataclass(frozen=True)
+class VcpuReadings:
+    """What the sources say about one vCPU, each by our register names.
+
+    Attributes:
+        gdb: From the stub; empty where there is none.
+        monitor: From `info registers`.
+        native: From the notes of a dump of one byte that QEMU wrote; empty where it could not.
+        hardware_segments: An accelerator runs the guest, not the translator of QEMU.
+    """
+
+    gdb: Mapping[str, int]
+    monitor: Mapping[str, int]
+    native: Mapping[str, int]
+    hardware_segments: bool
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One QEMU target.
+
+    Attributes:
+        name: QEMU's target name, as in qemu-system-NAME; equal to the name of the file.
+        cpu_type_suffix: How the QOM types of its CPUs end.
+        qemu_uname_machine: utsname.machine as QEMU writes it; see `Dialect.utsname`.
+        registers: Every register of every note.
+        cores: Every form that a dump may take.
+        page_size: Of kdump blocks, in bytes.
+        phys_base_key: Line of VMCOREINFO that tells phys_base; None where phys_base is 0.
+        kernel_map_base: Virtual address at which the kernel image is mapped; its physical
+            address is gva - kernel_map_base + phys_base. None where unknown.
+        select_core: Decides which of `cores` the guest needs from its vCPUs and RAM blocks.
+        parse_monitor: Turns `info registers` of one vCPU into values by register name, for what
+            is not of the form NAME=VALUE; None where everything is.
+        reconcile: Merges the sources into the final values where precedence (stub, monitor,
+            native notes) is not all; None where it is. A value that no source gives must be
+            left out.
+    """
+
+    name: str
+    cpu_type_suffix: str
+    qemu_uname_machine: str
+    registers: tuple[Register, ...]
+    cores: tuple[Core, ...]
+    page_size: int
+    phys_base_key: str | None
+    kernel_map_base: int | None
+    select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect], Core]
+    parse_monitor: Callable[[str], Mapping[str, int]] | None = None
+    reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None

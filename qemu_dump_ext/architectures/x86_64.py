@@ -1,0 +1,227 @@
+"""x86-64, in every mode: long mode, and a guest still in real or 32-bit mode.
+
+Sources:
+    Linux arch/x86/include/asm/elf.h, user_64.h, user_32.h (elf_prstatus); QEMU
+    target/i386/arch_dump.c (order and contents of the notes, struct QEMUCPUState);
+    target/i386/cpu-dump.c (text of `info registers`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Core,
+    NoteLayout,
+    Register,
+    VcpuReadings,
+)
+from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_PRSTATUS, NT_QEMU
+from qemu_dump_ext.guest import RamBlock, Vcpu
+
+_LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
+_LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"
+_SEGMENTS = "cs ds es fs gs ss"
+_DESCRIPTORS = f"{_SEGMENTS} ldt tr gdt idt"
+_SEGMENT_BASE_GDB = {"fs": "fs_base", "gs": "gs_base"}
+
+_EFER_LMA = 1 << 10
+_CR0_PE = 1 << 0
+_EFLAGS_VM = 1 << 17
+_SEGMENT_L = 1 << 21
+_PRINTED_FLAGS = 0x00FFFF00
+_CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
+_4G = 1 << 32
+
+_PRSTATUS_64 = StructLayout(
+    "elf_prstatus (x86-64)",
+    (
+        *fields_of("u32", "si_signo si_code si_errno"),
+        Field("pr_cursig", "u16"),
+        *fields_of("u64", "pr_sigpend pr_sighold"),
+        *fields_of("u32", "pr_pid pr_ppid pr_pgrp pr_sid"),
+        Field("pr_times", "bytes", 64),
+        *fields_of("u64", "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi"),
+        *fields_of("u64", "orig_rax rip cs_selector eflags rsp ss_selector fs_base gs_base"),
+        *fields_of("u64", "ds_selector es_selector fs_selector gs_selector"),
+        Field("pr_fpvalid", "u32"),
+    ),
+)
+_PRSTATUS_32 = StructLayout(
+    "elf_prstatus (i386)",
+    (
+        *fields_of("u32", "si_signo si_code si_errno"),
+        Field("pr_cursig", "u16"),
+        *fields_of("u32", "pr_sigpend pr_sighold pr_pid pr_ppid pr_pgrp pr_sid"),
+        Field("pr_times", "bytes", 32),
+        *fields_of("u32", "rbx rcx rdx rsi rdi rbp rax"),
+        *(
+            half
+            for segment in ("ds", "es", "fs", "gs")
+            for half in fields_of("u16", f"{segment}_selector pad_{segment}")
+        ),
+        *fields_of("u32", "orig_rax rip"),
+        *fields_of("u16", "cs_selector pad_cs"),
+        *fields_of("u32", "eflags rsp"),
+        *fields_of("u16", "ss_selector pad_ss"),
+        Field("pr_fpvalid", "u32"),
+    ),
+)
+_QEMU_STATE = StructLayout(
+    "QEMUCPUState",
+    (
+        *fields_of("u32", "version size"),
+        *fields_of("u64", f"{_LEGACY_GPRS} {_LONG_GPRS} rip eflags"),
+        *(
+            member
+            for name in _DESCRIPTORS.split()
+            for member in (
+                *fields_of("u32", f"{name}_selector {name}_limit {name}_flags pad_{name}"),
+                Field(f"{name}_base", "u64"),
+            )
+        ),
+        *fields_of("u64", "cr0 cr1 cr2 cr3 cr4 kernel_gs_base"),
+    ),
+)
+_QEMU_NOTE = NoteLayout(
+    "QEMU",
+    NT_QEMU,
+    _QEMU_STATE,
+    max_align=8,
+    constants={"version": 1, "size": 440},
+    after_all_vcpus=True,
+)
+_LEGACY_NOTES = (NoteLayout("CORE", NT_PRSTATUS, _PRSTATUS_32, max_align=4), _QEMU_NOTE)
+
+LONG_MODE = Core(
+    e_machine=EM_X86_64,
+    byte_order="little",
+    word_size=8,
+    notes=(NoteLayout("CORE", NT_PRSTATUS, _PRSTATUS_64, max_align=8), _QEMU_NOTE),
+    uname_machine="x86_64",
+)
+LEGACY_32 = Core(
+    e_machine=EM_386,
+    byte_order="little",
+    word_size=4,
+    notes=_LEGACY_NOTES,
+    uname_machine="i686",
+)
+LEGACY_64 = Core(
+    e_machine=EM_386,
+    byte_order="little",
+    word_size=8,
+    notes=_LEGACY_NOTES,
+    uname_machine="i686",
+)
+
+
+def _select_core(vcpus: Sequence[Vcpu], blocks: Sequence[RamBlock], dialect: Dialect) -> Core:
+    deciding = vcpus[:1] if dialect.first_vcpu_decides else vcpus
+    if any(vcpu.registers.get("efer", 0) & _EFER_LMA for vcpu in deciding):
+        return LONG_MODE
+    # A PC has its BIOS at the end of the first 4 GiB, so this is the rule there.
+    return LEGACY_64 if any(block.end > _4G - 1 for block in blocks) else LEGACY_32
+
+
+def _parse_monitor(text: str) -> Mapping[str, int]:
+    """Read the lines of descriptors: `CS =0010 <base> <limit> <flags> …`, `GDT= <base> <limit>`."""
+    values: dict[str, int] = {}
+    for name, numbers in re.findall(
+        r"^(ES|CS|SS|DS|FS|GS|LDT|TR|GDT|IDT) *= *((?:[0-9a-f]+ ?)+)", text, re.MULTILINE
+    ):
+        prefix = name.lower()
+        words = [int(number, 16) for number in numbers.split()]
+        if len(words) == 2:  # a table has neither selector nor attributes
+            words = [0, *words, 0]
+        if len(words) == 4:
+            parts = (f"{prefix}_selector", f"{prefix}_base", f"{prefix}_limit", f"{prefix}_flags")
+            values |= dict(zip(parts, words, strict=True))
+    return values
+
+
+def _hidden_flags(segment: str, values: Mapping[str, int]) -> int | None:
+    """Guess bits 0-7 and 24-31 of a descriptor's high word, which `info registers` masks.
+
+    QEMU's translator keeps the descriptor as it was loaded, so they are bits 16-23 and 24-31 of
+    its base; a segment of real mode, and a base that came from an MSR, have none.
+    """
+    base, selector = values.get(f"{segment}_base"), values.get(f"{segment}_selector")
+    if base is None or selector is None:
+        return None
+    system = segment in {"ldt", "tr"}
+    real_mode = not values.get("cr0", 0) & _CR0_PE or values.get("eflags", 0) & _EFLAGS_VM
+    if (real_mode and not system) or not selector & ~3:
+        return 0
+    if not system and (base >= _4G or base == selector << 4):
+        return 0
+    return base & 0xFF000000 | base >> 16 & 0xFF
+
+
+def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+    native = readings.native
+    values = {**native, **readings.monitor, **readings.gdb}
+    code_is_64_bit = values.get("cs_flags", 0) & _SEGMENT_L
+    if values.get("efer", 0) & _EFER_LMA and not code_is_64_bit:
+        # In 32-bit code the stub and the monitor cut everything to 32 bits; only QEMU's own
+        # notes have the rest.
+        for name in (*_LEGACY_GPRS.split(), *_LONG_GPRS.split(), "rip", *_CUT_BASES):
+            if name in native:
+                values[name] = native[name]
+            else:
+                values.pop(name, None)
+    for segment in f"{_SEGMENTS} ldt tr".split():
+        flags = f"{segment}_flags"
+        if flags not in values:
+            continue
+        printed = values[flags] & _PRINTED_FLAGS
+        if flags in native and native[flags] & _PRINTED_FLAGS == printed:
+            values[flags] = native[flags]
+        elif not readings.hardware_segments:
+            values[flags] = printed | (_hidden_flags(segment, values) or 0)
+    return values
+
+
+def _gpr(name: str) -> Register:
+    monitor = (name.upper(), f"E{name[1:].upper()}") if name in _LEGACY_GPRS else (name.upper(),)
+    return Register(name, gdb=name, monitor=monitor)
+
+
+ARCHITECTURE = Architecture(
+    name="x86_64",
+    cpu_type_suffix="-x86_64-cpu",
+    qemu_uname_machine="x86_64",
+    registers=(
+        *(_gpr(name) for name in f"{_LEGACY_GPRS} {_LONG_GPRS}".split()),
+        Register("rip", gdb="rip", monitor=("RIP", "EIP")),
+        Register("eflags", gdb="eflags", monitor=("RFL", "EFL")),
+        *(
+            Register(
+                f"{name}_{part}",
+                gdb={
+                    "selector": name if name in _SEGMENTS.split() else None,
+                    "base": _SEGMENT_BASE_GDB.get(name),
+                }.get(part),
+            )
+            for name in _DESCRIPTORS.split()
+            for part in ("selector", "limit", "flags", "base")
+        ),
+        *(
+            Register(name, gdb=name, monitor=(name.upper(),))
+            for name in ("cr0", "cr2", "cr3", "cr4")
+        ),
+        Register("kernel_gs_base", gdb="k_gs_base"),
+        Register("efer", gdb="efer", monitor=("EFER",)),
+    ),
+    cores=(LONG_MODE, LEGACY_64, LEGACY_32),
+    page_size=4096,
+    phys_base_key="NUMBER(phys_base)",
+    kernel_map_base=0xFFFFFFFF80000000,
+    select_core=_select_core,
+    parse_monitor=_parse_monitor,
+    reconcile=_reconcile,
+)

@@ -1,0 +1,162 @@
+"""Encode and decode the notes area of a dump. Pure: registers in, bytes out, and back.
+
+Source: System V gABI, Note Section; QEMU dump/dump.c write_elf_notes() for the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout
+from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder
+from qemu_dump_ext.elf_structs import NHDR
+from qemu_dump_ext.guest import Vcpu
+
+QEMU_NOTE_SIZE_WITHOUT_KERNEL_GS_BASE = 432
+_PID = "pr_pid"
+
+
+@dataclass(frozen=True)
+class Note:
+    """One note.
+
+    Attributes:
+        name: Without the terminating NUL.
+        type: n_type.
+        descriptor: Its bytes, unpadded.
+        descriptor_offset: Of the descriptor, from the start of the notes area, in bytes.
+    """
+
+    name: bytes
+    type: int
+    descriptor: bytes
+    descriptor_offset: int
+
+
+@dataclass(frozen=True)
+class EncodedNotes:
+    """The notes of all vCPUs.
+
+    Attributes:
+        data: As in the file.
+        missing: Register names that no source gave, by note and cpu_index; zero in `data`.
+    """
+
+    data: bytes
+    missing: Mapping[tuple[str, int], Sequence[str]]
+
+
+def note_header(byte_order: ByteOrder) -> BoundStruct:
+    """Return the header in front of each note: three 32-bit words in every class."""
+    return NHDR.bind(Abi(byte_order, word_size=4, max_align=4))
+
+
+def encode_note(name: bytes, note_type: int, descriptor: bytes, byte_order: ByteOrder) -> bytes:
+    """Encode one note, name and descriptor padded to 4 bytes."""
+    owner = name + b"\0"
+    header = note_header(byte_order).pack(
+        n_namesz=len(owner), n_descsz=len(descriptor), n_type=note_type
+    )
+    return header + _padded(owner) + _padded(descriptor)
+
+
+def _padded(data: bytes) -> bytes:
+    return data + b"\0" * (-len(data) % 4)
+
+
+def parse_notes(data: bytes, byte_order: ByteOrder) -> Iterator[Note]:
+    """Walk a notes area; stops silently where a note would leave `data`."""
+    header = note_header(byte_order)
+    offset = 0
+    while offset + header.size <= len(data):
+        sizes = header.unpack_integers(data, offset)
+        name_start = offset + header.size
+        start = name_start + sizes["n_namesz"] + -sizes["n_namesz"] % 4
+        end = start + sizes["n_descsz"]
+        if end > len(data):
+            return
+        name = data[name_start : name_start + sizes["n_namesz"]].rstrip(b"\0")
+        yield Note(name, sizes["n_type"], data[start:end], start)
+        offset = end + -end % 4
+
+
+def encode_vcpu_notes(
+    architecture: Architecture, core: Core, vcpus: Sequence[Vcpu], *, kernel_gs_base: bool = True
+) -> EncodedNotes:
+    """Encode the notes of all vCPUs.
+
+    Args:
+        architecture: Tells which members of a note are registers.
+        core: Declares the notes and their byte order.
+        vcpus: In the order of cpu_index.
+        kernel_gs_base: The note `QEMU` ends with that register, as since QEMU 3.0.
+
+    Returns:
+        The notes of each vCPU, then those that stand after all of them.
+    """
+    known = {register.name for register in architecture.registers}
+    missing: dict[tuple[str, int], Sequence[str]] = {}
+    data = bytearray()
+    for after in (False, True):
+        for vcpu in vcpus:
+            for layout in core.notes:
+                if layout.after_all_vcpus == after:
+                    descriptor, absent = _encode_descriptor(layout, core.byte_order, vcpu, known)
+                    if absent:
+                        missing[layout.owner, vcpu.index] = absent
+                    if layout.owner == "QEMU" and not kernel_gs_base:
+                        descriptor = _shorten_qemu_note(descriptor)
+                    data += encode_note(
+                        layout.owner.encode(), layout.type, descriptor, core.byte_order
+                    )
+    return EncodedNotes(bytes(data), missing)
+
+
+def _encode_descriptor(
+    layout: NoteLayout, byte_order: ByteOrder, vcpu: Vcpu, known: set[str]
+) -> tuple[bytes, list[str]]:
+    structure = layout.bind(byte_order)
+    values: dict[str, int | bytes] = dict(layout.constants)
+    if _PID in structure.offsets:
+        values[_PID] = vcpu.index + 1
+    absent = []
+    for member in structure.offsets.keys() & known:
+        if member in vcpu.registers:
+            values[member] = structure.truncate(member, vcpu.registers[member])
+        else:
+            absent.append(member)
+    return structure.pack(**values), sorted(absent)
+
+
+def _shorten_qemu_note(descriptor: bytes) -> bytes:
+    size = QEMU_NOTE_SIZE_WITHOUT_KERNEL_GS_BASE
+    return descriptor[:4] + size.to_bytes(4, "little") + descriptor[8:size]
+
+
+def decode_vcpu_registers(
+    architecture: Architecture, core: Core, notes: Sequence[Note]
+) -> list[dict[str, int]]:
+    """Decode the notes of all vCPUs back into registers.
+
+    A register that several notes hold is taken from the one in which it is widest.
+
+    Returns:
+        Registers by name, in the order of the notes: one mapping for each vCPU.
+    """
+    known = {register.name for register in architecture.registers}
+    vcpus: list[dict[str, int]] = []
+    for layout in sorted(core.notes, key=lambda layout: layout.max_align):
+        structure = layout.bind(core.byte_order)
+        descriptors = [
+            note.descriptor
+            for note in notes
+            if (note.name, note.type) == (layout.owner.encode(), layout.type)
+            and len(note.descriptor) >= structure.size
+        ]
+        for index, descriptor in enumerate(descriptors):
+            if index == len(vcpus):
+                vcpus.append({})
+            values = structure.unpack_integers(descriptor)
+            vcpus[index] |= {name: values[name] for name in values.keys() & known}
+    return vcpus
