@@ -1,0 +1,28 @@
+"""What one file of this folder must declare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from qemu_dump_ext.dump_plan import DumpPlan
+from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.dump_sink import Sink
+from qemu_dump_ext.guest import GuestMemory
+
+ProgressCallback = Callable[[int], None]
+"""Gets the bytes of guest memory that have been added to the dump since the last call."""
+
+
+@dataclass(frozen=True)
+class DumpFormat:
+    """One file format.
+
+    Attributes:
+        name: Equal to the name of the file.
+        write: Writes a whole dump. Everything that it can refuse, it refuses before it reads
+            guest memory or writes the first byte.
+    """
+
+    name: str
+    write: Callable[[DumpRequest, DumpPlan, GuestMemory, Sink, ProgressCallback], None]

@@ -1,0 +1,136 @@
+"""ELF core: headers, notes, then all guest memory as it is.
+
+Source: System V gABI; QEMU dump/dump.c write_elf_header(), write_elf_section_headers(),
+write_elf_phdr_loads(), create_vmcore().
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
+from qemu_dump_ext.dump_plan import DumpPlan
+from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.dump_sink import Sink
+from qemu_dump_ext.elf_structs import (
+    EHDR,
+    ELF_MAGIC,
+    ELFCLASS32,
+    ELFCLASS64,
+    ELFDATA,
+    ET_CORE,
+    EV_CURRENT,
+    PN_XNUM,
+    PT_LOAD,
+    PT_NOTE,
+    SHDR,
+    SHT_STRTAB,
+    elf_abi,
+    phdr_layout,
+)
+from qemu_dump_ext.guest import GuestMemory
+from qemu_dump_ext.page_pipeline import pieces_of_blocks, read_through
+
+_STRING_TABLE = b"\0.shstrtab\0"
+_QEMU_SECTION_COUNT = 2
+_QEMU_E_EHSIZE = 8
+
+
+@dataclass(frozen=True)
+class ElfLayout:
+    """Everything of the file but guest memory.
+
+    Attributes:
+        head: From the start of the file to the first byte of guest memory.
+        tail: Behind guest memory.
+        size: Of the whole file, in bytes.
+    """
+
+    head: bytes
+    tail: bytes
+    size: int
+
+
+def lay_out(plan: DumpPlan) -> ElfLayout:
+    """Compute all headers."""
+    word_size = plan.core.word_size
+    abi = elf_abi(plan.core.byte_order, word_size)
+    ehdr, shdr, phdr = (layout.bind(abi) for layout in (EHDR, SHDR, phdr_layout(word_size)))
+    phdr_count = 1 + len(plan.ram_blocks)
+    extended = phdr_count >= PN_XNUM
+    # Where e_phnum is too small for the count, section header 0 holds it.
+    section_count = _QEMU_SECTION_COUNT if plan.dialect.sections_first else int(extended)
+    shoff = ehdr.size if section_count else 0
+    phoff = ehdr.size + section_count * shdr.size
+    notes_offset = phoff + phdr_count * phdr.size
+    memory_offset = notes_offset + len(plan.notes)
+    memory_end = memory_offset + plan.memory_size
+
+    head = bytearray(
+        ehdr.pack(
+            e_ident=ELF_MAGIC
+            + bytes(
+                (
+                    ELFCLASS64 if word_size == 8 else ELFCLASS32,
+                    ELFDATA[plan.core.byte_order],
+                    EV_CURRENT,
+                )
+            ),
+            e_type=ET_CORE,
+            e_machine=plan.core.e_machine,
+            e_version=EV_CURRENT,
+            e_phoff=phoff,
+            e_shoff=shoff,
+            e_ehsize=_QEMU_E_EHSIZE if plan.dialect.sections_first else ehdr.size,
+            e_phentsize=phdr.size,
+            e_phnum=PN_XNUM if extended else phdr_count,
+            e_shentsize=shdr.size if section_count else 0,
+            e_shnum=section_count,
+            e_shstrndx=section_count - 1 if plan.dialect.sections_first else 0,
+        )
+    )
+    if section_count:
+        head += shdr.pack(sh_info=phdr_count if extended else 0)
+    if plan.dialect.sections_first:
+        # QEMU leaves this header in the byte order of its host.
+        host = SHDR.bind(elf_abi("little", word_size))
+        head += host.pack(
+            sh_name=1, sh_type=SHT_STRTAB, sh_offset=memory_end, sh_size=len(_STRING_TABLE)
+        )
+    head += phdr.pack(
+        p_type=PT_NOTE,
+        p_offset=notes_offset,
+        p_filesz=len(plan.notes),
+        p_memsz=len(plan.notes),
+    )
+    offset = memory_offset
+    limit = (1 << 8 * word_size) - 1
+    for block in plan.ram_blocks:
+        head += phdr.pack(
+            p_type=PT_LOAD,
+            p_offset=offset & limit,
+            p_vaddr=block.gpa & limit if plan.dialect.vaddr_is_paddr else 0,
+            p_paddr=block.gpa & limit,
+            p_filesz=block.size & limit,
+            p_memsz=block.size & limit,
+        )
+        offset += block.size
+    tail = _STRING_TABLE if plan.dialect.sections_first else b""
+    return ElfLayout(bytes(head) + plan.notes, tail, memory_end + len(tail))
+
+
+def _write(
+    _request: DumpRequest,
+    plan: DumpPlan,
+    memory: GuestMemory,
+    sink: Sink,
+    progress: ProgressCallback,
+) -> None:
+    layout = lay_out(plan)
+    sink.require_room(layout.size)
+    sink.write(layout.head)
+    read_through(memory, pieces_of_blocks(plan.ram_blocks), lambda view: view, sink.write, progress)
+    sink.write(layout.tail)
+
+
+FORMAT = DumpFormat("elf", _write)

@@ -1,0 +1,132 @@
+"""Decide what goes into a dump. Pure: no I/O, everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qemu_dump_ext.architectures._declaration import Architecture, Core
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.notes import encode_vcpu_notes, parse_notes
+from qemu_dump_ext.vmcoreinfo import (
+    VMCOREINFO_NOTE_NAME,
+    UtsName,
+    vmcoreinfo_number,
+    vmcoreinfo_value,
+)
+
+_U64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class GuestSnapshot:
+    """What the guest is, valid while it is stopped.
+
+    Attributes:
+        architecture: Of the guest.
+        ram_blocks: By ascending gpa, not overlapping.
+        vcpus: By ascending cpu_index.
+        guest_note: The note that the guest gave to QEMU's vmcoreinfo device, header included, or
+            one that was found in its memory; empty where there is none.
+        utsname: What is known of the kernel; empty strings where unknown.
+    """
+
+    architecture: Architecture
+    ram_blocks: Sequence[RamBlock]
+    vcpus: Sequence[Vcpu]
+    guest_note: bytes
+    utsname: UtsName
+
+
+@dataclass(frozen=True)
+class DumpPlan:
+    """What goes into the dump, whatever its format.
+
+    Attributes:
+        core: Form of the headers and of the notes.
+        dialect: How it is spelt.
+        ram_blocks: By ascending gpa.
+        notes: The notes area, complete.
+        vmcoreinfo_span: Offset in `notes` and size of VMCOREINFO's text, in bytes; None: no text.
+        vcpu_count: Number of vCPUs.
+        page_size: Of kdump blocks, in bytes.
+        phys_base: Physical address minus link address of the kernel, modulo 2**64.
+        utsname: For the kdump header.
+        missing: Registers that no source gave, by note and cpu_index.
+    """
+
+    core: Core
+    dialect: Dialect
+    ram_blocks: tuple[RamBlock, ...]
+    notes: bytes
+    vmcoreinfo_span: tuple[int, int] | None
+    vcpu_count: int
+    page_size: int
+    phys_base: int
+    utsname: UtsName
+    missing: Mapping[tuple[str, int], Sequence[str]]
+
+    @property
+    def memory_size(self) -> int:
+        """Bytes of guest memory in the dump."""
+        return sum(block.size for block in self.ram_blocks)
+
+
+def make_plan(snapshot: GuestSnapshot, dialect: Dialect) -> DumpPlan:
+    """Turn a guest into the contents of a dump.
+
+    Raises:
+        RequestError: The guest has no vCPU or no memory.
+    """
+    architecture = snapshot.architecture
+    if not snapshot.vcpus or not snapshot.ram_blocks:
+        raise RequestError("the guest has no vCPU or no memory: there is nothing to dump")
+    core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect)
+    encoded = encode_vcpu_notes(
+        architecture, core, snapshot.vcpus, kernel_gs_base=dialect.kernel_gs_base
+    )
+    notes = encoded.data + snapshot.guest_note
+    span = None
+    for note in parse_notes(snapshot.guest_note, core.byte_order):
+        if note.name == VMCOREINFO_NOTE_NAME:
+            span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
+    text = notes[span[0] : sum(span)] if span else b""
+    return DumpPlan(
+        core=core,
+        dialect=dialect,
+        ram_blocks=tuple(snapshot.ram_blocks),
+        notes=notes,
+        vmcoreinfo_span=span,
+        vcpu_count=len(snapshot.vcpus),
+        page_size=architecture.page_size,
+        phys_base=phys_base(architecture, text, is_hex=dialect.phys_base_is_hex) or 0,
+        utsname=_utsname(snapshot, core, dialect, text),
+        missing=encoded.missing,
+    )
+
+
+def phys_base(architecture: Architecture, vmcoreinfo: bytes, *, is_hex: bool = False) -> int | None:
+    """Return phys_base modulo 2**64 from VMCOREINFO's text, or None where it does not tell."""
+    if architecture.phys_base_key is None:
+        return None
+    value = vmcoreinfo_number(vmcoreinfo, architecture.phys_base_key, 16 if is_hex else 0)
+    return None if value is None else value & _U64
+
+
+def _utsname(snapshot: GuestSnapshot, core: Core, dialect: Dialect, vmcoreinfo: bytes) -> UtsName:
+    if dialect.utsname == "unknown":
+        return UtsName(machine="Unknown")
+    if dialect.utsname == "target":
+        return UtsName(machine=snapshot.architecture.qemu_uname_machine)
+    known = snapshot.utsname
+    # libkdumpfile takes a header for one of Linux only if none of these is empty.
+    return UtsName(
+        sysname=known.sysname or "Linux",
+        nodename=known.nodename,
+        release=known.release or vmcoreinfo_value(vmcoreinfo, "OSRELEASE") or "unknown",
+        version=known.version or "unknown",
+        machine=known.machine or core.uname_machine,
+        domainname=known.domainname,
+    )
