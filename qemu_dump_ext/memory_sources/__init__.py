@@ -1,0 +1,109 @@
+"""One file for each way to read guest physical memory."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+from qemu_dump_ext.discovery import collect
+from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.guest import GuestMemory, Monitor
+from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
+from qemu_dump_ext.monitor_text import parse_physical_bytes
+
+AUTO = "auto"
+_SAMPLE_SIZE = 64
+_SAMPLES = 4
+
+
+@cache
+def all_memory_sources() -> dict[str, MemorySource]:
+    """Return every source by name, the fastest first."""
+    sources = collect(sys.modules[__name__], "SOURCE", MemorySource)
+    return dict(sorted(sources.items(), key=lambda item: item[1].rank))
+
+
+@dataclass(frozen=True)
+class OpenedMemory:
+    """The memory that was chosen.
+
+    Attributes:
+        memory: To read from.
+        passed_over: Faster sources, and why each was not taken.
+    """
+
+    memory: GuestMemory
+    passed_over: Sequence[tuple[str, str]]
+
+
+@contextmanager
+def open_memory(choice: str, context: SourceContext) -> Iterator[OpenedMemory]:
+    """Open the source named `choice`, or with `auto` the fastest one that works.
+
+    A source counts as working when it reads at several places what QEMU's monitor shows there.
+
+    Raises:
+        RequestError: No such source.
+        SourceError: It does not work here; with `auto`, none does, and every reason is told.
+    """
+    sources = all_memory_sources()
+    if choice not in {AUTO, *sources}:
+        raise RequestError(
+            f"unknown memory source {choice!r}", hint="known: " + ", ".join((AUTO, *sources))
+        )
+    passed_over: list[tuple[str, str]] = []
+    candidates = list(sources.values()) if choice == AUTO else [sources[choice]]
+    with ExitStack() as stack:
+        opened = None
+        for source in candidates:
+            attempt = ExitStack()
+            try:
+                memory = attempt.enter_context(source.open(context))
+                _prove(memory, context)
+            except SourceError as error:
+                attempt.close()
+                passed_over.append((source.name, str(error)))
+                continue
+            except BaseException:
+                attempt.close()
+                raise
+            stack.push(attempt)
+            opened = OpenedMemory(memory, tuple(passed_over))
+            break
+        if opened is None:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+            raise SourceError(f"guest memory cannot be read: {reasons}")
+        yield opened
+
+
+def memory_source_states(context: SourceContext) -> Iterator[tuple[str, str | None]]:
+    """Try every source; yield its name, and why it cannot be used or None."""
+    for source in all_memory_sources().values():
+        try:
+            with source.open(context) as memory:
+                _prove(memory, context)
+        except SourceError as error:
+            yield source.name, str(error)
+        else:
+            yield source.name, None
+
+
+def _prove(memory: GuestMemory, context: SourceContext) -> None:
+    # Registers of devices change by themselves, RAM of a stopped guest does not.
+    largest = sorted(context.ram_blocks, key=lambda block: -block.size)[:_SAMPLES]
+    for block in largest:
+        size = min(_SAMPLE_SIZE, block.size)
+        for gpa in (block.gpa, block.gpa + (block.size - size) // 2 & ~7):
+            expected = monitor_read(context.monitor, gpa, size)
+            seen = bytearray(size)
+            memory.read_into(gpa, memoryview(seen))
+            if seen != expected:
+                raise SourceError(f"it reads other memory than the monitor at {gpa:#x}")
+
+
+def monitor_read(monitor: Monitor, gpa: int, size: int) -> bytes:
+    """Read a little guest memory through the text of `xp`."""
+    return parse_physical_bytes(monitor.execute(f"xp /{size}xb {gpa:#x}"))
