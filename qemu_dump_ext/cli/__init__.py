@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
 
 from qemu_dump_ext import __version__
 from qemu_dump_ext.cli import subcommands
@@ -15,6 +17,8 @@ from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
 
 def run_guarded(program: str, work: Callable[[], int]) -> int:
     """Run `work`; turn an expected error into one line on stderr and its exit status."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         return work()
     except DumpError as error:
@@ -23,6 +27,11 @@ def run_guarded(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    # As Ctrl-C: the guest is resumed and the partial dump is removed on the way out.
+    raise KeyboardInterrupt
 
 
 def main(argv: Sequence[str] | None = None) -> int:

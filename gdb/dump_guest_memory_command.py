@@ -1,0 +1,66 @@
+"""`qemu-dump-guest-memory` in gdb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdb_boundary import GdbParser, QemuCommand, option_words, show_line, somebody_watches
+from gdb_guest import guest_access
+
+import gdb
+from qemu_dump_ext.dump_arguments import (
+    FILE_HELP,
+    PROGRESS_CHOICES,
+    add_dump_arguments,
+    codec_names,
+    parse_dump_arguments,
+    request_of,
+)
+from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.dump_sink import open_sink
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.progress import ProgressMeter
+
+
+def _parser() -> GdbParser:
+    parser = GdbParser(
+        prog="qemu-dump-guest-memory",
+        description="Dump the memory and the registers of the QEMU guest that gdb is attached to.",
+        epilog="$_qemu_dump_status is 0 afterwards if the dump is complete, 6 if a register is"
+        " missing in it, and another exit status of the command of that name if it failed.",
+    )
+    add_dump_arguments(parser)
+    parser.add_argument("file", metavar="FILE", help=FILE_HELP)
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    arguments = parse_dump_arguments(_parser(), words)
+    watched = somebody_watches(arguments.progress)
+    progress = ProgressMeter(show_line if watched else None)
+    with (
+        guest_access(arguments.qmp) as access,
+        open_sink(arguments.file, force=arguments.force, standard_output=None) as sink,
+    ):
+        report = dump(
+            request_of(arguments), access, sink, memory=arguments.memory, progress=progress
+        )
+    if watched:
+        show_line("")
+    gdb.write((report.to_json() if arguments.json else "\n".join(report.lines())) + "\n")
+    return report.exit_status
+
+
+def _complete(before: Sequence[str], word: str) -> Sequence[str] | None:
+    values = {
+        "-z": codec_names(),
+        "--memory": [AUTO, *all_memory_sources()],
+        "--progress": PROGRESS_CHOICES,
+    }
+    previous = before[-1] if before else ""
+    if previous in values and any(choice.startswith(word) for choice in values[previous]):
+        return values[previous]
+    return option_words(_parser()) if word.startswith("-") else None
+
+
+QemuCommand(_parser(), _run, _complete)

@@ -1,0 +1,119 @@
+"""The one place where the package's world and gdb's meet: errors, arguments, selection."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import gdb
+from qemu_dump_ext.dump_arguments import OneLineParser
+from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError
+
+STATUS_VARIABLE = "_qemu_dump_status"
+
+
+class _HelpWanted(Exception):  # noqa: N818 - leaves the parser, is no error
+    pass
+
+
+class GdbParser(OneLineParser):
+    """Never ends gdb's process, and prints through gdb."""
+
+    def print_help(self, file: object = None) -> None:
+        """Print the help to gdb's standard output."""
+        gdb.write(self.format_help())
+
+    def exit(self, status: int = 0, message: str | None = None) -> None:  # type: ignore[override]
+        """Leave the command after --help."""
+        raise _HelpWanted(message)
+
+
+class QemuCommand(gdb.Command):
+    """A command: a parser and a function.
+
+    Its result is in the convenience variable $_qemu_dump_status, as an exit status.
+    """
+
+    def __init__(
+        self,
+        parser: GdbParser,
+        run: Callable[[Sequence[str]], int],
+        complete: Callable[[Sequence[str], str], Sequence[str] | None],
+    ) -> None:
+        """Register the command under the name of `parser`.
+
+        Args:
+            parser: Its help becomes gdb's.
+            run: Gets the words behind the command, returns an exit status.
+            complete: Gets the words before the last one, and the beginning of the last one;
+                returns words, or None to complete file names.
+        """
+        self._run = run
+        self._complete = complete
+        self.__doc__ = parser.format_help()
+        super().__init__(parser.prog, gdb.COMMAND_DATA)
+
+    def invoke(self, argument: str, from_tty: bool) -> None:
+        """Run; an expected error becomes one line."""
+        self.dont_repeat()
+        try:
+            status = self._run(gdb.string_to_argv(argument))
+        except _HelpWanted:
+            status = EXIT_SUCCESS
+        except DumpError as error:
+            _set_status(error.exit_status)
+            raise gdb.GdbError(str(error)) from error
+        except KeyboardInterrupt as error:
+            _set_status(EXIT_INTERRUPTED)
+            raise gdb.GdbError("interrupted: nothing was left behind") from error
+        _set_status(status)
+
+    def complete(self, text: str, word: str) -> Sequence[str] | int:
+        """Complete options and their values."""
+        words = text.split(" ")
+        found = self._complete(words[:-1], words[-1])
+        if found is None:
+            return gdb.COMPLETE_FILENAME
+        # gdb wants only what follows its own idea of where a word begins.
+        known = len(words[-1]) - len(word)
+        return [choice[known:] for choice in found if choice.startswith(words[-1])]
+
+
+def _set_status(status: int) -> None:
+    gdb.set_convenience_variable(STATUS_VARIABLE, status)
+
+
+@contextmanager
+def selection_kept() -> Iterator[None]:
+    """Give the user the selected thread and frame back."""
+    thread = gdb.selected_thread()
+    frame = gdb.selected_frame()
+    try:
+        yield
+    finally:
+        if thread.is_valid():
+            thread.switch()
+            if frame.is_valid():
+                frame.select()
+
+
+def option_words(parser: argparse.ArgumentParser) -> list[str]:
+    """Return every option that `parser` knows."""
+    return sorted(
+        option
+        for action in parser._actions  # noqa: SLF001 - argparse has no other way
+        for option in action.option_strings
+    )
+
+
+def show_line(line: str) -> None:
+    """Replace the last line that was shown."""
+    gdb.write(f"\r{line:<70}\r")
+    gdb.flush()
+
+
+def somebody_watches(choice: str) -> bool:
+    """Tell whether progress is to be shown: `auto`, `always` or `never`."""
+    return os.isatty(1) if choice == "auto" else choice == "always"

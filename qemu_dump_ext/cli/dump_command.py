@@ -1,0 +1,81 @@
+"""`qemu-dump-guest-memory`: dump a guest by its QMP socket, or by gdb at its gdbstub."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from qemu_dump_ext.cli import run_guarded
+from qemu_dump_ext.cli.gdb_driver import dump_through_gdb
+from qemu_dump_ext.dump_arguments import (
+    FILE_HELP,
+    OneLineParser,
+    add_dump_arguments,
+    parse_dump_arguments,
+    request_of,
+)
+from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.dump_sink import open_sink
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.sync_qmp import connect_qmp
+
+PROGRAM = "qemu-dump-guest-memory"
+_STDOUT = 1
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        prog=PROGRAM,
+        description="Dump the memory and the registers of a QEMU guest, from outside QEMU.",
+        epilog="Exit status: 0 complete; 2 impossible request; 3 the guest cannot be reached;"
+        " 4 the dump cannot be written; 6 written, but a register is missing; 130 interrupted.",
+    )
+    add_dump_arguments(parser)
+    parser.add_argument(
+        "--gdb",
+        metavar="ADDRESS",
+        help="drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state"
+        " before gdb stopped the guest is known",
+    )
+    parser.add_argument("file", metavar="FILE", help=f"{FILE_HELP}, or - for standard output")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point; returns the exit status."""
+    return run_guarded(PROGRAM, lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(words: Sequence[str]) -> int:
+    arguments = parse_dump_arguments(_parser(), words)
+    if arguments.file == "-" and arguments.json:
+        raise RequestError("--json and the dump cannot both go to standard output")
+    if arguments.gdb is not None:
+        return dump_through_gdb(arguments)
+    if arguments.qmp is None:
+        raise RequestError("which guest?", hint="--qmp SOCKET or --gdb ADDRESS")
+    request = request_of(arguments)
+    watched = (
+        sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
+    )
+    progress = ProgressMeter(_show_line if watched else None)
+    with (
+        connect_qmp(arguments.qmp) as monitor,
+        open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT) as sink,
+    ):
+        access = GuestAccess(monitor, stub=None, native_dump=monitor.native_dump)
+        report = dump(request, access, sink, memory=arguments.memory, progress=progress)
+    if watched:
+        _show_line("")
+    if arguments.json:
+        print(report.to_json())
+    else:
+        print("\n".join(report.lines()), file=sys.stderr)
+    return report.exit_status
+
+
+def _show_line(line: str) -> None:
+    sys.stderr.write(f"\r{line:<70}\r")
+    sys.stderr.flush()
