@@ -233,11 +233,11 @@ class PackageArchive:
             read_machine_sources(), distribution.codename, distribution.name, suite
         )
 
-    def update(self) -> None:
-        """Bring the index up to date.
+    def update(self) -> str | None:
+        """Bring the index up to date; return what apt complains about.
 
-        Raises:
-            SourceError: apt could not.
+        Part of the index may be out of step on a mirror or the network may be down: what else is
+        there, or was there before, remains good.
         """
         folder = self._folder
         for name in ("state/lists/partial", "cache/archives/partial"):
@@ -246,7 +246,11 @@ class PackageArchive:
         stanzas = "\n".join(source.stanza() for source in self._sources)
         (folder / "machine.sources").write_text(stanzas, "utf-8")
         (folder / "apt.conf").write_text(self._configuration(), "utf-8")
-        self._run("apt-get", "-q", "--error-on=any", "update")
+        try:
+            self._run("apt-get", "-q", "--error-on=any", "update")
+        except SourceError as error:
+            return error.message
+        return None
 
     def _configuration(self) -> str:
         """Return an apt.conf that replaces the machine's, but for how to download."""

@@ -116,7 +116,8 @@ class ImageStore:
             spec = image.packages[distribution.name]
             archive = self.archive(distribution, spec.architecture, spec.suite)
             report(f"reading the package index ({spec.architecture})")
-            archive.update()
+            if complaint := archive.update():
+                report(f"going on with part of the index, or an old one: {complaint}")
             if not fetched:
                 fetched = self._fetch_kernel(image, spec, archive, report)
             if debug_symbols:
