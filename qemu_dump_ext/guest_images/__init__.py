@@ -1,0 +1,3 @@
+"""Guests made of public packages: fetched once, booted under TCG, nothing installed."""
+
+from __future__ import annotations

@@ -1,0 +1,49 @@
+"""A QMP client of a few lines, independent of the package's own."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+from typing import Any, Self
+
+
+class RawQmp:
+    """Connected and past the negotiation; events are kept in `events`."""
+
+    def __init__(self, path: Path, timeout_seconds: float = 60) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(timeout_seconds)
+        self._socket.connect(str(path))
+        self._lines = self._socket.makefile("rb")
+        self.events: list[dict[str, Any]] = []
+        self.greeting: dict[str, Any] = json.loads(self._lines.readline())["QMP"]
+        self.execute("qmp_capabilities")
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Return the answer; an error of QEMU raises."""
+        request = {"execute": command, "arguments": arguments}
+        self._socket.sendall(json.dumps(request).encode() + b"\n")
+        while True:
+            answer = json.loads(self._lines.readline())
+            if "event" in answer:
+                self.events.append(answer)
+            elif "error" in answer:
+                raise RuntimeError(f"{command}: {answer['error']['desc']}")
+            else:
+                return answer["return"]
+
+    def wait_for_event(self, name: str) -> dict[str, Any]:
+        """Return the first event of a name, past or to come."""
+        while True:
+            for event in self.events:
+                if event["event"] == name:
+                    return event
+            self.events.append(json.loads(self._lines.readline()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.close()
+        self._socket.close()
