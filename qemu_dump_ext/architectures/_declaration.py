@@ -101,6 +101,7 @@ class Architecture:
         qemu_uname_machine: utsname.machine as QEMU writes it; see `Dialect.utsname`.
         registers: Every register of every note.
         cores: Every form that a dump may take.
+        program_counter: Name of the register that tells where a vCPU is.
         page_size: Of kdump blocks, in bytes.
         phys_base_key: Line of VMCOREINFO that tells phys_base; None where phys_base is 0.
         kernel_map_base: Virtual address at which the kernel image is mapped; its physical
@@ -118,6 +119,7 @@ class Architecture:
     qemu_uname_machine: str
     registers: tuple[Register, ...]
     cores: tuple[Core, ...]
+    program_counter: str
     page_size: int
     phys_base_key: str | None
     kernel_map_base: int | None

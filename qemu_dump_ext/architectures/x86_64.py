@@ -218,6 +218,7 @@ ARCHITECTURE = Architecture(
         Register("efer", gdb="efer", monitor=("EFER",)),
     ),
     cores=(LONG_MODE, LEGACY_64, LEGACY_32),
+    program_counter="rip",
     page_size=4096,
     phys_base_key="NUMBER(phys_base)",
     kernel_map_base=0xFFFFFFFF80000000,

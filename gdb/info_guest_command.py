@@ -1,0 +1,39 @@
+"""`qemu-info-guest` in gdb."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gdb_boundary import GdbParser, QemuCommand, option_words
+from gdb_guest import guest_access
+
+import gdb
+from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.guest_description import describe_guest
+
+
+def _parser() -> GdbParser:
+    parser = GdbParser(
+        prog="qemu-info-guest",
+        description="Show what would be dumped: RAM blocks, vCPUs, and which memory sources can"
+        " be used, or why not.",
+    )
+    parser.add_argument("--qmp", metavar="SOCKET", help="ask by this QMP socket")
+    parser.add_argument("--json", action="store_true", help="answer as one line of JSON")
+    return parser
+
+
+def _run(words: Sequence[str]) -> int:
+    arguments = _parser().parse_args(words)
+    with guest_access(arguments.qmp) as access:
+        description = describe_guest(access)
+    text = description.to_json() if arguments.json else "\n".join(description.lines())
+    gdb.write(text + "\n")
+    return EXIT_SUCCESS
+
+
+def _complete(_before: Sequence[str], word: str) -> Sequence[str] | None:
+    return option_words(_parser()) if word.startswith("-") else None
+
+
+QemuCommand(_parser(), _run, _complete)

@@ -1,0 +1,107 @@
+"""What would be dumped: for people, and as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from qemu_dump_ext.dialect import MENDED
+from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
+from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
+from qemu_dump_ext.memory_sources import memory_source_states
+from qemu_dump_ext.memory_sources._declaration import SourceContext
+from qemu_dump_ext.run_state import stopped
+from qemu_dump_ext.vmcoreinfo import UtsName, vmcoreinfo_text, vmcoreinfo_value
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class VcpuLine:
+    """One vCPU: where it is, and what no source tells about it."""
+
+    index: int
+    pc: int | None
+    missing: Sequence[str]
+
+
+@dataclass(frozen=True)
+class GuestDescription:
+    """What `qemu-info-guest` shows.
+
+    Attributes:
+        qemu_version: As a string.
+        architecture: Name of the architecture file.
+        osrelease: Kernel release from the vmcoreinfo device, or None.
+        ram_blocks: What would be dumped.
+        vcpus: By ascending cpu_index.
+        memory_sources: Name, and why it cannot be used or None; the fastest first.
+    """
+
+    qemu_version: str
+    architecture: str
+    osrelease: str | None
+    ram_blocks: Sequence[RamBlock]
+    vcpus: Sequence[VcpuLine]
+    memory_sources: Sequence[tuple[str, str | None]]
+
+    def lines(self) -> list[str]:
+        """Say it in words."""
+        total = sum(block.size for block in self.ram_blocks)
+        lines = [
+            f"QEMU {self.qemu_version}, {self.architecture}, kernel {self.osrelease or 'unknown'}",
+            f"{len(self.ram_blocks)} RAM blocks, {total / _MIB:.1f} MiB:",
+        ]
+        lines += [
+            f"  {block.gpa:#018x}-{block.end - 1:#018x} {block.size / _MIB:10.2f} MiB  {block.name}"
+            for block in self.ram_blocks
+        ]
+        lines.append(f"{len(self.vcpus)} vCPUs:")
+        for vcpu in self.vcpus:
+            where = "unknown" if vcpu.pc is None else f"{vcpu.pc:#x}"
+            missing = f"  missing: {', '.join(vcpu.missing)}" if vcpu.missing else ""
+            lines.append(f"  {vcpu.index}: pc {where}{missing}")
+        lines.append("memory sources, the fastest first:")
+        lines += [f"  {name}: {reason or 'usable'}" for name, reason in self.memory_sources]
+        return lines
+
+    def to_json(self) -> str:
+        """Say it to a machine: one line; keys are the attributes."""
+        return json.dumps(asdict(self))
+
+
+def describe_guest(access: GuestAccess) -> GuestDescription:
+    """Ask a guest what would be dumped of it; it is stopped meanwhile.
+
+    Raises:
+        SourceError: It cannot be reached.
+    """
+    with stopped(access.monitor):
+        guest = probe_guest(access)
+        context = SourceContext(access.monitor, access.stub, guest.ram_blocks)
+        note = guest.guest_note or b""
+        plan = make_plan(
+            GuestSnapshot(guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName()),
+            MENDED,
+        )
+        sources = tuple(memory_source_states(context))
+    missing: dict[int, set[str]] = {}
+    for (_, index), names in plan.missing.items():
+        missing.setdefault(index, set()).update(names)
+    program_counter = guest.architecture.program_counter
+    text = vmcoreinfo_text(note, plan.core.byte_order)
+    return GuestDescription(
+        qemu_version="{}.{}.{}".format(*guest.version),
+        architecture=guest.architecture.name,
+        osrelease=vmcoreinfo_value(text, "OSRELEASE"),
+        ram_blocks=tuple(guest.ram_blocks),
+        vcpus=tuple(
+            VcpuLine(
+                vcpu.index, vcpu.registers.get(program_counter), sorted(missing.get(vcpu.index, ()))
+            )
+            for vcpu in guest.vcpus
+        ),
+        memory_sources=sources,
+    )

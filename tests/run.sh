@@ -1,0 +1,9 @@
+#!/bin/sh
+# All tests, from nothing: everything they need is installed first.
+set -eu
+cd "$(dirname "$0")/.."
+. images/set_up.sh
+
+set_up "gcc python3-dev liblzo2-dev binutils cpio socat gdb gdb-multiarch crash makedumpfile \
+    qemu-system-x86" "dev"
+exec .venv/bin/python -m pytest "$@"
