@@ -1,0 +1,70 @@
+"""What one file of `page_codecs/` must declare."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TypeAlias
+
+from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError
+
+Compress: TypeAlias = Callable[[bytes | memoryview], bytes]
+Decompress: TypeAlias = Callable[[bytes | memoryview, int], bytes]
+
+
+@dataclass(frozen=True)
+class PageCodec:
+    """How one page of a kdump-compressed dump is packed.
+
+    Attributes:
+        name: The word behind `kdump-`; equal to the name of the file.
+        page_flag: `DUMP_DH_COMPRESSED_*` of the page descriptor.
+        package: What `pip install` calls the package, None where the standard library will do.
+        compressor: Makes a function that packs one page; the answer may be longer than the page.
+            Byte-identical to QEMU's where QEMU knows the codec and the library is the same.
+        decompressor: Makes a function (packed page, page size in bytes) that answers exactly one
+            page, never allocates more than about twice that, and raises `CorruptDumpError`.
+
+    Both makers raise `CodecUnavailableError` when the package cannot be imported. What they make
+    keeps state: one for each thread.
+    """
+
+    name: str
+    page_flag: int
+    package: str | None
+    compressor: Callable[[], Compress]
+    decompressor: Callable[[], Decompress]
+
+
+def import_package(module: str, codec: str, package: str, needs: str = "") -> ModuleType:
+    """Import a third-party module when it is needed: gdb's own Python may lack it.
+
+    Args:
+        module: Name of the module.
+        codec: Name of the codec, for the message.
+        package: What `pip install` calls it.
+        needs: What must be there before `pip install` can work, for the hint.
+
+    Raises:
+        CodecUnavailableError: It cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise CodecUnavailableError(
+            f"page codec {codec} is not available: {error}",
+            package=package,
+            hint=f"pip install {package}" + (f"; it needs {needs}" if needs else ""),
+        ) from error
+
+
+def bad_page(codec: str, reason: object) -> CorruptDumpError:
+    """Return the error for a page that does not unpack."""
+    return CorruptDumpError(f"{codec} page does not unpack: {reason}")
+
+
+def wrong_size(codec: str, size: int | str, page_size: int) -> CorruptDumpError:
+    """Return the error for a page that unpacks to another size than a page's, in bytes."""
+    return bad_page(codec, f"it has {size} bytes instead of {page_size}")

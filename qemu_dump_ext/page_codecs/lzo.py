@@ -1,0 +1,59 @@
+"""Pages packed by LZO1X-1, without python-lzo's own header.
+
+Source: QEMU dump/dump.c (lzo1x_1_compress); makedumpfile.c (lzo1x_decompress_safe).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_LZO
+from qemu_dump_ext.page_codecs._declaration import (
+    Compress,
+    Decompress,
+    PageCodec,
+    bad_page,
+    import_package,
+    wrong_size,
+)
+
+_PACKAGE = "python-lzo"
+_LEVEL = 1
+
+
+def _import() -> ModuleType:
+    return import_package("lzo", "lzo", _PACKAGE, needs="liblzo2-dev and a C compiler")
+
+
+def _compressor() -> Compress:
+    lzo = _import()
+
+    def compress(page: bytes | memoryview) -> bytes:
+        packed: bytes = lzo.compress(bytes(page), _LEVEL, False)
+        return packed
+
+    return compress
+
+
+def _decompressor() -> Decompress:
+    lzo = _import()
+
+    def decompress(data: bytes | memoryview, page_size: int) -> bytes:
+        try:
+            page: bytes = lzo.decompress(bytes(data), False, page_size)
+        except lzo.error as error:
+            raise bad_page("lzo", error) from error
+        if len(page) != page_size:
+            raise wrong_size("lzo", len(page), page_size)
+        return page
+
+    return decompress
+
+
+CODEC = PageCodec(
+    name="lzo",
+    page_flag=DUMP_DH_COMPRESSED_LZO,
+    package=_PACKAGE,
+    compressor=_compressor,
+    decompressor=_decompressor,
+)

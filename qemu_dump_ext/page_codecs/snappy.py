@@ -1,0 +1,73 @@
+"""Pages packed by snappy's raw format, without its framing.
+
+Source: QEMU dump/dump.c (snappy_compress); snappy format_description.txt (length preamble).
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_SNAPPY
+from qemu_dump_ext.page_codecs._declaration import (
+    Compress,
+    Decompress,
+    PageCodec,
+    bad_page,
+    import_package,
+    wrong_size,
+)
+
+_PACKAGE = "python-snappy"
+_PREAMBLE_MAX = 5
+"""Bytes of a length below 2^32, 7 bits in each."""
+
+
+def _import() -> ModuleType:
+    return import_package("snappy", "snappy", _PACKAGE)
+
+
+def _unpacked_size(data: bytes | memoryview) -> int:
+    size = 0
+    for index, byte in enumerate(data[:_PREAMBLE_MAX]):
+        size |= (byte & 0x7F) << 7 * index
+        if byte < 0x80:
+            return size
+    raise bad_page("snappy", "its length has no end")
+
+
+def _compressor() -> Compress:
+    snappy = _import()
+
+    def compress(page: bytes | memoryview) -> bytes:
+        packed: bytes = snappy.compress(page)
+        return packed
+
+    return compress
+
+
+def _decompressor() -> Decompress:
+    snappy = _import()
+
+    def decompress(data: bytes | memoryview, page_size: int) -> bytes:
+        # The library allocates what the preamble says.
+        size = _unpacked_size(data)
+        if size != page_size:
+            raise wrong_size("snappy", size, page_size)
+        try:
+            page: bytes = snappy.uncompress(data)
+        except snappy.UncompressError as error:
+            raise bad_page("snappy", error.__cause__ or error) from error
+        if len(page) != page_size:
+            raise wrong_size("snappy", len(page), page_size)
+        return page
+
+    return decompress
+
+
+CODEC = PageCodec(
+    name="snappy",
+    page_flag=DUMP_DH_COMPRESSED_SNAPPY,
+    package=_PACKAGE,
+    compressor=_compressor,
+    decompressor=_decompressor,
+)

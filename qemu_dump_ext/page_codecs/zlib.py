@@ -1,0 +1,44 @@
+"""Pages packed by zlib.
+
+Source: QEMU dump/dump.c (compress2 at Z_BEST_SPEED): zlib container, level 1.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import partial
+
+from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_ZLIB
+from qemu_dump_ext.page_codecs._declaration import (
+    Compress,
+    PageCodec,
+    bad_page,
+    wrong_size,
+)
+
+
+def _compressor() -> Compress:
+    return partial(zlib.compress, level=zlib.Z_BEST_SPEED)
+
+
+def _decompress(data: bytes | memoryview, page_size: int) -> bytes:
+    stream = zlib.decompressobj()
+    try:
+        # One byte more than a page: so that the checksum behind the page is reached.
+        page = stream.decompress(data, page_size + 1)
+    except zlib.error as error:
+        raise bad_page("zlib", error) from error
+    if len(page) != page_size:
+        raise wrong_size("zlib", len(page) if len(page) < page_size else "more", page_size)
+    if not stream.eof or stream.unused_data:
+        raise bad_page("zlib", "bytes behind its end" if stream.eof else "it ends too early")
+    return page
+
+
+CODEC = PageCodec(
+    name="zlib",
+    page_flag=DUMP_DH_COMPRESSED_ZLIB,
+    package=None,
+    compressor=_compressor,
+    decompressor=lambda: _decompress,
+)

@@ -1,0 +1,60 @@
+"""Pages packed as one zstd frame each.
+
+Source: makedumpfile.c (ZSTD_compressCCtx at level 1); QEMU has no such format.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_ZSTD
+from qemu_dump_ext.page_codecs._declaration import (
+    Compress,
+    Decompress,
+    PageCodec,
+    bad_page,
+    import_package,
+    wrong_size,
+)
+
+_PACKAGE = "zstandard"
+_LEVEL = 1
+_SIZE_UNKNOWN = -1
+
+
+def _import() -> ModuleType:
+    return import_package("zstandard", "zstd", _PACKAGE)
+
+
+def _compressor() -> Compress:
+    compress: Compress = _import().ZstdCompressor(level=_LEVEL).compress
+    return compress
+
+
+def _decompressor() -> Decompress:
+    zstandard = _import()
+    unpack = zstandard.ZstdDecompressor().decompress
+
+    def decompress(data: bytes | memoryview, page_size: int) -> bytes:
+        try:
+            # A size in the frame header overrides max_output_size.
+            size = zstandard.frame_content_size(data)
+            if size not in (page_size, _SIZE_UNKNOWN):
+                raise wrong_size("zstd", size, page_size)
+            page: bytes = unpack(data, max_output_size=page_size, allow_extra_data=False)
+        except zstandard.ZstdError as error:
+            raise bad_page("zstd", error) from error
+        if len(page) != page_size:
+            raise wrong_size("zstd", len(page), page_size)
+        return page
+
+    return decompress
+
+
+CODEC = PageCodec(
+    name="zstd",
+    page_flag=DUMP_DH_COMPRESSED_ZSTD,
+    package=_PACKAGE,
+    compressor=_compressor,
+    decompressor=_decompressor,
+)
