@@ -46,8 +46,8 @@ class FlattenedImage(DumpImage):
                 f" and version {fields['version']}, not {FLATTENED_TYPE} and {FLATTENED_VERSION}"
             )
         self._index = ExtentIndex()
+        self._ended = False
         problem = self._read_chunk_headers()
-        self._whole = problem is None
         self.problems = () if problem is None else (problem,)
         self.chunk_count = len(self._index)
         if not self.chunk_count:
@@ -63,6 +63,7 @@ class FlattenedImage(DumpImage):
             offset, size = codec.unpack(read(position, codec.size))
             data = position + codec.size
             if offset == size == FLATTENED_END:
+                self._ended = True
                 if data != end:
                     return f"{end - data} bytes behind the end marker at offset {position:#x}"
                 return None
@@ -85,7 +86,7 @@ class FlattenedImage(DumpImage):
             part = buffer[done : done + size]
             if place is not None:
                 self._file.read_into(place, part)
-            elif self._whole:
+            elif self._ended:
                 part[:] = bytes(size)
             else:
                 raise CorruptDumpError(

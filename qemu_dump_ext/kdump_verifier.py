@@ -175,5 +175,6 @@ class KdumpVerifier:
             if ends[index] > end:
                 end, last_index = ends[index], index
         behind = dump.image.size - max(end, data)
-        if behind > (0 if end > data else dump.page_size):
+        # Pages with problems are not counted among the extents.
+        if behind > (0 if end > data else dump.page_size) and not report.problem_count:
             report.remarks.append(f"{behind} bytes behind the last page")

@@ -97,7 +97,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     with open_dump(arguments.file) as dump:
-        facts = _describe(arguments.file, dump)
+        facts = describe(arguments.file, dump)
     if arguments.json:
         print(json.dumps(facts, indent=2))
     else:
@@ -106,7 +106,8 @@ def _run(arguments: argparse.Namespace) -> int:
     return CorruptDumpError.exit_status if facts["problems"] else EXIT_SUCCESS
 
 
-def _describe(file: str, dump: DumpFile) -> dict[str, Any]:
+def describe(file: str, dump: DumpFile) -> dict[str, Any]:
+    """Return what `--json` prints, see above."""
     problems = list(dump.image.problems)
     facts: dict[str, Any] = {
         "file": file,

@@ -81,15 +81,17 @@ def _print_words(dump_format: str, report: VerifyReport) -> None:
         print(f"problem: {rest} more")
     for remark in report.remarks:
         print(f"remark: {remark}")
-    verdict = f"damaged: {report.problem_count} problems" if report.problem_count else "ok"
+    damaged = report.problem_count
     pages = report.zero_pages + report.raw_pages + report.packed_pages
     counts = (
         ""
         if dump_format.startswith("elf")
-        else f"{pages} pages ({report.packed_pages} packed, {report.raw_pages} raw,"
-        f" {report.zero_pages} zero), "
+        else f"{pages} {'good ' if damaged else ''}pages ({report.packed_pages} packed,"
+        f" {report.raw_pages} raw, {report.zero_pages} zero), "
     )
-    print(f"{verdict}: {dump_format}, {counts}{report.memory_bytes / (1 << 20):.1f} MiB")
+    verdict = f"damaged, {damaged} problem{'s' * (damaged > 1)}" if damaged else "ok"
+    mib = report.memory_bytes / (1 << 20)
+    print(f"{verdict}: {counts}{mib:.1f} MiB of guest memory, {dump_format}")
 
 
 COMMAND = Subcommand(
