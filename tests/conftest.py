@@ -12,6 +12,8 @@ from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
 
+pytest_plugins = ["tests.support.native_dumps"]
+
 
 @pytest.fixture(scope="module")
 def x86_64_guest() -> Iterator[BootedGuest]:
