@@ -78,8 +78,6 @@ def planted_content() -> bytes:
 
 
 @pytest.fixture(scope="session")
-def bare_native(
-    bare_machine: QemuMachine, tmp_path_factory: pytest.TempPathFactory
-) -> OracleDumps:
+def bare_native(bare_machine: QemuMachine, tmp_path_factory: pytest.TempPathFactory) -> OracleDumps:
     """QEMU's own dumps of the machine that never ran."""
     return OracleDumps(bare_machine, tmp_path_factory.mktemp("native"))

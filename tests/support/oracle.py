@@ -53,10 +53,22 @@ def rearrange(flattened: Path, target: Path) -> Path:
     return target
 
 
-_EHDR_NAMES = (
-    "e_ident e_type e_machine e_version e_entry e_phoff e_shoff e_flags e_ehsize e_phentsize"
-    " e_phnum e_shentsize e_shnum e_shstrndx"
-).split()
+_EHDR_NAMES = [
+    "e_ident",
+    "e_type",
+    "e_machine",
+    "e_version",
+    "e_entry",
+    "e_phoff",
+    "e_shoff",
+    "e_flags",
+    "e_ehsize",
+    "e_phentsize",
+    "e_phnum",
+    "e_shentsize",
+    "e_shnum",
+    "e_shstrndx",
+]
 
 
 def elf_facts(path: Path) -> dict[str, Any]:
@@ -85,15 +97,37 @@ def elf_facts(path: Path) -> dict[str, Any]:
     return facts | {"loads": loads, "memory": memory, "tail": data[end:]}
 
 
-_UTSNAME = "sysname nodename release version machine domainname".split()
-_HEADER_NAMES = (
-    "timestamp_sec timestamp_usec status block_size sub_hdr_size bitmap_blocks max_mapnr"
-    " total_ram_blocks device_blocks written_blocks current_cpu nr_cpus"
-).split()
-_SUB_HEADER_NAMES = (
-    "phys_base dump_level split start_pfn end_pfn offset_vmcoreinfo size_vmcoreinfo offset_note"
-    " size_note offset_eraseinfo size_eraseinfo start_pfn_64 end_pfn_64 max_mapnr_64"
-).split()
+_UTSNAME = ["sysname", "nodename", "release", "version", "machine", "domainname"]
+_HEADER_NAMES = [
+    "timestamp_sec",
+    "timestamp_usec",
+    "status",
+    "block_size",
+    "sub_hdr_size",
+    "bitmap_blocks",
+    "max_mapnr",
+    "total_ram_blocks",
+    "device_blocks",
+    "written_blocks",
+    "current_cpu",
+    "nr_cpus",
+]
+_SUB_HEADER_NAMES = [
+    "phys_base",
+    "dump_level",
+    "split",
+    "start_pfn",
+    "end_pfn",
+    "offset_vmcoreinfo",
+    "size_vmcoreinfo",
+    "offset_note",
+    "size_note",
+    "offset_eraseinfo",
+    "size_eraseinfo",
+    "start_pfn_64",
+    "end_pfn_64",
+    "max_mapnr_64",
+]
 
 
 def kdump_facts(path: Path) -> dict[str, Any]:
