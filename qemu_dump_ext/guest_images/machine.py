@@ -278,7 +278,7 @@ class BootedGuest(QemuMachine):
             image: Which guest.
             files: As fetched.
             command: Another QEMU than the manifest's.
-            memory_mib: Other than the manifest's; by default enough of that for what is to be filled.
+            memory_mib: Other than the manifest's, which grows with what is to be filled.
             cpus: Other than the manifest's.
             fill_mib: How much guest memory to fill before the marker appears.
             fill_disk: Where the content for it is (`ImageStore.fill_disk`).
