@@ -58,6 +58,7 @@ class QemuCommand(gdb.Command):
     def invoke(self, argument: str, from_tty: bool) -> None:
         """Run; an expected error becomes one line."""
         self.dont_repeat()
+        _set_status(DumpError.exit_status)  # what an error that nobody expects leaves
         try:
             status = self._run(gdb.string_to_argv(argument))
         except _HelpWanted:

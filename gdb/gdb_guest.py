@@ -13,6 +13,7 @@ import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import Vcpu
 from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.native_notes import dump_byte_through_file
 from qemu_dump_ext.sync_qmp import connect_qmp
 
@@ -93,7 +94,7 @@ def _lost_or(error: gdb.error, what: str) -> SourceError:
     return SourceError(f"{what}: {error}" if _connected() else _GONE)
 
 
-def _require_stopped_guest(stub: GdbStub) -> None:
+def _require_stopped_guest() -> None:
     if not _connected():
         raise ConnectError(
             "gdb is not connected to a guest",
@@ -101,8 +102,13 @@ def _require_stopped_guest(stub: GdbStub) -> None:
         )
     if any(thread.is_running() for thread in gdb.selected_inferior().threads()):
         raise SourceError("the guest is running in gdb", hint="'interrupt' it first")
+
+
+def _require_qemu(stub: GdbStub) -> None:
     if not stub.packet("qqemu.PhyMemMode"):
-        raise SourceError("the remote target is no gdbstub of QEMU")
+        raise SourceError(
+            "the remote target is no gdbstub of QEMU", hint="'target remote' one of QEMU >= 4.1"
+        )
 
 
 @contextmanager
@@ -116,10 +122,18 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
         SourceError: There is no guest, or it is not stopped.
     """
     stub = GdbStub()
-    _require_stopped_guest(stub)
+    _require_stopped_guest()
     if qmp is None:
+        _require_qemu(stub)
         monitor = GdbMonitor()
         yield GuestAccess(monitor, stub, partial(dump_byte_through_file, monitor))
     else:
         with connect_qmp(qmp) as qmp_monitor:
+            # The first packet would stop it, and what gdb knows of it is old.
+            if parse_status(qmp_monitor.execute("info status")) == RUNNING:
+                raise SourceError(
+                    "the guest runs, though gdb did not let it: somebody resumed it by QMP",
+                    hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",
+                )
+            _require_qemu(stub)
             yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump)
