@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 from gdb_boundary import selection_kept
 
@@ -17,7 +18,22 @@ from qemu_dump_ext.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.native_notes import dump_byte_through_file
 from qemu_dump_ext.sync_qmp import connect_qmp
 
+ResultT = TypeVar("ResultT")
+
 _GONE = "the guest is gone: QEMU closed the connection to gdb"
+
+
+def _whole(exchange: Callable[[], ResultT]) -> ResultT:
+    """Raise an interrupt only behind a complete question and answer.
+
+    One interrupt may end two calls of gdb: it is noted both in gdb and in its Python. The second
+    may be a call that cleans up, so it is repeated; every exchange of ours may be.
+    """
+    try:
+        return exchange()
+    except KeyboardInterrupt:
+        exchange()
+        raise
 
 
 class GdbMonitor:
@@ -26,7 +42,9 @@ class GdbMonitor:
     def execute(self, command: str) -> str:
         """Return the answer with plain line ends."""
         try:
-            answer = gdb.execute(f"monitor {command}", from_tty=False, to_string=True)
+            answer = _whole(
+                lambda: gdb.execute(f"monitor {command}", from_tty=False, to_string=True)
+            )
         except gdb.error as error:
             raise _lost_or(error, f"monitor {command}") from error
         return answer.replace("\r\n", "\n")
@@ -41,7 +59,7 @@ class GdbStub:
         if not isinstance(connection, gdb.RemoteTargetConnection):
             raise SourceError(_GONE)
         try:
-            reply = connection.send_packet(text)
+            reply = _whole(lambda: connection.send_packet(text))
         except gdb.error as error:
             raise _lost_or(error, f"packet {text}") from error
         return (reply or b"").decode("ascii", "replace")

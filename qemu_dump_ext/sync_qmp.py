@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -68,7 +68,7 @@ class QmpMonitor:
         with uninterrupted():
             self._thread.start()
         try:
-            self._run(self._client.connect(target), _GREETING_SECONDS)
+            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
         except TimeoutError as error:
             raise ConnectError(
                 f"QMP socket {self._address} is busy, or no QMP socket:"
@@ -88,7 +88,7 @@ class QmpMonitor:
         with uninterrupted():
             if self._thread.is_alive():
                 with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
-                    self._run(self._client.disconnect(), _GREETING_SECONDS)
+                    self._run(self._client.disconnect, _GREETING_SECONDS)
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
             self._loop.close()
@@ -101,7 +101,7 @@ class QmpMonitor:
             SourceError: The connection is lost, or QEMU does not answer.
         """
         try:
-            return self._run(self._client.execute(command, arguments), _ANSWER_SECONDS)
+            return self._run(lambda: self._client.execute(command, arguments), _ANSWER_SECONDS)
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
         except TimeoutError as error:
@@ -126,7 +126,7 @@ class QmpMonitor:
             content = os.memfd_create("qemu-dump-notes")
             stack.callback(os.close, content)
             try:
-                self._run(self._send_descriptor(content), _ANSWER_SECONDS)
+                self._run(lambda: self._send_descriptor(content), _ANSWER_SECONDS)
             except (self._qmp_error, OSError, ValueError):
                 return dump_byte_through_file(self, gpa)  # such as TCP
             self.qmp("getfd", {"fdname": "qemu-dump-notes"})
@@ -143,19 +143,25 @@ class QmpMonitor:
         leave_signals_to_main_thread()
         self._loop.run_forever()
 
-    def _run(self, work: Coroutine[Any, Any, ResultT], seconds: float) -> ResultT:
-        answer = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
+    def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
+        async def bounded() -> ResultT:
+            return await asyncio.wait_for(work(), seconds)
+
+        answer = None
         try:
+            with uninterrupted():
+                answer = asyncio.run_coroutine_threadsafe(bounded(), self._loop)
             while True:
                 # Woken now and then: gdb's handler of SIGINT does not end a wait.
                 concurrent.futures.wait((answer,), _WAKE_SECONDS)
                 if answer.done():
                     return answer.result()
         except KeyboardInterrupt:
-            # An answer that nobody waits for would end the connection.
-            with uninterrupted():
-                concurrent.futures.wait((answer,), _INTERRUPTED_ANSWER_SECONDS)
-            answer.cancel()
+            if answer is not None:
+                # An answer that nobody waits for would end the connection.
+                with uninterrupted():
+                    concurrent.futures.wait((answer,), _INTERRUPTED_ANSWER_SECONDS)
+                answer.cancel()
             raise
 
 

@@ -234,9 +234,18 @@ def _leave(gdb: _Gdb, address: str, *, ran_before: bool | None) -> None:
     with uninterrupted():
         try:
             if _was_stopped_by_attaching(gdb, address) if ran_before is None else ran_before:
-                gdb.monitor("cont")
+                _resume(gdb)
         finally:
             gdb.console("disconnect")
+
+
+def _resume(gdb: _Gdb) -> None:
+    # An interrupt that gdb has passed on to its Python may be left in gdb, and ends one more
+    # command.
+    try:
+        gdb.monitor("cont")
+    except _CommandError:
+        gdb.monitor("cont")
 
 
 def _command_words(arguments: argparse.Namespace) -> str:
