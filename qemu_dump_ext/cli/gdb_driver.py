@@ -35,7 +35,8 @@ _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
 _CONNECT_SECONDS = 10
 _POLL_SECONDS = 0.5
 _BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
-_INTERRUPTED_SECONDS = 30
+_INTERRUPTED_SECONDS = 30.0
+_PASS_ON_SECONDS = 3
 # The state that attaching to the stub leaves a running guest in.
 _STOPPED_BY_ATTACHING = "paused"
 
@@ -95,28 +96,40 @@ class _Gdb:
     def run(self, command: str, *, show: bool = False) -> dict[str, Any]:
         """Run one MI command; return its results.
 
+        An interrupt is passed on to a command that is shown, and shown commands are what takes
+        long; any other is let finish.
+
         Raises:
             _CommandError: With gdb's message.
             SourceError: gdb ended.
-            KeyboardInterrupt: Once gdb, which is passed the interrupt, has answered.
+            KeyboardInterrupt: Once gdb has answered. A shown command tells by its own result how
+                far it came.
         """
         self._controller.write(command, read_response=False)
-        gives_up = math.inf
         results = None
-        while results is None and time.monotonic() < gives_up:
+        waiting_for = math.inf  # seconds that gdb may still take
+        pass_on = False
+        while results is None and waiting_for > 0:
             try:
+                if pass_on:
+                    os.kill(self._controller.gdb_process.pid, signal.SIGINT)
+                    pass_on = False
                 results = self._receive(show=show)
             except _CommandError:
-                if gives_up < math.inf and not show:
+                if waiting_for < math.inf and not show:
                     break
                 raise
             except KeyboardInterrupt:
-                if gives_up < math.inf:
+                if waiting_for < math.inf:
                     raise
-                gives_up = time.monotonic() + _INTERRUPTED_SECONDS
-                os.kill(self._controller.gdb_process.pid, signal.SIGINT)
-        # What was shown to the user was done, whenever the interrupt came.
-        if results is None or (gives_up < math.inf and not show):
+                waiting_for = _INTERRUPTED_SECONDS
+                pass_on = show
+            else:
+                if results is None and waiting_for < math.inf:
+                    waiting_for -= _POLL_SECONDS
+                    # Again: gdb forgets one that comes before it has begun with the command.
+                    pass_on = show and waiting_for % _PASS_ON_SECONDS == 0
+        if results is None or (waiting_for < math.inf and not show):
             raise KeyboardInterrupt
         return results
 
