@@ -68,7 +68,7 @@ class QemuCommand(gdb.Command):
             raise gdb.GdbError(str(error)) from error
         except KeyboardInterrupt as error:
             _set_status(EXIT_INTERRUPTED)
-            raise gdb.GdbError("interrupted: nothing was left behind") from error
+            raise gdb.GdbError("interrupted: no partial dump was left behind") from error
         _set_status(status)
 
     def complete(self, text: str, word: str) -> Sequence[str] | int:

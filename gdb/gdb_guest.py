@@ -86,6 +86,8 @@ class GdbStub:
         vcpus = []
         try:
             with selection_kept():
+                # The guest may have run, or been reset, without gdb.
+                gdb.execute("maintenance flush register-cache", to_string=True)
                 for thread in gdb.selected_inferior().threads():
                     thread.switch()
                     vcpus.append(Vcpu(thread.ptid[1] - 1, _registers_of_frame(names)))
@@ -118,7 +120,9 @@ def _require_stopped_guest() -> None:
             "gdb is not connected to a guest",
             hint="'target remote :1234' for a QEMU started with -s or -gdb tcp::1234",
         )
-    if any(thread.is_running() for thread in gdb.selected_inferior().threads()):
+    # Not threads(): it sends a packet, and a packet stops a guest that gdb did not let run.
+    thread = gdb.selected_thread()
+    if thread is not None and thread.is_running():
         raise SourceError("the guest is running in gdb", hint="'interrupt' it first")
 
 

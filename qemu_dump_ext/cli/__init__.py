@@ -28,7 +28,7 @@ def run_guarded(program: str, work: Callable[[], int]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"{program}: interrupted: nothing was left behind", file=sys.stderr)
+        print(f"{program}: interrupted: no partial dump was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

@@ -6,11 +6,10 @@ import argparse
 import contextlib
 import math
 import os
-import shlex
+import re
 import shutil
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,7 +32,7 @@ from qemu_dump_ext.third_party import missing_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
 _CONNECT_SECONDS = 10
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.125
 _BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
 _INTERRUPTED_SECONDS = 30.0
 _PASS_ON_SECONDS = 3
@@ -105,32 +104,29 @@ class _Gdb:
             KeyboardInterrupt: Once gdb has answered. A shown command tells by its own result how
                 far it came.
         """
-        self._controller.write(command, read_response=False)
-        results = None
+        record = None
         waiting_for = math.inf  # seconds that gdb may still take
-        pass_on = False
-        while results is None and waiting_for > 0:
+        try:
+            with uninterrupted():
+                self._controller.write(command, read_response=False)
+        except KeyboardInterrupt:
+            waiting_for = _INTERRUPTED_SECONDS
+        while record is None and waiting_for > 0:
+            # Again: gdb forgets an interrupt that comes before it has begun with the command.
+            if show and waiting_for % _PASS_ON_SECONDS == 0:
+                os.kill(self._controller.gdb_process.pid, signal.SIGINT)
             try:
-                if pass_on:
-                    os.kill(self._controller.gdb_process.pid, signal.SIGINT)
-                    pass_on = False
-                results = self._receive(show=show)
-            except _CommandError:
-                if waiting_for < math.inf and not show:
-                    break
-                raise
+                with uninterrupted():  # which would lose what has been read
+                    record = self._receive(show=show)
             except KeyboardInterrupt:
-                if waiting_for < math.inf:
-                    raise
-                waiting_for = _INTERRUPTED_SECONDS
-                pass_on = show
+                waiting_for = min(waiting_for, _INTERRUPTED_SECONDS)
             else:
-                if results is None and waiting_for < math.inf:
-                    waiting_for -= _POLL_SECONDS
-                    # Again: gdb forgets one that comes before it has begun with the command.
-                    pass_on = show and waiting_for % _PASS_ON_SECONDS == 0
-        if results is None or (waiting_for < math.inf and not show):
+                waiting_for -= _POLL_SECONDS
+        if record is None or (waiting_for < math.inf and not show):
             raise KeyboardInterrupt
+        if record["message"] == "error":
+            raise _CommandError(record["payload"]["msg"])
+        results: dict[str, Any] = record["payload"] or {}
         return results
 
     def _receive(self, *, show: bool) -> dict[str, Any] | None:
@@ -140,10 +136,8 @@ class _Gdb:
             if record["type"] == "console" and show:
                 self._output.write(record["payload"])
                 self._output.flush()
-            elif record["type"] == "result" and record["message"] == "error":
-                raise _CommandError(record["payload"]["msg"])
             elif record["type"] == "result":
-                return record["payload"] or {}
+                return record
         if self._controller.gdb_process.poll() is not None:
             raise SourceError("gdb ended unexpectedly")
         return None
@@ -278,4 +272,9 @@ def _command_words(arguments: argparse.Namespace) -> str:
         "always" if watched and not arguments.json else "never",
         arguments.file,
     )
-    return shlex.join(words)
+    return " ".join(map(_quote_for_gdb, words))
+
+
+def _quote_for_gdb(word: str) -> str:
+    # Unlike in a shell, a backslash counts inside quotes as well.
+    return re.sub(r"([\s\\\"'])", r"\\\1", word) or '""'

@@ -161,6 +161,14 @@ def test_force_replaces_also_behind_a_link(stopped: QemuMachine, folder: Path, d
 
 
 @pytest.mark.parametrize("door", DOORS)
+def test_any_name_will_do(stopped: QemuMachine, tmp_path: Path, door: str):
+    for name in ("two words", "it's", 'say "x"', "back\\slash", "ümlaut"):
+        result = run_cli(*way_to(door, stopped), "-z", tmp_path / name)
+        assert result.returncode == 0, result.stderr
+        assert (tmp_path / name).is_file()
+
+
+@pytest.mark.parametrize("door", DOORS)
 def test_a_device_and_a_fifo_stay(stopped: QemuMachine, tmp_path: Path, door: str):
     before = Path("/dev/null").stat()
     fifo = tmp_path / "fifo"
@@ -421,7 +429,7 @@ def test_an_interrupt_lets_the_guest_run_again(
         os.kill(dump.pid, number)
         status, error = finish(dump)
     assert status == 130
-    assert_one_line(error, r": interrupted: nothing was left behind$")
+    assert_one_line(error, r": interrupted: no partial dump was left behind$")
     assert guest_status(running) == "running"
 
 
@@ -437,7 +445,7 @@ def test_an_interrupt_leaves_a_stopped_guest_stopped(
         os.kill(dump.pid, signal.SIGINT)
         status, error = finish(dump)
     assert status == 130
-    assert_one_line(error, r": interrupted: nothing was left behind$")
+    assert_one_line(error, r": interrupted: no partial dump was left behind$")
     assert guest_status(stopped) == "prelaunch"
 
 
