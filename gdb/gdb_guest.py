@@ -115,14 +115,13 @@ def _lost_or(error: gdb.error, what: str) -> SourceError:
 
 
 def _require_stopped_guest() -> None:
-    if not _connected():
+    if not _connected() or not gdb.selected_inferior().pid:  # without a process: extended-remote
         raise ConnectError(
             "gdb is not connected to a guest",
             hint="'target remote :1234' for a QEMU started with -s or -gdb tcp::1234",
         )
     # Not threads(): it sends a packet, and a packet stops a guest that gdb did not let run.
-    thread = gdb.selected_thread()
-    if thread is not None and thread.is_running():
+    if gdb.selected_thread().is_running():
         raise SourceError("the guest is running in gdb", hint="'interrupt' it first")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 
 def run_guarded(program: str, work: Callable[[], int]) -> int:
@@ -30,6 +32,10 @@ def run_guarded(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted: no partial dump was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more is to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_SIGPIPE
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -126,6 +126,14 @@ def test_a_process_of_gdbs_own(tmp_path: Path):
     assert parts[3] == "3"
 
 
+def test_extended_remote_without_a_process(tmp_path: Path):
+    connect = "target extended-remote | gdbserver --multi -"
+    with no_trace(tmp_path):
+        parts = parts_of(None, [connect, f"{_DUMP} {tmp_path}/new", _STATUS, "disconnect"])
+    assert_one_line(parts[1], r"gdb is not connected to a guest")
+    assert parts[2] == "3"
+
+
 def test_the_guest_runs_in_gdb(tmp_path: Path):
     with stopped_machine(_QEMU) as machine, no_trace(tmp_path):
         parts = parts_of(machine, ["continue &", f"{_DUMP} {tmp_path}/new", _STATUS])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -447,6 +448,18 @@ def test_an_interrupt_leaves_a_stopped_guest_stopped(
     assert status == 130
     assert_one_line(error, r": interrupted: no partial dump was left behind$")
     assert guest_status(stopped) == "prelaunch"
+
+
+def test_an_interrupt_at_any_moment(running: QemuMachine, tmp_path: Path):
+    for delay in range(0, 700, 50):  # milliseconds, from the start of Python to the dump
+        with no_trace(tmp_path), open_dump(way_to("qmp", running), tmp_path / "new") as dump:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                dump.wait(delay / 1000)
+            os.kill(dump.pid, signal.SIGINT)
+            status, error = finish(dump)
+        assert status in {130, -signal.SIGINT}, error
+        assert len(error.splitlines()) == (status == 130), error
+        assert guest_status(running) == "running"
 
 
 def test_more_interrupts_do_not_disturb_the_clean_up(running: QemuMachine, tmp_path: Path):
