@@ -145,7 +145,8 @@ def dump(
 def _complete(guest: ProbedGuest, memory: GuestMemory) -> tuple[GuestSnapshot, list[str]]:
     """Add what only guest memory tells: the kernel's note where QEMU's is out of reach, uname."""
     remarks = []
-    byte_order = guest.architecture.cores[0].byte_order
+    core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
+    byte_order = core.byte_order
     guest_note = guest.guest_note
     if guest_note is None:
         guest_note = find_guest_note(memory, guest.ram_blocks, byte_order)
@@ -159,6 +160,7 @@ def _complete(guest: ProbedGuest, memory: GuestMemory) -> tuple[GuestSnapshot, l
             vcpus=guest.vcpus,
             guest_note=guest_note,
             utsname=read_utsname(memory, guest.architecture, guest.ram_blocks, text),
+            machine=guest.machine,
         ),
         remarks,
     )
