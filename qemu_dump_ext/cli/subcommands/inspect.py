@@ -1,0 +1,276 @@
+"""`qemu-dump inspect`: what is in a dump.
+
+With `--json` one object is printed. Numbers are numbers, sizes are bytes:
+
+- `file`, `format` (elf, kdump, elf-flattened, kdump-flattened), `size_bytes` (of the dump itself,
+  rearranged if flattened), `byte_order`, `word_bits`;
+- `header`: the main header's members by their names in C; kdump also has `sub_header`;
+- `notes`: of each `name`, `type`, `type_name` (NT_..., or null), `size_bytes`, `offset`, and where
+  it applies `pid` (NT_PRSTATUS), `version` and `declared_bytes` (QEMU);
+- `vmcoreinfo`: null, or `size_bytes` and `facts`, every line `KEY=VALUE` of it;
+- `segments` (ELF): of each PT_LOAD the members `number`, `p_offset`, `p_vaddr`, ...; the first
+  1024 of `segment_count`;
+- `memory`: `size_bytes`, `range_count` and the first 1024 `ranges` (`gpa`, `size_bytes`);
+- `pages` (kdump): `page_bytes`, bits of the `first_bitmap` and `second_bitmap`, pages that are
+  `zero`, `raw`, `packed` (by codec), `lost`, `bad`; `stored_bytes`, and `ratio` (memory to stored
+  bytes, null if nothing is stored);
+- `problems`: what could not be shown, because the dump is damaged there.
+
+The exit status is 5 if there are problems; `qemu-dump verify` looks at every page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.dump_file import DumpFile, Note
+from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.elf_core_reader import ElfCoreFile
+from qemu_dump_ext.elf_structs import NT_QEMU
+from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
+from qemu_dump_ext.kdump_reader import KdumpFile
+
+_LISTED_JSON = 1024
+_LISTED_WORDS = 32
+_QEMU_NOTE_HEAD = 8
+"""Bytes of version and size, both u32, at the start of QEMU's note."""
+
+_CORE_NOTE_TYPES = {1: "NT_PRSTATUS", 2: "NT_PRFPREG", 3: "NT_PRPSINFO"}
+"""Notes that may be named CORE only."""
+_NOTE_TYPES = {
+    0x100: "NT_PPC_VMX",
+    0x101: "NT_PPC_SPE",
+    0x102: "NT_PPC_VSX",
+    0x200: "NT_386_TLS",
+    0x202: "NT_X86_XSTATE",
+    0x300: "NT_S390_HIGH_GPRS",
+    0x301: "NT_S390_TIMER",
+    0x302: "NT_S390_TODCMP",
+    0x303: "NT_S390_TODPREG",
+    0x304: "NT_S390_CTRS",
+    0x305: "NT_S390_PREFIX",
+    0x309: "NT_S390_VXRS_LOW",
+    0x30A: "NT_S390_VXRS_HIGH",
+    0x30B: "NT_S390_GS_CB",
+    0x30E: "NT_S390_PV_CPU_DATA",
+    0x400: "NT_ARM_VFP",
+    0x401: "NT_ARM_TLS",
+    0x405: "NT_ARM_SVE",
+    0x406: "NT_ARM_PAC_MASK",
+    0xA02: "NT_LOONGARCH_LSX",
+    0xA03: "NT_LOONGARCH_LASX",
+}
+"""Notes named LINUX, or CORE as QEMU does on PPC. Source: Linux include/uapi/linux/elf.h."""
+_FACTS_SHOWN = (
+    "OSRELEASE",
+    "BUILD-ID",
+    "PAGESIZE",
+    "KERNELOFFSET",
+    "NUMBER(phys_base)",
+    "NUMBER(PHYS_OFFSET)",
+    "NUMBER(kimage_voffset)",
+    "NUMBER(VA_BITS)",
+    "NUMBER(pgtable_l5_enabled)",
+    "SYMBOL(_stext)",
+    "SYMBOL(swapper_pg_dir)",
+    "SYMBOL(init_uts_ns)",
+    "CRASHTIME",
+)
+_IN_HEX = frozenset(
+    (
+        *("e_phoff", "e_shoff", "e_entry", "e_flags", "status", "max_mapnr", "max_mapnr_64"),
+        *("phys_base", "offset_vmcoreinfo", "offset_note", "offset_eraseinfo"),
+    )
+)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", help="ELF or kdump, also flattened")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    with open_dump(arguments.file) as dump:
+        facts = describe(arguments.file, dump)
+    if arguments.json:
+        print(json.dumps(facts, indent=2))
+    else:
+        for line in _in_words(facts):
+            print(line)
+    return CorruptDumpError.exit_status if facts["problems"] else EXIT_SUCCESS
+
+
+def describe(file: str, dump: DumpFile) -> dict[str, Any]:
+    """Return what `--json` prints, see above."""
+    problems = list(dump.image.problems)
+    facts: dict[str, Any] = {
+        "file": file,
+        "format": dump.format,
+        "size_bytes": dump.image.size,
+        "byte_order": dump.byte_order,
+        "word_bits": 8 * dump.word_size,
+        "header": dict(dump.header),
+    }
+    parts: dict[str, Callable[[], Any]] = {
+        "notes": lambda: [_describe_note(dump, note) for note in dump.notes],
+        "vmcoreinfo": lambda: _describe_vmcoreinfo(dump),
+    }
+    if isinstance(dump, ElfCoreFile):
+        facts["segment_count"] = len(dump.segments)
+        facts["segments"] = [asdict(segment) for segment in dump.segments[:_LISTED_JSON]]
+    if isinstance(dump, KdumpFile):
+        facts["sub_header"] = dict(dump.sub_header)
+        parts["pages"] = lambda: _describe_pages(dump)
+    parts["memory"] = lambda: _describe_memory(dump.memory_ranges())
+    for key, describe in parts.items():
+        try:
+            facts[key] = describe()
+        except CorruptDumpError as error:
+            facts[key] = None
+            problems.append(f"{key}: {error}")
+    return {**facts, "problems": problems}
+
+
+def _describe_note(dump: DumpFile, note: Note) -> dict[str, Any]:
+    core = _CORE_NOTE_TYPES.get(note.type) if note.name == "CORE" else None
+    other = _NOTE_TYPES.get(note.type) if note.name in {"CORE", "LINUX"} else None
+    facts: dict[str, Any] = {
+        "name": note.name,
+        "type": note.type,
+        "type_name": core or other,
+        "size_bytes": len(note.descriptor),
+        "offset": note.offset,
+    }
+    if note.is_prstatus:
+        facts["pid"] = dump.pid_of(note)
+    if note.name == "QEMU" and note.type == NT_QEMU and len(note.descriptor) >= _QEMU_NOTE_HEAD:
+        facts["version"], facts["declared_bytes"] = (
+            int.from_bytes(note.descriptor[start : start + 4], dump.byte_order) for start in (0, 4)
+        )
+    return facts
+
+
+def _describe_vmcoreinfo(dump: DumpFile) -> dict[str, Any] | None:
+    if dump.vmcoreinfo is None:
+        return None
+    return {"size_bytes": len(dump.vmcoreinfo), "facts": dict(dump.vmcoreinfo_facts)}
+
+
+def _describe_pages(dump: KdumpFile) -> dict[str, Any]:
+    counts = dump.count_pages()
+    memory = dump.page_count * dump.page_size
+    return {
+        "page_bytes": dump.page_size,
+        "first_bitmap": dump.count_bits(0),
+        "second_bitmap": dump.page_count,
+        **asdict(counts),
+        "ratio": round(memory / counts.stored_bytes, 2) if counts.stored_bytes else None,
+    }
+
+
+def _describe_memory(ranges: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    ranges = iter(ranges)
+    listed = [{"gpa": gpa, "size_bytes": size} for gpa, size in islice(ranges, _LISTED_JSON)]
+    size, count = sum(item["size_bytes"] for item in listed), len(listed)
+    for _, more in ranges:
+        size, count = size + more, count + 1
+    return {"size_bytes": size, "range_count": count, "ranges": listed}
+
+
+def _size(size: int) -> str:
+    return f"{size} bytes ({size / (1 << 20):.1f} MiB)" if size >= 1 << 16 else f"{size} bytes"
+
+
+def _in_words(facts: dict[str, Any]) -> Iterator[str]:
+    yield f"{facts['file']}: {facts['format']}, {_size(facts['size_bytes'])}"
+    yield f"{facts['word_bits']} bit, {facts['byte_order']} endian"
+    for key in ("header", "sub_header"):
+        if key in facts:
+            yield f"\n{key.replace('_', '-')}:"
+            yield from _aligned(facts[key])
+    if facts["notes"] is not None:
+        yield f"\nnotes: {len(facts['notes'])}"
+        yield from map(_note_in_words, facts["notes"][:_LISTED_WORDS])
+        yield from _rest(len(facts["notes"]))
+    if facts["vmcoreinfo"] is not None:
+        yield f"\nVMCOREINFO: {facts['vmcoreinfo']['size_bytes']} bytes"
+        found = facts["vmcoreinfo"]["facts"]
+        yield from _aligned({key: found[key] for key in _FACTS_SHOWN if key in found})
+    if "segments" in facts:
+        yield f"\nsegments: {facts['segment_count']}"
+        yield from map(_segment_in_words, facts["segments"][:_LISTED_WORDS])
+        yield from _rest(facts["segment_count"])
+    if facts["memory"] is not None:
+        memory = facts["memory"]
+        yield f"\nmemory: {_size(memory['size_bytes'])}, ranges: {memory['range_count']}"
+        for item in memory["ranges"][:_LISTED_WORDS]:
+            start, size = item["gpa"], item["size_bytes"]
+            yield f"  {start:#018x} to {start + size - 1:#018x}  {_size(size)}"
+        yield from _rest(memory["range_count"])
+    if facts.get("pages"):
+        yield "\npages:"
+        yield from _aligned(_pages_in_words(facts["pages"]))
+    if facts["problems"]:
+        yield ""
+    for problem in facts["problems"]:
+        yield f"problem: {problem}"
+
+
+def _rest(count: int) -> Iterator[str]:
+    if count > _LISTED_WORDS:
+        yield f"  and {count - _LISTED_WORDS} more (--json lists up to {_LISTED_JSON})"
+
+
+def _aligned(facts: dict[str, Any]) -> Iterator[str]:
+    width = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        if value != "":
+            yield f"  {key:{width}}  {hex(value) if key in _IN_HEX else value}"
+
+
+def _note_in_words(note: dict[str, Any]) -> str:
+    extra = "".join(
+        f"  {key} {note[key]}"
+        for key in ("pid", "version", "declared_bytes")
+        if note.get(key) is not None
+    )
+    type_name = note["type_name"] or f"type {note['type']:#x}"
+    return f"  {note['name']:10}  {type_name:20}  {note['size_bytes']:6} bytes{extra}"
+
+
+def _segment_in_words(segment: dict[str, Any]) -> str:
+    sizes = _size(segment["p_memsz"])
+    if segment["p_filesz"] != segment["p_memsz"]:
+        sizes += f", {segment['p_filesz']} in the file"
+    return (
+        f"  {segment['p_paddr']:#018x}  at {segment['p_vaddr']:#018x}"
+        f"  offset {segment['p_offset']:#x}  {sizes}"
+    )
+
+
+def _pages_in_words(pages: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "page size": f"{pages['page_bytes']} bytes",
+        "first bitmap": pages["first_bitmap"],
+        "second bitmap": pages["second_bitmap"],
+        "zero": f"{pages['zero']} (sharing one page)",
+        "raw": pages["raw"],
+        **pages["packed"],
+        **{key: pages[key] for key in ("lost", "bad") if pages[key]},
+        "stored": _size(pages["stored_bytes"]),
+        "ratio": pages["ratio"] or "",
+    }
+
+
+COMMAND = Subcommand(
+    name="inspect",
+    help="show what is in a dump: headers, notes, memory, how pages are stored",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,0 +1,189 @@
+"""What every dump that can be read offers, whatever its format."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType, TracebackType
+from typing import Self
+
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.elf_structs import NHDR, NT_PRSTATUS, elf_abi
+from qemu_dump_ext.errors import CorruptDumpError
+
+NOTES_SIZE_MAX = 256 << 20
+"""More bytes of notes than thousands of vCPUs need; a larger number in a header is damage."""
+_PRSTATUS64_SIZE_MIN = 300
+"""Between the largest struct elf_prstatus with 32-bit words, 268 bytes (PPC), and the smallest with
+64-bit words, 328 (QEMU on 32-bit PPC, which has the prefix of the 64-bit one). The words of the
+dump do not tell: 32-bit guests come in ELFCLASS64."""
+_PR_PID_OFFSET_32, _PR_PID_OFFSET_64 = 24, 32
+"""Of pr_pid in struct elf_prstatus. Source: Linux include/linux/elfcore.h."""
+
+
+@dataclass(frozen=True)
+class Note:
+    """One note.
+
+    Attributes:
+        name: Without its NUL.
+        type: `NT_*`, whose meaning depends on the name.
+        descriptor: Without padding.
+        offset: Of the note's header in the dump, in bytes.
+    """
+
+    name: str
+    type: int
+    descriptor: bytes
+    offset: int
+
+    @property
+    def is_prstatus(self) -> bool:
+        """Whether it carries the registers of one vCPU."""
+        return self.name == "CORE" and self.type == NT_PRSTATUS
+
+
+def parse_notes(data: bytes, byte_order: ByteOrder, offset: int) -> Iterator[Note]:
+    """Yield the notes in `data`, which lies at `offset` of the dump.
+
+    Raises:
+        CorruptDumpError: A note reaches beyond the end.
+
+    Source:
+        System V gABI, "Note Section", with names and descriptors padded to 4 bytes in both
+        classes, as Linux and QEMU write them.
+    """
+    header = NHDR.bind(elf_abi(byte_order, 4))
+    position = 0
+    while position < len(data):
+        if position + header.size > len(data):
+            raise CorruptDumpError(f"note header at offset {offset + position:#x} is cut off")
+        name_size, descriptor_size, note_type = header.codec.unpack_from(data, position)
+        name_start = position + header.size
+        start = name_start + name_size + -name_size % 4
+        end = start + descriptor_size
+        if end > len(data):
+            raise CorruptDumpError(
+                f"note at offset {offset + position:#x} of {name_size} + {descriptor_size} bytes"
+                f" reaches beyond the notes' end at {offset + len(data):#x}"
+            )
+        name = bytes(data[name_start : name_start + name_size]).rstrip(b"\0")
+        yield Note(
+            name.decode("ascii", "backslashreplace"),
+            note_type,
+            bytes(data[start:end]),
+            offset + position,
+        )
+        position = end + -end % 4
+
+
+class DumpFile(ABC):
+    """An open dump. Use as a context manager; not for several threads at once.
+
+    Attributes:
+        image: The bytes of the dump, rearranged if it is flattened.
+        format: `elf`, `kdump`, `elf-flattened` or `kdump-flattened`.
+        byte_order: Of the dump, which is the guest's.
+        word_size: 4 or 8 bytes, as the dump's headers have it.
+        page_size: Unit of presence, in bytes.
+        header: Integers and strings of the main header, under their names in C.
+    """
+
+    image: DumpImage
+    format: str
+    byte_order: ByteOrder
+    word_size: int
+    page_size: int
+    header: Mapping[str, int | str]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.image.close()
+
+    @cached_property
+    def notes(self) -> tuple[Note, ...]:
+        """The notes, in the order of the dump.
+
+        Raises:
+            CorruptDumpError: They are not well-formed.
+        """
+        found: list[Note] = []
+        for offset, size in self._note_areas():
+            if size > NOTES_SIZE_MAX:
+                raise CorruptDumpError(f"notes at offset {offset:#x} of {size:#x} bytes: too large")
+            found += parse_notes(self.image.read(offset, size), self.byte_order, offset)
+        return tuple(found)
+
+    @abstractmethod
+    def _note_areas(self) -> list[tuple[int, int]]:
+        """Return (offset, size) of each area of notes."""
+
+    @cached_property
+    def vmcoreinfo(self) -> bytes | None:
+        """Text of the guest kernel's VMCOREINFO, up to its first NUL; None without.
+
+        Raises:
+            CorruptDumpError: The notes are not well-formed.
+        """
+        for note in self.notes:
+            if note.name == "VMCOREINFO":
+                return note.descriptor.partition(b"\0")[0]
+        return None
+
+    @property
+    def vmcoreinfo_facts(self) -> Mapping[str, str]:
+        """VMCOREINFO as key and value, such as `OSRELEASE` and `NUMBER(phys_base)`."""
+        text = (self.vmcoreinfo or b"").decode("utf-8", "backslashreplace")
+        pairs = (line.partition("=") for line in text.splitlines())
+        return MappingProxyType({key: value for key, equals, value in pairs if equals})
+
+    def pid_of(self, note: Note) -> int | None:
+        """Return pr_pid of an NT_PRSTATUS note; QEMU sets it to the vCPU's number + 1.
+
+        None if it is another note, or too short.
+        """
+        size = len(note.descriptor)
+        start = _PR_PID_OFFSET_64 if size >= _PRSTATUS64_SIZE_MIN else _PR_PID_OFFSET_32
+        if not note.is_prstatus or size < start + 4:
+            return None
+        return int.from_bytes(note.descriptor[start : start + 4], self.byte_order)
+
+    @abstractmethod
+    def memory_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the guest memory in the dump, ascending, merged.
+
+        Raises:
+            CorruptDumpError: The dump cannot be read so far.
+        """
+
+    @abstractmethod
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` with guest memory from `gpa`.
+
+        Raises:
+            GuestMemoryFaultError: The dump does not have all of it.
+            CorruptDumpError: The dump says that it has it, and is damaged there.
+        """
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return `size` bytes of guest memory from `gpa`; errors as `read_into`.
+
+        `size` is the caller's: it is allocated before anything is read.
+        """
+        data = bytearray(size)
+        self.read_into(gpa, memoryview(data))
+        return bytes(data)

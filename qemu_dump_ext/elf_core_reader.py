@@ -1,0 +1,191 @@
+"""Read an ELF core of a guest: 32 and 64 bit, both byte orders, headers in any place.
+
+Source: System V gABI; QEMU dump/dump.c (section headers before the program headers since 7.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
+
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.dump_file import DumpFile
+from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.elf_structs import (
+    EHDR,
+    ELF_MAGIC,
+    ELFCLASS32,
+    ELFCLASS64,
+    ELFDATA,
+    ET_CORE,
+    PN_XNUM,
+    PT_LOAD,
+    PT_NOTE,
+    SHDR,
+    elf_abi,
+    phdr_layout,
+)
+from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
+from qemu_dump_ext.extent_index import ExtentIndex
+
+_IDENT_SIZE = 16
+_EI_CLASS, _EI_DATA = 4, 5
+_WORD_SIZES = {ELFCLASS32: 4, ELFCLASS64: 8}
+_BYTE_ORDERS: dict[int, ByteOrder] = {number: order for order, number in ELFDATA.items()}
+_PHDRS_MAX = 1 << 22
+"""More program headers than a paged dump of any guest was seen to have."""
+_PHDRS_AT_ONCE = 4096
+_OFFSET_END = 1 << 63
+_ZEROES = 1 << 63
+"""Place of memory that the file does not have, so that it reads as zero."""
+
+
+def is_elf(head: bytes) -> bool:
+    """Tell from the first bytes of a dump whether it is ELF."""
+    return head.startswith(ELF_MAGIC)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One PT_LOAD; the names are those of the program header, in bytes.
+
+    Attributes:
+        number: Of the program header, from 0.
+    """
+
+    number: int
+    p_offset: int
+    p_vaddr: int
+    p_paddr: int
+    p_filesz: int
+    p_memsz: int
+
+
+class ElfCoreFile(DumpFile):
+    """An open ELF core.
+
+    Attributes:
+        segments: The PT_LOADs, in the order of the file.
+        headers_end: Offset behind the last program header.
+    """
+
+    page_size = 1
+
+    def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
+        self.image = image
+        self.format = f"elf{format_suffix}"
+        ident = image.read(0, _IDENT_SIZE)
+        try:
+            self.word_size = _WORD_SIZES[ident[_EI_CLASS]]
+            self.byte_order = _BYTE_ORDERS[ident[_EI_DATA]]
+        except KeyError:
+            raise CorruptDumpError(
+                f"ELF class {ident[_EI_CLASS]} and data {ident[_EI_DATA]}"
+                f" at offset {_EI_CLASS:#x} are not 1 or 2"
+            ) from None
+        abi = elf_abi(self.byte_order, self.word_size)
+        layout = EHDR.bind(abi)
+        self._ehdr = layout.unpack_integers(image.read(0, layout.size))
+        if self._ehdr["e_type"] != ET_CORE:
+            raise NotADumpError(f"ELF file of type {self._ehdr['e_type']} is not a core")
+        self.header = MappingProxyType(dict(self._ehdr))
+        self.ehdr_size = layout.size
+        self._phdr = phdr_layout(self.word_size).bind(abi)
+        self._shdr = SHDR.bind(abi)
+        self.segments: list[Segment] = []
+        self._notes: list[tuple[int, int]] = []
+        self._read_program_headers()
+        self._index = self._index_memory()
+
+    def _read_program_headers(self) -> None:
+        start, size = self._ehdr["e_phoff"], self._phdr.size
+        count = self.program_header_count
+        if self._ehdr["e_phentsize"] != size:
+            raise CorruptDumpError(f"e_phentsize is {self._ehdr['e_phentsize']}, not {size}")
+        if count > _PHDRS_MAX:
+            raise CorruptDumpError(f"{count} program headers are more than any dump has")
+        self.headers_end = start + count * size
+        self.image.check(start, count * size)
+        for first in range(0, count, _PHDRS_AT_ONCE):
+            number = min(_PHDRS_AT_ONCE, count - first)
+            data = self.image.read(start + first * size, number * size)
+            for index in range(number):
+                phdr = self._phdr.unpack_integers(data, index * size)
+                if phdr["p_type"] == PT_NOTE:
+                    self._notes.append((phdr["p_offset"], phdr["p_filesz"]))
+                elif phdr["p_type"] == PT_LOAD:
+                    self.segments.append(
+                        Segment(
+                            first + index,
+                            *(phdr[name] for name in Segment.__slots__ if name != "number"),
+                        )
+                    )
+
+    @cached_property
+    def program_header_count(self) -> int:
+        """Number of program headers, from section header 0 where e_phnum has no room for it."""
+        if self._ehdr["e_phnum"] != PN_XNUM:
+            return self._ehdr["e_phnum"]
+        section = self._shdr.unpack_integers(
+            self.image.read(self._ehdr["e_shoff"], self._shdr.size)
+        )
+        return section["sh_info"]
+
+    def _index_memory(self) -> ExtentIndex:
+        index = ExtentIndex()
+        for segment in self.segments:
+            if (
+                segment.p_memsz >= _OFFSET_END
+                or segment.p_paddr + segment.p_memsz > 1 << 64
+                or (segment.p_filesz and segment.p_offset + segment.p_filesz > _OFFSET_END)
+            ):
+                raise CorruptDumpError(f"program header {segment.number} has impossible sizes")
+            if segment.p_memsz > segment.p_filesz:
+                index.append(segment.p_paddr, segment.p_memsz, _ZEROES)
+        for segment in self.segments:
+            # Later extents win: what one mapping has cut off, another may have.
+            if size := min(segment.p_filesz, segment.p_memsz):
+                index.append(segment.p_paddr, size, segment.p_offset)
+        index.settle()
+        return index
+
+    @property
+    def has_notes(self) -> bool:
+        """Whether there is a PT_NOTE."""
+        return bool(self._notes)
+
+    def section_headers(self) -> list[dict[str, int]]:
+        """Return the section headers, of which a dump has none or two, by member.
+
+        Raises:
+            CorruptDumpError: They are not inside the file.
+        """
+        count, size = self._ehdr["e_shnum"], self._shdr.size
+        if not count:
+            return []
+        if self._ehdr["e_shentsize"] != size:
+            raise CorruptDumpError(f"e_shentsize is {self._ehdr['e_shentsize']}, not {size}")
+        data = self.image.read(self._ehdr["e_shoff"], count * size)
+        return [self._shdr.unpack_integers(data, index * size) for index in range(count)]
+
+    def _note_areas(self) -> list[tuple[int, int]]:
+        return self._notes
+
+    def memory_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
+        return self._index.ranges()
+
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` with guest memory from `gpa`."""
+        done = 0
+        for size, place in self._index.pieces(gpa, len(buffer)):
+            part = buffer[done : done + size]
+            if place is None:
+                raise GuestMemoryFaultError(gpa + done, size, "not in the dump")
+            if place >= _ZEROES:
+                part[:] = bytes(size)
+            else:
+                self.image.read_into(place, part)
+            done += size

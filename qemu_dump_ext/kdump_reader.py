@@ -1,0 +1,412 @@
+"""Read a kdump-compressed dump: 32 and 64 bit, both byte orders.
+
+Source: makedumpfile diskdump_mod.h, IMPLEMENTATION; crash diskdump.c; QEMU dump/dump.c.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
+from types import MappingProxyType
+from typing import TypeAlias
+
+from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder
+from qemu_dump_ext.dump_file import NOTES_SIZE_MAX, DumpFile
+from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, RequestError
+from qemu_dump_ext.kdump_structs import (
+    DISK_DUMP_HEADER,
+    KDUMP_SIGNATURE,
+    KDUMP_SUB_HEADER,
+    PAGE_DESCRIPTOR,
+    UTSNAME_FIELDS,
+)
+from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
+
+Descriptor: TypeAlias = tuple[int, int, int, int]
+"""offset, size, flags, page_flags, as in struct page_desc."""
+
+_BYTE_ORDERS: tuple[ByteOrder, ...] = ("little", "big")
+_VERSIONS = range(1, 32)
+_BLOCK_SIZES = tuple(1 << shift for shift in range(12, 17))
+_CPUS_MAX = 1 << 16
+_SUB_HEADER_BLOCKS_MAX = 1 << 20
+_PACKED = 4
+"""Alignment of 64-bit members in the 32-bit sub-header of QEMU and of i386; 8 elsewhere."""
+
+PAGE_DESCRIPTOR_SIZE = PAGE_DESCRIPTOR.bind(Abi("little", 8, 8)).size
+BITMAP_PIECE = 1 << 14
+"""Bytes of bitmap read at one time."""
+PAGES_AT_ONCE = 256
+"""Pages read and unpacked as one piece of work."""
+_SLACK = 1 << 16
+"""Bytes between pages that are rather read than stepped over."""
+_BIT_RUNS = re.compile(rb"\xff+|\x00+|[^\x00\xff]")
+_BITS = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
+
+
+def is_kdump(head: bytes) -> bool:
+    """Tell from the first bytes of a dump whether it is kdump-compressed."""
+    return head.startswith(KDUMP_SIGNATURE)
+
+
+@dataclass
+class PageCounts:
+    """How the pages of a dump are stored.
+
+    Attributes:
+        zero: Pages that share the one page of zeroes.
+        raw: Pages stored as they are.
+        packed: Pages by name of the codec.
+        lost: Pages whose descriptor is empty, as an incomplete dump has them.
+        bad: Pages whose descriptor is impossible.
+        stored_bytes: Of raw and packed pages.
+    """
+
+    zero: int = 0
+    raw: int = 0
+    packed: dict[str, int] = field(default_factory=dict)
+    lost: int = 0
+    bad: int = 0
+    stored_bytes: int = 0
+
+
+def runs_of_ones(bitmap: bytes, first: int) -> Iterator[tuple[int, int]]:
+    """Yield (number, count) of each run of set bits, least significant first, not merged.
+
+    Args:
+        bitmap: One piece of it.
+        first: Number of its first bit.
+    """
+    for match in _BIT_RUNS.finditer(bitmap):
+        start = match.start()
+        byte = bitmap[start]
+        if byte == 0xFF:
+            yield first + 8 * start, 8 * (match.end() - start)
+        elif byte:
+            for bit in _BITS[byte]:
+                yield first + 8 * start + bit, 1
+
+
+class PageUnpacker:
+    """Turns page descriptors into pages. One for each thread."""
+
+    def __init__(self, dump: KdumpFile) -> None:
+        self._dump = dump
+        self._decompressors: dict[int, Decompress] = {}
+
+    def unpack(
+        self, descriptors: Sequence[Descriptor]
+    ) -> Iterator[bytes | memoryview | CorruptDumpError]:
+        """Yield, for each descriptor, its page or what is wrong with it.
+
+        Raises:
+            CodecUnavailableError: A page is packed by a codec that cannot be imported.
+        """
+        dump = self._dump
+        zero_page = dump.zero_page_descriptor
+        faults = {
+            index: fault
+            for index, descriptor in enumerate(descriptors)
+            if (fault := dump.descriptor_fault(descriptor))
+        }
+        own = [
+            descriptor
+            for index, descriptor in enumerate(descriptors)
+            if descriptor != zero_page and index not in faults
+        ]
+        low = min((offset for offset, *_ in own), default=0)
+        high = max((offset + size for offset, size, *_ in own), default=0)
+        # Pages of one batch lie together in the file of every known writer.
+        together = high - low <= 2 * sum(size for _, size, *_ in own) + _SLACK
+        data = memoryview(dump.image.read(low, high - low)) if together else None
+        for index, descriptor in enumerate(descriptors):
+            if index in faults:
+                yield CorruptDumpError(faults[index])
+                continue
+            if descriptor == zero_page:
+                yield dump.zero_page
+                continue
+            offset, size, flags, _ = descriptor
+            try:
+                packed = (
+                    memoryview(dump.image.read(offset, size))
+                    if data is None
+                    else data[offset - low : offset - low + size]
+                )
+                yield self._decompress(flags, packed) if flags else packed
+            except CorruptDumpError as error:
+                yield CorruptDumpError(f"page data at offset {offset:#x}: {error}")
+
+    def _decompress(self, flags: int, packed: memoryview) -> bytes:
+        decompress = self._decompressors.get(flags)
+        if decompress is None:
+            decompress = self._dump.codecs_by_flag[flags].decompressor()
+            self._decompressors[flags] = decompress
+        return decompress(packed, self._dump.page_size)
+
+
+class KdumpFile(DumpFile):
+    """An open kdump-compressed dump.
+
+    Attributes:
+        sub_header: Integers of the sub-header; members newer than the dump's version are 0.
+        sub_header_size: In bytes: 80 packed or 96 padded (32 bit), 104 (64 bit).
+        max_mapnr: Number of the last page frame + 1.
+        bitmaps_offset: Of the first bitmap.
+        bitmap_size: Of each of the two bitmaps, in bytes.
+        descriptors_offset: Of the first page descriptor.
+    """
+
+    codecs_by_flag = MappingProxyType(
+        {codec.page_flag: codec for codec in all_page_codecs().values()}
+    )
+
+    def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
+        self.image = image
+        self.format = f"kdump{format_suffix}"
+        self._integers = self._read_header()
+        self.page_size = block = self._integers["block_size"]
+        sub_blocks, bitmap_blocks = (
+            self._integers[name] for name in ("sub_hdr_size", "bitmap_blocks")
+        )
+        self.bitmaps_offset = block * (1 + sub_blocks)
+        self.bitmap_size = bitmap_blocks // 2 * block
+        self.descriptors_offset = self.bitmaps_offset + bitmap_blocks * block
+        image.check(0, self.descriptors_offset)
+        self._read_sub_header()
+        if self.sub_header["split"]:
+            raise RequestError("one part of a split dump cannot be read", hint="join the parts")
+        self.max_mapnr = (
+            self.sub_header["max_mapnr_64"]
+            if self._integers["header_version"] >= 6
+            else self._integers["max_mapnr"]
+        )
+        if self.max_mapnr > 8 * self.bitmap_size:
+            raise CorruptDumpError(
+                f"two bitmaps in {bitmap_blocks} blocks do not hold {self.max_mapnr:#x} bits"
+            )
+        self._unpacker = PageUnpacker(self)
+        self._piece_number = -1
+        self._piece = b""
+
+    def _read_header(self) -> dict[str, int]:
+        size = DISK_DUMP_HEADER.bind(Abi("little", 8, 8)).size
+        data = self.image.read(0, size)
+        faults = []
+        for byte_order in _BYTE_ORDERS:
+            for word_size in (8, 4):
+                layout = DISK_DUMP_HEADER.bind(Abi(byte_order, word_size, word_size))
+                fields = layout.unpack_integers(data)
+                fault = _header_fault(layout, fields)
+                if fault is None:
+                    self.byte_order, self.word_size = byte_order, word_size
+                    strings = {
+                        name: value.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+                        for name, value in layout.unpack(data).items()
+                        if name in UTSNAME_FIELDS and isinstance(value, bytes)
+                    }
+                    self.header = MappingProxyType({**strings, **fields})
+                    return fields
+                if fields["header_version"] in _VERSIONS:
+                    faults.append(f"{fault} ({8 * word_size} bit)")
+        raise CorruptDumpError(
+            "the kdump header fits neither byte order nor word size: "
+            + ("; ".join(faults) or "header_version at offset 0x8 is impossible")
+        )
+
+    def _read_sub_header(self) -> None:
+        # If neither fits, what is damaged is most likely what QEMU writes.
+        for max_align in (_PACKED, 8, _PACKED) if self.word_size == 4 else (8,):
+            layout = KDUMP_SUB_HEADER.bind(Abi(self.byte_order, self.word_size, max_align))
+            self.sub_header_size = layout.size
+            fields = layout.unpack_integers(self.image.read(self.page_size, layout.size))
+            self.sub_header = MappingProxyType(fields)
+            if self.is_in_sub_header("note") and self.is_in_sub_header("vmcoreinfo"):
+                break
+
+    def is_in_sub_header(self, what: str) -> bool:
+        """Tell whether `note` or `vmcoreinfo` lies where it belongs, or is not there at all."""
+        offset, size = self.sub_header[f"offset_{what}"], self.sub_header[f"size_{what}"]
+        start = self.page_size + self.sub_header_size
+        return not size or (start <= offset and offset + size <= self.bitmaps_offset)
+
+    def _note_areas(self) -> list[tuple[int, int]]:
+        offset, size = self.sub_header["offset_note"], self.sub_header["size_note"]
+        return [(offset, size)] if size else []
+
+    @cached_property
+    def vmcoreinfo(self) -> bytes | None:
+        """Text of the guest kernel's VMCOREINFO, up to its first NUL; None without."""
+        offset, size = self.sub_header["offset_vmcoreinfo"], self.sub_header["size_vmcoreinfo"]
+        if not size:
+            return None
+        if size > NOTES_SIZE_MAX:
+            raise CorruptDumpError(f"VMCOREINFO of {size:#x} bytes: too large")
+        return self.image.read(offset, size).partition(b"\0")[0]
+
+    def bitmap_pieces(self, number: int) -> Iterator[bytes]:
+        """Yield the first (0) or second (1) bitmap in pieces of at most `BITMAP_PIECE` bytes."""
+        start = self.bitmaps_offset + number * self.bitmap_size
+        for done in range(0, self.bitmap_size, BITMAP_PIECE):
+            yield self.image.read(start + done, min(BITMAP_PIECE, self.bitmap_size - done))
+
+    def count_bits(self, number: int) -> int:
+        """Return the number of pages in the first (0) or second (1) bitmap."""
+        pieces = self.bitmap_pieces(number)
+        return sum(int.from_bytes(piece, "little").bit_count() for piece in pieces)
+
+    @cached_property
+    def _ranks(self) -> array[int]:
+        # Number of descriptors before each piece of the second bitmap, and in all.
+        counts = (int.from_bytes(piece, "little").bit_count() for piece in self.bitmap_pieces(1))
+        return array("Q", accumulate(counts, initial=0))
+
+    @property
+    def page_count(self) -> int:
+        """Number of pages in the dump: of bits in the second bitmap."""
+        return self._ranks[-1]
+
+    @cached_property
+    def data_offset(self) -> int:
+        """Offset behind the last page descriptor."""
+        return self.descriptors_offset + PAGE_DESCRIPTOR_SIZE * self.page_count
+
+    @cached_property
+    def zero_page_descriptor(self) -> Descriptor:
+        """What the descriptor of a page of zeroes is: the page at the begin of the data."""
+        return self.data_offset, self.page_size, 0, 0
+
+    @cached_property
+    def zero_page(self) -> bytes:
+        """The page at the begin of the data."""
+        return self.image.read(self.data_offset, self.page_size)
+
+    def descriptor_fault(self, descriptor: Descriptor) -> str | None:
+        """Say what is impossible about a descriptor; None if nothing."""
+        offset, size, flags, _ = descriptor
+        if not any(descriptor):
+            return "empty descriptor: the page was lost when the dump was written"
+        if flags and flags not in self.codecs_by_flag:
+            return f"descriptor with unknown flags {flags:#x}"
+        if not 0 < size <= self.page_size or (not flags and size != self.page_size):
+            return f"descriptor of {size:#x} bytes for a page of {self.page_size:#x}"
+        if offset < self.data_offset or offset + size > self.image.size:
+            return (
+                f"descriptor with offset {offset:#x} and size {size:#x} points outside the data"
+                f" from {self.data_offset:#x} to {self.image.size:#x}"
+            )
+        return None
+
+    def read_descriptors(self, rank: int, count: int) -> list[Descriptor]:
+        """Return `count` page descriptors, the first being number `rank` of the dump."""
+        codec = PAGE_DESCRIPTOR.bind(Abi(self.byte_order, 8, 8)).codec
+        start = self.descriptors_offset + codec.size * rank
+        return list(codec.iter_unpack(self.image.read(start, codec.size * count)))
+
+    def page_runs(self) -> Iterator[tuple[int, int]]:
+        """Yield (pfn, pages) of what the second bitmap has, ascending, merged."""
+        start = end = 0
+        for number, piece in enumerate(self.bitmap_pieces(1)):
+            for pfn, count in runs_of_ones(piece, 8 * BITMAP_PIECE * number):
+                if pfn != end:
+                    if end > start:
+                        yield start, end - start
+                    start = pfn
+                end = pfn + count
+        if end > start:
+            yield start, end - start
+
+    def memory_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
+        for pfn, count in self.page_runs():
+            yield pfn * self.page_size, count * self.page_size
+
+    def count_pages(self) -> PageCounts:
+        """Count how pages are stored, from their descriptors alone.
+
+        Raises:
+            CorruptDumpError: The descriptors are not all there.
+        """
+        counts = PageCounts()
+        zero_page, codecs = self.zero_page_descriptor, self.codecs_by_flag
+        packed = counts.packed
+        for rank in range(0, self.page_count, PAGES_AT_ONCE):
+            number = min(PAGES_AT_ONCE, self.page_count - rank)
+            for descriptor in self.read_descriptors(rank, number):
+                if descriptor == zero_page:
+                    counts.zero += 1
+                elif not any(descriptor):
+                    counts.lost += 1
+                elif self.descriptor_fault(descriptor):
+                    counts.bad += 1
+                else:
+                    counts.stored_bytes += descriptor[1]
+                    if flags := descriptor[2]:
+                        name = codecs[flags].name
+                        packed[name] = packed.get(name, 0) + 1
+                    else:
+                        counts.raw += 1
+        return counts
+
+    def _run_from(self, pfn: int, limit: int) -> tuple[int, int]:
+        # (rank of pfn, number of present pages from pfn on, at most limit), within one piece.
+        number, bit = divmod(pfn, 8 * BITMAP_PIECE)
+        if number + 1 >= len(self._ranks):
+            return 0, 0
+        if number != self._piece_number:
+            start = self.bitmaps_offset + self.bitmap_size + number * BITMAP_PIECE
+            size = min(BITMAP_PIECE, self.bitmap_size - number * BITMAP_PIECE)
+            self._piece, self._piece_number = self.image.read(start, size), number
+        byte, bit = divmod(bit, 8)
+        before = int.from_bytes(self._piece[:byte], "little").bit_count()
+        window = self._piece[byte : byte + limit // 8 + 2]
+        bits = int.from_bytes(window, "little")
+        rank = self._ranks[number] + before + (bits & (1 << bit) - 1).bit_count()
+        bits >>= bit
+        run = (~bits & (bits + 1)).bit_length() - 1
+        return rank, min(run, limit)
+
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` with guest memory from `gpa`."""
+        page_size = self.page_size
+        while buffer:
+            pfn, skip = divmod(gpa, page_size)
+            wanted = (skip + len(buffer) + page_size - 1) // page_size
+            rank, count = self._run_from(pfn, min(wanted, PAGES_AT_ONCE))
+            if not count:
+                raise GuestMemoryFaultError(gpa, len(buffer), "not in the dump")
+            descriptors = self.read_descriptors(rank, count)
+            for descriptor, page in zip(
+                descriptors, self._unpacker.unpack(descriptors), strict=True
+            ):
+                if isinstance(page, CorruptDumpError):
+                    if not any(descriptor):
+                        raise GuestMemoryFaultError(gpa, len(buffer), "the dump is incomplete")
+                    raise CorruptDumpError(f"guest memory at {gpa:#x}: {page}")
+                size = min(page_size - skip, len(buffer))
+                buffer[:size] = page[skip : skip + size]
+                buffer, gpa, skip = buffer[size:], gpa + size, 0
+
+    def pfns(self) -> Iterator[int]:
+        """Yield the page frame number of each descriptor, in their order."""
+        for pfn, count in self.page_runs():
+            yield from range(pfn, pfn + count)
+
+
+def _header_fault(layout: BoundStruct, fields: dict[str, int]) -> str | None:
+    plausible = {
+        "header_version": fields["header_version"] in _VERSIONS,
+        "block_size": fields["block_size"] in _BLOCK_SIZES,
+        "sub_hdr_size": 0 < fields["sub_hdr_size"] <= _SUB_HEADER_BLOCKS_MAX,
+        "bitmap_blocks": fields["bitmap_blocks"] > 0,
+        "nr_cpus": 0 <= fields["nr_cpus"] <= _CPUS_MAX,
+    }
+    for name, good in plausible.items():
+        if not good:
+            return f"{name} at offset {layout.offsets[name]:#x} is {fields[name]:#x}"
+    return None

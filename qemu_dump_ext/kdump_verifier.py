@@ -1,0 +1,178 @@
+"""Find damage in a kdump-compressed dump."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.kdump_reader import (
+    BITMAP_PIECE,
+    PAGES_AT_ONCE,
+    Descriptor,
+    KdumpFile,
+    PageUnpacker,
+)
+from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_INCOMPLETE
+from qemu_dump_ext.verify_report import OrderedPool, Progress, VerifyReport
+
+_MAX_MAPNR_32 = (1 << 32) - 1
+
+
+@dataclass
+class _Batch:
+    pfns: array[int]
+    rank: int
+
+
+@dataclass
+class _BatchResult:
+    pfns: array[int]
+    descriptors: list[Descriptor]
+    problems: list[str]
+    zero: int = 0
+    raw: int = 0
+    packed: int = 0
+
+
+class KdumpVerifier:
+    """Verifies one kdump-compressed dump."""
+
+    def __init__(self, dump: KdumpFile, report: VerifyReport) -> None:
+        self._dump = dump
+        self._report = report
+        # Extents of page data: descriptors that follow each other in the file are one extent.
+        self._starts = array("Q")
+        self._ends = array("Q")
+        self._first_pfns = array("Q")
+
+    def verify(self, pool: OrderedPool, progress: Progress) -> None:
+        """Verify everything but the notes.
+
+        Raises:
+            CorruptDumpError: What follows cannot be looked at.
+        """
+        dump, report = self._dump, self._report
+        self._verify_headers()
+        self._verify_bitmaps()
+        total = dump.page_count * dump.page_size
+        for result in pool.map(self._verify_batch, self._batches()):
+            for problem in result.problems:
+                report.add_problem(problem)
+            report.zero_pages += result.zero
+            report.raw_pages += result.raw
+            report.packed_pages += result.packed
+            report.memory_bytes += len(result.pfns) * dump.page_size
+            self._note_extents(result)
+            progress(report.memory_bytes, total)
+        self._verify_extents()
+
+    def _verify_headers(self) -> None:
+        dump, report = self._dump, self._report
+        header, sub_header = dump.header, dump.sub_header
+        report.expect(
+            not int(header["status"]) & DUMP_DH_COMPRESSED_INCOMPLETE,
+            "the dump says that it is incomplete",
+        )
+        if int(header["header_version"]) >= 6:
+            report.expect(
+                header["max_mapnr"] == min(dump.max_mapnr, _MAX_MAPNR_32),
+                f"max_mapnr is {header['max_mapnr']:#x} in the header"
+                f" and {dump.max_mapnr:#x} in the sub-header",
+            )
+        for what in ("note", "vmcoreinfo"):
+            report.expect(
+                dump.is_in_sub_header(what),
+                f"offset_{what} {sub_header[f'offset_{what}']:#x} and size_{what}"
+                f" {sub_header[f'size_{what}']:#x} point outside the sub-header",
+            )
+
+    def _verify_bitmaps(self) -> None:
+        dump, report = self._dump, self._report
+        unknown = beyond = 0
+        pieces = zip(dump.bitmap_pieces(0), dump.bitmap_pieces(1), strict=True)
+        for number, (first, second) in enumerate(pieces):
+            left = max(0, dump.max_mapnr - 8 * BITMAP_PIECE * number)
+            bits, in_dump = (int.from_bytes(piece, "little") for piece in (first, second))
+            unknown += (in_dump & ~bits).bit_count()
+            beyond += ((bits | in_dump) >> left).bit_count()
+        report.expect(not unknown, f"{unknown} pages are in the second bitmap only")
+        report.expect(
+            not beyond, f"{beyond} bits of the bitmaps lie beyond max_mapnr {dump.max_mapnr:#x}"
+        )
+
+    def _batches(self) -> Iterator[_Batch]:
+        pfns, rank = self._dump.pfns(), 0
+        while batch := array("Q", islice(pfns, PAGES_AT_ONCE)):
+            yield _Batch(batch, rank)
+            rank += len(batch)
+
+    def _verify_batch(self, batch: _Batch) -> _BatchResult:
+        dump = self._dump
+        descriptors = dump.read_descriptors(batch.rank, len(batch.pfns))
+        result = _BatchResult(batch.pfns, descriptors, [])
+        zero_page = dump.zero_page_descriptor
+        pages = PageUnpacker(dump).unpack(descriptors)
+        for pfn, descriptor, page in zip(batch.pfns, descriptors, pages, strict=True):
+            if isinstance(page, CorruptDumpError):
+                result.problems.append(f"page {pfn:#x}: {page}")
+            elif descriptor == zero_page:
+                result.zero += 1
+            elif descriptor[2]:
+                result.packed += 1
+            else:
+                result.raw += 1
+        return result
+
+    def _note_extents(self, result: _BatchResult) -> None:
+        dump = self._dump
+        zero_page, limit = dump.zero_page_descriptor, dump.image.size
+        starts, ends = self._starts, self._ends
+        last = ends[-1] if ends else -1
+        for pfn, descriptor in zip(result.pfns, result.descriptors, strict=True):
+            offset, size, *_ = descriptor
+            if descriptor == zero_page or not size or offset < 0 or offset + size > limit:
+                continue
+            if offset == last:
+                last = ends[-1] = offset + size
+            else:
+                last = offset + size
+                starts.append(offset)
+                ends.append(last)
+                self._first_pfns.append(pfn)
+
+    def _verify_extents(self) -> None:
+        dump, report = self._dump, self._report
+        starts, ends = self._starts, self._ends
+        data = dump.data_offset
+        end = last_index = 0
+        if report.zero_pages:
+            end = data + dump.page_size
+            # One page alone there may be any page, of a writer that has no page of zeroes.
+            report.expect(
+                report.zero_pages == 1 or not any(dump.zero_page),
+                f"the page of zeroes at offset {data:#x} is not zero"
+                f" ({report.zero_pages} pages share it)",
+            )
+        order = sorted(range(len(starts)), key=starts.__getitem__)
+        if order:
+            lowest = starts[order[0]]
+            report.expect(
+                lowest == data + dump.page_size or lowest <= (end or data),
+                f"page data begin at offset {lowest:#x}, the descriptors end at {data:#x}:"
+                " bitmap and descriptors disagree",
+            )
+        for index in order:
+            if starts[index] < end:
+                report.add_problem(
+                    f"page {self._first_pfns[index]:#x}: its data at offset {starts[index]:#x}"
+                    f" overlap those of page {self._first_pfns[last_index]:#x} or its followers"
+                )
+            if ends[index] > end:
+                end, last_index = ends[index], index
+        behind = dump.image.size - max(end, data)
+        # Pages with problems are not counted among the extents.
+        if behind > (0 if end > data else dump.page_size) and not report.problem_count:
+            report.remarks.append(f"{behind} bytes behind the last page")

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
+from qemu_dump_ext.guest_images.manifest import default_cache, find_image
+from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.oracle import OracleDumps
+from tests.support.raw_qmp import RawQmp
+
+pytest_plugins = ["tests.support.native_dumps"]
+
+
+@pytest.fixture(scope="module")
+def x86_64_guest() -> Iterator[BootedGuest]:
+    """A guest of this module's own, which its tests may change in the order they stand in."""
+    image = find_image("x86_64")
+    with BootedGuest(image, ImageStore(default_cache()).fetch(image)) as guest:
+        yield guest
+
+
+@pytest.fixture(scope="session")
+def linux_guest() -> Iterator[BootedGuest]:
+    """One Linux guest for all tests that leave it as it was."""
+    image = find_image("x86_64")
+    with BootedGuest(image, ImageStore(default_cache()).fetch(image)) as guest:
+        yield guest
+
+
+@contextmanager
+def _stopped(machine: QemuMachine) -> Iterator[None]:
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("stop")
+    yield
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("cont")
+
+
+@pytest.fixture(scope="module")
+def paused_linux(linux_guest: BootedGuest) -> Iterator[BootedGuest]:
+    """The Linux guest, stopped while the tests of a module run."""
+    with _stopped(linux_guest):
+        yield linux_guest
+
+
+@pytest.fixture(scope="module")
+def paused_linux_native(
+    paused_linux: BootedGuest, tmp_path_factory: pytest.TempPathFactory
+) -> OracleDumps:
+    """QEMU's own dumps of the stopped Linux guest."""
+    return OracleDumps(paused_linux, tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="session")
+def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
+    """Two vCPUs that never ran, and memory with known content of every kind."""
+    arguments = loaded_content(tmp_path_factory.mktemp("content"))
+    with stopped_machine(["qemu-system-x86_64"], arguments) as machine:
+        yield machine
+
+
+PLANTED_AT = 0x200000
+
+
+def loaded_content(directory: Path) -> list[str]:
+    """Return the arguments of a small machine that has planted content in its memory."""
+    content = directory / "content"
+    content.write_bytes(planted_content())
+    loader = f"loader,file={content},addr={PLANTED_AT:#x},force-raw=on"
+    return ["-M", "q35", "-m", "16", "-smp", "2", "-device", loader]
+
+
+def planted_content() -> bytes:
+    """Pages that compress well, hardly, not at all, and pages of zeros in between."""
+    text = Path(__file__).read_bytes()
+    random_page = bytes((i * i * 31 + (i >> 3) * 17) & 0xFF for i in range(4096))
+    pages = [(text * 3)[:4096], bytes(4096), random_page, b"\xa5" * 4096]
+    return b"".join(pages * 64) + b"an unaligned end"
+
+
+@pytest.fixture(scope="session")
+def bare_native(bare_machine: QemuMachine, tmp_path_factory: pytest.TempPathFactory) -> OracleDumps:
+    """QEMU's own dumps of the machine that never ran."""
+    return OracleDumps(bare_machine, tmp_path_factory.mktemp("native"))

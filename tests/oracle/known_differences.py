@@ -1,0 +1,29 @@
+"""Where our default dump differs from QEMU 7.2's, and why. Anything else that differs fails."""
+
+from __future__ import annotations
+
+_PROGRAM_HEADERS_FIRST = (
+    "makedumpfile, and crash before 7.2.9, want the program headers right behind the ELF header;"
+    " QEMU puts section headers, which no reader of an unpaged core needs, in between"
+)
+
+ELF = {
+    "e_phoff": _PROGRAM_HEADERS_FIRST,
+    "e_shoff": _PROGRAM_HEADERS_FIRST,
+    "e_shnum": _PROGRAM_HEADERS_FIRST,
+    "e_shentsize": _PROGRAM_HEADERS_FIRST,
+    "e_shstrndx": _PROGRAM_HEADERS_FIRST,
+    "tail": "the string table of those section headers",
+    "e_ehsize": "QEMU writes the size of a pointer instead of the size of the ELF header",
+}
+_UTSNAME = "libkdumpfile, and with it drgn, refuses a header that does not name the kernel"
+KDUMP = {
+    "sysname": _UTSNAME,
+    "release": _UTSNAME,
+    "version": _UTSNAME,
+}
+KDUMP_LINUX = {
+    "nodename": _UTSNAME,
+    "domainname": _UTSNAME,
+    "phys_base": "QEMU reads the decimal NUMBER(phys_base) of VMCOREINFO as hexadecimal",
+}
