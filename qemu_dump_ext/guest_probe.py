@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from qemu_dump_ext.architectures import architecture_for_cpu_types
+from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Register,
@@ -93,7 +93,9 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     """
     monitor = access.monitor
     version = parse_version(monitor.execute("info version"))
-    objects = find_machine_objects(monitor)
+    objects = find_machine_objects(
+        monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
+    )
     ram_blocks = parse_flat_view(monitor.execute("info mtree -f"))
     texts = read_register_texts(monitor)
     vcpu_property = partial(read_property, monitor, objects.cpu_path)

@@ -42,8 +42,13 @@ class MachineObjects:
     cpu_path: str
 
 
-def find_machine_objects(monitor: Monitor) -> MachineObjects:
+def find_machine_objects(monitor: Monitor, cpu_suffixes: tuple[str, ...]) -> MachineObjects:
     """Find the machine and one of its CPUs.
+
+    Args:
+        monitor: Of a stopped guest.
+        cpu_suffixes: How the types of the CPUs end that are looked for. Where there is none,
+            something that may be a CPU of another kind is returned, for the message.
 
     Raises:
         MonitorAnswerError: There is no CPU.
@@ -51,16 +56,22 @@ def find_machine_objects(monitor: Monitor) -> MachineObjects:
     roots = _children(monitor, "/")
     machine_type = dict(roots).get("machine", "")
     waiting = [(0, 0, "/machine")]
+    unknown: MachineObjects | None = None
     for count in range(1, _MAX_OBJECTS):
         if not waiting:
             break
         _, _, path = heapq.heappop(waiting)
         for name, kind in _children(monitor, path):
+            found = MachineObjects(machine_type, kind, f"{path}/{name}")
+            if kind.endswith(cpu_suffixes):
+                return found
             if kind.endswith(_CPU_SUFFIX):
-                return MachineObjects(machine_type, kind, f"{path}/{name}")
+                unknown = unknown or found
             if kind not in _LEAVES:
                 unlikely = _LIKELY.search(f"{name} {kind}") is None
                 heapq.heappush(waiting, (int(unlikely), count, f"{path}/{name}"))
+    if unknown is not None:
+        return unknown
     raise MonitorAnswerError("qom-list /machine", "there is no CPU in it")
 
 

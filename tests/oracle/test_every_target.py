@@ -116,7 +116,8 @@ ROWS = (
         "ppc64",
         "ppc64",
         (*_PSERIES, "-cpu", "power10"),
-        planted={"lpcr": 1 << 25},
+        # MSR.LE turns the stub's byte order for all that is planted behind it: LPCR.ILE.
+        planted={"msr": 1 << 63 | 1, "lpcr": 0x02 << 32},
         mended=frozenset(("byte order",)),
         block_size=65536,
         data_encoding=2,

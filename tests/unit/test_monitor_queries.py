@@ -31,7 +31,7 @@ class _Monitor:
 
 def test_machine_and_cpu_are_found_without_asking_every_object():
     monitor = _Monitor(_TREE)
-    found = find_machine_objects(monitor)
+    found = find_machine_objects(monitor, ("-arm-cpu",))
     assert (found.machine_type, found.cpu_type, found.cpu_path) == (
         "raspi3b-machine",
         "cortex-a53-arm-cpu",
@@ -43,7 +43,19 @@ def test_machine_and_cpu_are_found_without_asking_every_object():
 
 def test_a_tree_without_a_cpu_is_an_error():
     with pytest.raises(MonitorAnswerError, match="no CPU"):
-        find_machine_objects(_Monitor({"qom-list /machine": "soc (child<bcm2837>)\n"}))
+        find_machine_objects(
+            _Monitor({"qom-list /machine": "soc (child<bcm2837>)\n"}), ("-arm-cpu",)
+        )
+
+
+def test_what_is_only_called_a_cpu_is_passed_over():
+    tree = {
+        "qom-list /machine": "cpus (child<container>)\ndrc (child<spapr-drc-cpu>)\n",
+        "qom-list /machine/cpus": "thread[0] (child<power9_v2.0-powerpc64-cpu>)\n",
+    }
+    found = find_machine_objects(_Monitor(tree), ("-powerpc64-cpu",))
+    assert found.cpu_path == "/machine/cpus/thread[0]"
+    assert find_machine_objects(_Monitor(tree), ("-arm-cpu",)).cpu_type == "spapr-drc-cpu"
 
 
 def test_a_tree_without_an_end_is_an_error():
@@ -53,7 +65,7 @@ def test_a_tree_without_an_end_is_an_error():
             return "again (child<container>)\n"
 
     with pytest.raises(MonitorAnswerError):
-        find_machine_objects(Endless({}))
+        find_machine_objects(Endless({}), ("-arm-cpu",))
 
 
 def test_devices_and_properties():
