@@ -40,7 +40,7 @@ _CLIENT = "import sys; from pathlib import Path; from tests.support.raw_qmp impo
 
 @pytest.fixture(scope="module")
 def stopped() -> Iterator[QemuMachine]:
-    with stopped_machine(_QEMU, ["-smp", "2"]) as machine:
+    with stopped_machine(_QEMU, ["-smp", "2", "-m", "16"]) as machine:
         yield machine
 
 

@@ -163,10 +163,10 @@ def test_force_replaces_also_behind_a_link(stopped: QemuMachine, folder: Path, d
 
 @pytest.mark.parametrize("door", DOORS)
 def test_any_name_will_do(stopped: QemuMachine, tmp_path: Path, door: str):
-    for name in ("two words", "it's", 'say "x"', "back\\slash", "ümlaut"):
-        result = run_cli(*way_to(door, stopped), "-z", tmp_path / name)
-        assert result.returncode == 0, result.stderr
-        assert (tmp_path / name).is_file()
+    path = tmp_path / 'it\'s two "words", a back\\slash and an ümlaut'
+    result = run_cli(*way_to(door, stopped), "-z", path)
+    assert result.returncode == 0, result.stderr
+    assert path.is_file()
 
 
 @pytest.mark.parametrize("door", DOORS)
@@ -187,14 +187,16 @@ def test_a_device_and_a_fifo_stay(stopped: QemuMachine, tmp_path: Path, door: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], r"no room for .*: the dump takes 64 MiB, the file system has 1 MiB left \(-z takes"),
+        ([], r"no room for .*: the dump takes 64 MiB, the file system has 0 MiB left \(-z takes"),
         (["-z", "none"], r"cannot write .*/new: No space left on device"),
     ],
 )
 def test_no_room(stopped: QemuMachine, tmp_path: Path, door: str, words: list[str], message: str):
     argv = cli_argv(*way_to(door, stopped), *words, tmp_path / "new")
-    # The bitmaps, page descriptors and pages of firmware take more than 1 MiB.
-    script = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && "$@"; s=$?; ls -A {tmp_path}; exit $s'
+    # The bitmaps, page descriptors and pages of firmware take more than 512 KiB.
+    script = (
+        f'mount -t tmpfs -o size=512k tmpfs {tmp_path} && "$@"; s=$?; ls -A {tmp_path}; exit $s'
+    )
     with no_trace(tmp_path):
         result = subprocess.run(
             ["unshare", "--mount", "sh", "-c", script, "sh", *argv],
@@ -306,10 +308,10 @@ def test_tcp_passes_no_descriptors(tmp_path: Path):
 
 
 def test_no_gdbstub_there(tmp_path: Path):
-    for address in (tmp_path / "none", "127.0.0.1:1"):
-        with no_trace(tmp_path):
-            result = run_cli("--gdb", address, tmp_path / "new")
-        refuse(result, 3, rf"gdb cannot connect to {address}: .*behind QEMU's -gdb")
+    address = tmp_path / "none"
+    with no_trace(tmp_path):
+        result = run_cli("--gdb", address, tmp_path / "new")
+    refuse(result, 3, rf"gdb cannot connect to {address}: .*behind QEMU's -gdb")
 
 
 @pytest.mark.skipif(shutil.which("gdbserver") is None, reason="needs gdbserver")
