@@ -118,6 +118,8 @@ class Architecture:
             does, with what is wrong in it. A KeyError names a register that no source gave. None
             where the tables are unknown, as in QEMU for all but x86: virtual addresses are then
             physical ones.
+        kernel_page_tables: Tells from VMCOREINFO's text and phys_base where the kernel's own page
+            tables (swapper_pg_dir) begin, or None where they do not tell. None where unknown.
     """
 
     name: str
@@ -133,3 +135,4 @@ class Architecture:
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
     page_table_roots: Callable[[Mapping[str, int], bool], Sequence[PageTableRoot]] | None = None
+    kernel_page_tables: Callable[[bytes, int | None], PageTableRoot | None] | None = None

@@ -30,6 +30,7 @@ from qemu_dump_ext.page_table_walk import (
     PageTableRoot,
     TableLevel,
 )
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"
@@ -48,6 +49,8 @@ _PRINTED_FLAGS = 0x00FFFF00
 _CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
 _4G = 1 << 32
 _U64 = (1 << 64) - 1
+_KERNEL_MAP_BASE = 0xFFFFFFFF80000000
+"""__START_KERNEL_map: where the kernel image is linked, and mapped but for KASLR."""
 
 _PRSTATUS_64 = StructLayout(
     "elf_prstatus (x86-64)",
@@ -274,6 +277,15 @@ def _page_table_roots(registers: Mapping[str, int], native: bool) -> Sequence[Pa
     return (PageTableRoot(tables, cr3 & _ADDRESS, address_mask),)
 
 
+def _kernel_page_tables(vmcoreinfo: bytes, phys_base: int | None) -> PageTableRoot | None:
+    table = vmcoreinfo_number(vmcoreinfo, "SYMBOL(swapper_pg_dir)", 16)
+    if table is None or phys_base is None:
+        return None
+    five = vmcoreinfo_number(vmcoreinfo, "NUMBER(pgtable_l5_enabled)") == 1
+    gpa = (table - _KERNEL_MAP_BASE + phys_base) & _ADDRESS
+    return PageTableRoot(_long_mode_tables(5 if five else 4, native=False), gpa)
+
+
 def _gpr(name: str) -> Register:
     monitor = (name.upper(), f"E{name[1:].upper()}") if name in _LEGACY_GPRS else (name.upper(),)
     return Register(name, gdb=name, monitor=monitor)
@@ -311,9 +323,10 @@ ARCHITECTURE = Architecture(
     program_counter="rip",
     page_size=4096,
     phys_base_key="NUMBER(phys_base)",
-    kernel_map_base=0xFFFFFFFF80000000,
+    kernel_map_base=_KERNEL_MAP_BASE,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
     page_table_roots=_page_table_roots,
+    kernel_page_tables=_kernel_page_tables,
 )
