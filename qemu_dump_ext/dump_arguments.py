@@ -77,6 +77,20 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="byte for byte what the attached QEMU would write, its known defects included",
     )
+    kernel = parser.add_mutually_exclusive_group()
+    kernel.add_argument(
+        "--no-vmcoreinfo",
+        dest="vmcoreinfo",
+        action="store_false",
+        help="leave out the note in which a Linux kernel tells readers about itself; without a"
+        " vmcoreinfo device it is looked for in guest memory",
+    )
+    kernel.add_argument(
+        "--kernel",
+        metavar="RELEASE",
+        help="take the note of this kernel (as 'uname -r' prints it, or the note's address as"
+        " 0x...) where guest memory has those of several",
+    )
     parser.add_argument(
         "--memory",
         default=AUTO,
@@ -152,6 +166,8 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         exact=arguments.exact,
         paging=arguments.paging,
         memory_range=_range_of(arguments),
+        vmcoreinfo=arguments.vmcoreinfo,
+        kernel=arguments.kernel,
     )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
@@ -17,7 +18,6 @@ from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.guest_probe import (
     GuestAccess,
     ProbedGuest,
-    find_guest_note,
     probe_guest,
     read_utsname,
 )
@@ -27,6 +27,7 @@ from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,32 @@ def dump(
     )
 
 
+def _kernel_note(
+    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, byte_order: ByteOrder
+) -> tuple[bytes, list[str]]:
+    """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
+    if not request.vmcoreinfo:
+        return b"", []
+    unknown = guest.guest_note is None
+    if guest.guest_note is not None and request.kernel is None:
+        # With --exact, no note is what QEMU would have.
+        if guest.guest_note or request.exact:
+            return guest.guest_note, []
+    search = NoteSearch(guest.architecture, byte_order, memory, guest.ram_blocks, guest.vcpus)
+    result = search.find(request.kernel)
+    remarks = list(result.remarks)
+    if unknown:
+        remarks.append(f"QEMU's own VMCOREINFO: {guest.native_refusal}")
+    return (result.chosen.note if result.chosen else b""), remarks
+
+
 def _complete(
     guest: ProbedGuest, memory: GuestMemory, request: DumpRequest
 ) -> tuple[GuestSnapshot, list[str]]:
     """Add what only guest memory tells: the kernel's note where QEMU's is out of reach, uname."""
-    remarks = []
-    byte_order = guest.architecture.cores[0].byte_order
-    guest_note = guest.guest_note
-    if guest_note is None:
-        guest_note = find_guest_note(memory, guest.ram_blocks, byte_order)
-        where = "found in guest memory" if guest_note else "not found in guest memory"
-        remarks.append(f"VMCOREINFO was {where}; QEMU's own: {guest.native_refusal}")
+    core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
+    byte_order = core.byte_order
+    guest_note, remarks = _kernel_note(guest, memory, request, byte_order)
     text = vmcoreinfo_text(guest_note, byte_order)
     mappings = None
     if request.paging:
@@ -178,6 +194,7 @@ def _complete(
             guest_note=guest_note,
             utsname=read_utsname(memory, guest.architecture, guest.ram_blocks, text),
             mappings=mappings,
+            machine=guest.machine,
         ),
         remarks,
     )

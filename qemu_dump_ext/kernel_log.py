@@ -124,7 +124,7 @@ def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
     size_bits = integer(ring, texts_at + facts.offset("prb_data_ring.size_bits"), 4)
     descriptor_size, info_size = facts.size("prb_desc"), facts.size("printk_info")
     if count_bits > _COUNT_BITS_MAX or (1 << min(size_bits, 64)) > _LOG_SIZE_MAX:
-        raise SourceError(f"the kernel's log has impossible sizes: 2^{count_bits} and 2^{size_bits}")
+        raise SourceError(f"the kernel's log is impossible: 2^{count_bits} in 2^{size_bits} bytes")
     count, text_size = 1 << count_bits, 1 << size_bits
     if count * max(descriptor_size, info_size) > _LOG_SIZE_MAX:
         raise SourceError(f"the kernel's log has {count} records, which is impossible")
@@ -164,7 +164,8 @@ def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
 def _record_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
     """Walk the buffer of struct printk_log: records behind each other, length 0 at the wrap."""
     name = "printk_log" if facts.has("printk_log") else "log"
-    addresses = [facts.symbol(symbol) for symbol in ("log_buf_len", "log_first_idx", "log_next_idx")]
+    symbols = ("log_buf_len", "log_first_idx", "log_next_idx")
+    addresses = [facts.symbol(symbol) for symbol in symbols]
     numbers = [facts.load(place, 4) for place in addresses if place is not None]
     if len(numbers) < len(addresses):
         raise SourceError("VMCOREINFO does not tell the bounds of the kernel's log")

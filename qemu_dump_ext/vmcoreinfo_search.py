@@ -211,12 +211,15 @@ class NoteSearch:
 
     def _in_pieces(self, first: int, end: int) -> Iterator[int]:
         # One byte of each page: of n_namesz 11 that is not 0, and the first letter of the text.
-        in_note = 0 if self._byte_order == "little" else 3
+        clues = (
+            (0 if self._byte_order == "little" else 3, len(VMCOREINFO_NOTE_NAME) + 1),
+            (0, _TEXT_START[0]),
+        )
         for gpa in range(first, end, _PIECE):
             piece = self._read(gpa, min(_PIECE, end - gpa))
             places = {
                 index * _PAGE
-                for offset, wanted in ((in_note, len(VMCOREINFO_NOTE_NAME) + 1), (0, _TEXT_START[0]))
+                for offset, wanted in clues
                 for index, value in enumerate(piece[offset::_PAGE])
                 if value == wanted
             }

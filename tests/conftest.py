@@ -58,15 +58,20 @@ def paused_linux_native(
 @pytest.fixture(scope="session")
 def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
     """Two vCPUs that never ran, and memory with known content of every kind."""
-    content = tmp_path_factory.mktemp("content") / "content"
-    content.write_bytes(planted_content())
-    loader = f"loader,file={content},addr={PLANTED_AT:#x},force-raw=on"
-    arguments = ["-M", "q35", "-m", "16", "-smp", "2", "-device", loader]
+    arguments = loaded_content(tmp_path_factory.mktemp("content"))
     with stopped_machine(["qemu-system-x86_64"], arguments) as machine:
         yield machine
 
 
 PLANTED_AT = 0x200000
+
+
+def loaded_content(directory: Path) -> list[str]:
+    """Return the arguments of a small machine that has planted content in its memory."""
+    content = directory / "content"
+    content.write_bytes(planted_content())
+    loader = f"loader,file={content},addr={PLANTED_AT:#x},force-raw=on"
+    return ["-M", "q35", "-m", "16", "-smp", "2", "-device", loader]
 
 
 def planted_content() -> bytes:

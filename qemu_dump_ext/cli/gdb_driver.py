@@ -197,6 +197,8 @@ def _command_words(arguments: argparse.Namespace) -> str:
         *(("-p",) if arguments.paging else ()),
         *(("--range", *arguments.range) if arguments.range else ()),
         *(("--exact",) if arguments.exact else ()),
+        *(() if arguments.vmcoreinfo else ("--no-vmcoreinfo",)),
+        *(("--kernel", arguments.kernel) if arguments.kernel else ()),
         *(("--force",) if arguments.force else ()),
         *(("--json",) if arguments.json else ()),
         *(("--qmp", str(Path(arguments.qmp).absolute())) if arguments.qmp else ()),

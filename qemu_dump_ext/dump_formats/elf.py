@@ -38,6 +38,7 @@ from qemu_dump_ext.page_pipeline import pieces_of_blocks, read_through
 _STRING_TABLE = b"\0.shstrtab\0"
 _QEMU_SECTION_COUNT = 2
 _QEMU_E_EHSIZE = 8
+_4G = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class ElfLayout:
 def lay_out(plan: DumpPlan) -> ElfLayout:
     """Compute all headers."""
     word_size = plan.core.word_size
+    if not plan.dialect.elf32_truncates and plan.ram_blocks[-1].end > _4G:
+        word_size = 8
     abi = elf_abi(plan.core.byte_order, word_size)
     ehdr, shdr, phdr = (layout.bind(abi) for layout in (EHDR, SHDR, phdr_layout(word_size)))
     phdr_count = 1 + len(plan.segments)
@@ -90,6 +93,7 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
             e_version=EV_CURRENT,
             e_phoff=phoff,
             e_shoff=shoff,
+            e_flags=plan.core.e_flags,
             e_ehsize=_QEMU_E_EHSIZE if plan.dialect.sections_first else ehdr.size,
             e_phentsize=phdr.size,
             e_phnum=PN_XNUM if extended else phdr_count,

@@ -321,15 +321,16 @@ class PackageArchive:
         self._run("apt-get", "-q", "download", *names, folder=into)
         return sorted(into.glob("*.deb"))
 
-    def download_closure(self, names: Sequence[str]) -> list[Path]:
-        """Download packages with all that they depend on, down to libc.
+    def download_closure(self, names: Sequence[str], into: Path) -> list[Path]:
+        """Download packages with all that they depend on, down to libc, into a folder.
 
         Raises:
             SourceError: apt could not.
         """
-        self._run("apt-get", "-q", "-y", "clean")
-        self._run("apt-get", "-q", "-y", "--download-only", "install", *names)
-        return sorted((self._folder / "cache/archives").glob("*.deb"))
+        (into / "partial").mkdir()
+        archives = f"Dir::Cache::archives={into.resolve()}"
+        self._run("apt-get", "-q", "-y", "-o", archives, "--download-only", "install", *names)
+        return sorted(into.glob("*.deb"))
 
     def _run(
         self, *command: str, folder: Path | None = None, own_configuration: bool = True

@@ -47,6 +47,7 @@ if [ -n "$fill_mib" ]; then
 fi
 stty -echo
 echo {kernel_log} >/dev/kmsg
+echo # the firmware or the kernel may have left a line unfinished
 echo {marker}
 while :; do
     while read -r line; do

@@ -278,7 +278,7 @@ class BootedGuest(QemuMachine):
             image: Which guest.
             files: As fetched.
             command: Another QEMU than the manifest's.
-            memory_mib: Other than the manifest's; by default that and what is to be filled.
+            memory_mib: Other than the manifest's, which grows with what is to be filled.
             cpus: Other than the manifest's.
             fill_mib: How much guest memory to fill before the marker appears.
             fill_disk: Where the content for it is (`ImageStore.fill_disk`).
@@ -291,7 +291,8 @@ class BootedGuest(QemuMachine):
         Raises:
             RequestError: The memory is too small to be filled so far.
         """
-        memory_mib = memory_mib or image.memory_mib + fill_mib
+        # In steps of the manifest's size: some machines refuse others.
+        memory_mib = memory_mib or (1 + -(-fill_mib // image.memory_mib)) * image.memory_mib
         if fill_mib and memory_mib < fill_mib + _KERNEL_NEEDS_MIB:
             raise RequestError(
                 f"{memory_mib} MiB of guest memory cannot be filled with {fill_mib} MiB",

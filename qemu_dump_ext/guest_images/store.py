@@ -16,6 +16,7 @@ from pathlib import Path
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest_images.debian_packages import (
     Distribution,
+    Package,
     PackageArchive,
     this_distribution,
     unpack,
@@ -23,7 +24,8 @@ from qemu_dump_ext.guest_images.debian_packages import (
 )
 from qemu_dump_ext.guest_images.manifest import GuestImage, PackageSpec
 
-_KERNEL_PACKAGES = re.compile(r"linux-(?:image|modules|binary)-.+")
+_KERNEL_PACKAGES = re.compile(r"linux-(?:image|modules|binary|base)-.+")
+"""The package named image may have only some of the parts, and depend on those with the others."""
 _BUSYBOX_PACKAGE = "busybox-static"
 _RECORD_NAME = "image.json"
 _MIB = 1 << 20
@@ -154,7 +156,7 @@ class ImageStore:
         kernel_packages = archive.find_with_dependencies(spec.kernel, _KERNEL_PACKAGES)
         packages = [*kernel_packages, archive.find(_BUSYBOX_PACKAGE)]
         size_mib = sum(package.size for package in packages) / _MIB
-        named = kernel_packages[-1]
+        named = max(kernel_packages, key=_size)
         report(f"downloading {named.name} {named.version}, {size_mib:.0f} MiB")
         with self._aside(image.name) as aside:
             root = aside / "root"
@@ -165,12 +167,11 @@ class ImageStore:
             report("unpacking")
             unpack(archives, root)
             shutil.rmtree(downloads)
-            kernel = _only(root, "boot/vmlinu[xz]*")
-            release = kernel.name.partition("-")[2]
-            modules = _only(root, f"lib/modules/{release}", f"usr/lib/modules/{release}")
+            kernel = _only(root, "boot/vmlinu[xz]-*", "usr/lib/modules/*/vmlinu[xz]")
+            modules = _only(root, "lib/modules/*", "usr/lib/modules/*")
             record = {
                 "packages": asdict(spec),
-                "release": release,
+                "release": modules.name,
                 "version": kernel_packages[0].version,
                 "kernel": str(kernel.relative_to(root)),
                 "busybox": str(_only(root, "bin/busybox", "usr/bin/busybox").relative_to(root)),
@@ -198,7 +199,7 @@ class ImageStore:
                 f"the archive no longer has the debug symbols of {fetched.version}",
                 hint=f"delete {fetched.folder} and fetch again",
             ) from error
-        package = packages[-1]
+        package = max(packages, key=_size)
         report(f"downloading {package.name} {package.version}, {package.size / _MIB:.0f} MiB")
         with self._aside("debug") as aside:
             downloads, root = aside / "downloads", aside / "root"
@@ -228,6 +229,10 @@ class ImageStore:
             yield folder / "new"
         finally:
             shutil.rmtree(folder)
+
+
+def _size(package: Package) -> int:
+    return package.size
 
 
 def _only(root: Path, *patterns: str) -> Path:

@@ -23,20 +23,23 @@ class OracleDumps:
     @cached_property
     def elf(self) -> Path:
         """The ELF core."""
-        return self._dump("elf")
+        return self.take("elf")
 
     @cached_property
     def kdump_zlib(self) -> Path:
         """The flattened kdump."""
-        return self._dump("kdump-zlib")
+        return self.take("kdump-zlib")
 
     @cached_property
     def kdump_raw_zlib(self) -> Path:
         """The flattened kdump, rearranged by makedumpfile."""
-        return rearrange(self.kdump_zlib, self._directory / "kdump-raw-zlib")
+        return rearrange(self.kdump_zlib, self._directory / "rearranged")
 
-    def _dump(self, dump_format: str) -> Path:
+    def take(self, dump_format: str) -> Path:
+        """Take the dump of a format of QMP's DumpGuestMemoryFormat, once."""
         path = self._directory / dump_format
+        if path.exists():
+            return path
         with RawQmp(self.machine.qmp_sockets[1]) as qmp:
             qmp.execute(
                 "dump-guest-memory", paging=False, protocol=f"file:{path}", format=dump_format

@@ -1,0 +1,58 @@
+"""A newer QEMU than the machine's, from another suite, unpacked and never installed.
+
+It runs with its own C library through its own dynamic loader. `/proc/PID/exe` of such a process is
+the loader, not QEMU.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import tempfile
+from pathlib import Path
+
+from qemu_dump_ext.guest_images.debian_packages import PackageArchive, this_distribution, unpack
+from qemu_dump_ext.guest_images.manifest import default_cache
+
+_SUITE = "sid"
+_ARCHITECTURE = "amd64"
+_TRIPLET = "x86_64-linux-gnu"
+_DATA_FOLDERS = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+
+
+def newer_qemu_command(cache: Path | None = None) -> list[str]:
+    """Return how the command line of QEMU for x86_64 begins, after fetching it (40 MB) if needed.
+
+    Raises:
+        DumpError: It cannot be had, or this is not Debian.
+    """
+    cache = cache or default_cache()
+    root = (cache / f"qemu-{_SUITE}").absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f".qemu-{_SUITE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not root.exists():
+            _fetch(cache, root)
+    loader = root / f"usr/lib/{_TRIPLET}/ld-linux-x86-64.so.2"
+    libraries = sorted({str(path.parent) for path in (root / "usr/lib" / _TRIPLET).rglob("*.so.*")})
+    command = ["env", f"QEMU_MODULE_DIR={root}/usr/lib/{_TRIPLET}/qemu"]
+    command += [str(loader), "--library-path", ":".join(libraries)]
+    command += [str(root / "usr/bin/qemu-system-x86_64")]
+    for folder in _DATA_FOLDERS:
+        command += ["-L", str(root / folder)]
+    return command
+
+
+def _fetch(cache: Path, root: Path) -> None:
+    archive = PackageArchive(
+        cache / "apt",
+        distribution=this_distribution(["debian"]),
+        architecture=_ARCHITECTURE,
+        suite=_SUITE,
+    )
+    archive.update()
+    with tempfile.TemporaryDirectory(prefix=".qemu-", dir=cache) as name:
+        downloads, unpacked = Path(name, "downloads"), Path(name, "root")
+        downloads.mkdir()
+        unpacked.mkdir()
+        unpack(archive.download_closure(["qemu-system-x86"], downloads), unpacked)
+        unpacked.rename(root)
