@@ -152,15 +152,14 @@ def _kernel_note(
     """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
     if not request.vmcoreinfo:
         return b"", []
-    unknown = guest.guest_note is None
-    if guest.guest_note is not None and request.kernel is None:
-        # With --exact, no note is what QEMU would have.
-        if guest.guest_note or request.exact:
-            return guest.guest_note, []
+    known = guest.guest_note
+    # With --exact, no note is what QEMU would have.
+    if known is not None and request.kernel is None and (known or request.exact):
+        return known, []
     search = NoteSearch(guest.architecture, byte_order, memory, guest.ram_blocks, guest.vcpus)
     result = search.find(request.kernel)
     remarks = list(result.remarks)
-    if unknown:
+    if known is None:
         remarks.append(f"QEMU's own VMCOREINFO: {guest.native_refusal}")
     return (result.chosen.note if result.chosen else b""), remarks
 
