@@ -9,7 +9,7 @@ from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment
-from qemu_dump_ext.page_table_walk import MemoryMap, PageTableRoot, PageTableWalker
+from qemu_dump_ext.page_table_walk import MemoryMap, PageTableRoot, PageTableWalker, WalkBudget
 
 _CHUNK = 1 << 16
 _CHUNKS_KEPT = 512
@@ -83,6 +83,7 @@ def collect_mappings(
     memory_ranges: Sequence[tuple[int, int]],
     *,
     native: bool,
+    budget: WalkBudget | None = None,
 ) -> list[Segment] | None:
     """Walk the page tables of all vCPUs.
 
@@ -92,6 +93,7 @@ def collect_mappings(
         reader: Of tables.
         memory_ranges: Where pages count: (first, end), ascending.
         native: Collect QEMU's list of mappings, not what is right.
+        budget: Other than usual.
 
     Returns:
         QEMU's list, or everything that is mapped, unmerged; None where no vCPU uses paging.
@@ -105,7 +107,13 @@ def collect_mappings(
     roots = [root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=native)]
     if not roots:
         return None
-    walker = PageTableWalker(reader, MemoryMap(memory_ranges), whole_pages=native, repeat=native)
+    walker = PageTableWalker(
+        reader,
+        MemoryMap(memory_ranges),
+        whole_pages=native,
+        repeat=native,
+        budget=budget or WalkBudget(),
+    )
     if native:
         mappings = NativeMappingList()
         for root in roots:

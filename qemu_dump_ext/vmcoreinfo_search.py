@@ -33,7 +33,7 @@ from qemu_dump_ext.vmcoreinfo import (
 )
 
 _PAGE = 4096
-_PIECE = 1 << 20
+_PIECE = 4 << 20
 _HEAD = 24
 """Bytes at the start of a page that tell whether to look closer: up to `VMCOREINFO`, NUL, NUL."""
 _TEXT_START = b"OSRELEASE="
@@ -215,16 +215,22 @@ class NoteSearch:
             (0 if self._byte_order == "little" else 3, len(VMCOREINFO_NOTE_NAME) + 1),
             (0, _TEXT_START[0]),
         )
+        buffer = memoryview(bytearray(min(_PIECE, max(end - first, 0))))
         for gpa in range(first, end, _PIECE):
-            piece = self._read(gpa, min(_PIECE, end - gpa))
+            piece = buffer[: end - gpa]
+            try:
+                self._memory.read_into(gpa, piece)
+            except GuestMemoryFaultError as error:
+                self._incomplete = f"not all memory was searched for VMCOREINFO: {error}"
+                continue
             places = {
                 index * _PAGE
                 for offset, wanted in clues
-                for index, value in enumerate(piece[offset::_PAGE])
+                for index, value in enumerate(bytes(piece[offset::_PAGE]))
                 if value == wanted
             }
             for place in sorted(places):
-                if self._is_start(piece[place : place + _HEAD]):
+                if self._is_start(bytes(piece[place : place + _HEAD])):
                     yield gpa + place
 
     @staticmethod
