@@ -25,7 +25,7 @@ from qemu_dump_ext.guest_tables import TableReader, collect_mappings
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.run_state import stopped
+from qemu_dump_ext.run_state import stopped, undisturbed
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
@@ -120,7 +120,7 @@ def dump(
     """
     dump_format = all_dump_formats()["elf" if request.codec is None else "kdump"]
     started = time.monotonic()
-    with stopped(access.monitor):
+    with stopped(access.monitor), undisturbed(access.monitor):
         stopped_at = time.monotonic()
         guest = probe_guest(access)
         dialect = qemu_dialect(guest.version) if request.exact else MENDED

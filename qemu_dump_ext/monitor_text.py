@@ -13,6 +13,9 @@ from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest import RamBlock
 
+RUNNING = "running"
+"""What `parse_status` returns for a guest that is not stopped."""
+
 _FLAT_RANGE = re.compile(
     r"^  (?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\):"
     r" ?(?P<name>.*)$"

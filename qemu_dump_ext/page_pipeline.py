@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qemu_dump_ext.guest import GuestMemory, RamBlock
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
@@ -91,7 +92,9 @@ def read_through(
         free.append(buffer)
         progress(size)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="page") as pool:
+    with ThreadPoolExecutor(
+        workers, thread_name_prefix="page", initializer=leave_signals_to_main_thread
+    ) as pool:
         try:
             for piece in pieces:
                 if not free:

@@ -7,9 +7,8 @@ from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest import Monitor
-from qemu_dump_ext.monitor_text import parse_status
-
-_RUNNING = "running"
+from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.monitor_text import RUNNING, parse_status
 
 
 @contextmanager
@@ -20,24 +19,46 @@ def stopped(monitor: Monitor) -> Iterator[None]:
     stopped stays as it was.
 
     Raises:
-        SourceError: It cannot be stopped, or cannot be resumed.
+        SourceError: It cannot be stopped, or cannot be resumed, or QEMU is dumping it itself and
+            would resume it in the middle.
     """
-    if parse_status(monitor.execute("info status")) != _RUNNING:
+    if "Status: active" in monitor.execute("info dump"):
+        raise SourceError(
+            "QEMU is writing a dump of its own", hint="try again when 'info dump' says completed"
+        )
+    if parse_status(monitor.execute("info status")) != RUNNING:
         yield
         return
     try:
         monitor.execute("stop")
         status = parse_status(monitor.execute("info status"))
-        if status == _RUNNING:
+        if status == RUNNING:
             raise SourceError("the guest does not stop")
         yield
     finally:
         _resume(monitor)
 
 
+@contextmanager
+def undisturbed(monitor: Monitor) -> Iterator[None]:
+    """Notice when somebody else let the guest run, or reset it, inside the `with` block.
+
+    Raises:
+        SourceError: Its run state or a register changed: what was read does not fit together.
+    """
+    before = _fingerprint(monitor)
+    yield
+    if _fingerprint(monitor) != before:
+        raise SourceError(
+            "somebody else let the guest run, or reset it, while it was dumped",
+            hint="dump it again, and keep other clients of QEMU from it meanwhile",
+        )
+
+
+def _fingerprint(monitor: Monitor) -> tuple[str, str]:
+    return parse_status(monitor.execute("info status")), monitor.execute("info registers -a")
+
+
 def _resume(monitor: Monitor) -> None:
-    try:
+    with uninterrupted():
         monitor.execute("cont")
-    except KeyboardInterrupt:
-        monitor.execute("cont")
-        raise

@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import TypeAlias
 
 from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError
+from qemu_dump_ext.third_party import missing_package
 
 Compress: TypeAlias = Callable[[bytes | memoryview], bytes]
 Decompress: TypeAlias = Callable[[bytes | memoryview, int], bytes]
@@ -53,11 +54,8 @@ def import_package(module: str, codec: str, package: str, needs: str = "") -> Mo
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CodecUnavailableError(
-            f"page codec {codec} is not available: {error}",
-            package=package,
-            hint=f"pip install {package}" + (f"; it needs {needs}" if needs else ""),
-        ) from error
+        message, hint = missing_package(f"page codec {codec}", package, needs)
+        raise CodecUnavailableError(message, package=package, hint=hint) from error
 
 
 def bad_page(codec: str, reason: object) -> CorruptDumpError:
