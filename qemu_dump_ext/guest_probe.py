@@ -13,7 +13,6 @@ from qemu_dump_ext.architectures._declaration import (
     TargetClues,
     VcpuReadings,
 )
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
@@ -25,19 +24,16 @@ from qemu_dump_ext.monitor_text import (
     parse_flat_view,
     parse_machine_type,
     parse_named_values,
+    parse_readable_ranges,
     parse_version,
     split_vcpus,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
-from qemu_dump_ext.page_pipeline import PIECE_SIZE
 from qemu_dump_ext.stub_registers import read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
-    MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
     UtsName,
-    note_at_page_start,
     parse_new_utsname,
-    possible_notes,
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
@@ -67,6 +63,7 @@ class ProbedGuest:
         version: Of QEMU.
         architecture: Of the guest.
         ram_blocks: By ascending gpa.
+        readable_ranges: What a page table may map as memory: (first, end), ascending.
         vcpus: By ascending cpu_index.
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
@@ -77,6 +74,7 @@ class ProbedGuest:
     version: QemuVersion
     architecture: Architecture
     ram_blocks: Sequence[RamBlock]
+    readable_ranges: Sequence[tuple[int, int]]
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
@@ -93,7 +91,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     monitor = access.monitor
     version = parse_version(monitor.execute("info version"))
     object_tree = monitor.execute("info qom-tree")
-    ram_blocks = parse_flat_view(monitor.execute("info mtree -f"))
+    flat_views = monitor.execute("info mtree -f")
+    ram_blocks = parse_flat_view(flat_views)
     register_text = monitor.execute("info registers -a")
     texts = split_vcpus(register_text)
     if not texts:
@@ -139,6 +138,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         version,
         architecture,
         ram_blocks,
+        parse_readable_ranges(flat_views),
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
@@ -224,25 +224,4 @@ def read_utsname(
     found = parse_new_utsname(bytes(buffer))
     if found is None or found.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
         return UtsName()
-    return found
-
-
-def find_guest_note(
-    memory: GuestMemory, ram_blocks: Sequence[RamBlock], byte_order: ByteOrder
-) -> bytes:
-    """Search guest memory for the VMCOREINFO note that the kernel keeps.
-
-    Returns:
-        The note of the highest address, header included; empty where there is none.
-    """
-    found = b""
-    buffer = memoryview(bytearray(PIECE_SIZE + 2 * MAX_VMCOREINFO_SIZE))
-    for block in ram_blocks:
-        for gpa in range(block.gpa, block.end, PIECE_SIZE):
-            # Pieces overlap by the longest note.
-            view = buffer[: min(len(buffer), block.end - gpa)]
-            memory.read_into(gpa, view)
-            for offset in possible_notes(view, gpa):
-                note = note_at_page_start(view[offset : offset + len(buffer)], byte_order)
-                found = note or found
     return found
