@@ -34,6 +34,11 @@ class GdbMonitor:
 class GdbStub:
     """QEMU's gdbstub by gdb's own connection."""
 
+    def addresses(self) -> Sequence[str]:
+        """Return what the user told gdb to connect to."""
+        connection = gdb.selected_inferior().connection
+        return () if connection is None or not connection.details else (connection.details,)
+
     def packet(self, text: str) -> str:
         """Send one packet and return the reply."""
         connection = gdb.selected_inferior().connection
@@ -119,7 +124,9 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     _require_stopped_guest(stub)
     if qmp is None:
         monitor = GdbMonitor()
-        yield GuestAccess(monitor, stub, partial(dump_byte_through_file, monitor))
+        native_dump = partial(dump_byte_through_file, monitor)
+        yield GuestAccess(monitor, stub, native_dump, stub.addresses())
     else:
         with connect_qmp(qmp) as qmp_monitor:
-            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump)
+            addresses = (qmp, *stub.addresses())
+            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump, addresses)
