@@ -62,6 +62,26 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         help="byte for byte what the attached QEMU would write, its known defects included",
     )
     parser.add_argument(
+        "--level",
+        type=int,
+        metavar="N",
+        help="of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="how many compress; default: all CPUs"
+    )
+    parser.add_argument(
+        "--exclude-zero",
+        action="store_true",
+        help="leave pages of zeros out of a kdump, as makedumpfile -d 1 does",
+    )
+    parser.add_argument(
+        "--sparse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave holes for zeros in an ELF file (default), or write them",
+    )
+    parser.add_argument(
         "--memory",
         default=AUTO,
         choices=(AUTO, *all_memory_sources()),
@@ -110,4 +130,19 @@ def _with_explicit_codec(words: Sequence[str]) -> list[str]:
 
 def request_of(arguments: argparse.Namespace) -> DumpRequest:
     """Return what the options ask for."""
-    return DumpRequest(codec=arguments.codec, raw=arguments.raw, exact=arguments.exact)
+    return DumpRequest(
+        codec=arguments.codec,
+        raw=arguments.raw,
+        exact=arguments.exact,
+        level=arguments.level,
+        threads=arguments.threads,
+        exclude_zero=arguments.exclude_zero,
+        sparse=arguments.sparse,
+    )
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError(word)
+    return number

@@ -121,9 +121,7 @@ def dump(
     with stopped(access.monitor):
         stopped_at = time.monotonic()
         guest = probe_guest(access)
-        context = SourceContext(
-            access.monitor, access.stub, guest.ram_blocks, access.addresses
-        )
+        context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
         with open_memory(memory, context) as opened:
             snapshot, remarks = _complete(guest, opened.memory)
             plan = make_plan(snapshot, qemu_dialect(guest.version) if request.exact else MENDED)

@@ -13,11 +13,19 @@ class DumpRequest:
         codec: Page codec of a kdump, by name; None for an ELF core.
         raw: Write the kdump as it is instead of as makedumpfile's flattened stream.
         exact: Byte for byte as the attached QEMU would write it.
+        level: Of the page codec; None: the best trade of time and size.
+        threads: How many compress; None: as many as there are CPUs.
+        exclude_zero: Leave pages of zeros out of a kdump, as makedumpfile's dump level 1 does.
+        sparse: Leave holes in an ELF file for pages of zeros, where the file can have any.
     """
 
     codec: str | None = None
     raw: bool = False
     exact: bool = False
+    level: int | None = None
+    threads: int | None = None
+    exclude_zero: bool = False
+    sparse: bool = True
 
     @property
     def format_name(self) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import secrets
 import stat
@@ -65,6 +66,23 @@ class Sink:
                 view = view[written:]
                 offset += written
                 self.bytes_written += written
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    def can_leave_holes(self) -> bool:
+        """Tell whether what is not written reads as zeros: in a regular file that is empty."""
+        status = os.fstat(self._descriptor)
+        appends = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_APPEND
+        return stat.S_ISREG(status.st_mode) and status.st_size == 0 and not appends
+
+    def set_size(self, size: int) -> None:
+        """Give a file in which holes were left its size, in bytes.
+
+        Raises:
+            DumpWriteError: With the operating system's reason.
+        """
+        try:
+            os.ftruncate(self._descriptor, size)
         except OSError as error:
             raise self._write_error(error) from error
 

@@ -20,7 +20,6 @@ from pathlib import Path
 
 from qemu_dump_ext.errors import SourceError
 
-_SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<flags>\S+) (?P<offset>[0-9a-f]+)"
     r" \S+ (?P<inode>\d+) *(?P<path>.*)"
@@ -93,20 +92,18 @@ def read_mappings(pid: int) -> list[MemoryMapping]:
         text = Path(f"/proc/{pid}/maps").read_text("utf-8", "surrogateescape")
     except OSError as error:
         raise refusal(pid, error) from error
-    mappings = []
-    for line in text.splitlines():
-        if match := _MAPS_LINE.match(line):
-            mappings.append(
-                MemoryMapping(
-                    int(match["start"], 16),
-                    int(match["end"], 16),
-                    "s" in match["flags"],
-                    int(match["offset"], 16),
-                    int(match["inode"]),
-                    match["path"],
-                )
-            )
-    return mappings
+    return [
+        MemoryMapping(
+            int(match["start"], 16),
+            int(match["end"], 16),
+            "s" in match["flags"],
+            int(match["offset"], 16),
+            int(match["inode"]),
+            match["path"],
+        )
+        for line in text.splitlines()
+        if (match := _MAPS_LINE.match(line))
+    ]
 
 
 def refusal(pid: int, error: OSError) -> SourceError:
@@ -152,10 +149,10 @@ def _process_behind(address: str) -> int:
         if len(pids) > 1:
             raise SourceError(f"several processes have QEMU's end of {address}: {pids}")
         if credentials:
-            with contextlib.suppress(OSError):
-                os.listdir(f"/proc/{credentials}/fd")
-                continue
-            raise refusal(credentials, PermissionError())
+            try:
+                next(Path(f"/proc/{credentials}/fd").iterdir(), None)
+            except OSError as error:
+                raise refusal(credentials, error) from error
     if found_any:
         raise SourceError(
             f"no process here that we may look at has the other end of {address}: QEMU is on"
@@ -166,11 +163,11 @@ def _process_behind(address: str) -> int:
 
 def _own_connections() -> Iterator[socket.socket]:
     # Those of a library (QMP) or of the debugger around us (the stub) are not ours to ask for.
-    for name in os.listdir("/proc/self/fd"):
+    for link in list(Path("/proc/self/fd").iterdir()):
         try:
-            if not _SOCKET_LINK.match(os.readlink(f"/proc/self/fd/{name}")):
+            if not str(link.readlink()).startswith("socket:"):
                 continue
-            connection = socket.socket(fileno=os.dup(int(name)))
+            connection = socket.socket(fileno=os.dup(int(link.name)))
         except OSError:
             continue
         with connection:
@@ -183,16 +180,23 @@ def _leads_to(connection: socket.socket, address: str) -> bool:
     except OSError:
         return False
     if connection.family == socket.AF_UNIX:
-        name = os.fsdecode(peer) if isinstance(peer, bytes) else str(peer)
-        path = address.removeprefix("unix:")
-        if not name or name == path:
-            return bool(name)
-        with contextlib.suppress(OSError):
-            return Path(name).samefile(path)
-        return False
-    if connection.family not in {socket.AF_INET, socket.AF_INET6}:
-        return False
-    host, _, port = re.sub(r"^(tcp[46]?|udp[46]?):", "", address).rpartition(":")
+        return _is_path(peer, address.removeprefix("unix:"))
+    if connection.family in {socket.AF_INET, socket.AF_INET6}:
+        return _is_host_and_port(peer, re.sub(r"^tcp[46]?:", "", address))
+    return False
+
+
+def _is_path(peer: str | bytes, path: str) -> bool:
+    name = os.fsdecode(peer)
+    if not name or name == path:
+        return bool(name)
+    with contextlib.suppress(OSError):
+        return Path(name).samefile(path)
+    return False
+
+
+def _is_host_and_port(peer: tuple[str, int], address: str) -> bool:
+    host, _, port = address.rpartition(":")
     if not port.isdecimal() or peer[1] != int(port):
         return False
     with contextlib.suppress(OSError):
@@ -290,15 +294,15 @@ def _lines(path: Path) -> list[str]:
 
 def _all_pids() -> list[int]:
     own = os.getpid()
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal() and int(name) != own]
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if pid != own]
 
 
 def _holds(pid: int, inodes: set[int]) -> bool:
     wanted = {f"socket:[{inode}]" for inode in inodes}
-    folder = f"/proc/{pid}/fd"
     with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
-                if os.readlink(f"{folder}/{name}") in wanted:
+                if str(link.readlink()) in wanted:
                     return True
     return False

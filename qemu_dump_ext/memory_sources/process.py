@@ -73,9 +73,7 @@ def _host_address(monitor: Monitor, gpa: int) -> int:
     return parse_host_address(monitor.execute(f"gpa2hva {gpa:#x}"), gpa)
 
 
-def _segments(
-    mappings: Sequence[MemoryMapping], block: RamBlock, hva: int
-) -> list[HostSegment]:
+def _segments(mappings: Sequence[MemoryMapping], block: RamBlock, hva: int) -> list[HostSegment]:
     segments = []
     position = hva
     for mapping in mappings:
