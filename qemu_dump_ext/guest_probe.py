@@ -21,7 +21,7 @@ from qemu_dump_ext.monitor_text import (
     split_vcpus,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
-from qemu_dump_ext.page_pipeline import PIECE_SIZE
+from qemu_dump_ext.page_pipeline import PIECE_SIZE, populated_ranges
 from qemu_dump_ext.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
@@ -200,11 +200,12 @@ def find_guest_note(
     found = b""
     buffer = memoryview(bytearray(PIECE_SIZE + 2 * MAX_VMCOREINFO_SIZE))
     for block in ram_blocks:
-        for gpa in range(block.gpa, block.end, PIECE_SIZE):
-            # Pieces overlap by the longest note.
-            view = buffer[: min(len(buffer), block.end - gpa)]
-            memory.read_into(gpa, view)
-            for offset in possible_notes(view, gpa):
-                note = note_at_page_start(view[offset : offset + len(buffer)], byte_order)
-                found = note or found
+        for start, end in populated_ranges(memory, block.gpa, block.end):
+            for gpa in range(start, end, PIECE_SIZE):
+                # Pieces overlap by the longest note.
+                view = buffer[: min(len(buffer), end - gpa)]
+                memory.read_into(gpa, view)
+                for offset in possible_notes(view, gpa):
+                    note = note_at_page_start(view[offset : offset + len(buffer)], byte_order)
+                    found = note or found
     return found
