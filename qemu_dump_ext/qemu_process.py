@@ -150,7 +150,8 @@ def _process_behind(address: str) -> int:
             raise SourceError(f"several processes have QEMU's end of {address}: {pids}")
         if credentials:
             try:
-                next(Path(f"/proc/{credentials}/fd").iterdir(), None)
+                for link in Path(f"/proc/{credentials}/fd").iterdir():
+                    link.readlink()
             except OSError as error:
                 raise refusal(credentials, error) from error
     if found_any:
