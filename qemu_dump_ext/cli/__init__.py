@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,8 @@ from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
+
+_EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 
 def run_guarded(program: str, work: Callable[[], int]) -> int:
@@ -27,6 +30,10 @@ def run_guarded(program: str, work: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; nothing more is to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_SIGPIPE
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import tracemalloc
 
 import pytest
 from hypothesis import given
@@ -154,6 +155,7 @@ def header(**changes: int) -> bytearray:
         (header(bitmap_blocks=0x7FFFFFFF), "beyond the dump's end"),
         (header(bitmap_blocks=2, max_mapnr_64=0x7FFFFFFF), "do not hold 0x7fffffff bits"),
         (header(nr_cpus=-1), "nr_cpus"),
+        (header(nr_cpus=0x7FFFFFFF), "nr_cpus"),
         (header()[:300], "beyond the dump's end"),
         (header()[: 2 * BLOCK], "beyond the dump's end"),
     ],
@@ -184,3 +186,21 @@ def test_what_cannot_be_opened(tmp_path):
         open_dump(tmp_path)
     with pytest.raises(NotADumpError, match="regular"):
         open_dump("/dev/null")
+
+
+def test_pages_far_apart_in_the_file_take_no_memory(tmp_path):
+    sample = make_kdump({0: RANDOM_PAGE, 1: TEXT_PAGE, 2: RANDOM_PAGE})
+    far = 512 << 20
+    struct.pack_into("<q", sample.data, sample.descriptors + 48, far)
+    path = tmp_path / "dump"
+    with path.open("wb") as file:
+        file.write(sample.data)
+        file.seek(far)
+        file.write(RANDOM_PAGE)
+    with open_dump(path) as dump:
+        tracemalloc.start()
+        try:
+            assert dump.read(0, 3 * BLOCK) == RANDOM_PAGE + TEXT_PAGE + RANDOM_PAGE
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()

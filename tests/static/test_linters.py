@@ -1,0 +1,48 @@
+"""The linters, the type checker and the layer contracts are tests like any other."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+_MODULE = (sys.executable, "-m")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        (*_MODULE, "ruff", "check", "."),
+        (*_MODULE, "ruff", "format", "--check", "."),
+        (*_MODULE, "mypy"),
+        (str(Path(sys.executable).with_name("lint-imports")), "--no-cache"),
+        ("sh", "-n", "images/demo.sh"),
+        ("sh", "-n", "images/set_up.sh"),
+        ("sh", "-n", "tests/run.sh"),
+    ],
+    ids=lambda argv: " ".join(argv[-3:]).replace(sys.prefix, ""),
+)
+def test_the_tree_is_clean(argv: tuple[str, ...]):
+    done = subprocess.run(argv, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_gdb_scripts_and_what_they_load_need_the_standard_library_alone():
+    script = (
+        "import sys, qemu_dump_ext.dump_engine, qemu_dump_ext.dump_arguments, "
+        "qemu_dump_ext.sync_qmp, qemu_dump_ext.guest_description, qemu_dump_ext.capabilities\n"
+        "foreign = {m.partition('.')[0] for m in sys.modules} "
+        "- set(sys.stdlib_module_names) - {'qemu_dump_ext', '__main__'}\n"
+        "print(sorted(name for name in foreign if not name.startswith('_')))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "[]\n", done.stderr

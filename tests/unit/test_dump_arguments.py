@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+
+from qemu_dump_ext.dump_arguments import (
+    OneLineParser,
+    add_dump_arguments,
+    parse_dump_arguments,
+    request_of,
+)
+from qemu_dump_ext.errors import RequestError
+
+
+def parse(*words: str) -> tuple[str, str, str]:
+    parser = OneLineParser(prog="dump")
+    add_dump_arguments(parser)
+    parser.add_argument("file")
+    arguments = parse_dump_arguments(parser, words)
+    return request_of(arguments).format_name, arguments.file, arguments.memory
+
+
+@pytest.mark.parametrize(
+    ("words", "dump_format", "file"),
+    [
+        (("out",), "elf", "out"),
+        (("-R", "out"), "elf", "out"),
+        (("-z", "out"), "kdump-zlib", "out"),
+        (("-z", "zstd", "out"), "kdump-zstd", "out"),
+        (("-zlzo", "out"), "kdump-lzo", "out"),
+        (("-z", "-R", "out"), "kdump-raw-zlib", "out"),
+        (("out", "-z"), "kdump-zlib", "out"),
+        (("out", "-z", "snappy"), "kdump-snappy", "out"),
+        (("-l", "out"), "kdump-lzo", "out"),
+        (("-s", "-R", "out"), "kdump-raw-snappy", "out"),
+        (("-z", "-"), "kdump-zlib", "-"),
+        (("-z", "--memory", "gdbstub", "out"), "kdump-zlib", "out"),
+        (("-z", "none", "out"), "kdump-none", "out"),
+    ],
+)
+def test_formats(words: tuple[str, ...], dump_format: str, file: str):
+    assert parse(*words)[:2] == (dump_format, file)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("-z", "zlob", "out"), "invalid choice: 'zlob'"),
+        (("-z", "zlib"), "required: file"),
+        (("-z", "-l", "out"), "not allowed with"),
+        (("--memory", "tape", "out"), "invalid choice: 'tape'"),
+        (("--frob", "out"), "unrecognized arguments"),
+        ((), "required: file"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(words: tuple[str, ...], message: str):
+    with pytest.raises(RequestError, match=message) as caught:
+        parse(*words)
+    assert "\n" not in str(caught.value)
