@@ -82,6 +82,17 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave holes for zeros in an ELF file (default), or write them",
     )
     parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="copy guest memory, let the guest run again, and then write the dump",
+    )
+    parser.add_argument(
+        "--max-pause",
+        type=_seconds,
+        metavar="SECONDS",
+        help="give the dump up when the guest has stood still for so long",
+    )
+    parser.add_argument(
         "--memory",
         default=AUTO,
         choices=(AUTO, *all_memory_sources()),
@@ -138,6 +149,8 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         threads=arguments.threads,
         exclude_zero=arguments.exclude_zero,
         sparse=arguments.sparse,
+        snapshot=arguments.snapshot,
+        max_pause=arguments.max_pause,
     )
 
 
@@ -146,3 +159,10 @@ def _positive(word: str) -> int:
     if number < 1:
         raise ValueError(word)
     return number
+
+
+def _seconds(word: str) -> float:
+    seconds = float(word)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(word)
+    return seconds

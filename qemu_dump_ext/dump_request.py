@@ -17,6 +17,8 @@ class DumpRequest:
         threads: How many compress; None: as many as there are CPUs.
         exclude_zero: Leave pages of zeros out of a kdump, as makedumpfile's dump level 1 does.
         sparse: Leave holes in an ELF file for pages of zeros, where the file can have any.
+        snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
+        max_pause: Seconds for which the guest may stand still; None: any.
     """
 
     codec: str | None = None
@@ -26,6 +28,8 @@ class DumpRequest:
     threads: int | None = None
     exclude_zero: bool = False
     sparse: bool = True
+    snapshot: bool = False
+    max_pause: float | None = None
 
     @property
     def format_name(self) -> str:

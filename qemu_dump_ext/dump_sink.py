@@ -13,6 +13,7 @@ import os
 import secrets
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -68,6 +69,11 @@ class Sink:
                 self.bytes_written += written
         except OSError as error:
             raise self._write_error(error) from error
+
+    @property
+    def directory(self) -> Path:
+        """Where there is room for files beside the dump."""
+        return Path(tempfile.gettempdir())
 
     def can_leave_holes(self) -> bool:
         """Tell whether what is not written reads as zeros: in a regular file that is empty."""
@@ -149,6 +155,11 @@ class FileSink(Sink):
             reason = os.strerror(error.errno or errno.EIO)
             raise DumpWriteError(f"cannot create {path}: {reason}") from error
         super().__init__(str(path), descriptor)
+
+    @property
+    def directory(self) -> Path:
+        """That of the dump."""
+        return self._path.parent
 
     def _refuse_existing(self) -> None:
         if not self._force and os.path.lexists(self._path):

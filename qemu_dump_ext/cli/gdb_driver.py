@@ -199,6 +199,8 @@ def _command_words(arguments: argparse.Namespace) -> str:
         *(("--threads", str(arguments.threads)) if arguments.threads else ()),
         *(("--exclude-zero",) if arguments.exclude_zero else ()),
         *(() if arguments.sparse else ("--no-sparse",)),
+        *(("--snapshot",) if arguments.snapshot else ()),
+        *(("--max-pause", str(arguments.max_pause)) if arguments.max_pause else ()),
         *(("--force",) if arguments.force else ()),
         *(("--json",) if arguments.json else ()),
         *(("--qmp", str(Path(arguments.qmp).absolute())) if arguments.qmp else ()),

@@ -29,6 +29,7 @@ from qemu_dump_ext.elf_structs import (
     elf_abi,
     phdr_layout,
 )
+from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.page_pipeline import (
     Piece,
@@ -132,6 +133,11 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
     return ElfLayout(bytes(head) + plan.notes, tail, memory_end + len(tail))
 
 
+def _check(request: DumpRequest, _sink: Sink) -> None:
+    if request.level is not None or request.exclude_zero:
+        raise RequestError("--level and --exclude-zero are for kdumps", hint="add -z")
+
+
 def _write(
     request: DumpRequest,
     plan: DumpPlan,
@@ -212,4 +218,4 @@ class _HoleWriter(_StreamWriter):
         self._sink.set_size(layout.size)
 
 
-FORMAT = DumpFormat("elf", _write)
+FORMAT = DumpFormat("elf", _check, _write)

@@ -7,7 +7,7 @@ byte-identical as well; otherwise writes are large.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +29,7 @@ from qemu_dump_ext.kdump_structs import (
     PAGE_DESCRIPTOR,
 )
 from qemu_dump_ext.page_codecs import all_page_codecs
-from qemu_dump_ext.page_codecs._declaration import PageCodec
+from qemu_dump_ext.page_codecs._declaration import Compress, PageCodec
 from qemu_dump_ext.page_pipeline import Piece, cut, read_through
 
 UNCOMPRESSED = "none"
@@ -170,6 +170,34 @@ def bitmap_block(runs: Sequence[PageRun], first_pfn: int, size: int) -> bytes:
     return bits.to_bytes(size, "little")
 
 
+def _codec(request: DumpRequest) -> PageCodec | None:
+    return None if request.codec in {None, UNCOMPRESSED} else all_page_codecs()[request.codec]
+
+
+def _check(request: DumpRequest, sink: Sink) -> None:
+    codec = _codec(request)
+    if request.level is not None and (request.exact or codec is None or codec.tuned is None):
+        what = "--exact" if request.exact else f"a kdump of codec {request.codec}"
+        raise RequestError(f"{what} has no levels", hint="leave out --level")
+    if request.exclude_zero and request.exact:
+        raise RequestError("QEMU keeps pages of zeros", hint="--exact or --exclude-zero")
+    if request.raw and not sink.seekable:
+        raise RequestError(
+            f"{sink.name}: kdump-raw formats require a seekable file", hint="leave out -R"
+        )
+    compressor = _compressor(request, codec)
+    if compressor is not None:
+        compressor()  # may need a package that is not there
+
+
+def _compressor(request: DumpRequest, codec: PageCodec | None) -> Callable[[], Compress] | None:
+    if codec is None:
+        return None
+    if request.exact or codec.tuned is None:
+        return codec.compressor
+    return partial(codec.tuned, request.level)
+
+
 def _write(
     request: DumpRequest,
     plan: DumpPlan,
@@ -177,13 +205,15 @@ def _write(
     sink: Sink,
     progress: ProgressCallback,
 ) -> None:
-    codec = None if request.codec in {None, UNCOMPRESSED} else all_page_codecs()[request.codec]
+    codec = _codec(request)
     layout = lay_out(plan, codec)
-    form = _page_form(request, plan.page_size, codec, layout.abi)
-    if request.raw and not sink.seekable:
-        raise RequestError(
-            f"{sink.name}: kdump-raw formats require a seekable file", hint="leave out -R"
-        )
+    form = PageForm(
+        page_size=plan.page_size,
+        descriptor=PAGE_DESCRIPTOR.bind(layout.abi),
+        compressor=_compressor(request, codec),
+        page_flag=codec.page_flag if codec else 0,
+        keep_zero_pages=not request.exclude_zero,
+    )
     with _container(sink, raw=request.raw) as write_at:
         write_at(0, layout.header)
         write_at(layout.sub_header_offset, layout.sub_header)
@@ -230,27 +260,4 @@ def _write_second_bitmap(
         write_at(start + index * page_size, bytes(blocks.get(index, bytes(page_size))))
 
 
-def _page_form(request: DumpRequest, page_size: int, codec: PageCodec | None, abi: Abi) -> PageForm:
-    compressor = None
-    if request.level is not None and (request.exact or codec is None or codec.tuned is None):
-        what = "--exact" if request.exact else f"a kdump of codec {request.codec}"
-        raise RequestError(f"{what} has no levels", hint="leave out --level")
-    if codec is not None:
-        if request.exact or codec.tuned is None:
-            compressor = codec.compressor
-        else:
-            compressor = partial(codec.tuned, request.level)
-        # Refuse now what would fail in the middle of the dump.
-        compressor()
-    if request.exclude_zero and request.exact:
-        raise RequestError("QEMU keeps pages of zeros", hint="--exact or --exclude-zero")
-    return PageForm(
-        page_size=page_size,
-        descriptor=PAGE_DESCRIPTOR.bind(abi),
-        compressor=compressor,
-        page_flag=codec.page_flag if codec else 0,
-        keep_zero_pages=not request.exclude_zero,
-    )
-
-
-FORMAT = DumpFormat("kdump", _write)
+FORMAT = DumpFormat("kdump", _check, _write)
