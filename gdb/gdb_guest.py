@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -11,7 +11,6 @@ from gdb_boundary import selection_kept
 
 import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import Vcpu
 from qemu_dump_ext.guest_probe import GuestAccess
 from qemu_dump_ext.native_notes import dump_byte_through_file
 from qemu_dump_ext.sync_qmp import connect_qmp
@@ -67,27 +66,29 @@ class GdbStub:
         with contextlib.suppress(gdb.error):
             gdb.execute("maintenance flush dcache", to_string=True)
 
-    def registers(self, names: Collection[str]) -> Sequence[Vcpu]:
-        """Read registers of every vCPU; one vCPU is one thread, its number cpu_index + 1."""
-        vcpus = []
+    def vcpus(self) -> Iterator[int]:
+        """Select each vCPU in turn; one vCPU is one thread, its number cpu_index + 1."""
         try:
             with selection_kept():
                 for thread in gdb.selected_inferior().threads():
                     thread.switch()
-                    vcpus.append(Vcpu(thread.ptid[1] - 1, _registers_of_frame(names)))
+                    _make_stub_select(thread)
+                    yield thread.ptid[1] - 1
         except gdb.error as error:
-            raise _lost_or(error, "reading registers") from error
-        return vcpus
+            raise _lost_or(error, "selecting a vCPU") from error
 
 
-def _registers_of_frame(names: Collection[str]) -> dict[str, int]:
-    # In hexadecimal, because flags (eflags, cr0, ...) do not convert to a number.
-    frame = gdb.newest_frame()
-    return {
-        register.name: int(frame.read_register(register.name).format_string(format="x"), 16)
-        for register in frame.architecture().registers()
-        if register.name in names
-    }
+def _make_stub_select(thread: gdb.InferiorThread) -> None:
+    # gdb tells the stub which thread is meant when it reads registers and remembers what it told.
+    # So gdb is made to read: what we told the stub ourselves, gdb would not know of.
+    gdb.execute("maintenance flush register-cache", to_string=True)
+    # Where gdb does not understand the stub's registers, it has asked for them all the same.
+    with contextlib.suppress(gdb.error):
+        gdb.newest_frame()
+    if not _connected():
+        raise SourceError(_GONE)
+    if not thread.is_valid():
+        raise SourceError("gdb lost a vCPU")
 
 
 def _connected() -> bool:

@@ -18,6 +18,8 @@ from qemu_dump_ext.vmcoreinfo import (
 )
 
 _U64 = (1 << 64) - 1
+_PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
+"""What a kernel may say of itself: the note is guest memory."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class GuestSnapshot:
         guest_note: The note that the guest gave to QEMU's vmcoreinfo device, header included, or
             one that was found in its memory; empty where there is none.
         utsname: What is known of the kernel; empty strings where unknown.
+        machine: QOM type of the machine.
     """
 
     architecture: Architecture
@@ -38,6 +41,7 @@ class GuestSnapshot:
     vcpus: Sequence[Vcpu]
     guest_note: bytes
     utsname: UtsName
+    machine: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class DumpPlan:
         phys_base: Physical address minus link address of the kernel, modulo 2**64.
         utsname: For the kdump header.
         missing: Registers that no source gave, by note and cpu_index.
+        pfn_base: The page frame from which those of a kdump are counted.
     """
 
     core: Core
@@ -67,6 +72,7 @@ class DumpPlan:
     phys_base: int
     utsname: UtsName
     missing: Mapping[tuple[str, int], Sequence[str]]
+    pfn_base: int = 0
 
     @property
     def memory_size(self) -> int:
@@ -83,7 +89,7 @@ def make_plan(snapshot: GuestSnapshot, dialect: Dialect) -> DumpPlan:
     architecture = snapshot.architecture
     if not snapshot.vcpus or not snapshot.ram_blocks:
         raise RequestError("the guest has no vCPU or no memory: there is nothing to dump")
-    core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect)
+    core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect, snapshot.machine)
     encoded = encode_vcpu_notes(
         architecture, core, snapshot.vcpus, kernel_gs_base=dialect.kernel_gs_base
     )
@@ -93,6 +99,11 @@ def make_plan(snapshot: GuestSnapshot, dialect: Dialect) -> DumpPlan:
         if note.name == VMCOREINFO_NOTE_NAME:
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
+    page_size = _page_size(snapshot, dialect, text)
+    base = phys_base(architecture, text, is_hex=dialect.phys_base_is_hex)
+    if base is None:
+        base = snapshot.ram_blocks[0].gpa if architecture.phys_base_is_lowest else 0
+    relative = architecture.pfn_from_phys_base and not dialect.pfn_from_zero
     return DumpPlan(
         core=core,
         dialect=dialect,
@@ -100,10 +111,27 @@ def make_plan(snapshot: GuestSnapshot, dialect: Dialect) -> DumpPlan:
         notes=notes,
         vmcoreinfo_span=span,
         vcpu_count=len(snapshot.vcpus),
-        page_size=architecture.page_size,
-        phys_base=phys_base(architecture, text, is_hex=dialect.phys_base_is_hex) or 0,
+        page_size=page_size,
+        phys_base=base,
         utsname=_utsname(snapshot, core, dialect, text),
         missing=encoded.missing,
+        pfn_base=base // page_size if relative else 0,
+    )
+
+
+def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> int:
+    architecture = snapshot.architecture
+    if not dialect.fixed_page_size:
+        told = vmcoreinfo_number(vmcoreinfo, "PAGESIZE")
+        if told in _PAGE_SIZES:
+            return told
+    return next(
+        (
+            size
+            for beginning, size in architecture.machine_page_sizes.items()
+            if snapshot.machine.startswith(beginning)
+        ),
+        architecture.page_size,
     )
 
 

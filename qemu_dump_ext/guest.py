@@ -5,7 +5,7 @@ The protocols live here, with their user; memory sources, QMP and gdb implement 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -115,5 +115,5 @@ class Stub(Protocol):
     def flush(self) -> None:
         """Drop what the debugger has cached of memory."""
 
-    def registers(self, names: Collection[str]) -> Sequence[Vcpu]:
-        """Return every vCPU with those of `names`, the stub's own, that the stub has."""
+    def vcpus(self) -> Iterator[int]:
+        """Yield the cpu_index of each vCPU; until the next one, packets are about it."""

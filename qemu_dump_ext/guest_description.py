@@ -83,7 +83,9 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
         context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
         note = guest.guest_note or b""
         plan = make_plan(
-            GuestSnapshot(guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName()),
+            GuestSnapshot(
+                guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName(), guest.machine
+            ),
             MENDED,
         )
         sources = tuple(memory_source_states(context))

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from qemu_dump_ext.architectures import architecture_for_cpu_types
-from qemu_dump_ext.architectures._declaration import Architecture, Register, VcpuReadings
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Register,
+    TargetClues,
+    VcpuReadings,
+)
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
 from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub, Vcpu
 from qemu_dump_ext.monitor_text import (
+    find_vcpu_path,
     has_device,
     parse_cpu_types,
     parse_flat_view,
+    parse_machine_type,
     parse_named_values,
     parse_version,
     split_vcpus,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.page_pipeline import PIECE_SIZE, populated_ranges
+from qemu_dump_ext.stub_registers import read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
@@ -64,6 +73,7 @@ class ProbedGuest:
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
         native_refusal: Why QEMU's own notes could not be had, or None.
+        machine: QOM type of the machine.
     """
 
     version: QemuVersion
@@ -72,6 +82,7 @@ class ProbedGuest:
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
+    machine: str = ""
 
 
 def probe_guest(access: GuestAccess) -> ProbedGuest:
@@ -84,12 +95,15 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     monitor = access.monitor
     version = parse_version(monitor.execute("info version"))
     object_tree = monitor.execute("info qom-tree")
-    architecture = architecture_for_cpu_types(parse_cpu_types(object_tree))
     ram_blocks = parse_flat_view(monitor.execute("info mtree -f"))
     register_text = monitor.execute("info registers -a")
     texts = split_vcpus(register_text)
     if not texts:
         raise MonitorAnswerError("info registers -a", register_text)
+    vcpu_property = partial(_read_property, monitor, find_vcpu_path(object_tree))
+    architecture = architecture_for_cpu_types(
+        parse_cpu_types(object_tree), TargetClues(texts[min(texts)], vcpu_property)
+    )
     native, refusal = NativeNotes((), b""), None
     try:
         if ram_blocks:
@@ -98,9 +112,12 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     except SourceError as error:
         refusal = str(error)
     hardware_segments = "enabled" in monitor.execute("info kvm")
-    stub_names = {register.gdb for register in architecture.registers if register.gdb}
-    stub_vcpus = access.stub.registers(stub_names) if access.stub else ()
-    by_stub = {vcpu.index: vcpu.registers for vcpu in stub_vcpus}
+    by_stub = _read_stub(architecture, access.stub) if access.stub else {}
+    properties = {
+        register.name: number
+        for register in architecture.registers
+        if register.qom and (number := _number(vcpu_property(register.qom))) is not None
+    }
     by_note = dict(zip(sorted(texts), native.vcpus, strict=False))
     vcpus = tuple(
         Vcpu(
@@ -108,10 +125,12 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
             merge_readings(
                 architecture,
                 VcpuReadings(
-                    gdb=_by_our_names(architecture, by_stub.get(index, {})),
+                    gdb=by_stub.get(index, {}),
                     monitor=_parse_monitor_registers(architecture, texts[index]),
                     native=by_note.get(index, {}),
                     hardware_segments=hardware_segments,
+                    native_byte_order=native.byte_order,
+                    qom=properties,
                 ),
             ),
         )
@@ -125,6 +144,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
+        machine=parse_machine_type(object_tree),
     )
 
 
@@ -135,12 +155,32 @@ def merge_readings(architecture: Architecture, readings: VcpuReadings) -> Mappin
     return {**readings.native, **readings.monitor, **readings.gdb}
 
 
-def _by_our_names(architecture: Architecture, values: Mapping[str, int]) -> dict[str, int]:
-    return {
-        register.name: values[register.gdb]
-        for register in architecture.registers
-        if register.gdb is not None and register.gdb in values
-    }
+def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, int]]:
+    """Return the stub's registers by cpu_index and our names."""
+    names = {register.gdb for register in architecture.registers if register.gdb}
+    vcpus: dict[int, dict[str, int]] = {}
+    for vcpu in read_stub_registers(stub, names, g_packet=None):
+        order = architecture.cores[0].byte_order
+        if architecture.stub_byte_order is not None:
+            order = architecture.stub_byte_order(vcpu.registers)
+        vcpus[vcpu.index] = {
+            register.name: int.from_bytes(vcpu.registers[register.gdb], order)
+            for register in architecture.registers
+            if register.gdb is not None and register.gdb in vcpu.registers
+        }
+    return vcpus
+
+
+def _read_property(monitor: Monitor, vcpu_path: str | None, name: str) -> str | None:
+    if vcpu_path is None:
+        return None
+    answer = monitor.execute(f"qom-get {vcpu_path} {name}").strip()
+    # QEMU before 5.1 has no such command.
+    return None if answer.startswith(("Error", "unknown command")) else answer
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
 
 
 def _parse_monitor_registers(architecture: Architecture, text: str) -> dict[str, int]:

@@ -36,6 +36,7 @@ class PageForm:
         compressor: Makes a compressor for one thread; None: pages are stored as they are.
         page_flag: Of compressed pages.
         keep_zero_pages: Pages of zeros have descriptors, which all point to one page of zeros.
+        pfn_base: Number of the page that the first bit of a bitmap stands for.
     """
 
     page_size: int
@@ -43,6 +44,7 @@ class PageForm:
     compressor: Callable[[], Compress] | None
     page_flag: int
     keep_zero_pages: bool = True
+    pfn_base: int = 0
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class BulkPageWriter(_PageWriter):
 
     def _mark(self, packed: PackedPiece) -> None:
         size = self._form.page_size
-        first_pfn = packed.piece.gpa // size
+        first_pfn = packed.piece.gpa // size - self._form.pfn_base
         for number in packed.stored:
             index, bit = divmod(first_pfn + number, 8 * size)
             block = self.bitmap.get(index)

@@ -221,4 +221,3 @@ def available_memory() -> int:
         used = int((folder / "memory.current").read_text("ascii"))
         available = min(available, max(0, limit - used))
     return available
-

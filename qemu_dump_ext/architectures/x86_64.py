@@ -18,9 +18,10 @@ from qemu_dump_ext.architectures._declaration import (
     Register,
     VcpuReadings,
 )
+from qemu_dump_ext.architectures._linux_notes import prstatus
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_PRSTATUS, NT_QEMU
+from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_QEMU
 from qemu_dump_ext.guest import RamBlock, Vcpu
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
@@ -37,27 +38,19 @@ _PRINTED_FLAGS = 0x00FFFF00
 _CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
 _4G = 1 << 32
 
-_PRSTATUS_64 = StructLayout(
-    "elf_prstatus (x86-64)",
+_PRSTATUS_64 = prstatus(
+    "x86-64",
+    "u64",
     (
-        *fields_of("u32", "si_signo si_code si_errno"),
-        Field("pr_cursig", "u16"),
-        *fields_of("u64", "pr_sigpend pr_sighold"),
-        *fields_of("u32", "pr_pid pr_ppid pr_pgrp pr_sid"),
-        Field("pr_times", "bytes", 64),
         *fields_of("u64", "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi"),
         *fields_of("u64", "orig_rax rip cs_selector eflags rsp ss_selector fs_base gs_base"),
         *fields_of("u64", "ds_selector es_selector fs_selector gs_selector"),
-        Field("pr_fpvalid", "u32"),
     ),
 )
-_PRSTATUS_32 = StructLayout(
-    "elf_prstatus (i386)",
+_PRSTATUS_32 = prstatus(
+    "i386",
+    "u32",
     (
-        *fields_of("u32", "si_signo si_code si_errno"),
-        Field("pr_cursig", "u16"),
-        *fields_of("u32", "pr_sigpend pr_sighold pr_pid pr_ppid pr_pgrp pr_sid"),
-        Field("pr_times", "bytes", 32),
         *fields_of("u32", "rbx rcx rdx rsi rdi rbp rax"),
         *(
             half
@@ -68,7 +61,6 @@ _PRSTATUS_32 = StructLayout(
         *fields_of("u16", "cs_selector pad_cs"),
         *fields_of("u32", "eflags rsp"),
         *fields_of("u16", "ss_selector pad_ss"),
-        Field("pr_fpvalid", "u32"),
     ),
 )
 _QEMU_STATE = StructLayout(
@@ -94,14 +86,15 @@ _QEMU_NOTE = NoteLayout(
     max_align=8,
     constants={"version": 1, "size": 440},
     after_all_vcpus=True,
+    alternatives=(StructLayout("QEMUCPUState", _QEMU_STATE.fields[:-1]),),
 )
-_LEGACY_NOTES = (NoteLayout("CORE", NT_PRSTATUS, _PRSTATUS_32, max_align=4), _QEMU_NOTE)
+_LEGACY_NOTES = (_PRSTATUS_32, _QEMU_NOTE)
 
 LONG_MODE = Core(
     e_machine=EM_X86_64,
     byte_order="little",
     word_size=8,
-    notes=(NoteLayout("CORE", NT_PRSTATUS, _PRSTATUS_64, max_align=8), _QEMU_NOTE),
+    notes=(_PRSTATUS_64, _QEMU_NOTE),
     uname_machine="x86_64",
 )
 LEGACY_32 = Core(
@@ -110,6 +103,7 @@ LEGACY_32 = Core(
     word_size=4,
     notes=_LEGACY_NOTES,
     uname_machine="i686",
+    u64_align=4,
 )
 LEGACY_64 = Core(
     e_machine=EM_386,
@@ -117,10 +111,13 @@ LEGACY_64 = Core(
     word_size=8,
     notes=_LEGACY_NOTES,
     uname_machine="i686",
+    u64_align=4,
 )
 
 
-def _select_core(vcpus: Sequence[Vcpu], blocks: Sequence[RamBlock], dialect: Dialect) -> Core:
+def _select_core(
+    vcpus: Sequence[Vcpu], blocks: Sequence[RamBlock], dialect: Dialect, _machine: str
+) -> Core:
     deciding = vcpus[:1] if dialect.first_vcpu_decides else vcpus
     if any(vcpu.registers.get("efer", 0) & _EFER_LMA for vcpu in deciding):
         return LONG_MODE
@@ -162,7 +159,8 @@ def _hidden_flags(segment: str, values: Mapping[str, int]) -> int | None:
     return base & 0xFF000000 | base >> 16 & 0xFF
 
 
-def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+    """Merge what the sources say; each cuts something else."""
     native = readings.native
     values = {**native, **readings.monitor, **readings.gdb}
     code_is_64_bit = values.get("cs_flags", 0) & _SEGMENT_L
@@ -224,5 +222,5 @@ ARCHITECTURE = Architecture(
     kernel_map_base=0xFFFFFFFF80000000,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
-    reconcile=_reconcile,
+    reconcile=reconcile,
 )

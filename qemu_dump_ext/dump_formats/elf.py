@@ -48,6 +48,7 @@ _SMALLEST_HOLE = 8
 """Blocks of zeros; smaller holes cost more in writes than they save."""
 _NOTHING = memoryview(b"")
 _ZEROS = memoryview(bytes(1 << 20))
+_4G = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class ElfLayout:
 def lay_out(plan: DumpPlan) -> ElfLayout:
     """Compute all headers."""
     word_size = plan.core.word_size
+    if not plan.dialect.elf32_truncates and plan.ram_blocks[-1].end > _4G:
+        word_size = 8
     abi = elf_abi(plan.core.byte_order, word_size)
     ehdr, shdr, phdr = (layout.bind(abi) for layout in (EHDR, SHDR, phdr_layout(word_size)))
     phdr_count = 1 + len(plan.ram_blocks)
@@ -95,6 +98,7 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
             e_version=EV_CURRENT,
             e_phoff=phoff,
             e_shoff=shoff,
+            e_flags=plan.core.e_flags,
             e_ehsize=_QEMU_E_EHSIZE if plan.dialect.sections_first else ehdr.size,
             e_phentsize=phdr.size,
             e_phnum=PN_XNUM if extended else phdr_count,

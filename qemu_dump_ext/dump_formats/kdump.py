@@ -116,10 +116,12 @@ def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
     exact = plan.dialect.whole_pages_only
     runs = page_runs(plan.ram_blocks, page_size, compose=not exact)
     end = plan.ram_blocks[-1].end
-    max_mapnr = end // page_size if exact else -(-end // page_size)
+    max_mapnr = (end // page_size if exact else -(-end // page_size)) - plan.pfn_base
     bitmap_blocks = -(-max_mapnr // (8 * page_size))
     abi = Abi(core.byte_order, core.word_size, max_align=core.word_size)
-    header, sub_header = DISK_DUMP_HEADER.bind(abi), KDUMP_SUB_HEADER.bind(abi)
+    align = core.word_size if plan.dialect.packed_sub_header else core.u64_align
+    header = DISK_DUMP_HEADER.bind(abi)
+    sub_header = KDUMP_SUB_HEADER.bind(Abi(core.byte_order, core.word_size, max_align=align))
     notes_offset = page_size + sub_header.size
     sub_header_blocks = -(-(sub_header.size + len(plan.notes)) // page_size)
     bitmap_offset = page_size * (1 + sub_header_blocks)
@@ -213,6 +215,7 @@ def _write(
         compressor=_compressor(request, codec),
         page_flag=codec.page_flag if codec else 0,
         keep_zero_pages=not request.exclude_zero,
+        pfn_base=plan.pfn_base,
     )
     with _container(sink, raw=request.raw) as write_at:
         write_at(0, layout.header)
@@ -231,7 +234,7 @@ def _write(
             descriptor_offset=layout.descriptor_offset,
             data_offset=data_offset,
         )
-        _write_bitmaps(layout, plan.page_size, write_at, both=not request.exclude_zero)
+        _write_bitmaps(layout, plan, write_at, both=not request.exclude_zero)
         read_through(memory, pieces, writer.work(), progress, request.threads)
         writer.finish()
         if isinstance(writer, BulkPageWriter) and request.exclude_zero:
@@ -242,11 +245,12 @@ def _container(sink: Sink, *, raw: bool) -> AbstractContextManager[WriteAt]:
     return nullcontext(sink.write_at) if raw else FlattenedStream(sink.write)
 
 
-def _write_bitmaps(layout: KdumpLayout, page_size: int, write_at: WriteAt, *, both: bool) -> None:
-    second = layout.bitmap_blocks * page_size
+def _write_bitmaps(layout: KdumpLayout, plan: DumpPlan, write_at: WriteAt, *, both: bool) -> None:
+    second = layout.bitmap_blocks * plan.page_size
     for index in range(layout.bitmap_blocks):
-        offset = layout.bitmap_offset + index * page_size
-        bits = bitmap_block(layout.runs, index * page_size * 8, page_size)
+        offset = layout.bitmap_offset + index * plan.page_size
+        first_pfn = plan.pfn_base + index * plan.page_size * 8
+        bits = bitmap_block(layout.runs, first_pfn, plan.page_size)
         write_at(offset, bits)
         if both:
             write_at(offset + second, bits)
