@@ -22,7 +22,7 @@ from qemu_dump_ext.guest_probe import (
     probe_guest,
     read_utsname,
 )
-from qemu_dump_ext.memory_snapshot import room_for_copy
+from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
@@ -121,6 +121,7 @@ def dump(
     dump_format = all_dump_formats()["elf" if request.codec is None else "kdump"]
     dump_format.check(request, sink)
     started = time.monotonic()
+    copied: CopiedMemory | None = None
     with ExitStack() as copies:
         with stopped(access.monitor):
             pause = _Pause(request)
@@ -144,7 +145,7 @@ def dump(
 
                     dump_format.write(request, plan, opened.memory, sink, advance)
         stopped_seconds = pause.seconds()
-        if request.snapshot:
+        if copied is not None:
             remarks.append(f"{copied.size >> 20} MiB of guest memory were copied {copied.where}")
             progress.start(plan.memory_size)
             dump_format.write(request, plan, copied, sink, progress.advance)

@@ -5,7 +5,7 @@ The protocols live here, with their user; memory sources, QMP and gdb implement 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 

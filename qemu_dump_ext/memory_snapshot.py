@@ -13,6 +13,7 @@ import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -130,9 +131,7 @@ class CopiedMemory:
             for start, end in populated_ranges(memory, block.gpa, block.end):
                 for gpa in range(start, end, PIECE_SIZE):
                     size = min(PIECE_SIZE, end - gpa)
-                    view = self._store.fill(
-                        self.size, size, lambda view, gpa=gpa: memory.read_into(gpa, view)
-                    )
+                    view = self._store.fill(self.size, size, partial(memory.read_into, gpa))
                     if not may_be_zero or any(view.tobytes().strip(b"\0")[:1]):
                         self._append(gpa, size)
                     advance(size)
