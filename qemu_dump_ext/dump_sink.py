@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.writeback import Writeback
 
 _FILE_MODE = 0o600
 
@@ -51,6 +52,7 @@ class Sink:
                 written = os.write(self._descriptor, view)
                 view = view[written:]
                 self.bytes_written += written
+            self._advance(len(data))
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -67,6 +69,7 @@ class Sink:
                 view = view[written:]
                 offset += written
                 self.bytes_written += written
+            self._advance(len(data))
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -112,6 +115,9 @@ class Sink:
         reason = os.strerror(error.errno or errno.EIO)
         return DumpWriteError(f"cannot write {self.name}: {reason}")
 
+    def _advance(self, size: int) -> None:
+        """Count what was written."""
+
     def commit(self) -> None:
         """Make the dump final."""
 
@@ -155,6 +161,10 @@ class FileSink(Sink):
             reason = os.strerror(error.errno or errno.EIO)
             raise DumpWriteError(f"cannot create {path}: {reason}") from error
         super().__init__(str(path), descriptor)
+        self._writeback = Writeback(descriptor)
+
+    def _advance(self, size: int) -> None:
+        self._writeback.advance(size)
 
     @property
     def directory(self) -> Path:
@@ -168,6 +178,7 @@ class FileSink(Sink):
     def commit(self) -> None:
         """Give the file its name."""
         try:
+            self._writeback.close()
             os.fsync(self._descriptor)
             if self._force:
                 self._partial.replace(self._path)
@@ -191,6 +202,8 @@ class FileSink(Sink):
 
     def abort(self) -> None:
         """Remove the partial file."""
+        with contextlib.suppress(OSError):
+            self._writeback.close()
         with contextlib.suppress(OSError):
             self._partial.unlink()
         self._close()
