@@ -1,4 +1,4 @@
-"""Let the kernel write a growing file to its disk while it grows, so that the last sync is short."""
+"""Let the kernel write a growing file to its disk meanwhile, so that the last sync is short."""
 
 from __future__ import annotations
 
