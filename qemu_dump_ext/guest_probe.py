@@ -48,11 +48,13 @@ class GuestAccess:
         stub: The gdbstub, or None.
         native_dump: Lets QEMU dump one byte at a gpa and returns the ELF file; raises
             SourceError where that is not possible.
+        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
     """
 
     monitor: Monitor
     stub: Stub | None
     native_dump: Callable[[int], bytes]
+    addresses: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

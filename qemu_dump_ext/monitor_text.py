@@ -116,6 +116,14 @@ def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:
         blocks.append(RamBlock(gpa, end - gpa, name, offset))
 
 
+def parse_host_address(text: str, gpa: int) -> int:
+    """Parse `gpa2hva`: `Host virtual address for 0x… (pc.ram) is 0x7f…`."""
+    match = re.search(r"^Host virtual address for .* is (0x[0-9a-f]+)$", text.strip())
+    if match is None:
+        raise MonitorAnswerError(f"gpa2hva {gpa:#x}", text)
+    return int(match.group(1), 16)
+
+
 def split_vcpus(text: str) -> dict[int, str]:
     """Split `info registers -a` into the text of each vCPU, by cpu_index."""
     parts = re.split(r"^CPU#(\d+)\s*$", text, flags=re.MULTILINE)
