@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from qemu_dump_ext.guest import GuestMemory, RamBlock
-from qemu_dump_ext.interrupts import leave_signals_to_main_thread
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
@@ -88,7 +88,9 @@ def read_through(
 
     def consume_oldest() -> None:
         future, buffer, size = pending.popleft()
-        consume(future.result())
+        with uninterrupted():  # in a future, an interrupt would leave its locks taken
+            result = future.result()
+        consume(result)
         free.append(buffer)
         progress(size)
 
@@ -102,12 +104,14 @@ def read_through(
                 buffer = free.pop()
                 view = memoryview(buffer)[: piece.size]
                 _fill(memory, piece, view)
-                pending.append((pool.submit(work, view), buffer, piece.size))
+                with uninterrupted():
+                    pending.append((pool.submit(work, view), buffer, piece.size))
             while pending:
                 consume_oldest()
         except BaseException:
-            for future, _, _ in pending:
-                future.cancel()
+            with uninterrupted():
+                for future, _, _ in pending:
+                    future.cancel()
             raise
 
 
