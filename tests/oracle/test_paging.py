@@ -37,7 +37,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 FLASH = 0xFFF00000
 """1 MiB, to 4 GiB."""
-SEEDS = range(12)
+SEEDS = range(8)
 
 
 def make_cases(image: TableImage) -> dict[str, list[Mode | None]]:
