@@ -88,8 +88,10 @@ class Sink:
     def can_leave_holes(self) -> bool:
         """Tell whether what is not written reads as zeros: in a regular file that is empty."""
         status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode) or os.lseek(self._descriptor, 0, os.SEEK_CUR):
+            return False
         appends = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_APPEND
-        return stat.S_ISREG(status.st_mode) and status.st_size == 0 and not appends
+        return status.st_size == 0 and not appends
 
     def set_size(self, size: int) -> None:
         """Give a file in which holes were left its size, in bytes.
@@ -99,6 +101,8 @@ class Sink:
         """
         try:
             os.ftruncate(self._descriptor, size)
+            # Whoever writes next to an inherited descriptor does so behind the dump.
+            os.lseek(self._descriptor, size, os.SEEK_SET)
         except OSError as error:
             raise self._write_error(error) from error
 
