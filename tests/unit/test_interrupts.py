@@ -10,9 +10,14 @@ from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 def test_an_interrupt_is_raised_on_leaving():
     reached = []
-    with pytest.raises(KeyboardInterrupt), uninterrupted():
-        signal.raise_signal(signal.SIGINT)
-        reached.append("the end")
+
+    def work() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the end")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert reached
 
 
