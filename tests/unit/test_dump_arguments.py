@@ -46,11 +46,11 @@ def test_formats(words: tuple[str, ...], dump_format: str, file: str):
     ("words", "message"),
     [
         (("-z", "zlob", "out"), "invalid choice: 'zlob'"),
-        (("-z", "zlib"), "required: file"),
+        (("-z", "zlib"), "required: FILE "),
         (("-z", "-l", "out"), "not allowed with"),
         (("--memory", "tape", "out"), "invalid choice: 'tape'"),
         (("--frob", "out"), "unrecognized arguments"),
-        ((), "required: file"),
+        ((), "required: FILE "),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words: tuple[str, ...], message: str):
