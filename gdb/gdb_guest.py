@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -52,6 +52,11 @@ class GdbMonitor:
 
 class GdbStub:
     """QEMU's gdbstub by gdb's own connection."""
+
+    def addresses(self) -> Sequence[str]:
+        """Return what the user told gdb to connect to."""
+        connection = gdb.selected_inferior().connection
+        return () if connection is None or not connection.details else (connection.details,)
 
     def packet(self, text: str) -> str:
         """Send one packet and return the reply."""
@@ -161,7 +166,8 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
         _require_qemu(stub)
         _require_short_answers()
         monitor = GdbMonitor()
-        yield GuestAccess(monitor, stub, partial(dump_byte_through_file, monitor))
+        native_dump = partial(dump_byte_through_file, monitor)
+        yield GuestAccess(monitor, stub, native_dump, stub.addresses())
     else:
         with connect_qmp(qmp) as qmp_monitor:
             # The first packet would stop it, and what gdb knows of it is old.
@@ -171,4 +177,5 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
                     hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",
                 )
             _require_qemu(stub)
-            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump)
+            addresses = (qmp, *stub.addresses())
+            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump, addresses)

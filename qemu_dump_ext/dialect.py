@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from qemu_dump_ext.elf_structs import PN_XNUM
+
 QemuVersion = tuple[int, int, int]
 
 
@@ -54,6 +56,10 @@ class Dialect:
             miscount.
         whole_pages_only: max_mapnr is rounded down, and every block has its own descriptor for
             a page that several blocks share, so that all later ones are off.
+        names_wrong_parameters: Messages say what a parameter should be, not only that it is
+            invalid.
+        extended_from: Number of program headers from which section header 0 holds the number.
+        native_mappings: A paged dump has QEMU's list of mappings, with what is wrong in it.
     """
 
     name: str
@@ -71,6 +77,9 @@ class Dialect:
     packed_sub_header: bool
     fixed_page_size: bool
     whole_pages_only: bool
+    names_wrong_parameters: bool
+    extended_from: int
+    native_mappings: bool
 
 
 MENDED = Dialect(
@@ -89,6 +98,9 @@ MENDED = Dialect(
     packed_sub_header=False,
     fixed_page_size=False,
     whole_pages_only=False,
+    names_wrong_parameters=True,
+    extended_from=PN_XNUM,
+    native_mappings=False,
 )
 
 
@@ -108,14 +120,17 @@ _QEMU_0 = Dialect(
     packed_sub_header=True,
     fixed_page_size=True,
     whole_pages_only=True,
+    names_wrong_parameters=False,
+    extended_from=PN_XNUM - 1,
+    native_mappings=True,
 )
 # What each version of QEMU changed, oldest first.
 _CHANGES: tuple[tuple[QemuVersion, Callable[[Dialect], Dialect]], ...] = (
     ((3, 0, 0), partial(replace, kernel_gs_base=True)),
     ((4, 0, 0), partial(replace, vaddr_is_paddr=True)),
-    ((7, 2, 0), partial(replace, sections_first=True)),
+    ((7, 2, 0), partial(replace, sections_first=True, extended_from=PN_XNUM)),
     ((8, 1, 0), partial(replace, hypervisor_decides_byte_order=False)),
-    ((9, 1, 0), partial(replace, pid_unconverted=False)),
+    ((9, 1, 0), partial(replace, pid_unconverted=False, names_wrong_parameters=True)),
     ((9, 2, 0), partial(replace, utsname="unknown")),
 )
 

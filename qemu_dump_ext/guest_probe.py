@@ -13,7 +13,6 @@ from qemu_dump_ext.architectures._declaration import (
     TargetClues,
     VcpuReadings,
 )
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
@@ -27,18 +26,15 @@ from qemu_dump_ext.monitor_queries import (
 from qemu_dump_ext.monitor_text import (
     parse_flat_view,
     parse_named_values,
+    parse_readable_ranges,
     parse_version,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
-from qemu_dump_ext.page_pipeline import PIECE_SIZE
 from qemu_dump_ext.stub_registers import read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
-    MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
     UtsName,
-    note_at_page_start,
     parse_new_utsname,
-    possible_notes,
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
@@ -53,11 +49,13 @@ class GuestAccess:
         stub: The gdbstub, or None.
         native_dump: Lets QEMU dump one byte at a gpa and returns the ELF file; raises
             SourceError where that is not possible.
+        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
     """
 
     monitor: Monitor
     stub: Stub | None
     native_dump: Callable[[int], bytes]
+    addresses: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -68,6 +66,7 @@ class ProbedGuest:
         version: Of QEMU.
         architecture: Of the guest.
         ram_blocks: By ascending gpa.
+        readable_ranges: What a page table may map as memory: (first, end), ascending.
         vcpus: By ascending cpu_index.
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
@@ -78,6 +77,7 @@ class ProbedGuest:
     version: QemuVersion
     architecture: Architecture
     ram_blocks: Sequence[RamBlock]
+    readable_ranges: Sequence[tuple[int, int]]
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
@@ -96,7 +96,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     objects = find_machine_objects(
         monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
     )
-    ram_blocks = parse_flat_view(monitor.execute("info mtree -f"))
+    flat_views = monitor.execute("info mtree -f")
+    ram_blocks = parse_flat_view(flat_views)
     texts = read_register_texts(monitor)
     vcpu_property = partial(read_property, monitor, objects.cpu_path)
     architecture = architecture_for_cpu_types(
@@ -139,6 +140,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         version,
         architecture,
         ram_blocks,
+        parse_readable_ranges(flat_views),
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
@@ -216,25 +218,4 @@ def read_utsname(
     found = parse_new_utsname(bytes(buffer))
     if found is None or found.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
         return UtsName()
-    return found
-
-
-def find_guest_note(
-    memory: GuestMemory, ram_blocks: Sequence[RamBlock], byte_order: ByteOrder
-) -> bytes:
-    """Search guest memory for the VMCOREINFO note that the kernel keeps.
-
-    Returns:
-        The note of the highest address, header included; empty where there is none.
-    """
-    found = b""
-    buffer = memoryview(bytearray(PIECE_SIZE + 2 * MAX_VMCOREINFO_SIZE))
-    for block in ram_blocks:
-        for gpa in range(block.gpa, block.end, PIECE_SIZE):
-            # Pieces overlap by the longest note.
-            view = buffer[: min(len(buffer), block.end - gpa)]
-            memory.read_into(gpa, view)
-            for offset in possible_notes(view, gpa):
-                note = note_at_page_start(view[offset : offset + len(buffer)], byte_order)
-                found = note or found
     return found

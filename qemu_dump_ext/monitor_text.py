@@ -7,6 +7,7 @@ parsed from the side whose form is fixed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import MonitorAnswerError
@@ -21,6 +22,8 @@ _FLAT_RANGE = re.compile(
 )
 _REGION_OFFSET = re.compile(r"^(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?$")
 _RAM_KINDS = frozenset(("ram", "rom", "nv-ram", "nv-rom"))
+_FLASH_KINDS = frozenset(("romd", "i/o"))
+_READABLE_KINDS = _RAM_KINDS | {"ramd", "romd"}
 _NON_VOLATILE_BACKEND = re.compile(r"alias \S.*? @(?P<backend>\S+) ")
 
 
@@ -58,28 +61,59 @@ def parse_flat_view(text: str) -> list[RamBlock]:
         QEMU system/memory.c mtree_print_flatview(); system/memory_mapping.c
         guest_phys_block_add_section().
     """
+    ranges = list(_flat_ranges(text))
+    # A window to flash that only reads (the BIOS below 1 MiB, since QEMU 9.1) is shown as `rom`.
+    flash = {_region(match)[0] for match in ranges if match["kind"] in _FLASH_KINDS}
     blocks: list[RamBlock] = []
+    for match in ranges:
+        if match["kind"] in _RAM_KINDS:
+            name, offset = _region(match)
+            if match["kind"] != "rom" or name not in flash:
+                _add_range(blocks, match, name, offset)
+    return blocks
+
+
+def parse_readable_ranges(text: str) -> list[tuple[int, int]]:
+    """Parse `info mtree -f` into what a page table may map as memory: RAM, ROM and flash.
+
+    Returns:
+        (first, end) of each range, ascending.
+
+    Source:
+        QEMU softmmu/physmem.c cpu_physical_memory_is_io().
+    """
+    return [
+        (int(match["first"], 16), int(match["last"], 16) + 1)
+        for match in _flat_ranges(text)
+        if match["kind"] in _READABLE_KINDS
+    ]
+
+
+def _flat_ranges(text: str) -> Iterator[re.Match[str]]:
     in_view = found = False
     for line in text.splitlines():
         if line.startswith("FlatView #"):
             in_view = False
         elif line.startswith(' AS "memory",'):
             in_view = found = True
-        elif in_view and (match := _FLAT_RANGE.match(line)) and match["kind"] in _RAM_KINDS:
-            _add_range(blocks, match)
+        elif in_view and (match := _FLAT_RANGE.match(line)):
+            yield match
     if not found:
         raise MonitorAnswerError(
             "info mtree -f", text, hint="QEMU before 2.9 has no flat view of its memory"
         )
-    return blocks
 
 
-def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:
-    gpa, end = int(match["first"], 16), int(match["last"], 16) + 1
+def _region(match: re.Match[str]) -> tuple[str, int]:
     # A range that KVM has mapped is followed by the accelerator's name, once per address space.
     named = _REGION_OFFSET.match(re.sub(r"( [A-Z]+)+$", "", match["name"]))
     name = named["name"] if named else match["name"]
     offset = int(named["offset"], 16) if named and named["offset"] else 0
+    return name, offset
+
+
+def _add_range(blocks: list[RamBlock], match: re.Match[str], name: str, offset: int) -> None:
+    gpa, end = int(match["first"], 16), int(match["last"], 16) + 1
     last = blocks[-1] if blocks else None
     if (
         last is not None
@@ -90,6 +124,14 @@ def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:
         blocks[-1] = RamBlock(last.gpa, last.size + end - gpa, name, last.region_offset)
     else:
         blocks.append(RamBlock(gpa, end - gpa, name, offset))
+
+
+def parse_host_address(text: str, gpa: int) -> int:
+    """Parse `gpa2hva`: `Host virtual address for 0x… (pc.ram) is 0x7f…`."""
+    match = re.search(r"^Host virtual address for .* is (0x[0-9a-f]+)$", text.strip())
+    if match is None:
+        raise MonitorAnswerError(f"gpa2hva {gpa:#x}", text)
+    return int(match.group(1), 16)
 
 
 def split_vcpus(text: str) -> dict[int, str]:

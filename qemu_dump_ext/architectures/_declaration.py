@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import PageTableRoot
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,13 @@ class Architecture:
         reconcile: Merges the sources into the final values where precedence (stub, monitor,
             native notes) is not all; None where it is. A value that no source gives must be
             left out.
+        page_table_roots: Tells from the registers of a vCPU where its page tables begin; empty
+            where it uses none. Gets True where they are to be read as QEMU's dump-guest-memory
+            does, with what is wrong in it. A KeyError names a register that no source gave. None
+            where the tables are unknown, as in QEMU for all but x86: virtual addresses are then
+            physical ones.
+        kernel_page_tables: Tells from VMCOREINFO's text and phys_base where the kernel's own page
+            tables (swapper_pg_dir) begin, or None where they do not tell. None where unknown.
         machine_page_sizes: `page_size` of machines whose type begins like this.
         phys_base_is_lowest: Where VMCOREINFO does not tell it, phys_base is the lowest gpa.
         pfn_from_phys_base: Readers count the page frames of a kdump from phys_base.
@@ -175,6 +183,8 @@ class Architecture:
     select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
+    page_table_roots: Callable[[Mapping[str, int], bool], Sequence[PageTableRoot]] | None = None
+    kernel_page_tables: Callable[[bytes, int | None], PageTableRoot | None] | None = None
     machine_page_sizes: Mapping[str, int] = field(default_factory=dict)
     phys_base_is_lowest: bool = False
     pfn_from_phys_base: bool = False

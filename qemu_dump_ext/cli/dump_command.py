@@ -11,6 +11,7 @@ from qemu_dump_ext.dump_arguments import (
     FILE_HELP,
     OneLineParser,
     add_dump_arguments,
+    add_file_arguments,
     parse_dump_arguments,
     request_of,
 )
@@ -39,7 +40,7 @@ def _parser() -> OneLineParser:
         help="drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state"
         " before gdb stopped the guest is known",
     )
-    parser.add_argument("file", metavar="FILE", help=f"{FILE_HELP}, or - for standard output")
+    add_file_arguments(parser, f"{FILE_HELP}, or - for standard output")
     return parser
 
 
@@ -63,7 +64,9 @@ def _run(words: Sequence[str]) -> int:
     progress = ProgressMeter(_show_line if watched else None)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT)
     with connect_qmp(arguments.qmp) as monitor, sink:
-        access = GuestAccess(monitor, stub=None, native_dump=monitor.native_dump)
+        access = GuestAccess(
+            monitor, stub=None, native_dump=monitor.native_dump, addresses=(arguments.qmp,)
+        )
         report = dump(request, access, sink, memory=arguments.memory, progress=progress)
     if watched:
         _show_line("")

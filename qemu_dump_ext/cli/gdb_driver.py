@@ -262,7 +262,17 @@ def _command_words(arguments: argparse.Namespace) -> str:
     words: Sequence[str] = (
         *(("-z", arguments.codec) if arguments.codec else ()),
         *(("-R",) if arguments.raw else ()),
+        *(("-p",) if arguments.paging else ()),
+        *(("--range", *arguments.range) if arguments.range else ()),
         *(("--exact",) if arguments.exact else ()),
+        *(() if arguments.vmcoreinfo else ("--no-vmcoreinfo",)),
+        *(("--kernel", arguments.kernel) if arguments.kernel else ()),
+        *(("--level", str(arguments.level)) if arguments.level is not None else ()),
+        *(("--threads", str(arguments.threads)) if arguments.threads else ()),
+        *(("--exclude-zero",) if arguments.exclude_zero else ()),
+        *(() if arguments.sparse else ("--no-sparse",)),
+        *(("--snapshot",) if arguments.snapshot else ()),
+        *(("--max-pause", str(arguments.max_pause)) if arguments.max_pause else ()),
         *(("--force",) if arguments.force else ()),
         *(("--json",) if arguments.json else ()),
         *(("--qmp", arguments.qmp) if arguments.qmp else ()),
@@ -271,6 +281,7 @@ def _command_words(arguments: argparse.Namespace) -> str:
         "--progress",
         "always" if watched and not arguments.json else "never",
         arguments.file,
+        *arguments.bounds,
     )
     return " ".join(map(_quote_for_gdb, words))
 

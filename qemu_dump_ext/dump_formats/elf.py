@@ -6,7 +6,10 @@ write_elf_phdr_loads(), create_vmcore().
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
 from qemu_dump_ext.dump_plan import DumpPlan
@@ -28,12 +31,26 @@ from qemu_dump_ext.elf_structs import (
     elf_abi,
     phdr_layout,
 )
+from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import GuestMemory
-from qemu_dump_ext.page_pipeline import pieces_of_blocks, read_through
+from qemu_dump_ext.memory_mapping import Segment
+from qemu_dump_ext.page_pipeline import (
+    Piece,
+    PieceWork,
+    pieces_of_blocks,
+    populated_ranges,
+    read_through,
+)
+from qemu_dump_ext.zero_pages import runs_with_content
 
 _STRING_TABLE = b"\0.shstrtab\0"
 _QEMU_SECTION_COUNT = 2
 _QEMU_E_EHSIZE = 8
+_FILE_BLOCK = 4096
+_SMALLEST_HOLE = 8
+"""Blocks of zeros; smaller holes cost more in writes than they save."""
+_NOTHING = memoryview(b"")
+_ZEROS = memoryview(bytes(1 << 20))
 _4G = 1 << 32
 
 
@@ -59,13 +76,18 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
         word_size = 8
     abi = elf_abi(plan.core.byte_order, word_size)
     ehdr, shdr, phdr = (layout.bind(abi) for layout in (EHDR, SHDR, phdr_layout(word_size)))
-    phdr_count = 1 + len(plan.ram_blocks)
-    extended = phdr_count >= PN_XNUM
+    phdr_count = 1 + len(plan.segments)
+    extended = phdr_count >= plan.dialect.extended_from
     # Where e_phnum is too small for the count, section header 0 holds it.
     section_count = _QEMU_SECTION_COUNT if plan.dialect.sections_first else int(extended)
-    shoff = ehdr.size if section_count else 0
-    phoff = ehdr.size + section_count * shdr.size
-    notes_offset = phoff + phdr_count * phdr.size
+    sections_size = section_count * shdr.size
+    if plan.dialect.sections_first:
+        shoff, phoff = ehdr.size, ehdr.size + sections_size
+        notes_offset = phoff + phdr_count * phdr.size
+    else:
+        phoff = ehdr.size
+        notes_offset = phoff + phdr_count * phdr.size + sections_size
+        shoff = notes_offset - sections_size if section_count else 0
     memory_offset = notes_offset + len(plan.notes)
     memory_end = memory_offset + plan.memory_size
 
@@ -93,12 +115,11 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
             e_shstrndx=section_count - 1 if plan.dialect.sections_first else 0,
         )
     )
-    if section_count:
-        head += shdr.pack(sh_info=phdr_count if extended else 0)
+    first_section = shdr.pack(sh_info=phdr_count if extended else 0)
     if plan.dialect.sections_first:
         # QEMU leaves this header in the byte order of its host.
         host = SHDR.bind(elf_abi("little", word_size))
-        head += host.pack(
+        head += first_section + host.pack(
             sh_name=1, sh_type=SHT_STRTAB, sh_offset=memory_end, sh_size=len(_STRING_TABLE)
         )
     head += phdr.pack(
@@ -107,34 +128,124 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
         p_filesz=len(plan.notes),
         p_memsz=len(plan.notes),
     )
-    offset = memory_offset
     limit = (1 << 8 * word_size) - 1
-    for block in plan.ram_blocks:
+    for segment, offset, size in _places(plan, memory_offset):
         head += phdr.pack(
             p_type=PT_LOAD,
             p_offset=offset & limit,
-            p_vaddr=block.gpa & limit if plan.dialect.vaddr_is_paddr else 0,
-            p_paddr=block.gpa & limit,
-            p_filesz=block.size & limit,
-            p_memsz=block.size & limit,
+            p_vaddr=segment.gva & limit,
+            p_paddr=segment.gpa & limit,
+            p_filesz=size & limit,
+            p_memsz=segment.size & limit,
         )
-        offset += block.size
+    if section_count and not plan.dialect.sections_first:
+        head += first_section
     tail = _STRING_TABLE if plan.dialect.sections_first else b""
     return ElfLayout(bytes(head) + plan.notes, tail, memory_end + len(tail))
 
 
+def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, int]]:
+    """Yield each segment with its offset and size in the file.
+
+    As in QEMU, a segment has what the block with its first byte has of it, and no block means no
+    offset, all bits set.
+    """
+    blocks = plan.ram_blocks
+    starts = [block.gpa for block in blocks]
+    offsets = list(accumulate((block.size for block in blocks), initial=memory_offset))
+    for segment in plan.segments:
+        index = bisect_right(starts, segment.gpa) - 1
+        if index < 0 or segment.gpa >= blocks[index].end:
+            yield segment, -1, 0
+            continue
+        inside = segment.gpa - starts[index]
+        size = min(segment.size, blocks[index].end - segment.gpa)
+        yield segment, offsets[index] + inside, size
+
+
+def _check(request: DumpRequest, _sink: Sink) -> None:
+    if request.level is not None or request.exclude_zero:
+        raise RequestError("--level and --exclude-zero are for kdumps", hint="add -z")
+
+
 def _write(
-    _request: DumpRequest,
+    request: DumpRequest,
     plan: DumpPlan,
     memory: GuestMemory,
     sink: Sink,
     progress: ProgressCallback,
 ) -> None:
     layout = lay_out(plan)
-    sink.require_room(layout.size)
-    sink.write(layout.head)
-    read_through(memory, pieces_of_blocks(plan.ram_blocks), lambda view: view, sink.write, progress)
-    sink.write(layout.tail)
+    if request.sparse and sink.can_leave_holes():
+        populated = sum(
+            end - start
+            for block in plan.ram_blocks
+            for start, end in populated_ranges(memory, block.gpa, block.end)
+        )
+        sink.require_room(layout.size - plan.memory_size + populated)
+        sink.write_at(0, layout.head)
+        writer: _StreamWriter = _HoleWriter(sink, len(layout.head))
+    else:
+        sink.require_room(layout.size)
+        sink.write(layout.head)
+        writer = _StreamWriter(sink)
+    pieces = pieces_of_blocks(memory, plan.ram_blocks)
+    read_through(memory, pieces, writer.work(), progress, request.threads)
+    writer.finish(layout)
 
 
-FORMAT = DumpFormat("elf", _write)
+@dataclass(frozen=True)
+class _Content:
+    # A piece, and the ranges of its buffer outside of which everything is zero.
+    size: int
+    view: memoryview
+    ranges: Sequence[tuple[int, int]]
+
+
+class _StreamWriter:
+    # Everything in order, for pipes.
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def work(self) -> PieceWork[_Content]:
+        return PieceWork(
+            self._pack, lambda piece: _Content(piece.size, _NOTHING, ()), self._consume
+        )
+
+    def _pack(self, piece: Piece, view: memoryview) -> _Content:
+        return _Content(piece.size, view, ((0, piece.size),))
+
+    def _consume(self, content: _Content) -> None:
+        if content.ranges:
+            self._sink.write(content.view)
+            return
+        left = content.size
+        while left:
+            some = min(left, len(_ZEROS))
+            self._sink.write(_ZEROS[:some])
+            left -= some
+
+    def finish(self, layout: ElfLayout) -> None:
+        self._sink.write(layout.tail)
+
+
+class _HoleWriter(_StreamWriter):
+    # What is not zero, at its place in a new file.
+    def __init__(self, sink: Sink, offset: int) -> None:
+        super().__init__(sink)
+        self._offset = offset
+
+    def _pack(self, piece: Piece, view: memoryview) -> _Content:
+        return _Content(piece.size, view, runs_with_content(view, _FILE_BLOCK, _SMALLEST_HOLE))
+
+    def _consume(self, content: _Content) -> None:
+        for start, end in content.ranges:
+            self._sink.write_at(self._offset + start, content.view[start:end])
+        self._offset += content.size
+
+    def finish(self, layout: ElfLayout) -> None:
+        self._sink.write_at(self._offset, layout.tail)
+        self._sink.set_size(layout.size)
+
+
+FORMAT = DumpFormat("elf", _check, _write)

@@ -100,3 +100,20 @@ def test_version_status_and_bytes():
     for parse in (parse_version, parse_status):
         with pytest.raises(MonitorAnswerError):
             parse("unknown command: 'info'")
+
+
+def test_a_window_to_flash_is_no_ram():
+    """A read-only alias of flash is shown as `rom`, and QEMU does not dump it."""
+    view = (
+        "FlatView #0\n"
+        ' AS "memory", root: system\n'
+        " Root memory region: system\n"
+        "  0000000000000000-00000000000bffff (prio 0, ram): pc.ram\n"
+        "  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom\n"
+        "  00000000000e0000-00000000000fffff (prio 0, rom): system.flash0 @00000000000e0000\n"
+        "  0000000000100000-0000000003ffffff (prio 0, ram): pc.ram @0000000000100000\n"
+        "  00000000fff00000-00000000ffffffff (prio 0, {kind}): system.flash0\n"
+    )
+    for kind in ("romd", "i/o"):
+        blocks = parse_flat_view(view.replace("{kind}", kind))
+        assert [block.name for block in blocks] == ["pc.ram", "pc.rom", "pc.ram"]
