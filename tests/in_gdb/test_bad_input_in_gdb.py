@@ -37,6 +37,8 @@ _DUMP = "qemu-dump-guest-memory"
 _STATUS = "output $_qemu_dump_status"
 _MODE = "maintenance packet qqemu.PhyMemMode"
 _MARK = "@@ "
+_LONG = {"gdbstub": "64", "pmemsave": "512"}
+"""MiB of guest memory with which a dump takes a while, by memory source."""
 _CLIENT = "import sys; from pathlib import Path; from tests.support.raw_qmp import RawQmp; "
 
 
@@ -220,7 +222,7 @@ def gdb_in_dump(
 @pytest.mark.parametrize("memory", ["gdbstub", "pmemsave"])
 def test_qemu_is_killed_in_the_middle(tmp_path: Path, memory: str):
     with (
-        stopped_machine(_QEMU, ["-m", "512"]) as machine,
+        stopped_machine(_QEMU, ["-m", _LONG[memory]]) as machine,
         no_trace(tmp_path),
         gdb_in_dump(machine, tmp_path, f"--memory {memory}", [], [_STATUS]) as gdb,
     ):
@@ -281,14 +283,20 @@ def test_an_interrupt_leaves_gdb_usable(tmp_path: Path, memory: str, mode: str):
     set_mode = f"maintenance packet Qqemu.PhyMemMode:{mode}"
     look = [f"echo {_MARK}\\n", "output $_thread", "info frame", _MODE]
     with (
-        stopped_machine(_QEMU, ["-smp", "2", "-m", "512"]) as machine,
+        stopped_machine(_QEMU, ["-smp", "2", "-m", _LONG[memory]]) as machine,
         no_trace(tmp_path),
         gdb_in_dump(
             machine,
             tmp_path,
             f"--memory {memory}",
             [*_SETTINGS, set_mode, *look],
-            [_STATUS, *look, f"echo {_MARK}\\n", f"{_DUMP} -z none '|cat >/dev/null'", _STATUS],
+            [
+                _STATUS,
+                *look,
+                f"echo {_MARK}\\n",
+                f"{_DUMP} --memory pmemsave -z none '|cat >/dev/null'",
+                _STATUS,
+            ],
         ) as gdb,
     ):
         gdb.send_signal(signal.SIGINT)

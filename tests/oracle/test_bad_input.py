@@ -194,8 +194,11 @@ def test_a_device_and_a_fifo_stay(stopped: QemuMachine, tmp_path: Path, door: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], r"no room for .*: the dump takes 64 MiB, the file system has 0 MiB left \(-z takes"),
-        (["-z", "none"], r"cannot write .*/new: No space left on device"),
+        (
+            ["--memory", "pmemsave"],
+            r"no room for .*: the dump takes 64 MiB, the file system has 0 MiB left \(-z takes",
+        ),
+        (["--memory", "pmemsave", "-z", "none"], r"cannot write .*/new: No space left on device"),
     ],
 )
 def test_no_room(stopped: QemuMachine, tmp_path: Path, door: str, words: list[str], message: str):
@@ -311,7 +314,6 @@ def test_tcp_passes_no_descriptors(tmp_path: Path):
         run_cli(*way_to("qmp", machine), tmp_path / "unix")
     assert (by_tcp.returncode, by_both.returncode) == (0, 0), by_tcp.stderr + by_both.stderr
     assert (tmp_path / "tcp").read_bytes() == (tmp_path / "unix").read_bytes()
-    assert len(by_tcp.stderr.splitlines()) == 1
 
 
 def test_no_gdbstub_there(tmp_path: Path):
@@ -361,7 +363,8 @@ def test_qemu_is_gone(tmp_path: Path, door: str):
     ("door", "memory"), [("qmp", "pmemsave"), ("gdb", "pmemsave"), ("gdb", "gdbstub")]
 )
 def test_qemu_is_killed_in_the_middle(tmp_path: Path, door: str, memory: str):
-    with QemuMachine(_QEMU, ["-m", "512"]) as machine, no_trace(tmp_path):
+    size = "64" if memory == "gdbstub" else "512"  # MiB: so that a dump takes a while
+    with QemuMachine(_QEMU, ["-m", size]) as machine, no_trace(tmp_path):
         words = [*way_to(door, machine), "--memory", memory]
         with open_dump(words, tmp_path / "new") as dump:
             wait_until(lambda: partial_size(tmp_path) > _MIB, "the dump has begun")
