@@ -51,6 +51,7 @@ class TableLevel:
         table_mask: Of an entry: the bits that are the gpa of the next table, once shifted.
         leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
         address_shift: To the left, of `table_mask`'s bits.
+        present: Which entries count, where it is not as at the other levels.
     """
 
     shift: int
@@ -59,6 +60,7 @@ class TableLevel:
     table_mask: int
     leaf_masks: tuple[tuple[int, int], ...]
     address_shift: int = 0
+    present: LeafTest | None = None
 
 
 ALWAYS_LEAF = LeafTest(0, 0)
@@ -248,7 +250,8 @@ class _Walk:
             walker._empty.add(place)  # noqa: SLF001
 
     def _inner(self, depth: int, level: TableLevel, entries: Sequence[int], base: int) -> None:
-        present_mask, present = self._geometry.present.mask, self._geometry.present.wanted
+        test = level.present or self._geometry.present
+        present_mask, present = test.mask, test.wanted
         leaf = level.leaf
         for index, entry in enumerate(entries):
             if not entry or not _passes(entry, present_mask, present):
@@ -272,7 +275,7 @@ class _Walk:
 
     def _pages(self, level: TableLevel, entries: Sequence[int], base: int) -> None:
         """Take a table of the last level, where nearly all entries are."""
-        present = self._geometry.present
+        present = level.present or self._geometry.present
         if len(level.leaf_masks) > 1 or len(self._geometry.levels) == 1 or present.wanted is None:
             for index, entry in enumerate(entries):
                 if entry and _passes(entry, present.mask, present.wanted):
@@ -360,7 +363,8 @@ def translate(root: PageTableRoot, read_table: ReadTable, gva: int) -> tuple[int
         index = inner >> level.shift & level.entry_count - 1
         place = (table & root.address_mask) + index * geometry.entry_size
         (entry,) = codec.unpack(read_table(place, codec.size))
-        if not _passes(entry, geometry.present.mask, geometry.present.wanted):
+        present = level.present or geometry.present
+        if not _passes(entry, present.mask, present.wanted):
             return None
         if level.leaf is not None and _passes(entry, level.leaf.mask, level.leaf.wanted):
             gpa = 0

@@ -13,7 +13,7 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest import Vcpu
-from qemu_dump_ext.guest_tables import TableReader, collect_mappings
+from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.page_table_walk import WalkBudget, translate
 from tests.support.fake_kernel import FlatMemory
@@ -31,16 +31,13 @@ def collect(
     native: bool,
     budget: WalkBudget | None = None,
 ) -> list[Segment]:
-    found = collect_mappings(
-        X86_64,
-        [Vcpu(0, registers)],
+    return collect_mappings(
+        roots_of_vcpus(X86_64, [Vcpu(0, registers)], native=native),
         TableReader(memory, memory.blocks),
         [(block.gpa, block.end) for block in memory.blocks],
         native=native,
         budget=budget,
     )
-    assert found is not None
-    return found
 
 
 def self_map(memory: FlatMemory) -> None:
