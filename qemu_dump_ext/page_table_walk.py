@@ -51,7 +51,7 @@ class TableLevel:
         table_mask: Of an entry: the bits that are the gpa of the next table, once shifted.
         leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
         address_shift: To the left, of `table_mask`'s bits.
-        present: Which entries count, where it is not as at the other levels.
+        present: What an entry must pass as well to count, beside the test of all levels.
     """
 
     shift: int
@@ -66,9 +66,9 @@ class TableLevel:
 ALWAYS_LEAF = LeafTest(0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PageTableGeometry:
-    """The page tables of one mode of an architecture.
+    """The page tables of one mode of an architecture; each is made once, and is itself only.
 
     Attributes:
         name: For messages.
@@ -250,11 +250,9 @@ class _Walk:
             walker._empty.add(place)  # noqa: SLF001
 
     def _inner(self, depth: int, level: TableLevel, entries: Sequence[int], base: int) -> None:
-        test = level.present or self._geometry.present
-        present_mask, present = test.mask, test.wanted
         leaf = level.leaf
         for index, entry in enumerate(entries):
-            if not entry or not _passes(entry, present_mask, present):
+            if not entry or not _is_present(self._geometry, level, entry):
                 continue
             gva = base | self._top(index) if not depth else base | index << level.shift
             if leaf is not None and _passes(entry, leaf.mask, leaf.wanted):
@@ -278,7 +276,7 @@ class _Walk:
         present = level.present or self._geometry.present
         if len(level.leaf_masks) > 1 or len(self._geometry.levels) == 1 or present.wanted is None:
             for index, entry in enumerate(entries):
-                if entry and _passes(entry, present.mask, present.wanted):
+                if entry and _is_present(self._geometry, level, entry):
                     at_root = len(self._geometry.levels) == 1
                     gva = self._top(index) if at_root else base | index << level.shift
                     self._page(level, entry, gva)
@@ -332,6 +330,13 @@ class _Walk:
         self._run = (gva, gpa, size, size)
 
 
+def _is_present(geometry: PageTableGeometry, level: TableLevel, entry: int) -> bool:
+    test = level.present
+    return _passes(entry, geometry.present.mask, geometry.present.wanted) and (
+        test is None or _passes(entry, test.mask, test.wanted)
+    )
+
+
 def _passes(entry: int, mask: int, wanted: int | None) -> bool:
     return bool(entry & mask) if wanted is None else entry & mask == wanted
 
@@ -363,8 +368,7 @@ def translate(root: PageTableRoot, read_table: ReadTable, gva: int) -> tuple[int
         index = inner >> level.shift & level.entry_count - 1
         place = (table & root.address_mask) + index * geometry.entry_size
         (entry,) = codec.unpack(read_table(place, codec.size))
-        present = level.present or geometry.present
-        if not _passes(entry, present.mask, present.wanted):
+        if not _is_present(geometry, level, entry):
             return None
         if level.leaf is not None and _passes(entry, level.leaf.mask, level.leaf.wanted):
             gpa = 0

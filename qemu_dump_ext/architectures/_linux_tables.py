@@ -97,6 +97,7 @@ def riscv64_tables(va_bits: int) -> PageTableGeometry:
                 table_mask=_RISCV_PPN,
                 leaf_masks=((_RISCV_PPN & -1 << shift - _RISCV_PPN_LEFT, _RISCV_PPN_LEFT),),
                 address_shift=_RISCV_PPN_LEFT,
+                present=_RISCV_LEAF if shift == 12 else None,
             )
             for shift in shifts
         ),

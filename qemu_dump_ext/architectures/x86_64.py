@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -221,6 +222,7 @@ def _long_levels(count: int, *, native: bool) -> tuple[TableLevel, ...]:
     )
 
 
+@cache
 def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
     # QEMU takes every address for one of the kernel's half.
     return PageTableGeometry(
@@ -232,6 +234,7 @@ def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
     )
 
 
+@cache
 def _pae_tables(*, native: bool) -> PageTableGeometry:
     next_table = _U64 & ~0xFFF if native else _ADDRESS
     directory_pointers = TableLevel(30, 4, None, next_table, ())
@@ -244,6 +247,7 @@ def _pae_tables(*, native: bool) -> PageTableGeometry:
     )
 
 
+@cache
 def _legacy_tables(*, large_pages: bool) -> PageTableGeometry:
     # Of a 4 MiB page, bits 39:32 of the address are bits 20:13 of the entry (PSE-36).
     directory = TableLevel(
