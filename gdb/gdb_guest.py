@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -19,6 +19,7 @@ from qemu_dump_ext.sync_qmp import connect_qmp
 
 ResultT = TypeVar("ResultT")
 
+_MOST_VCPUS_ON_UNIX_SOCKET = 32
 _GONE = "the guest is gone: QEMU closed the connection to gdb"
 
 
@@ -51,6 +52,11 @@ class GdbMonitor:
 
 class GdbStub:
     """QEMU's gdbstub by gdb's own connection."""
+
+    def addresses(self) -> Sequence[str]:
+        """Return what the user told gdb to connect to."""
+        connection = gdb.selected_inferior().connection
+        return () if connection is None or not connection.details else (connection.details,)
 
     def packet(self, text: str) -> str:
         """Send one packet and return the reply."""
@@ -132,6 +138,18 @@ def _require_qemu(stub: GdbStub) -> None:
         )
 
 
+def _require_short_answers() -> None:
+    # QEMU and gdb wait for each other forever when an answer of the monitor has some 600 lines:
+    # each is a packet, whose acknowledgment fills the socket. `info mtree -f` grows with vCPUs.
+    connection = gdb.selected_inferior().connection
+    is_unix_socket = connection is not None and "/" in (connection.details or "")
+    if is_unix_socket and len(gdb.selected_inferior().threads()) > _MOST_VCPUS_ON_UNIX_SOCKET:
+        raise SourceError(
+            "the gdbstub on a unix socket cannot carry the monitor's answers about so many vCPUs",
+            hint="add --qmp SOCKET, or connect gdb by TCP",
+        )
+
+
 @contextmanager
 def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     """Open the ways to the guest that gdb is attached to.
@@ -146,8 +164,10 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     _require_stopped_guest()
     if qmp is None:
         _require_qemu(stub)
+        _require_short_answers()
         monitor = GdbMonitor()
-        yield GuestAccess(monitor, stub, partial(dump_byte_through_file, monitor))
+        native_dump = partial(dump_byte_through_file, monitor)
+        yield GuestAccess(monitor, stub, native_dump, stub.addresses())
     else:
         with connect_qmp(qmp) as qmp_monitor:
             # The first packet would stop it, and what gdb knows of it is old.
@@ -157,4 +177,5 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
                     hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",
                 )
             _require_qemu(stub)
-            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump)
+            addresses = (qmp, *stub.addresses())
+            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump, addresses)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from qemu_dump_ext.c_struct import ByteOrder
@@ -13,7 +14,7 @@ from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, phys_base, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
-from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
+from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, PauseLimitError
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.guest_probe import (
     GuestAccess,
@@ -23,6 +24,7 @@ from qemu_dump_ext.guest_probe import (
 )
 from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
 from qemu_dump_ext.memory_mapping import Segment
+from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
@@ -120,18 +122,38 @@ def dump(
         DumpWriteError: The dump cannot be written.
     """
     dump_format = all_dump_formats()["elf" if request.codec is None else "kdump"]
+    dump_format.check(request, sink)
     started = time.monotonic()
-    with stopped(access.monitor), undisturbed(access.monitor):
-        stopped_at = time.monotonic()
-        guest = probe_guest(access)
-        dialect = qemu_dialect(guest.version) if request.exact else MENDED
-        select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
-        context = SourceContext(access.monitor, access.stub, guest.ram_blocks)
-        with open_memory(memory, context) as opened:
-            snapshot, remarks = _complete(guest, opened.memory, request)
-            plan = make_plan(snapshot, dialect, request)
+    copied: CopiedMemory | None = None
+    with ExitStack() as copies:
+        with stopped(access.monitor), undisturbed(access.monitor):
+            pause = _Pause(request)
+            guest = probe_guest(access)
+            dialect = qemu_dialect(guest.version) if request.exact else MENDED
+            select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
+            context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
+            with open_memory(memory, context) as opened:
+                snapshot, remarks = _complete(guest, opened.memory, request)
+                plan = make_plan(snapshot, dialect, request)
+                progress.start(plan.memory_size)
+                pause.check(0)
+                if request.snapshot:
+                    copied = copies.enter_context(
+                        room_for_copy(opened.memory, plan.ram_blocks, sink.directory)
+                    )
+                    copied.take(opened.memory, plan.ram_blocks, pause.check)
+                else:
+
+                    def advance(size: int) -> None:
+                        pause.check(size)
+                        progress.advance(size)
+
+                    dump_format.write(request, plan, opened.memory, sink, advance)
+        stopped_seconds = pause.seconds()
+        if copied is not None:
+            remarks.append(f"{copied.size >> 20} MiB of guest memory were copied {copied.where}")
             progress.start(plan.memory_size)
-            dump_format.write(request, plan, opened.memory, sink, progress.advance)
+            dump_format.write(request, plan, copied, sink, progress.advance)
     ended = time.monotonic()
     return DumpReport(
         target=sink.name,
@@ -139,7 +161,7 @@ def dump(
         memory_size=plan.memory_size,
         bytes_written=sink.bytes_written,
         seconds=ended - started,
-        stopped_seconds=ended - stopped_at,
+        stopped_seconds=stopped_seconds,
         memory_source=opened.memory.name,
         passed_over=opened.passed_over,
         missing=plan.missing,
@@ -183,6 +205,25 @@ def _kernel_note(
     if known is None:
         remarks.append(f"QEMU's own VMCOREINFO: {guest.native_refusal}")
     return (result.chosen.note if result.chosen else b""), remarks
+
+
+class _Pause:
+    # How long the guest has been kept stopped.
+    def __init__(self, request: DumpRequest) -> None:
+        self._started = time.monotonic()
+        self._limit = request.max_pause
+        self._hint = None if request.snapshot else "--snapshot is shorter"
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def check(self, _size: int) -> None:
+        if self._limit is not None and self.seconds() > self._limit:
+            raise PauseLimitError(
+                f"the guest had stood still for {self._limit:g} s, the limit of --max-pause:"
+                " the dump was given up",
+                hint=self._hint,
+            )
 
 
 def _complete(

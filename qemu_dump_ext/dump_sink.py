@@ -15,12 +15,14 @@ import secrets
 import signal
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.writeback import Writeback
 
 _FILE_MODE = 0o600
 _COMMAND_ENDS_SECONDS = 2.0
@@ -57,6 +59,7 @@ class Sink:
                 written = os.write(self._descriptor, view)
                 view = view[written:]
                 self.bytes_written += written
+            self._advance(len(data))
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -73,6 +76,33 @@ class Sink:
                 view = view[written:]
                 offset += written
                 self.bytes_written += written
+            self._advance(len(data))
+        except OSError as error:
+            raise self._write_error(error) from error
+
+    @property
+    def directory(self) -> Path:
+        """Where there is room for files beside the dump."""
+        return Path(tempfile.gettempdir())
+
+    def can_leave_holes(self) -> bool:
+        """Tell whether what is not written reads as zeros: in a regular file that is empty."""
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode) or os.lseek(self._descriptor, 0, os.SEEK_CUR):
+            return False
+        appends = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_APPEND
+        return status.st_size == 0 and not appends
+
+    def set_size(self, size: int) -> None:
+        """Give a file in which holes were left its size, in bytes.
+
+        Raises:
+            DumpWriteError: With the operating system's reason.
+        """
+        try:
+            os.ftruncate(self._descriptor, size)
+            # Whoever writes next to an inherited descriptor does so behind the dump.
+            os.lseek(self._descriptor, size, os.SEEK_SET)
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -97,6 +127,9 @@ class Sink:
         if error.errno == errno.EPIPE:
             return DumpWriteError(f"cannot write {self.name}: its reader has gone away")
         return DumpWriteError(f"cannot write {self.name}: {_reason(error)}")
+
+    def _advance(self, size: int) -> None:
+        """Count what was written."""
 
     def commit(self) -> None:
         """Make the dump final."""
@@ -143,12 +176,22 @@ class FileSink(Sink):
         self._path = path
         self._force = force
         self._partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+        self._writeback: Writeback | None = None
         mode = _mode_of(path)
         if mode is not None and stat.S_ISDIR(mode):
             raise RequestError(f"{path} is a directory", hint="name a file in it")
         if mode is None and _mode_of(path.parent) is None:
             raise DumpWriteError(f"cannot create {path}: there is no directory {path.parent}")
         self._refuse_existing()
+
+    def _advance(self, size: int) -> None:
+        if self._writeback is not None:
+            self._writeback.advance(size)
+
+    @property
+    def directory(self) -> Path:
+        """That of the dump."""
+        return self._path.parent
 
     def _refuse_existing(self) -> None:
         if not self._force and os.path.lexists(self._path):
@@ -161,11 +204,13 @@ class FileSink(Sink):
                 self._descriptor = os.open(self._partial, flags, _FILE_MODE)
         except OSError as error:
             raise DumpWriteError(f"cannot create {self._path}: {_reason(error)}") from error
+        self._writeback = Writeback(self._descriptor)
         return self._descriptor
 
     def commit(self) -> None:
         """Give the file its name."""
         try:
+            self._end_writeback()
             os.fsync(self._descriptor)
             # Whole or not at all, and an interrupt knows which.
             with uninterrupted():
@@ -192,8 +237,14 @@ class FileSink(Sink):
     def abort(self) -> None:
         """Remove the partial file."""
         with contextlib.suppress(OSError):
+            self._end_writeback()
+        with contextlib.suppress(OSError):
             self._partial.unlink()
         self._close()
+
+    def _end_writeback(self) -> None:
+        if self._writeback is not None:
+            self._writeback.close()
 
     def _close(self) -> None:
         if self._descriptor >= 0:

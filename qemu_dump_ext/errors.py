@@ -6,6 +6,7 @@
      +- RequestError                 2  asked for something impossible
      |   +- CodecUnavailableError       .package
      |   +- UnsupportedTargetError
+     |   +- PauseLimitError             the guest would stand still for too long
      +- SourceError                  3  cannot get at the guest
      |   +- ConnectError
      |   +- GuestMemoryFaultError       .gpa .size
@@ -56,6 +57,10 @@ class CodecUnavailableError(RequestError):
 
 class UnsupportedTargetError(RequestError):
     """No architecture file describes this guest."""
+
+
+class PauseLimitError(RequestError):
+    """The dump cannot be taken within the pause that the user allows."""
 
 
 class SourceError(DumpError):

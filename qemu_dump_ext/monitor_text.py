@@ -126,6 +126,14 @@ def _add_range(blocks: list[RamBlock], match: re.Match[str], name: str, offset: 
         blocks.append(RamBlock(gpa, end - gpa, name, offset))
 
 
+def parse_host_address(text: str, gpa: int) -> int:
+    """Parse `gpa2hva`: `Host virtual address for 0x… (pc.ram) is 0x7f…`."""
+    match = re.search(r"^Host virtual address for .* is (0x[0-9a-f]+)$", text.strip())
+    if match is None:
+        raise MonitorAnswerError(f"gpa2hva {gpa:#x}", text)
+    return int(match.group(1), 16)
+
+
 def split_vcpus(text: str) -> dict[int, str]:
     """Split `info registers -a` into the text of each vCPU, by cpu_index."""
     parts = re.split(r"^CPU#(\d+)\s*$", text, flags=re.MULTILINE)
@@ -140,34 +148,9 @@ def parse_named_values(text: str) -> dict[str, int]:
     }
 
 
-def parse_cpu_types(text: str) -> set[str]:
-    """Find the QOM types of CPUs in `info qom-tree`: `qemu64-x86_64-cpu`."""
-    return set(re.findall(r"\(([\w.+-]+-cpu)\)", text))
-
-
-def parse_machine_type(text: str) -> str:
-    """Find the QOM type of the machine in `info qom-tree`; empty where there is none."""
-    match = re.search(r"^/machine \(([\w.+-]+)\)$", text, re.MULTILINE)
-    return match[1] if match else ""
-
-
-def find_vcpu_path(text: str) -> str | None:
-    """Find the QOM path of the first CPU in `info qom-tree`, where children are indented."""
-    ancestors: list[str] = []
-    for line in text.splitlines():
-        match = re.match(r"( *)/(.+) \(([\w.+-]+)\)$", line)
-        if match is None:
-            continue
-        depth = len(match[1]) // 2
-        ancestors = [*ancestors[:depth], match[2]]
-        if match[3].endswith("-cpu"):
-            return "/" + "/".join(ancestors)
-    return None
-
-
-def has_device(text: str, qom_type: str) -> bool:
-    """Tell whether `info qom-tree` shows an object of this type."""
-    return f"({qom_type})" in text
+def parse_vcpu_list(text: str) -> list[int]:
+    """Parse `info cpus`: the cpu_index of each line of the form `* CPU #0: thread_id=…`."""
+    return [int(index) for index in re.findall(r"^[* ] CPU #(\d+):", text, re.MULTILINE)]
 
 
 def parse_physical_bytes(text: str) -> bytes:

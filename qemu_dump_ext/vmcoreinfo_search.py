@@ -19,6 +19,7 @@ from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.guest_tables import TableReader, page_table_roots
 from qemu_dump_ext.notes import encode_note
+from qemu_dump_ext.page_pipeline import populated_ranges
 from qemu_dump_ext.page_table_walk import translate
 from qemu_dump_ext.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
@@ -187,7 +188,7 @@ class NoteSearch:
         is_slow = getattr(self._memory, "is_slow", False)
         started = time.monotonic()
         for block in self._blocks:
-            for start, end in self._populated(block):
+            for start, end in populated_ranges(self._memory, block.gpa, block.end):
                 first = -(-start // _PAGE) * _PAGE
                 if not is_slow:
                     yield from self._in_pieces(first, end)
@@ -201,13 +202,6 @@ class NoteSearch:
                             f" up to {gpa:#x} only"
                         )
                         return
-
-    def _populated(self, block: RamBlock) -> Sequence[tuple[int, int]]:
-        populated = getattr(self._memory, "populated", None)
-        if populated is None:
-            return [(block.gpa, block.end)]
-        spans: Sequence[tuple[int, int]] = populated(block.gpa, block.size)
-        return spans
 
     def _in_pieces(self, first: int, end: int) -> Iterator[int]:
         # One byte of each page: of n_namesz 11 that is not 0, and the first letter of the text.

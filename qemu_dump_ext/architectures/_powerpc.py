@@ -167,6 +167,10 @@ def parse_monitor(text: str) -> Mapping[str, int]:
 def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     """Merge the sources; what the processor does not have is zero, and not missing."""
     values = {**readings.native, **readings.monitor, **readings.gdb}
+    # The stub shows the low half of a 64-bit FPSCR.
+    for wide in (readings.monitor, readings.native):
+        if "fpscr" in wide and wide["fpscr"] & _U32 == values["fpscr"] & _U32:
+            values["fpscr"] = wide["fpscr"]
     if readings.gdb:
         values = dict.fromkeys(_OPTIONAL.split(), 0) | values
     return values

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 
+from qemu_dump_ext.dump_arguments import codec_names
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from tests.support.bad_input import BAD_INPUT, strange_files
 from tests.support.doors import (
     GDB_SCRIPT,
@@ -40,7 +42,7 @@ _CLIENT = "import sys; from pathlib import Path; from tests.support.raw_qmp impo
 
 @pytest.fixture(scope="module")
 def stopped() -> Iterator[QemuMachine]:
-    with stopped_machine(_QEMU, ["-smp", "2"]) as machine:
+    with stopped_machine(_QEMU, ["-smp", "2", "-m", "16"]) as machine:
         yield machine
 
 
@@ -304,9 +306,9 @@ def test_help_and_completion(stopped: QemuMachine, tmp_path: Path):
     (tmp_path / "some file").write_text("")
     completions = {
         f"{_DUMP} --me": ["--memory"],
-        f"{_DUMP} -z ": ["lzo", "none", "snappy", "zlib", "zstd"],
+        f"{_DUMP} -z ": sorted(codec_names()),
         f"{_DUMP} -z z": ["zlib", "zstd"],
-        f"{_DUMP} -z zlib --memory ": ["auto", "gdbstub", "pmemsave"],
+        f"{_DUMP} -z zlib --memory ": sorted([AUTO, *all_memory_sources()]),
         f"{_DUMP} --memory gd": ["gdbstub"],
         f"{_DUMP} --progress a": ["always", "auto"],
         f"{_DUMP} {tmp_path}/so": [f"{tmp_path}/some file"],

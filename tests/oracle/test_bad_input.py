@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -163,19 +164,25 @@ def test_force_replaces_also_behind_a_link(stopped: QemuMachine, folder: Path, d
 
 @pytest.mark.parametrize("door", DOORS)
 def test_any_name_will_do(stopped: QemuMachine, tmp_path: Path, door: str):
-    for name in ("two words", "it's", 'say "x"', "back\\slash", "ümlaut"):
-        result = run_cli(*way_to(door, stopped), "-z", tmp_path / name)
-        assert result.returncode == 0, result.stderr
-        assert (tmp_path / name).is_file()
+    path = tmp_path / 'it\'s two "words", a back\\slash and an ümlaut'
+    result = run_cli(*way_to(door, stopped), "-z", path)
+    assert result.returncode == 0, result.stderr
+    assert path.is_file()
 
 
 @pytest.mark.parametrize("door", DOORS)
 def test_a_device_and_a_fifo_stay(stopped: QemuMachine, tmp_path: Path, door: str):
-    before = Path("/dev/null").stat()
+    # A node of the test's own: a defect must not cost the machine its /dev/null.
+    null = tmp_path / "null"
+    try:
+        os.mknod(null, stat.S_IFCHR | 0o600, os.makedev(1, 3))
+        null.open("wb").close()
+    except PermissionError:
+        pytest.skip("makes a device")
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
-    assert run_cli(*way_to(door, stopped), "-z", "--force", "/dev/null").returncode == 0
-    assert Path("/dev/null").stat().st_ino == before.st_ino
+    assert run_cli(*way_to(door, stopped), "-z", "--force", null).returncode == 0
+    assert null.is_char_device()
     with (tmp_path / "copy").open("wb") as copy, subprocess.Popen(["cat", fifo], stdout=copy):
         assert run_cli(*way_to(door, stopped), "-z", "--force", fifo).returncode == 0
     assert (tmp_path / "copy").read_bytes()[:12] == b"makedumpfile"
@@ -187,14 +194,16 @@ def test_a_device_and_a_fifo_stay(stopped: QemuMachine, tmp_path: Path, door: st
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], r"no room for .*: the dump takes 64 MiB, the file system has 1 MiB left \(-z takes"),
+        ([], r"no room for .*: the dump takes 64 MiB, the file system has 0 MiB left \(-z takes"),
         (["-z", "none"], r"cannot write .*/new: No space left on device"),
     ],
 )
 def test_no_room(stopped: QemuMachine, tmp_path: Path, door: str, words: list[str], message: str):
     argv = cli_argv(*way_to(door, stopped), *words, tmp_path / "new")
-    # The bitmaps, page descriptors and pages of firmware take more than 1 MiB.
-    script = f'mount -t tmpfs -o size=1m tmpfs {tmp_path} && "$@"; s=$?; ls -A {tmp_path}; exit $s'
+    # The bitmaps, page descriptors and pages of firmware take more than 512 KiB.
+    script = (
+        f'mount -t tmpfs -o size=512k tmpfs {tmp_path} && "$@"; s=$?; ls -A {tmp_path}; exit $s'
+    )
     with no_trace(tmp_path):
         result = subprocess.run(
             ["unshare", "--mount", "sh", "-c", script, "sh", *argv],
@@ -306,10 +315,10 @@ def test_tcp_passes_no_descriptors(tmp_path: Path):
 
 
 def test_no_gdbstub_there(tmp_path: Path):
-    for address in (tmp_path / "none", "127.0.0.1:1"):
-        with no_trace(tmp_path):
-            result = run_cli("--gdb", address, tmp_path / "new")
-        refuse(result, 3, rf"gdb cannot connect to {address}: .*behind QEMU's -gdb")
+    address = tmp_path / "none"
+    with no_trace(tmp_path):
+        result = run_cli("--gdb", address, tmp_path / "new")
+    refuse(result, 3, rf"gdb cannot connect to {address}: .*behind QEMU's -gdb")
 
 
 @pytest.mark.skipif(shutil.which("gdbserver") is None, reason="needs gdbserver")
@@ -425,7 +434,8 @@ def test_two_dumps_at_the_same_time(running: QemuMachine, tmp_path: Path):
 def test_an_interrupt_lets_the_guest_run_again(
     running: QemuMachine, tmp_path: Path, door: str, number: signal.Signals
 ):
-    with no_trace(tmp_path), open_dump(way_to(door, running), tmp_path / "new") as dump:
+    words = [*way_to(door, running), "--memory", "pmemsave"]
+    with no_trace(tmp_path), open_dump(words, tmp_path / "new") as dump:
         wait_until(lambda: partial_size(tmp_path) > _MIB, "the dump has begun")
         os.kill(dump.pid, number)
         status, error = finish(dump)
@@ -451,19 +461,33 @@ def test_an_interrupt_leaves_a_stopped_guest_stopped(
 
 
 def test_an_interrupt_at_any_moment(running: QemuMachine, tmp_path: Path):
-    for delay in range(0, 700, 50):  # milliseconds, from the start of Python to the dump
-        with no_trace(tmp_path), open_dump(way_to("qmp", running), tmp_path / "new") as dump:
+    argv = cli_argv(*way_to("qmp", running), tmp_path / "new")
+    # What comes before is Python's own start.
+    argv[2] = argv[2].replace("sys.exit", "print(flush=True); sys.exit")
+    for delay in range(20, 700, 50):  # milliseconds, from the first imports to the dump
+        with (
+            no_trace(tmp_path),
+            subprocess.Popen(
+                argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=child_environment()
+            ) as dump,
+        ):
+            assert dump.stdout is not None
+            dump.stdout.readline()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 dump.wait(delay / 1000)
             os.kill(dump.pid, signal.SIGINT)
             status, error = finish(dump)
+            if status == 0:  # complete before the interrupt
+                (tmp_path / "new").unlink()
+                break
         assert status in {130, -signal.SIGINT}, error
         assert len(error.splitlines()) == (status == 130), error
         assert guest_status(running) == "running"
 
 
 def test_more_interrupts_do_not_disturb_the_clean_up(running: QemuMachine, tmp_path: Path):
-    with no_trace(tmp_path), open_dump(way_to("qmp", running), tmp_path / "new") as dump:
+    words = [*way_to("qmp", running), "--memory", "pmemsave"]
+    with no_trace(tmp_path), open_dump(words, tmp_path / "new") as dump:
         wait_until(lambda: partial_size(tmp_path) > _MIB, "the dump has begun")
         while dump.poll() is None:
             os.kill(dump.pid, signal.SIGINT)

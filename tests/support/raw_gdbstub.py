@@ -21,15 +21,21 @@ class RawGdbstub:
     def packet(self, text: str) -> str:
         data = text.encode()
         self._socket.sendall(b"$%s#%02x" % (data, sum(data) & 0xFF))
-        while self._input.read(1) != b"$":
+        while self._byte() != b"$":
             pass
         reply = bytearray()
-        while (byte := self._input.read(1)) != b"#":
+        while (byte := self._byte()) != b"#":
             reply += byte
         self._input.read(2)
         self._socket.sendall(b"+")
         # Repeated characters are sent once, with their number.
         return re.sub(rb"(.)\*(.)", lambda m: m[1] * (m[2][0] - 28), bytes(reply)).decode("latin-1")
+
+    def _byte(self) -> bytes:
+        byte = self._input.read(1)
+        if not byte:
+            raise RuntimeError("QEMU closed the gdbstub")
+        return byte
 
     def described_registers(self) -> Iterator[tuple[str, int, int]]:
         """Yield name, number and size in bytes of each register; nothing without a description."""
