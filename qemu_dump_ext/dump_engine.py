@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
+from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, phys_base, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, PauseLimitError
@@ -22,7 +22,8 @@ from qemu_dump_ext.guest_probe import (
     probe_guest,
     read_utsname,
 )
-from qemu_dump_ext.guest_tables import TableReader, collect_mappings
+from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
+from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
@@ -168,6 +169,26 @@ def dump(
     )
 
 
+def _map_memory(
+    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, vmcoreinfo: bytes
+) -> tuple[list[Segment] | None, list[str]]:
+    """Return what the page tables map, and remarks."""
+    architecture, native, remarks = guest.architecture, request.exact, []
+    roots = roots_of_vcpus(architecture, guest.vcpus, native=native)
+    if not roots and not native and architecture.kernel_page_tables is not None:
+        base = phys_base(architecture, vmcoreinfo)
+        if kernel := architecture.kernel_page_tables(vmcoreinfo, base):
+            roots = [kernel]
+            remarks.append("the kernel's own page tables were walked, and none of a process")
+    if not roots:
+        return None, ["no vCPU uses paging that we know: virtual addresses are physical ones"]
+    ranges = [(block.gpa, block.end) for block in guest.ram_blocks]
+    if native:
+        ranges = list(guest.readable_ranges)
+    reader = TableReader(memory, guest.ram_blocks)
+    return collect_mappings(roots, reader, ranges, native=native), remarks
+
+
 def _kernel_note(
     guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, byte_order: ByteOrder
 ) -> tuple[bytes, list[str]]:
@@ -215,17 +236,8 @@ def _complete(
     text = vmcoreinfo_text(guest_note, byte_order)
     mappings = None
     if request.paging:
-        mappings = collect_mappings(
-            guest.architecture,
-            guest.vcpus,
-            TableReader(memory, guest.ram_blocks),
-            guest.readable_ranges
-            if request.exact
-            else [(block.gpa, block.end) for block in guest.ram_blocks],
-            native=request.exact,
-        )
-        if mappings is None:
-            remarks.append("no vCPU uses paging that we know: virtual addresses are physical ones")
+        mappings, remark = _map_memory(guest, memory, request, text)
+        remarks += remark
     return (
         GuestSnapshot(
             architecture=guest.architecture,

@@ -55,7 +55,9 @@ class _Guest:
                 raise SourceError("; ".join(result.remarks), hint="is it a Linux guest?")
             vmcoreinfo, remarks = result.chosen.text, result.remarks
         kernel_memory = KernelMemory(self.architecture, self.memory, self.ram_blocks, vmcoreinfo)
-        records = read_kernel_log(vmcoreinfo, kernel_memory.read, byte_order, self.core.word_size)
+        records = read_kernel_log(
+            vmcoreinfo, kernel_memory.read, byte_order, kernel_memory.word_size
+        )
         return GuestLog(tuple(records), remarks)
 
 

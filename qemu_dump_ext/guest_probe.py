@@ -17,6 +17,7 @@ from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub, Vcpu
+from qemu_dump_ext.guest_tables import TableReader
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
     has_device,
@@ -30,6 +31,7 @@ from qemu_dump_ext.monitor_text import (
     parse_version,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
+from qemu_dump_ext.page_table_walk import translate
 from qemu_dump_ext.stub_registers import read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
     UTSNAME_TOTAL_SIZE,
@@ -203,11 +205,19 @@ def read_utsname(
         Empty strings where it is not found, or does not say what VMCOREINFO says.
     """
     address = vmcoreinfo_number(vmcoreinfo, "SYMBOL(init_uts_ns)", 16)
-    base = phys_base(architecture, vmcoreinfo)
-    if address is None or base is None or architecture.kernel_map_base is None:
+    if address is None:
         return UtsName()
-    offset = vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
-    gpa = (address + offset - architecture.kernel_map_base + base) & (1 << 64) - 1
+    address += vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
+    base = phys_base(architecture, vmcoreinfo)
+    tables = architecture.kernel_page_tables
+    root = tables(vmcoreinfo, base) if tables else None
+    if root is not None:
+        found = translate(root, TableReader(memory, ram_blocks), address)
+        gpa = found[0] if found else -1
+    elif base is not None and architecture.kernel_map_base is not None:
+        gpa = (address - architecture.kernel_map_base + base) & (1 << 64) - 1
+    else:
+        return UtsName()
     if not any(b.gpa <= gpa and gpa + UTSNAME_TOTAL_SIZE <= b.end for b in ram_blocks):
         return UtsName()
     buffer = bytearray(UTSNAME_TOTAL_SIZE)
@@ -215,7 +225,7 @@ def read_utsname(
         memory.read_into(gpa, memoryview(buffer))
     except GuestMemoryFaultError:
         return UtsName()
-    found = parse_new_utsname(bytes(buffer))
-    if found is None or found.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
+    name = parse_new_utsname(bytes(buffer))
+    if name is None or name.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
         return UtsName()
-    return found
+    return name

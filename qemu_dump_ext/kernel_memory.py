@@ -12,10 +12,15 @@ from qemu_dump_ext.guest_tables import TableReader
 from qemu_dump_ext.page_table_walk import PageTableRoot, translate
 
 _U64 = (1 << 64) - 1
+_32_BITS = 32
 
 
 class KernelMemory:
-    """Reads at kernel addresses: by the map of the kernel image, or by its page tables."""
+    """Reads at kernel addresses, which its own page tables translate.
+
+    Attributes:
+        word_size: Of the kernel's `long`, in bytes; the dump's may be larger.
+    """
 
     def __init__(
         self,
@@ -48,6 +53,7 @@ class KernelMemory:
                 f"kernel addresses of {architecture.name} cannot be translated:"
                 " VMCOREINFO does not say where the kernel's page tables are"
             )
+        self.word_size = 4 if self._root.geometry.address_bits <= _32_BITS else 8
 
     def read(self, gva: int, size: int) -> bytes:
         """Return `size` bytes at a kernel address; `size` is the caller's to bound.

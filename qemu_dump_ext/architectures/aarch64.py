@@ -23,6 +23,7 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
+from qemu_dump_ext.architectures._linux_tables import arm64_kernel_tables
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
@@ -179,4 +180,5 @@ ARCHITECTURE = Architecture(
     reconcile=_reconcile,
     phys_base_is_lowest=True,
     recognize=_recognize,
+    kernel_page_tables=arm64_kernel_tables,
 )

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -221,6 +222,7 @@ def _long_levels(count: int, *, native: bool) -> tuple[TableLevel, ...]:
     )
 
 
+@cache
 def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
     # QEMU takes every address for one of the kernel's half.
     return PageTableGeometry(
@@ -232,7 +234,9 @@ def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
     )
 
 
-def _pae_tables(*, native: bool) -> PageTableGeometry:
+@cache
+def pae_tables(*, native: bool) -> PageTableGeometry:
+    """Return the tables of 32-bit mode with entries of 8 bytes."""
     next_table = _U64 & ~0xFFF if native else _ADDRESS
     directory_pointers = TableLevel(30, 4, None, next_table, ())
     return PageTableGeometry(
@@ -244,7 +248,9 @@ def _pae_tables(*, native: bool) -> PageTableGeometry:
     )
 
 
-def _legacy_tables(*, large_pages: bool) -> PageTableGeometry:
+@cache
+def legacy_tables(*, large_pages: bool) -> PageTableGeometry:
+    """Return the tables of 32-bit mode with entries of 4 bytes."""
     # Of a 4 MiB page, bits 39:32 of the address are bits 20:13 of the entry (PSE-36).
     directory = TableLevel(
         22,
@@ -267,10 +273,10 @@ def _page_table_roots(registers: Mapping[str, int], native: bool) -> Sequence[Pa
     masked = not registers.get("a20", 1) and not registers.get("smm", 0)
     address_mask = _U64 & ~_A20 if masked else _U64
     if not cr4 & _CR4_PAE:
-        tables = _legacy_tables(large_pages=bool(cr4 & _CR4_PSE))
+        tables = legacy_tables(large_pages=bool(cr4 & _CR4_PSE))
         return (PageTableRoot(tables, cr3 & ~0xFFF, address_mask),)
     if not registers["efer"] & _EFER_LMA:
-        return (PageTableRoot(_pae_tables(native=native), cr3 & ~0x1F, address_mask),)
+        return (PageTableRoot(pae_tables(native=native), cr3 & ~0x1F, address_mask),)
     tables = _long_mode_tables(5 if cr4 & _CR4_LA57 else 4, native=native)
     return (PageTableRoot(tables, cr3 & _ADDRESS, address_mask),)
 

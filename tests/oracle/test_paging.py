@@ -15,6 +15,7 @@ from qemu_dump_ext.cli.dump_command import main
 from qemu_dump_ext.dump_reader import open_dump
 from qemu_dump_ext.elf_core_reader import ElfCoreFile, Segment
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
+from tests.oracle.test_doors import DOORS
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.page_tables import (
     LA57,
@@ -283,3 +284,14 @@ def vmcoreinfo_of(path: Path) -> bytes:
     with open_dump(path) as dump:
         assert dump.vmcoreinfo is not None
         return dump.vmcoreinfo
+
+
+@pytest.mark.parametrize("door", ["gdb-stub-only", "cli-by-gdb"])
+def test_other_doors_pass_everything_on(tables_machine, tmp_path, door):
+    set_modes(tables_machine, CASES["4-levels-different"])
+    theirs = native(tables_machine, tmp_path / "native", begin=0x201800, length=0x10000)
+    words = ["--exact", "-p", tmp_path / "ours", "0x200000+0x1800", "65536"]
+    DOORS[door](tables_machine, *words)
+    assert filecmp.cmp(tmp_path / "ours", theirs, shallow=False)
+    DOORS[door](tables_machine, "-p", "--range", "0x201800", "0x10000", tmp_path / "mended")
+    assert {load.p_paddr >> 16 for load in segments(tmp_path / "mended")} == {0x20, 0x21}
