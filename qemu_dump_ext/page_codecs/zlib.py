@@ -35,7 +35,7 @@ def _tuned(level: int | None) -> Compress:
         raise no_level("zlib", wanted, zlib.Z_BEST_COMPRESSION)
     if wanted <= _ISAL_HIGHEST_LEVEL:
         try:
-            from isal import isal_zlib  # noqa: PLC0415
+            from isal import isal_zlib
         except ImportError:
             pass
         else:
