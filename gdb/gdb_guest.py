@@ -19,6 +19,7 @@ from qemu_dump_ext.sync_qmp import connect_qmp
 
 ResultT = TypeVar("ResultT")
 
+_MOST_VCPUS_ON_UNIX_SOCKET = 32
 _GONE = "the guest is gone: QEMU closed the connection to gdb"
 
 
@@ -137,6 +138,18 @@ def _require_qemu(stub: GdbStub) -> None:
         )
 
 
+def _require_short_answers() -> None:
+    # QEMU and gdb wait for each other forever when an answer of the monitor has some 600 lines:
+    # each is a packet, whose acknowledgment fills the socket. `info mtree -f` grows with vCPUs.
+    connection = gdb.selected_inferior().connection
+    is_unix_socket = connection is not None and "/" in (connection.details or "")
+    if is_unix_socket and len(gdb.selected_inferior().threads()) > _MOST_VCPUS_ON_UNIX_SOCKET:
+        raise SourceError(
+            "the gdbstub on a unix socket cannot carry the monitor's answers about so many vCPUs",
+            hint="add --qmp SOCKET, or connect gdb by TCP",
+        )
+
+
 @contextmanager
 def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     """Open the ways to the guest that gdb is attached to.
@@ -151,6 +164,7 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     _require_stopped_guest()
     if qmp is None:
         _require_qemu(stub)
+        _require_short_answers()
         monitor = GdbMonitor()
         native_dump = partial(dump_byte_through_file, monitor)
         yield GuestAccess(monitor, stub, native_dump, stub.addresses())

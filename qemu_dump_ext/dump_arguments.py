@@ -147,6 +147,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, file_help: str) -> None:
     parser.add_argument(
         "bounds",
         nargs="*",
+        default=[],  # without, argparse takes it for required
         metavar="BEGIN LENGTH",
         help="guest physical memory to dump, in bytes: expressions as in QEMU's monitor",
     )

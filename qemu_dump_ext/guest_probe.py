@@ -15,18 +15,19 @@ from qemu_dump_ext.architectures._declaration import (
 )
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
-from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
+from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub, Vcpu
-from qemu_dump_ext.monitor_text import (
-    find_vcpu_path,
+from qemu_dump_ext.monitor_queries import (
+    find_machine_objects,
     has_device,
-    parse_cpu_types,
+    read_property,
+    read_register_texts,
+)
+from qemu_dump_ext.monitor_text import (
     parse_flat_view,
-    parse_machine_type,
     parse_named_values,
     parse_readable_ranges,
     parse_version,
-    split_vcpus,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.stub_registers import read_stub_registers
@@ -92,16 +93,13 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     """
     monitor = access.monitor
     version = parse_version(monitor.execute("info version"))
-    object_tree = monitor.execute("info qom-tree")
+    objects = find_machine_objects(monitor)
     flat_views = monitor.execute("info mtree -f")
     ram_blocks = parse_flat_view(flat_views)
-    register_text = monitor.execute("info registers -a")
-    texts = split_vcpus(register_text)
-    if not texts:
-        raise MonitorAnswerError("info registers -a", register_text)
-    vcpu_property = partial(_read_property, monitor, find_vcpu_path(object_tree))
+    texts = read_register_texts(monitor)
+    vcpu_property = partial(read_property, monitor, objects.cpu_path)
     architecture = architecture_for_cpu_types(
-        parse_cpu_types(object_tree), TargetClues(texts[min(texts)], vcpu_property)
+        {objects.cpu_type}, TargetClues(texts[min(texts)], vcpu_property)
     )
     native, refusal = NativeNotes((), b""), None
     try:
@@ -135,7 +133,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         )
         for index in sorted(texts)
     )
-    unknown_note = refusal is not None and has_device(object_tree, "vmcoreinfo")
+    unknown_note = refusal is not None and has_device(monitor, "vmcoreinfo")
     return ProbedGuest(
         version,
         architecture,
@@ -144,7 +142,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
-        machine=parse_machine_type(object_tree),
+        machine=objects.machine_type,
     )
 
 
@@ -169,14 +167,6 @@ def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, in
             if register.gdb is not None and register.gdb in vcpu.registers
         }
     return vcpus
-
-
-def _read_property(monitor: Monitor, vcpu_path: str | None, name: str) -> str | None:
-    if vcpu_path is None:
-        return None
-    answer = monitor.execute(f"qom-get {vcpu_path} {name}").strip()
-    # QEMU before 5.1 has no such command.
-    return None if answer.startswith(("Error", "unknown command")) else answer
 
 
 def _number(text: str | None) -> int | None:

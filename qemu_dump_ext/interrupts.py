@@ -15,11 +15,18 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Hold back interrupts of this thread; one that came meanwhile is raised on leaving."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    early = None
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    except KeyboardInterrupt as error:  # it had come before; they are held back all the same
+        early = error
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if early is not None:
+            raise early
 
 
 def leave_signals_to_main_thread() -> None:

@@ -177,15 +177,15 @@ def _record_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
     stamp_at, length_at, text_at = (
         facts.offset(f"{name}.{member}") for member in ("ts_nsec", "len", "text_len")
     )
-    position, passed = first, 0
-    while position != behind and passed <= size and position + header <= size:
+    position, wrapped = first, False
+    while position != behind and position + header <= size:
         length = facts.integer(buffer, position + length_at, 2)
         if not length:
-            if not position:
+            if wrapped:
                 return
-            passed, position = passed + size - position, 0
+            wrapped, position = True, 0
             continue
         text_size = min(facts.integer(buffer, position + text_at, 2), max(length - header, 0))
         text = buffer[position + header :][:text_size]
         yield LogRecord(facts.integer(buffer, position + stamp_at, 8), text)
-        passed, position = passed + length, position + length
+        position += length

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from qemu_dump_ext.guest import GuestMemory, RamBlock, SparseMemory
-from qemu_dump_ext.interrupts import leave_signals_to_main_thread
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
@@ -168,7 +168,9 @@ def read_through(
 
     def consume_oldest() -> None:
         future, buffer, size = pending.popleft()
-        work.consume(future.result())
+        with uninterrupted():  # in a future, an interrupt would leave its locks taken
+            result = future.result()
+        work.consume(result)
         if buffer is not None:
             free.append(buffer)
         progress(size)
@@ -190,12 +192,15 @@ def read_through(
                 buffer = free.pop()
                 view = memoryview(buffer)[: piece.size]
                 _fill(memory, piece, view)
-                pending.append((pool.submit(work.pack, piece, view), buffer, piece.size))
+                with uninterrupted():
+                    future = pool.submit(work.pack, piece, view)
+                pending.append((future, buffer, piece.size))
             while pending:
                 consume_oldest()
         except BaseException:
-            for future, _, _ in pending:
-                future.cancel()
+            with uninterrupted():
+                for future, _, _ in pending:
+                    future.cancel()
             raise
 
 

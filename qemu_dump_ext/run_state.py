@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest import Monitor
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.monitor_queries import read_register_texts
 from qemu_dump_ext.monitor_text import RUNNING, parse_status
 
 
@@ -55,8 +56,8 @@ def undisturbed(monitor: Monitor) -> Iterator[None]:
         )
 
 
-def _fingerprint(monitor: Monitor) -> tuple[str, str]:
-    return parse_status(monitor.execute("info status")), monitor.execute("info registers -a")
+def _fingerprint(monitor: Monitor) -> tuple[str, Mapping[int, str]]:
+    return parse_status(monitor.execute("info status")), read_register_texts(monitor)
 
 
 def _resume(monitor: Monitor) -> None:

@@ -7,14 +7,14 @@ connection survives it, and with it the guest is resumed.
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
@@ -144,25 +144,40 @@ class QmpMonitor:
         self._loop.run_forever()
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
-        async def bounded() -> ResultT:
-            return await asyncio.wait_for(work(), seconds)
+        # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
+        # thread of the client hangs.
+        answered = threading.Lock()
+        answered.acquire()
+        answers: list[Callable[[], ResultT]] = []
+        asked = False
 
-        answer = None
+        async def ask() -> None:
+            try:
+                result = await asyncio.wait_for(work(), seconds)
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                answers.append(partial(_raise, error))
+            else:
+                answers.append(lambda: result)
+            answered.release()
+
         try:
             with uninterrupted():
-                answer = asyncio.run_coroutine_threadsafe(bounded(), self._loop)
-            while True:
+                asyncio.run_coroutine_threadsafe(ask(), self._loop)
+                asked = True
+            while not answers:
                 # Woken now and then: gdb's handler of SIGINT does not end a wait.
-                concurrent.futures.wait((answer,), _WAKE_SECONDS)
-                if answer.done():
-                    return answer.result()
+                answered.acquire(timeout=_WAKE_SECONDS)
         except KeyboardInterrupt:
-            if answer is not None:
-                # An answer that nobody waits for would end the connection.
-                with uninterrupted():
-                    concurrent.futures.wait((answer,), _INTERRUPTED_ANSWER_SECONDS)
-                answer.cancel()
+            # The next question is asked when this one has been answered.
+            with uninterrupted():
+                if asked and not answers:
+                    answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
             raise
+        return answers[0]()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
 
 
 def _reason(error: BaseException) -> str:

@@ -54,7 +54,7 @@ class Evidence(IntEnum):
 
 _IN_WORDS = {
     Evidence.TEXT: "nothing else in memory bears it out",
-    Evidence.BANNER: "the kernel's name is where it says",
+    Evidence.BANNER: "its own page tables lead to the kernel's name",
     Evidence.LIVE: "the page tables of a vCPU lead to the kernel's name as it says",
 }
 
@@ -259,11 +259,12 @@ class NoteSearch:
             found = translate(root, self._tables, address)
             if found is not None and self._utsname(found[0]).release == release:
                 return Evidence.LIVE
-        base = phys_base(self._architecture, text)
-        if base is None or self._architecture.kernel_map_base is None:
-            return Evidence.TEXT
-        gpa = (address - self._architecture.kernel_map_base + base) & (1 << 64) - 1
-        return Evidence.BANNER if self._utsname(gpa).release == release else Evidence.TEXT
+        tables = self._architecture.kernel_page_tables
+        own = tables(text, phys_base(self._architecture, text)) if tables else None
+        found = translate(own, self._tables, address) if own else None
+        if found is not None and self._utsname(found[0]).release == release:
+            return Evidence.BANNER
+        return Evidence.TEXT
 
     def _utsname(self, gpa: int) -> UtsName:
         data = self._tables(gpa, UTSNAME_TOTAL_SIZE)

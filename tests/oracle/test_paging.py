@@ -15,6 +15,7 @@ from qemu_dump_ext.cli.dump_command import main
 from qemu_dump_ext.dump_reader import open_dump
 from qemu_dump_ext.elf_core_reader import ElfCoreFile, Segment
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
+from tests.support.newer_qemu import newer_qemu_command
 from tests.support.page_tables import (
     LA57,
     LONG,
@@ -36,7 +37,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 FLASH = 0xFFF00000
 """1 MiB, to 4 GiB."""
-SEEDS = range(12)
+SEEDS = range(8)
 
 
 def make_cases(image: TableImage) -> dict[str, list[Mode | None]]:
@@ -118,8 +119,10 @@ IMAGE = TableImage()
 CASES = make_cases(IMAGE)
 
 
-@pytest.fixture(scope="module")
-def tables_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
+@pytest.fixture(scope="module", params=["installed", "newer"])
+def tables_machine(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[QemuMachine]:
     """A machine with all tables in memory, and flash instead of a BIOS."""
     folder = tmp_path_factory.mktemp("tables")
     (folder / "tables").write_bytes(IMAGE.data)
@@ -127,7 +130,8 @@ def tables_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMac
     arguments = ["-M", "q35", "-cpu", "max", "-m", "64", "-smp", "2"]
     arguments += ["-device", f"loader,file={folder / 'tables'},addr=0x400000,force-raw=on"]
     arguments += ["-drive", f"if=pflash,format=raw,readonly=on,file={folder / 'flash'}"]
-    with stopped_machine(["qemu-system-x86_64"], arguments) as machine:
+    command = ["qemu-system-x86_64"] if request.param == "installed" else newer_qemu_command()
+    with stopped_machine(command, arguments) as machine:
         yield machine
 
 
@@ -216,8 +220,8 @@ def test_default_paged_elf_is_what_the_emulator_translates(tables_machine, tmp_p
         for vcpu in (0, 1):
             for gva, gpa in sample:
                 command = {"command-line": f"gva2gpa {gva:#x}", "cpu-index": vcpu}
-                shown = f"{gpa:#x}" if gpa else "0"  # as C's %#x
-                if f"gpa: {shown}\r" in qmp.execute("human-monitor-command", **command):
+                answer = qmp.execute("human-monitor-command", **command)
+                if answer.startswith("gpa: ") and int(answer[5:], 16) == gpa:
                     seen.add((gva, gpa))
     assert seen == set(sample)
 

@@ -21,12 +21,13 @@ class FlatMemory:
     def __init__(self, size: int) -> None:
         self.data = bytearray(size)
         self.blocks = [RamBlock(0, size, "ram", 0)]
-        self.reads = 0
+        self.reads = self.largest_read = 0
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         if gpa < 0 or gpa + len(buffer) > len(self.data):
             raise GuestMemoryFaultError(gpa, len(buffer), "no memory")
         self.reads += 1
+        self.largest_read = max(self.largest_read, len(buffer))
         buffer[:] = self.data[gpa : gpa + len(buffer)]
 
     def close(self) -> None:

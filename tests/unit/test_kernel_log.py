@@ -92,7 +92,10 @@ def test_ring_buffer_in_order_with_wrap_and_states():
         for step in range(6)
     }
     texts[2] = (0, 1, b"reserved, not yet written")
-    memory = ring_memory(texts, first, 2)
+    texts[3] = (REUSABLE, 1, b"")
+    # The descriptor for 4 is still that of the record before in its place.
+    texts[4 - COUNT & ID_MASK] = (FINALIZED, 1, b"of an earlier round")
+    memory = ring_memory(texts, first, 4)
     assert [record.text for record in kernel(memory, *RING)] == [
         b"%d: " % step + b"x" * 20 for step in range(5)
     ]

@@ -91,6 +91,14 @@ def test_hostile_tables_end_soon(
     assert time.process_time() - started < 20
 
 
+def test_the_number_of_tables_is_bounded_even_if_they_map_nothing():
+    memory = FlatMemory(8 * MIB)
+    memory.put_entries(0x1000, {index: 0x10000 + (index << 12) | 1 for index in range(512)})
+    with pytest.raises(RequestError, match="more tables"):
+        collect(memory, FOUR_LEVELS, native=False, budget=WalkBudget(tables=500, runs=500))
+    assert collect(memory, FOUR_LEVELS, native=False, budget=WalkBudget(513, 0)) == []
+
+
 def test_the_usual_budget_ends_within_half_a_minute():
     memory = FlatMemory(8 * MIB)
     self_map(memory)

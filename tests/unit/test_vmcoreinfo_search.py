@@ -128,6 +128,7 @@ def test_slow_memory_is_read_at_page_starts_only():
     chosen = search(memory, live).find().chosen
     assert chosen is not None
     assert memory.reads < 2 * MIB // 4096 + 100
+    assert memory.largest_read <= 64 << 10
 
 
 def test_memory_that_was_never_touched_is_not_read():
