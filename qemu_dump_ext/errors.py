@@ -22,6 +22,7 @@ can do. A front end shows both and ends with `exit_status`.
 from __future__ import annotations
 
 EXIT_SUCCESS = 0
+EXIT_FAILURE = 1
 EXIT_INCOMPLETE = 6
 """The dump was written, and something that belongs into it could not be had."""
 EXIT_INTERRUPTED = 130

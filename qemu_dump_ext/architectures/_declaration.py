@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
-from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.dialect import Dialect, QemuVersion
 from qemu_dump_ext.guest import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import PageTableRoot
 
@@ -162,6 +162,7 @@ class Architecture:
             physical ones.
         kernel_page_tables: Tells from VMCOREINFO's text and phys_base where the kernel's own page
             tables (swapper_pg_dir) begin, or None where they do not tell. None where unknown.
+        dumped_by_qemu_since: The version of QEMU that first dumps this target itself; None: none.
         machine_page_sizes: `page_size` of machines whose type begins like this.
         phys_base_is_lowest: Where VMCOREINFO does not tell it, phys_base is the lowest gpa.
         pfn_from_phys_base: Readers count the page frames of a kdump from phys_base.
@@ -185,6 +186,7 @@ class Architecture:
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
     page_table_roots: Callable[[Mapping[str, int], bool], Sequence[PageTableRoot]] | None = None
     kernel_page_tables: Callable[[bytes, int | None], PageTableRoot | None] | None = None
+    dumped_by_qemu_since: QemuVersion | None = (0, 0, 0)
     machine_page_sizes: Mapping[str, int] = field(default_factory=dict)
     phys_base_is_lowest: bool = False
     pfn_from_phys_base: bool = False

@@ -100,6 +100,7 @@ ARCHITECTURE = Architecture(
     ),
     cores=(_MENDED, _BY_QEMU),
     program_counter="pc",
+    dumped_by_qemu_since=(9, 2, 0),
     page_size=4096,
     phys_base_key=None,
     kernel_map_base=None,
