@@ -12,6 +12,7 @@ from qemu_dump_ext.dump_arguments import (
     FILE_HELP,
     PROGRESS_CHOICES,
     add_dump_arguments,
+    add_file_arguments,
     codec_names,
     parse_dump_arguments,
     request_of,
@@ -30,7 +31,7 @@ def _parser() -> GdbParser:
         " missing in it, and another exit status of the command of that name if it failed.",
     )
     add_dump_arguments(parser)
-    parser.add_argument("file", metavar="FILE", help=FILE_HELP)
+    add_file_arguments(parser, FILE_HELP)
     return parser
 
 

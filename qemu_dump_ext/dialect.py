@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
+from qemu_dump_ext.elf_structs import PN_XNUM
+
 QemuVersion = tuple[int, int, int]
 
 
@@ -35,6 +37,10 @@ class Dialect:
             in long mode already.
         whole_pages_only: max_mapnr is rounded down, and every block has its own descriptor for
             a page that several blocks share, so that all later ones are off.
+        names_wrong_parameters: Messages say what a parameter should be, not only that it is
+            invalid.
+        extended_from: Number of program headers from which section header 0 holds the number.
+        native_mappings: A paged dump has QEMU's list of mappings, with what is wrong in it.
     """
 
     name: str
@@ -45,6 +51,9 @@ class Dialect:
     phys_base_is_hex: bool
     first_vcpu_decides: bool
     whole_pages_only: bool
+    names_wrong_parameters: bool
+    extended_from: int
+    native_mappings: bool
 
 
 MENDED = Dialect(
@@ -56,6 +65,9 @@ MENDED = Dialect(
     phys_base_is_hex=False,
     first_vcpu_decides=False,
     whole_pages_only=False,
+    names_wrong_parameters=True,
+    extended_from=PN_XNUM,
+    native_mappings=False,
 )
 
 
@@ -68,12 +80,16 @@ _QEMU_0 = Dialect(
     phys_base_is_hex=True,
     first_vcpu_decides=True,
     whole_pages_only=True,
+    names_wrong_parameters=False,
+    extended_from=PN_XNUM - 1,
+    native_mappings=True,
 )
 # What each version of QEMU changed, oldest first.
 _CHANGES: tuple[tuple[QemuVersion, Callable[[Dialect], Dialect]], ...] = (
     ((3, 0, 0), partial(replace, kernel_gs_base=True)),
     ((4, 0, 0), partial(replace, vaddr_is_paddr=True)),
-    ((7, 2, 0), partial(replace, sections_first=True)),
+    ((7, 2, 0), partial(replace, sections_first=True, extended_from=PN_XNUM)),
+    ((9, 1, 0), partial(replace, names_wrong_parameters=True)),
     ((9, 2, 0), partial(replace, utsname="unknown")),
 )
 

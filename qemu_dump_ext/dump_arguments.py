@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from qemu_dump_ext.dump_formats.kdump import UNCOMPRESSED
-from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.hmp_expression import is_expression, parse_expressions
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import all_page_codecs
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")
+COMMAND = "dump-guest-memory"
+"""QEMU's name of the command, for its messages."""
 FILE_HELP = "PATH, file:PATH, fd:N (an open descriptor), '|COMMAND'"
 
 
@@ -32,6 +35,12 @@ def codec_names() -> list[str]:
 
 def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that both doors have."""
+    parser.add_argument(
+        "-p",
+        dest="paging",
+        action="store_true",
+        help="one segment for each range that the vCPUs' page tables map, at its virtual address",
+    )
     codecs = parser.add_mutually_exclusive_group()
     codecs.add_argument(
         "-z",
@@ -57,6 +66,13 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         help="kdump as it is, not as makedumpfile's flattened stream; needs a seekable file",
     )
     parser.add_argument(
+        "--range",
+        nargs=2,
+        metavar=("BEGIN", "LENGTH"),
+        help="guest physical memory to dump, as BEGIN LENGTH behind FILE, but also for a kdump:"
+        " the pages that the range touches",
+    )
+    parser.add_argument(
         "--exact",
         action="store_true",
         help="byte for byte what the attached QEMU would write, its known defects included",
@@ -80,6 +96,17 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_file_arguments(parser: argparse.ArgumentParser, file_help: str) -> None:
+    """Declare the words that are no options: FILE, and as in HMP a range behind it."""
+    parser.add_argument("file", metavar="FILE", help=file_help)
+    parser.add_argument(
+        "bounds",
+        nargs="*",
+        metavar="BEGIN LENGTH",
+        help="guest physical memory to dump, in bytes: expressions as in QEMU's monitor",
+    )
+
+
 def parse_dump_arguments(
     parser: argparse.ArgumentParser, words: Sequence[str]
 ) -> argparse.Namespace:
@@ -88,7 +115,7 @@ def parse_dump_arguments(
     Raises:
         RequestError: The options contradict each other or are unknown.
     """
-    return parser.parse_args(_with_explicit_codec(words))
+    return parser.parse_intermixed_args(_with_explicit_codec(words))
 
 
 def _with_explicit_codec(words: Sequence[str]) -> list[str]:
@@ -101,13 +128,48 @@ def _with_explicit_codec(words: Sequence[str]) -> list[str]:
             continue
         rest = [later for later in words[index + 1 :] if not later.startswith("--")]
         following = words[index + 1] if index + 1 < len(words) else ""
-        files_follow = len([later for later in rest if later == "-" or later[:1] != "-"])
-        misspelt = files_follow > 1 and following[:1] != "-" and following in rest
+        plain = [later for later in rest if later == "-" or later[:1] != "-"]
+        misspelt = (
+            len(plain) > 1
+            and not is_expression(plain[1])  # BEGIN behind FILE
+            and following[:1] != "-"
+            and following in rest
+        )
         if following not in codec_names() and not misspelt:
             explicit.append(DEFAULT_CODEC)
     return explicit
 
 
 def request_of(arguments: argparse.Namespace) -> DumpRequest:
-    """Return what the options ask for."""
-    return DumpRequest(codec=arguments.codec, raw=arguments.raw, exact=arguments.exact)
+    """Return what the options ask for.
+
+    Raises:
+        RequestError: They contradict each other.
+    """
+    return DumpRequest(
+        codec=arguments.codec,
+        raw=arguments.raw,
+        exact=arguments.exact,
+        paging=arguments.paging,
+        memory_range=_range_of(arguments),
+    )
+
+
+def _range_of(arguments: argparse.Namespace) -> MemoryRange | None:
+    if arguments.range is not None:
+        if arguments.bounds:
+            raise RequestError("--range and BEGIN LENGTH are the same: give one of them")
+        begin, length = (
+            value for word in arguments.range for value in parse_expressions(word, "--range", 1)
+        )
+        return MemoryRange(begin, length, is_extension=True)
+    # As one line: the monitor, too, takes `0x1000 - 4` for one number.
+    values = parse_expressions(" ".join(arguments.bounds), COMMAND, 2)
+    if not values:
+        return None
+    if len(values) == 1:
+        if arguments.codec is not None:
+            return MemoryRange(values[0], 0)
+        raise RequestError("Parameter 'length' is missing")
+    begin, length = values
+    return MemoryRange(begin, length)

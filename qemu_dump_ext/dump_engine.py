@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 from qemu_dump_ext.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
+from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
@@ -21,6 +21,7 @@ from qemu_dump_ext.guest_probe import (
     probe_guest,
     read_utsname,
 )
+from qemu_dump_ext.guest_tables import TableReader, collect_mappings
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
@@ -121,10 +122,12 @@ def dump(
     with stopped(access.monitor):
         stopped_at = time.monotonic()
         guest = probe_guest(access)
+        dialect = qemu_dialect(guest.version) if request.exact else MENDED
+        select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
         context = SourceContext(access.monitor, access.stub, guest.ram_blocks)
         with open_memory(memory, context) as opened:
-            snapshot, remarks = _complete(guest, opened.memory)
-            plan = make_plan(snapshot, qemu_dialect(guest.version) if request.exact else MENDED)
+            snapshot, remarks = _complete(guest, opened.memory, request)
+            plan = make_plan(snapshot, dialect, request)
             progress.start(plan.memory_size)
             dump_format.write(request, plan, opened.memory, sink, progress.advance)
     ended = time.monotonic()
@@ -138,11 +141,13 @@ def dump(
         memory_source=opened.memory.name,
         passed_over=opened.passed_over,
         missing=plan.missing,
-        remarks=remarks,
+        remarks=(*remarks, *plan.remarks),
     )
 
 
-def _complete(guest: ProbedGuest, memory: GuestMemory) -> tuple[GuestSnapshot, list[str]]:
+def _complete(
+    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest
+) -> tuple[GuestSnapshot, list[str]]:
     """Add what only guest memory tells: the kernel's note where QEMU's is out of reach, uname."""
     remarks = []
     byte_order = guest.architecture.cores[0].byte_order
@@ -152,6 +157,19 @@ def _complete(guest: ProbedGuest, memory: GuestMemory) -> tuple[GuestSnapshot, l
         where = "found in guest memory" if guest_note else "not found in guest memory"
         remarks.append(f"VMCOREINFO was {where}; QEMU's own: {guest.native_refusal}")
     text = vmcoreinfo_text(guest_note, byte_order)
+    mappings = None
+    if request.paging:
+        mappings = collect_mappings(
+            guest.architecture,
+            guest.vcpus,
+            TableReader(memory, guest.ram_blocks),
+            guest.readable_ranges
+            if request.exact
+            else [(block.gpa, block.end) for block in guest.ram_blocks],
+            native=request.exact,
+        )
+        if mappings is None:
+            remarks.append("no vCPU uses paging that we know: virtual addresses are physical ones")
     return (
         GuestSnapshot(
             architecture=guest.architecture,
@@ -159,6 +177,7 @@ def _complete(guest: ProbedGuest, memory: GuestMemory) -> tuple[GuestSnapshot, l
             vcpus=guest.vcpus,
             guest_note=guest_note,
             utsname=read_utsname(memory, guest.architecture, guest.ram_blocks, text),
+            mappings=mappings,
         ),
         remarks,
     )

@@ -7,8 +7,17 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.memory_mapping import (
+    Segment,
+    filter_native,
+    identity_segments,
+    merge_within_blocks,
+    unmapped_size,
+)
+from qemu_dump_ext.memory_range import blocks_within
 from qemu_dump_ext.notes import encode_vcpu_notes, parse_notes
 from qemu_dump_ext.vmcoreinfo import (
     VMCOREINFO_NOTE_NAME,
@@ -31,6 +40,8 @@ class GuestSnapshot:
         guest_note: The note that the guest gave to QEMU's vmcoreinfo device, header included, or
             one that was found in its memory; empty where there is none.
         utsname: What is known of the kernel; empty strings where unknown.
+        mappings: What the page tables map, as `collect_mappings` returns it; None where paging
+            was not asked for, or no vCPU uses it.
     """
 
     architecture: Architecture
@@ -38,6 +49,7 @@ class GuestSnapshot:
     vcpus: Sequence[Vcpu]
     guest_note: bytes
     utsname: UtsName
+    mappings: Sequence[Segment] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,8 @@ class DumpPlan:
     Attributes:
         core: Form of the headers and of the notes.
         dialect: How it is spelt.
-        ram_blocks: By ascending gpa.
+        ram_blocks: What goes in, by ascending gpa.
+        segments: The PT_LOADs of an ELF core, in order.
         notes: The notes area, complete.
         vmcoreinfo_span: Offset in `notes` and size of VMCOREINFO's text, in bytes; None: no text.
         vcpu_count: Number of vCPUs.
@@ -55,11 +68,13 @@ class DumpPlan:
         phys_base: Physical address minus link address of the kernel, modulo 2**64.
         utsname: For the kdump header.
         missing: Registers that no source gave, by note and cpu_index.
+        remarks: What the user should know of it.
     """
 
     core: Core
     dialect: Dialect
     ram_blocks: tuple[RamBlock, ...]
+    segments: tuple[Segment, ...]
     notes: bytes
     vmcoreinfo_span: tuple[int, int] | None
     vcpu_count: int
@@ -67,6 +82,7 @@ class DumpPlan:
     phys_base: int
     utsname: UtsName
     missing: Mapping[tuple[str, int], Sequence[str]]
+    remarks: tuple[str, ...] = ()
 
     @property
     def memory_size(self) -> int:
@@ -74,12 +90,20 @@ class DumpPlan:
         return sum(block.size for block in self.ram_blocks)
 
 
-def make_plan(snapshot: GuestSnapshot, dialect: Dialect) -> DumpPlan:
+def make_plan(
+    snapshot: GuestSnapshot, dialect: Dialect, request: DumpRequest | None = None
+) -> DumpPlan:
     """Turn a guest into the contents of a dump.
 
+    Args:
+        snapshot: The guest.
+        dialect: How the dump is spelt.
+        request: What was asked for; None: everything, as an ELF core.
+
     Raises:
-        RequestError: The guest has no vCPU or no memory.
+        RequestError: The guest has no vCPU or no memory, or none in the range asked for.
     """
+    request = request or DumpRequest()
     architecture = snapshot.architecture
     if not snapshot.vcpus or not snapshot.ram_blocks:
         raise RequestError("the guest has no vCPU or no memory: there is nothing to dump")
@@ -93,18 +117,63 @@ def make_plan(snapshot: GuestSnapshot, dialect: Dialect) -> DumpPlan:
         if note.name == VMCOREINFO_NOTE_NAME:
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
+    page_size = architecture.page_size
+    blocks = select_blocks(snapshot.ram_blocks, dialect, request, page_size)
+    segments = _plan_segments(snapshot, dialect, request, blocks)
+    remarks = []
+    if request.paging and (unmapped := unmapped_size(segments, blocks)):
+        remarks.append(
+            f"{unmapped / (1 << 20):.1f} MiB of guest memory are mapped by no page table: they are"
+            " in the file, and no segment leads to them"
+        )
     return DumpPlan(
         core=core,
         dialect=dialect,
-        ram_blocks=tuple(snapshot.ram_blocks),
+        ram_blocks=tuple(blocks),
+        segments=tuple(segments),
         notes=notes,
         vmcoreinfo_span=span,
         vcpu_count=len(snapshot.vcpus),
-        page_size=architecture.page_size,
+        page_size=page_size,
         phys_base=phys_base(architecture, text, is_hex=dialect.phys_base_is_hex) or 0,
         utsname=_utsname(snapshot, core, dialect, text),
         missing=encoded.missing,
+        remarks=tuple(remarks),
     )
+
+
+def select_blocks(
+    blocks: Sequence[RamBlock], dialect: Dialect, request: DumpRequest, page_size: int
+) -> Sequence[RamBlock]:
+    """Return what of the guest's memory goes into the dump.
+
+    Raises:
+        RequestError: Nothing does.
+    """
+    if request.memory_range is None:
+        return blocks
+    granule = 1 if request.codec is None else page_size
+    return blocks_within(blocks, request.memory_range, dialect, granule)
+
+
+def _plan_segments(
+    snapshot: GuestSnapshot, dialect: Dialect, request: DumpRequest, blocks: Sequence[RamBlock]
+) -> list[Segment]:
+    if not request.paging:
+        return [
+            Segment(block.gpa if dialect.vaddr_is_paddr else 0, block.gpa, block.size)
+            for block in blocks
+        ]
+    if snapshot.mappings is None:
+        return identity_segments(blocks)
+    if not dialect.native_mappings:
+        return merge_within_blocks(snapshot.mappings, blocks)
+    segments = list(snapshot.mappings)
+    if request.memory_range is not None:
+        segments = filter_native(segments, request.memory_range)
+    if dialect.vaddr_is_paddr:
+        segments = [Segment(seg.gva or seg.gpa, seg.gpa, seg.size) for seg in segments]
+    return segments
 
 
 def phys_base(architecture: Architecture, vmcoreinfo: bytes, *, is_hex: bool = False) -> int | None:

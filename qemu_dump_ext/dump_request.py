@@ -4,6 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qemu_dump_ext.errors import RequestError
+
+
+@dataclass(frozen=True)
+class MemoryRange:
+    """A range of guest physical memory: dump nothing else.
+
+    Attributes:
+        begin: First guest physical address.
+        length: In bytes; 0 where the user wrote 0.
+        is_extension: Asked for by `--range`, which QEMU does not have, and not by the two words
+            behind the file.
+    """
+
+    begin: int
+    length: int
+    is_extension: bool = False
+
+    @property
+    def end(self) -> int:
+        """First guest physical address behind the range."""
+        return self.begin + self.length
+
 
 @dataclass(frozen=True)
 class DumpRequest:
@@ -13,11 +36,38 @@ class DumpRequest:
         codec: Page codec of a kdump, by name; None for an ELF core.
         raw: Write the kdump as it is instead of as makedumpfile's flattened stream.
         exact: Byte for byte as the attached QEMU would write it.
+        paging: One segment for each range that the page tables of the vCPUs map, at its virtual
+            address.
+        memory_range: Dump nothing else; None: everything.
+        vmcoreinfo: Add the note that the guest kernel keeps for readers of dumps.
+        kernel: Which kernel's, by its release, where guest memory has several; None: the live one.
     """
 
     codec: str | None = None
     raw: bool = False
     exact: bool = False
+    paging: bool = False
+    memory_range: MemoryRange | None = None
+    vmcoreinfo: bool = True
+    kernel: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself, in QEMU's words.
+
+        Raises:
+            RequestError: A kdump with paging, or with a range that QEMU knows; a negative range.
+        """
+        bounds = self.memory_range
+        refused_range = bounds is not None and (self.exact or not bounds.is_extension)
+        if self.codec is not None and (self.paging or refused_range):
+            raise RequestError(
+                "kdump-compressed format doesn't support paging or filter",
+                hint=None if self.paging or self.exact else "--range BEGIN LENGTH does",
+            )
+        if bounds is not None:
+            for name in ("begin", "length"):
+                if getattr(bounds, name) < 0:
+                    raise RequestError(f"parameter '{name}' must not be negative")
 
     @property
     def format_name(self) -> str:

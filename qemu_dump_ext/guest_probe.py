@@ -17,6 +17,7 @@ from qemu_dump_ext.monitor_text import (
     parse_cpu_types,
     parse_flat_view,
     parse_named_values,
+    parse_readable_ranges,
     parse_version,
     split_vcpus,
 )
@@ -58,6 +59,7 @@ class ProbedGuest:
         version: Of QEMU.
         architecture: Of the guest.
         ram_blocks: By ascending gpa.
+        readable_ranges: What a page table may map as memory: (first, end), ascending.
         vcpus: By ascending cpu_index.
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
@@ -67,6 +69,7 @@ class ProbedGuest:
     version: QemuVersion
     architecture: Architecture
     ram_blocks: Sequence[RamBlock]
+    readable_ranges: Sequence[tuple[int, int]]
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
@@ -83,7 +86,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     version = parse_version(monitor.execute("info version"))
     object_tree = monitor.execute("info qom-tree")
     architecture = architecture_for_cpu_types(parse_cpu_types(object_tree))
-    ram_blocks = parse_flat_view(monitor.execute("info mtree -f"))
+    flat_views = monitor.execute("info mtree -f")
+    ram_blocks = parse_flat_view(flat_views)
     register_text = monitor.execute("info registers -a")
     texts = split_vcpus(register_text)
     if not texts:
@@ -120,6 +124,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         version,
         architecture,
         ram_blocks,
+        parse_readable_ranges(flat_views),
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,

@@ -7,6 +7,7 @@ parsed from the side whose form is fixed.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import MonitorAnswerError
@@ -18,6 +19,7 @@ _FLAT_RANGE = re.compile(
 )
 _REGION_OFFSET = re.compile(r"^(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?$")
 _RAM_KINDS = frozenset(("ram", "rom", "nv-ram", "nv-rom"))
+_READABLE_KINDS = _RAM_KINDS | {"ramd", "romd"}
 _NON_VOLATILE_BACKEND = re.compile(r"alias \S.*? @(?P<backend>\S+) ")
 
 
@@ -56,19 +58,41 @@ def parse_flat_view(text: str) -> list[RamBlock]:
         guest_phys_block_add_section().
     """
     blocks: list[RamBlock] = []
+    for match in _flat_ranges(text):
+        if match["kind"] in _RAM_KINDS:
+            _add_range(blocks, match)
+    return blocks
+
+
+def parse_readable_ranges(text: str) -> list[tuple[int, int]]:
+    """Parse `info mtree -f` into what a page table may map as memory: RAM, ROM and flash.
+
+    Returns:
+        (first, end) of each range, ascending.
+
+    Source:
+        QEMU softmmu/physmem.c cpu_physical_memory_is_io().
+    """
+    return [
+        (int(match["first"], 16), int(match["last"], 16) + 1)
+        for match in _flat_ranges(text)
+        if match["kind"] in _READABLE_KINDS
+    ]
+
+
+def _flat_ranges(text: str) -> Iterator[re.Match[str]]:
     in_view = found = False
     for line in text.splitlines():
         if line.startswith("FlatView #"):
             in_view = False
         elif line.startswith(' AS "memory",'):
             in_view = found = True
-        elif in_view and (match := _FLAT_RANGE.match(line)) and match["kind"] in _RAM_KINDS:
-            _add_range(blocks, match)
+        elif in_view and (match := _FLAT_RANGE.match(line)):
+            yield match
     if not found:
         raise MonitorAnswerError(
             "info mtree -f", text, hint="QEMU before 2.9 has no flat view of its memory"
         )
-    return blocks
 
 
 def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:

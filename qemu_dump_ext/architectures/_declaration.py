@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import PageTableRoot
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Architecture:
         reconcile: Merges the sources into the final values where precedence (stub, monitor,
             native notes) is not all; None where it is. A value that no source gives must be
             left out.
+        page_table_roots: Tells from the registers of a vCPU where its page tables begin; empty
+            where it uses none. Gets True where they are to be read as QEMU's dump-guest-memory
+            does, with what is wrong in it. A KeyError names a register that no source gave. None
+            where the tables are unknown, as in QEMU for all but x86: virtual addresses are then
+            physical ones.
     """
 
     name: str
@@ -126,3 +132,4 @@ class Architecture:
     select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect], Core]
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
+    page_table_roots: Callable[[Mapping[str, int], bool], Sequence[PageTableRoot]] | None = None

@@ -3,7 +3,8 @@
 Sources:
     Linux arch/x86/include/asm/elf.h, user_64.h, user_32.h (elf_prstatus); QEMU
     target/i386/arch_dump.c (order and contents of the notes, struct QEMUCPUState);
-    target/i386/cpu-dump.c (text of `info registers`).
+    target/i386/cpu-dump.c (text of `info registers`). Page tables: Intel SDM volume 3A, chapter
+    "Paging"; what QEMU makes of them: target/i386/arch_memory_mapping.c.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_PRSTATUS, NT_QEMU
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import (
+    ALWAYS_LEAF,
+    LeafTest,
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+)
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"
@@ -31,11 +39,15 @@ _SEGMENT_BASE_GDB = {"fs": "fs_base", "gs": "gs_base"}
 
 _EFER_LMA = 1 << 10
 _CR0_PE = 1 << 0
+_CR0_PG = 1 << 31
+_CR4_PSE, _CR4_PAE, _CR4_LA57 = 1 << 4, 1 << 5, 1 << 12
+_A20 = 1 << 20
 _EFLAGS_VM = 1 << 17
 _SEGMENT_L = 1 << 21
 _PRINTED_FLAGS = 0x00FFFF00
 _CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
 _4G = 1 << 32
+_U64 = (1 << 64) - 1
 
 _PRSTATUS_64 = StructLayout(
     "elf_prstatus (x86-64)",
@@ -186,6 +198,82 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
+_PRESENT = LeafTest(mask=1, wanted=1)
+_PAGE_SIZE_BIT = LeafTest(mask=1 << 7, wanted=1 << 7)
+_ADDRESS = 0x000FFFFFFFFFF000
+"""Bits 51:12 of an entry; above are flags, protection keys and bits for software."""
+
+
+def _long_levels(count: int, *, native: bool) -> tuple[TableLevel, ...]:
+    """Return the tables of entries of 8 bytes, `count` levels of them."""
+    # QEMU lets bits 62:52 of a leaf into the address.
+    leaf_bits = (1 << 63) - 1 if native else _ADDRESS
+
+    def level(shift: int, leaf: LeafTest | None) -> TableLevel:
+        return TableLevel(shift, 512, leaf, _ADDRESS, ((leaf_bits & -1 << shift, 0),))
+
+    return (
+        *(level(shift, None) for shift in (48, 39)[5 - count :]),
+        level(30, _PAGE_SIZE_BIT),
+        level(21, _PAGE_SIZE_BIT),
+        level(12, ALWAYS_LEAF),
+    )
+
+
+def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
+    # QEMU takes every address for one of the kernel's half.
+    return PageTableGeometry(
+        f"x86-64, {count} levels",
+        entry_size=8,
+        levels=_long_levels(count, native=native),
+        present=_PRESENT,
+        high_half="ones" if native else "sign",
+    )
+
+
+def _pae_tables(*, native: bool) -> PageTableGeometry:
+    next_table = _U64 & ~0xFFF if native else _ADDRESS
+    directory_pointers = TableLevel(30, 4, None, next_table, ())
+    return PageTableGeometry(
+        "x86, PAE",
+        entry_size=8,
+        levels=(directory_pointers, *_long_levels(4, native=native)[2:]),
+        present=_PRESENT,
+        high_half="zeros",
+    )
+
+
+def _legacy_tables(*, large_pages: bool) -> PageTableGeometry:
+    # Of a 4 MiB page, bits 39:32 of the address are bits 20:13 of the entry (PSE-36).
+    directory = TableLevel(
+        22,
+        1024,
+        _PAGE_SIZE_BIT if large_pages else None,
+        0xFFFFF000,
+        ((0xFFC00000, 0), (0x001FE000, 19)),
+    )
+    table = TableLevel(12, 1024, ALWAYS_LEAF, 0, ((0xFFFFF000, 0),))
+    return PageTableGeometry(
+        "x86, 32-bit", entry_size=4, levels=(directory, table), present=_PRESENT, high_half="zeros"
+    )
+
+
+def _page_table_roots(registers: Mapping[str, int], native: bool) -> Sequence[PageTableRoot]:
+    if not registers["cr0"] & _CR0_PG:
+        return ()
+    cr3, cr4 = registers["cr3"], registers["cr4"]
+    # In system management mode the line A20 is not masked.
+    masked = not registers.get("a20", 1) and not registers.get("smm", 0)
+    address_mask = _U64 & ~_A20 if masked else _U64
+    if not cr4 & _CR4_PAE:
+        tables = _legacy_tables(large_pages=bool(cr4 & _CR4_PSE))
+        return (PageTableRoot(tables, cr3 & ~0xFFF, address_mask),)
+    if not registers["efer"] & _EFER_LMA:
+        return (PageTableRoot(_pae_tables(native=native), cr3 & ~0x1F, address_mask),)
+    tables = _long_mode_tables(5 if cr4 & _CR4_LA57 else 4, native=native)
+    return (PageTableRoot(tables, cr3 & _ADDRESS, address_mask),)
+
+
 def _gpr(name: str) -> Register:
     monitor = (name.upper(), f"E{name[1:].upper()}") if name in _LEGACY_GPRS else (name.upper(),)
     return Register(name, gdb=name, monitor=monitor)
@@ -216,6 +304,8 @@ ARCHITECTURE = Architecture(
         ),
         Register("kernel_gs_base", gdb="k_gs_base"),
         Register("efer", gdb="efer", monitor=("EFER",)),
+        Register("a20", monitor=("A20",)),
+        Register("smm", monitor=("SMM",)),
     ),
     cores=(LONG_MODE, LEGACY_64, LEGACY_32),
     program_counter="rip",
@@ -225,4 +315,5 @@ ARCHITECTURE = Architecture(
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
+    page_table_roots=_page_table_roots,
 )

@@ -11,6 +11,7 @@ from qemu_dump_ext.dump_arguments import (
     FILE_HELP,
     OneLineParser,
     add_dump_arguments,
+    add_file_arguments,
     parse_dump_arguments,
     request_of,
 )
@@ -39,7 +40,7 @@ def _parser() -> OneLineParser:
         help="drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state"
         " before gdb stopped the guest is known",
     )
-    parser.add_argument("file", metavar="FILE", help=f"{FILE_HELP}, or - for standard output")
+    add_file_arguments(parser, f"{FILE_HELP}, or - for standard output")
     return parser
 
 

@@ -194,6 +194,8 @@ def _command_words(arguments: argparse.Namespace) -> str:
     words: Sequence[str] = (
         *(("-z", arguments.codec) if arguments.codec else ()),
         *(("-R",) if arguments.raw else ()),
+        *(("-p",) if arguments.paging else ()),
+        *(("--range", *arguments.range) if arguments.range else ()),
         *(("--exact",) if arguments.exact else ()),
         *(("--force",) if arguments.force else ()),
         *(("--json",) if arguments.json else ()),
@@ -203,5 +205,6 @@ def _command_words(arguments: argparse.Namespace) -> str:
         "--progress",
         "always" if watched and not arguments.json else "never",
         target,
+        *arguments.bounds,
     )
     return shlex.join(words)

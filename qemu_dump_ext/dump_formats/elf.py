@@ -6,7 +6,10 @@ write_elf_phdr_loads(), create_vmcore().
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
 from qemu_dump_ext.dump_plan import DumpPlan
@@ -29,6 +32,7 @@ from qemu_dump_ext.elf_structs import (
     phdr_layout,
 )
 from qemu_dump_ext.guest import GuestMemory
+from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.page_pipeline import pieces_of_blocks, read_through
 
 _STRING_TABLE = b"\0.shstrtab\0"
@@ -56,13 +60,18 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
     word_size = plan.core.word_size
     abi = elf_abi(plan.core.byte_order, word_size)
     ehdr, shdr, phdr = (layout.bind(abi) for layout in (EHDR, SHDR, phdr_layout(word_size)))
-    phdr_count = 1 + len(plan.ram_blocks)
-    extended = phdr_count >= PN_XNUM
+    phdr_count = 1 + len(plan.segments)
+    extended = phdr_count >= plan.dialect.extended_from
     # Where e_phnum is too small for the count, section header 0 holds it.
     section_count = _QEMU_SECTION_COUNT if plan.dialect.sections_first else int(extended)
-    shoff = ehdr.size if section_count else 0
-    phoff = ehdr.size + section_count * shdr.size
-    notes_offset = phoff + phdr_count * phdr.size
+    sections_size = section_count * shdr.size
+    if plan.dialect.sections_first:
+        shoff, phoff = ehdr.size, ehdr.size + sections_size
+        notes_offset = phoff + phdr_count * phdr.size
+    else:
+        phoff = ehdr.size
+        notes_offset = phoff + phdr_count * phdr.size + sections_size
+        shoff = notes_offset - sections_size if section_count else 0
     memory_offset = notes_offset + len(plan.notes)
     memory_end = memory_offset + plan.memory_size
 
@@ -89,12 +98,11 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
             e_shstrndx=section_count - 1 if plan.dialect.sections_first else 0,
         )
     )
-    if section_count:
-        head += shdr.pack(sh_info=phdr_count if extended else 0)
+    first_section = shdr.pack(sh_info=phdr_count if extended else 0)
     if plan.dialect.sections_first:
         # QEMU leaves this header in the byte order of its host.
         host = SHDR.bind(elf_abi("little", word_size))
-        head += host.pack(
+        head += first_section + host.pack(
             sh_name=1, sh_type=SHT_STRTAB, sh_offset=memory_end, sh_size=len(_STRING_TABLE)
         )
     head += phdr.pack(
@@ -103,20 +111,39 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
         p_filesz=len(plan.notes),
         p_memsz=len(plan.notes),
     )
-    offset = memory_offset
     limit = (1 << 8 * word_size) - 1
-    for block in plan.ram_blocks:
+    for segment, offset, size in _places(plan, memory_offset):
         head += phdr.pack(
             p_type=PT_LOAD,
             p_offset=offset & limit,
-            p_vaddr=block.gpa & limit if plan.dialect.vaddr_is_paddr else 0,
-            p_paddr=block.gpa & limit,
-            p_filesz=block.size & limit,
-            p_memsz=block.size & limit,
+            p_vaddr=segment.gva & limit,
+            p_paddr=segment.gpa & limit,
+            p_filesz=size & limit,
+            p_memsz=segment.size & limit,
         )
-        offset += block.size
+    if section_count and not plan.dialect.sections_first:
+        head += first_section
     tail = _STRING_TABLE if plan.dialect.sections_first else b""
     return ElfLayout(bytes(head) + plan.notes, tail, memory_end + len(tail))
+
+
+def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, int]]:
+    """Yield each segment with its offset and size in the file.
+
+    As in QEMU, a segment has what the block with its first byte has of it, and no block means no
+    offset, all bits set.
+    """
+    blocks = plan.ram_blocks
+    starts = [block.gpa for block in blocks]
+    offsets = list(accumulate((block.size for block in blocks), initial=memory_offset))
+    for segment in plan.segments:
+        index = bisect_right(starts, segment.gpa) - 1
+        if index < 0 or segment.gpa >= blocks[index].end:
+            yield segment, -1, 0
+            continue
+        inside = segment.gpa - starts[index]
+        size = min(segment.size, blocks[index].end - segment.gpa)
+        yield segment, offsets[index] + inside, size
 
 
 def _write(

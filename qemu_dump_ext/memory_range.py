@@ -1,0 +1,52 @@
+"""Cut the RAM blocks of a guest down to a range. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.dump_request import MemoryRange
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.guest import RamBlock
+
+
+def blocks_within(
+    blocks: Sequence[RamBlock], wanted: MemoryRange, dialect: Dialect, granule: int = 1
+) -> list[RamBlock]:
+    """Return what of `blocks` lies in a range, as QEMU's `begin` and `length` select it.
+
+    Args:
+        blocks: By ascending gpa.
+        wanted: The range; it may cover several blocks, holes, and addresses outside all blocks.
+        dialect: Has the words for what is refused.
+        granule: Both ends are moved outwards to a multiple of it, in bytes: the pages of a kdump
+            are whole.
+
+    Raises:
+        RequestError: The range is empty, or no memory is in it.
+
+    Source:
+        QEMU dump/dump.c dump_init(), dump_calculate_size(), dump_filtered_memblock_start().
+    """
+    if not wanted.length:
+        raise RequestError(
+            "parameter 'length' expects a non-zero size"
+            if dialect.names_wrong_parameters
+            else "Invalid parameter 'length'"
+        )
+    begin = wanted.begin // granule * granule
+    end = -(-wanted.end // granule) * granule
+    found = []
+    for block in blocks:
+        low, high = max(block.gpa, begin), min(block.end, end)
+        if low < high:
+            offset = block.region_offset + low - block.gpa
+            found.append(replace(block, gpa=low, size=high - low, region_offset=offset))
+    if not found:
+        raise RequestError(
+            "dump: no guest memory to dump",
+            hint="guest memory: "
+            + ", ".join(f"{block.gpa:#x}-{block.end - 1:#x}" for block in blocks[:8]),
+        )
+    return found

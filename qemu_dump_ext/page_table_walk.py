@@ -1,0 +1,372 @@
+"""Walk the page tables of a vCPU: tables are data, one stepper serves every architecture. Pure.
+
+Tables are guest memory and may hold anything: cycles, addresses outside RAM, every entry set. The
+depth is fixed, a subtree in which nothing is mapped is walked once, and the numbers of tables and
+of mapped ranges are bounded.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from struct import Struct
+from typing import Literal
+
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.errors import RequestError
+
+_U64 = (1 << 64) - 1
+_ENTRY_CODES = {4: "I", 8: "Q"}
+
+ReadTable = Callable[[int, int], bytes]
+"""Gets gpa and size of a table; what is not guest memory reads as zero."""
+
+AddRun = Callable[[int, int, int, int], None]
+"""Gets gva, gpa and size of consecutive pages, and the size of one page; all in bytes."""
+
+
+@dataclass(frozen=True)
+class LeafTest:
+    """Which entries map memory instead of leading to the next table.
+
+    Attributes:
+        mask: Bits of the entry that tell.
+        wanted: What they must be; None: any of them set.
+    """
+
+    mask: int
+    wanted: int | None
+
+
+@dataclass(frozen=True)
+class TableLevel:
+    """The tables of one level.
+
+    Attributes:
+        shift: log2 of what one entry maps, in bytes.
+        entry_count: Of one table.
+        leaf: Tells leaves; None where there are none; `ALWAYS_LEAF` at the last level.
+        table_mask: Of an entry: the bits that are the gpa of the next table, once shifted.
+        leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
+        address_shift: To the left, of `table_mask`'s bits.
+    """
+
+    shift: int
+    entry_count: int
+    leaf: LeafTest | None
+    table_mask: int
+    leaf_masks: tuple[tuple[int, int], ...]
+    address_shift: int = 0
+
+
+ALWAYS_LEAF = LeafTest(0, 0)
+
+
+@dataclass(frozen=True)
+class PageTableGeometry:
+    """The page tables of one mode of an architecture.
+
+    Attributes:
+        name: For messages.
+        entry_size: In bytes.
+        levels: From the root to the pages.
+        present: An entry counts only if it is so.
+        high_half: Bits of an address above those that the tables translate: `sign`: as the
+            highest of these, `ones`, or `zeros`.
+        byte_order: Of the entries.
+    """
+
+    name: str
+    entry_size: int
+    levels: tuple[TableLevel, ...]
+    present: LeafTest
+    high_half: Literal["sign", "ones", "zeros"]
+    byte_order: ByteOrder = "little"
+
+    @property
+    def address_bits(self) -> int:
+        """How many bits of a virtual address the tables translate."""
+        top = self.levels[0]
+        return top.shift + (top.entry_count - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class PageTableRoot:
+    """Where the tables of a vCPU begin.
+
+    Attributes:
+        geometry: Of the tables.
+        gpa: Of the root table.
+        address_mask: Is applied to the gpa of every entry that is read.
+    """
+
+    geometry: PageTableGeometry
+    gpa: int
+    address_mask: int = _U64
+
+
+@dataclass
+class WalkBudget:
+    """How much work hostile tables may cause.
+
+    Attributes:
+        tables: How many more may be walked.
+        runs: How many more ranges may be found.
+    """
+
+    tables: int = 1 << 19
+    runs: int = 1 << 20
+
+    def take_table(self, geometry: PageTableGeometry) -> None:
+        """Count a table.
+
+        Raises:
+            RequestError: There were too many.
+        """
+        self.tables -= 1
+        if self.tables < 0:
+            raise self._too_many(geometry, "tables")
+
+    def take_run(self, geometry: PageTableGeometry) -> None:
+        """Count a range."""
+        self.runs -= 1
+        if self.runs < 0:
+            raise self._too_many(geometry, "ranges")
+
+    @staticmethod
+    def _too_many(geometry: PageTableGeometry, what: str) -> RequestError:
+        return RequestError(
+            f"the guest's page tables ({geometry.name}) have more {what} than any sound guest's:"
+            " they are damaged, or made to keep us busy",
+            hint="dump without -p",
+        )
+
+
+class MemoryMap:
+    """Where guest physical memory is."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Keep ranges, given as (first, end), ascending."""
+        self._starts: list[int] = []
+        self._ends: list[int] = []
+        for start, end in ranges:
+            if self._ends and self._ends[-1] == start:
+                self._ends[-1] = end
+            else:
+                self._starts.append(start)
+                self._ends.append(end)
+
+    def span(self, gpa: int) -> tuple[int, int]:
+        """Return (first, end) of the memory around `gpa`; (0, 0) if there is none."""
+        index = bisect_right(self._starts, gpa) - 1
+        if index >= 0 and gpa < self._ends[index]:
+            return self._starts[index], self._ends[index]
+        return 0, 0
+
+    def touches(self, gpa: int, size: int) -> bool:
+        """Tell whether there is memory in a range."""
+        index = bisect_right(self._starts, gpa + size - 1) - 1
+        return index >= 0 and gpa < self._ends[index]
+
+
+@dataclass
+class PageTableWalker:
+    """Walks tables and collects what they map.
+
+    Attributes:
+        read_table: Reads guest memory.
+        memory: Pages elsewhere are left out.
+        whole_pages: A page counts as memory if its first byte is, as in QEMU; otherwise if any
+            of it is.
+        repeat: Walk a table again that another root has at the same virtual address.
+        budget: Is spent.
+    """
+
+    read_table: ReadTable
+    memory: MemoryMap
+    whole_pages: bool
+    repeat: bool
+    budget: WalkBudget = field(default_factory=WalkBudget)
+
+    def __post_init__(self) -> None:
+        """Begin with nothing known."""
+        self._empty: set[tuple[PageTableGeometry, int, int]] = set()
+        self._seen: set[tuple[PageTableGeometry, int, int, int]] = set()
+
+    def walk(self, root: PageTableRoot, add_run: AddRun) -> None:
+        """Report every run of pages, ascending by the position of their entries.
+
+        Raises:
+            RequestError: The budget is spent.
+        """
+        _Walk(self, root, add_run).run()
+
+
+class _Walk:
+    """One pass over the tables of one root."""
+
+    def __init__(self, walker: PageTableWalker, root: PageTableRoot, add_run: AddRun) -> None:
+        self._walker = walker
+        self._root = root
+        self._geometry = root.geometry
+        self._add_run = add_run
+        self._run = (0, 0, 0, 0)  # gva, gpa, size, page size
+        self._found = 0
+        self._span = (0, 0)
+
+    def run(self) -> None:
+        self._table(0, self._root.gpa, 0)
+        self._flush()
+
+    def _flush(self) -> None:
+        if self._run[2]:
+            self._add_run(*self._run)
+        self._run = (0, 0, 0, 0)
+
+    def _table(self, depth: int, gpa: int, base: int) -> None:
+        walker, geometry = self._walker, self._geometry
+        level = geometry.levels[depth]
+        gpa &= self._root.address_mask
+        place = (geometry, depth, gpa)
+        if place in walker._empty:  # noqa: SLF001 - the walker's own pass
+            return
+        if not walker.repeat:
+            if (*place, base) in walker._seen:  # noqa: SLF001
+                return
+            walker._seen.add((*place, base))  # noqa: SLF001
+        walker.budget.take_table(geometry)
+        found_before = self._found
+        codec = _table_codec(geometry, level.entry_count)
+        entries = codec.unpack(walker.read_table(gpa, codec.size))
+        if level.leaf is ALWAYS_LEAF:
+            self._pages(level, entries, base)
+        else:
+            self._inner(depth, level, entries, base)
+        if self._found == found_before:
+            walker._empty.add(place)  # noqa: SLF001
+
+    def _inner(self, depth: int, level: TableLevel, entries: Sequence[int], base: int) -> None:
+        present_mask, present = self._geometry.present.mask, self._geometry.present.wanted
+        leaf = level.leaf
+        for index, entry in enumerate(entries):
+            if not entry or not _passes(entry, present_mask, present):
+                continue
+            gva = base | self._top(index) if not depth else base | index << level.shift
+            if leaf is not None and _passes(entry, leaf.mask, leaf.wanted):
+                self._page(level, entry, gva)
+            else:
+                table = (entry & level.table_mask) << level.address_shift
+                self._table(depth + 1, table, gva)
+
+    def _top(self, index: int) -> int:
+        """Return the virtual address of an entry of the root."""
+        geometry = self._geometry
+        top = geometry.levels[0]
+        gva = index << top.shift
+        bits = geometry.address_bits
+        if geometry.high_half == "ones" or (geometry.high_half == "sign" and gva >> bits - 1):
+            gva |= -1 << bits & _U64
+        return gva
+
+    def _pages(self, level: TableLevel, entries: Sequence[int], base: int) -> None:
+        """Take a table of the last level, where nearly all entries are."""
+        present = self._geometry.present
+        if len(level.leaf_masks) > 1 or len(self._geometry.levels) == 1 or present.wanted is None:
+            for index, entry in enumerate(entries):
+                if entry and _passes(entry, present.mask, present.wanted):
+                    at_root = len(self._geometry.levels) == 1
+                    gva = self._top(index) if at_root else base | index << level.shift
+                    self._page(level, entry, gva)
+            return
+        ((mask, left),) = level.leaf_masks
+        present_mask, wanted = present.mask, present.wanted
+        size, shift = 1 << level.shift, level.shift
+        low, high = self._span
+        next_gpa = next_index = -1
+        for index, entry in enumerate(entries):
+            if entry & present_mask != wanted:
+                continue
+            gpa = (entry & mask) << left
+            if gpa == next_gpa and index == next_index and low <= gpa < high:
+                next_gpa += size
+                next_index += 1
+                continue
+            if next_index >= 0:
+                self._grow(next_gpa)
+            self._page(level, entry, base | index << shift)
+            low, high = self._span
+            # Where the page was left out, the next one is looked at by itself.
+            follows = self._run[2] and self._run[1] + self._run[2] == gpa + size
+            next_gpa, next_index = (gpa + size, index + 1) if follows else (-1, -1)
+        if next_index >= 0:
+            self._grow(next_gpa)
+
+    def _grow(self, end: int) -> None:
+        gva, gpa, _, page = self._run
+        self._run = (gva, gpa, end - gpa, page)
+
+    def _page(self, level: TableLevel, entry: int, gva: int) -> None:
+        gpa = 0
+        for mask, left in level.leaf_masks:
+            gpa |= (entry & mask) << left
+        size = 1 << level.shift
+        walker = self._walker
+        if not self._span[0] <= gpa < self._span[1]:
+            span = walker.memory.span(gpa)
+            if span[1]:
+                self._span = span
+            elif walker.whole_pages or not walker.memory.touches(gpa, size):
+                return
+        run_gva, run_gpa, run_size, page = self._run
+        self._found += 1
+        if page == size and run_gpa + run_size == gpa and run_gva + run_size == gva:
+            self._run = (run_gva, run_gpa, run_size + size, page)
+            return
+        self._flush()
+        walker.budget.take_run(self._geometry)
+        self._run = (gva, gpa, size, size)
+
+
+def _passes(entry: int, mask: int, wanted: int | None) -> bool:
+    return bool(entry & mask) if wanted is None else entry & mask == wanted
+
+
+@cache
+def _table_codec(geometry: PageTableGeometry, entry_count: int) -> Struct:
+    order = "<" if geometry.byte_order == "little" else ">"
+    return Struct(f"{order}{entry_count}{_ENTRY_CODES[geometry.entry_size]}")
+
+
+def translate(root: PageTableRoot, read_table: ReadTable, gva: int) -> tuple[int, int] | None:
+    """Translate one virtual address.
+
+    Returns:
+        The gpa, and how many bytes from there on are on the same page; None if it is not mapped.
+    """
+    geometry = root.geometry
+    inner = gva & (1 << geometry.address_bits) - 1
+    above = gva >> geometry.address_bits
+    ones = (1 << 64 - geometry.address_bits) - 1
+    sign = inner >> geometry.address_bits - 1
+    expected = {"ones": ones, "zeros": 0, "sign": ones if sign else 0}[geometry.high_half]
+    if above != expected:
+        return None
+    table = root.gpa
+    code = "<" if geometry.byte_order == "little" else ">"
+    codec = Struct(code + _ENTRY_CODES[geometry.entry_size])
+    for level in geometry.levels:
+        index = inner >> level.shift & level.entry_count - 1
+        place = (table & root.address_mask) + index * geometry.entry_size
+        (entry,) = codec.unpack(read_table(place, codec.size))
+        if not _passes(entry, geometry.present.mask, geometry.present.wanted):
+            return None
+        if level.leaf is not None and _passes(entry, level.leaf.mask, level.leaf.wanted):
+            gpa = 0
+            for mask, left in level.leaf_masks:
+                gpa |= (entry & mask) << left
+            offset = inner & (1 << level.shift) - 1
+            return gpa + offset, (1 << level.shift) - offset
+        table = (entry & level.table_mask) << level.address_shift
+    return None
