@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ _RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
 _HELP_NAMES = frozenset(("help", "?"))
 _QUIT_NAMES = frozenset(("quit", "q"))
 _CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
+_QUIT_SECONDS = 2.0
 _REGISTER = re.compile(r"\$[\w.]*", re.ASCII)
 _STATUS_OF_OURS = "VM status: paused"
 
@@ -105,6 +107,16 @@ class Interpreter:
             await self.upstream.execute_hmp("help"), await self.upstream.execute_hmp("help info")
         )
 
+    def is_ours(self, line: str) -> bool:
+        """Tell whether QEMU alone would answer this line differently."""
+        words = line.split()
+        name = words[0].partition("/")[0] if words else ""
+        return (
+            name in {DUMP_COMMAND, CANCEL_COMMAND, *_HELP_NAMES}
+            or words == ["info", "dump"]
+            or (self.dumps.active and (name in _RUN_STATE_NAMES or words == ["info", "status"]))
+        )
+
     async def run(self, line: str, client: HmpClient) -> str:
         """Run one line and return what QEMU would show, with CR LF."""
         try:
@@ -116,7 +128,7 @@ class Interpreter:
 
     async def _run(self, line: str, client: HmpClient) -> str:
         words = line.split()
-        name = re.split(r"/", words[0])[0] if words else ""
+        name = words[0].partition("/")[0] if words else ""
         if not name:
             return ""
         if name == DUMP_COMMAND:
@@ -134,6 +146,10 @@ class Interpreter:
             )
         client.quit = name in _QUIT_NAMES and len(words) == 1
         answer = await self.upstream.execute_hmp(line, client.cpu_index)
+        if client.quit:
+            # No prompt follows: QEMU answers first and ends then.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.upstream.gone.wait(), _QUIT_SECONDS)
         return self._adapt(answer, words, client)
 
     def _adapt(self, answer: str, words: list[str], client: HmpClient) -> str:

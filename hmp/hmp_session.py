@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from hmp_interpreter import HmpClient, Interpreter
 from hmp_readline import PROMPT, LineEditor
 from proxy_connection import Connection
@@ -64,9 +62,7 @@ class HmpSession:
         self._set_prompt()
         if upstream.connected:
             self.tell(f"QEMU {upstream.version_text} is back\r\n".encode())
-        elif self._client.quit:
-            self._connection.abort() if not self._connection.waiting else None
-        else:
+        elif not self._client.quit:
             self.tell(b"QEMU is gone; waiting for it\r\n")
 
     def _set_prompt(self) -> None:
@@ -88,8 +84,7 @@ class HmpSession:
             finally:
                 self._busy = False
             if self._client.quit and not self._interpreter.upstream.connected:
-                with contextlib.suppress(OSError):
-                    await self._connection.finish(_GOODBYE_SECONDS)
+                await self._connection.finish(_GOODBYE_SECONDS)
                 return
             self._connection.write(answer.encode("utf-8", "surrogateescape") + self._untold)
             self._untold = b""

@@ -25,6 +25,7 @@ from qemu_dump_ext.errors import (
     DumpWriteError,
     RequestError,
     SourceError,
+    UnsupportedTargetError,
 )
 from qemu_dump_ext.guest_probe import GuestAccess
 from qemu_dump_ext.progress import ProgressMeter
@@ -70,6 +71,7 @@ class _Meter(ProgressMeter):
     def __init__(self, job: DumpJob) -> None:
         super().__init__(None)
         self._job = job
+        job.meter = self
 
     def start(self, total: int) -> None:
         super().start(total)
@@ -109,10 +111,13 @@ class DumpJob:
         begun: Done when nothing can be refused any more, or when the dump has ended.
         finished: The report, or the error.
         stopped_guest: The guest ran before.
+        has_begun: Nothing can be refused any more.
+        meter: Knows the rate.
     """
 
     def __init__(self, upstream: Upstream) -> None:
         self.total = self.completed = 0
+        self.meter = ProgressMeter(None)
         self._upstream = upstream
         self._loop = asyncio.get_running_loop()
         self.begun: asyncio.Future[None] = self._loop.create_future()
@@ -120,11 +125,14 @@ class DumpJob:
         self._cancelled = threading.Event()
         self.stopped_guest = False
         self.has_begun = False
-        self.started_at = time.monotonic()
 
     def cancel(self) -> None:
         """Have it end soon, and leave nothing behind."""
         self._cancelled.set()
+
+    def progress_line(self, now: float) -> str:
+        """Say how far it is."""
+        return self.meter.line(now)
 
     def check_cancelled(self) -> None:
         """Raise DumpCancelledError if it was cancelled."""
@@ -261,13 +269,12 @@ class DumpManager:
             request: What to write.
             target: Where to.
             memory: Name of the memory source, or `auto`.
-            release: Called when the target's descriptor is not needed any more.
+            release: Called when the target's descriptor is used up, as QEMU uses it up.
 
         Raises:
             DumpError: It is refused.
         """
         if self.active:
-            release()
             raise RequestError(IN_PROCESS)
         # From here on others are refused; what QEMU itself is doing is asked next.
         before = (self.status, self.job)
@@ -277,7 +284,6 @@ class DumpManager:
             await self._require_idle_qemu()
         except BaseException:
             self.status, self.job = before
-            release()
             raise
         self._task = asyncio.create_task(self._run(job, request, target, memory, release))
         await asyncio.shield(job.begun)
@@ -311,7 +317,8 @@ class DumpManager:
             failure = error
         except Exception as error:  # noqa: BLE001 - one dump must not end the proxy for everybody
             failure = DumpError(f"dump: {type(error).__name__}: {error}")
-        release()
+        if not isinstance(failure, UnsupportedTargetError):
+            release()
         self.latest_is_native = False
         self.status = DumpStatus.FAILED if failure else DumpStatus.COMPLETED
         if job.has_begun:

@@ -27,6 +27,7 @@ class Upstream(ABC):
         address: As the user gave it.
         version: Of QEMU.
         connected: Whether QEMU is there.
+        gone: Set while it is not.
         on_state: Called when it comes or goes.
         on_text: Gets text that came unasked.
         on_event: Gets QMP events, in order with the answers.
@@ -36,6 +37,7 @@ class Upstream(ABC):
         self.address = address
         self.version: QemuVersion = (0, 0, 0)
         self.connected = False
+        self.gone = asyncio.Event()
         self.on_state: list[Callable[[], None]] = []
         self.on_text: Callable[[bytes], None] = lambda _text: None
         self.on_event: Callable[[Event], None] = lambda _event: None
@@ -67,6 +69,10 @@ class Upstream(ABC):
 
     def _set_connected(self, *, connected: bool) -> None:
         self.connected = connected
+        if connected:
+            self.gone.clear()
+        else:
+            self.gone.set()
         for listener in self.on_state:
             listener()
 
