@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 _SIZE_MAX = 16 << 20
 _NESTING_MAX = 1024
 _OUTSIDE = re.compile(rb"[{}\[\]\"'\xff]")
+_KEYWORD = re.compile(r"[a-z]+")
 _NO_SPACE = re.compile(rb"\S")
 _IN_STRING = {ord('"'): re.compile(rb'["\\\n\xff]'), ord("'"): re.compile(rb"['\\\n\xff]")}
 _SINGLE_QUOTED = re.compile(r"\"(?:[^\"\\]|\\.)*\"|'((?:[^'\\]|\\.)*)'", re.DOTALL)
@@ -129,6 +130,8 @@ def _parse(text: bytes) -> Iterator[Any | JsonError]:
 
 def _bad_json(text: bytes) -> JsonError:
     shown = text[:40].decode("utf-8", "replace")
+    if _KEYWORD.fullmatch(shown):
+        return JsonError(f"JSON parse error, invalid keyword '{shown}'")
     return JsonError(f"JSON parse error, invalid input '{shown}'")
 
 

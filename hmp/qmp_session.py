@@ -413,9 +413,12 @@ def _is_int_or_none(value: object) -> bool:
 
 
 def _with_id(answer: Reply, request: object) -> Reply:
-    if isinstance(request, dict) and "id" in request:
-        return {**answer, "id": request["id"]}
-    return answer
+    # In QEMU's order of members.
+    if not isinstance(request, dict) or "id" not in request:
+        return answer
+    if "error" in answer:
+        return {"id": request["id"], **answer}
+    return {**answer, "id": request["id"]}
 
 
 def _nothing() -> None:
