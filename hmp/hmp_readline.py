@@ -18,6 +18,7 @@ HISTORY_MAX = 64
 _COMPLETIONS_MAX = 256
 _COLUMNS = 80
 _LEFT, _RIGHT, _ERASE = b"\x1b[D", b"\x1b[C", b"\x1b[K"
+_CLEAR = b"\x1b[2J\x1b[1;1H"
 _CONTROL_KEYS_SINCE: QemuVersion = (8, 0, 0)  # ^N, ^P and ^U; 7.2 ignores them, 11.1 has them
 _CSI = 0x9B
 
@@ -55,6 +56,7 @@ class LineEditor:
             5: self._to_end,
             8: self._backspace,
             9: self._tab,
+            12: self._clear_screen,
             23: self._delete_word,
             127: self._backspace,
         }
@@ -196,6 +198,10 @@ class LineEditor:
         start = max(before.rfind(blank, 0, word_end) for blank in (b" ", b"\t", b"\v", b"\f")) + 1
         del self._line[start : self._cursor]
         self._cursor = start
+
+    def _clear_screen(self) -> None:
+        self._output += _CLEAR
+        self.show_prompt()
 
     def _kill(self) -> None:
         self._line.clear()
