@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import stat
+import termios
 import tty
 from pathlib import Path
 
@@ -168,7 +169,7 @@ class HmpUpstream(Upstream):
                 f"monitor {self.address} is busy: no prompt in {_GREETING_SECONDS:.0f} s",
                 hint="QEMU serves one client on a monitor; end the other one or add a monitor",
             ) from error
-        except (OSError, SourceError) as error:
+        except (OSError, SourceError, termios.error) as error:
             await self.close()
             raise ConnectError(
                 f"cannot connect to monitor {self.address}: {error}",
@@ -199,7 +200,11 @@ class HmpUpstream(Upstream):
         loop = asyncio.get_running_loop()
         if target is None and _is_terminal(self.address):
             descriptor = os.open(self.address, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
-            tty.setraw(descriptor)
+            try:
+                tty.setraw(descriptor)
+            except BaseException:
+                os.close(descriptor)
+                raise
             return descriptor
         if target is None:
             connected = socket.socket(socket.AF_UNIX)

@@ -83,7 +83,8 @@ class JsonStream:
             pattern = _OUTSIDE if self._depth else _NO_SPACE
         match = pattern.search(self._buffer, self._scanned)
         if match is None:
-            self._scanned = len(self._buffer)
+            # Behind a backslash that ends the buffer, the next byte is skipped all the same.
+            self._scanned = max(self._scanned, len(self._buffer))
         return None if match is None else match.start()
 
     def _step_in_string(self, byte: int) -> None:

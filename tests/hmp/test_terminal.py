@@ -22,7 +22,8 @@ _ARGUMENTS = ["-M", "q35", "-smp", "2"]
 _SECONDS = 20
 # Host addresses, threads and sockets are of one process alone.
 _OTHER_EACH_TIME = re.compile(r"thread_id=\d+|0x[0-9a-f]{12}|disconnected:\S+|unix:\S+|\S+ -> \S+")
-_OF_ONE_PROCESS = {"info chardev", "info tlb", "info mem"}
+_OF_ONE_PROCESS = {"info chardev", "info mtree", "info mtree -f", "info qom-tree", "info qtree"}
+_ON_STDOUT = {'dump-guest-memory "x'}  # QEMU prints its complaint past its monitor
 
 
 def _spawn(argv: list[str], **changes: str) -> pexpect.spawn[str]:
@@ -42,7 +43,7 @@ def machine() -> Iterator[QemuMachine]:
         yield machine
 
 
-def test_forty_commands_as_at_the_terminal_of_qemu(tmp_path: Path):
+def test_forty_commands_as_at_the_terminal_of_qemu():
     qemu = shutil.which("qemu-system-x86_64") or ""
     common = ["-S", "-m", "64", "-nodefaults", "-display", "none", *_ARGUMENTS]
     direct = _spawn([qemu, *common, "-monitor", "stdio"])
@@ -53,13 +54,13 @@ def test_forty_commands_as_at_the_terminal_of_qemu(tmp_path: Path):
         assert direct.before == proxied.before
         compared = 0
         for line in COMMANDS:
-            if line in _OF_ONE_PROCESS or not line.isascii():
+            if line in _OF_ONE_PROCESS | _ON_STDOUT or not line.isascii():
                 continue
             answers = []
             for terminal in (direct, proxied):
                 terminal.send(line + "\r")
                 terminal.expect(r"\n\(qemu\) $")
-                answers.append(_OTHER_EACH_TIME.sub("", terminal.before))
+                answers.append(_OTHER_EACH_TIME.sub("", str(terminal.before)))
             assert answers[0] == answers[1], line
             compared += 1
         assert compared >= 40
@@ -80,12 +81,12 @@ def test_a_session_at_the_terminal(machine: QemuMachine, tmp_path: Path):
     # Completion: a command, a sub-command, a file name.
     terminal.send("info sta\t")
     terminal.expect("stats")
-    terminal.send("tus\r")
+    terminal.send("us\r")
     terminal.expect(r"VM status: paused")
     terminal.expect(_PROMPT)
     (tmp_path / "folder-of-dumps").mkdir()
     terminal.send(f"dump-guest-memory {tmp_path}/folder-of\t")
-    terminal.expect("folder-of-dumps/")
+    terminal.expect("-dumps/")
     terminal.send("one\r")
     terminal.expect(r"\d+\.\d %  \d+ of 320 MiB")
     terminal.expect(r"one: elf, 320\.\d MiB of guest memory")

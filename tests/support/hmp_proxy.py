@@ -67,7 +67,7 @@ class Proxy:
         )
         wanted = [self.socket, *([self.qmp_socket] if qmp else [])]
         deadline = time.monotonic() + _SECONDS
-        while not all(path.is_socket() for path in wanted):
+        while not all(_listens(path) for path in wanted):
             assert self.process.poll() is None, self.stop()
             assert time.monotonic() < deadline
             time.sleep(0.01)
@@ -80,15 +80,20 @@ class Proxy:
     def stop(self) -> tuple[int, str]:
         """End it; return its exit status and what it complained of."""
         self.process.terminate()
-        _, complaints = self.process.communicate(timeout=_SECONDS)
+        complaints = self.process.communicate(timeout=_SECONDS)[1]
         return self.process.returncode, complaints
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        _, complaints = self.stop()
+        complaints = self.stop()[1]
         assert "Traceback" not in complaints, complaints
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 class HmpSocket:
@@ -159,7 +164,11 @@ class QmpSocket:
         self._socket.settimeout(_SECONDS)
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("rb")
-        self.greeting = self.message()
+        try:
+            self.greeting = self.message()
+        except EOFError:
+            self.close()
+            raise
 
     def message(self) -> dict[str, Any]:
         """Return the next message."""
@@ -173,7 +182,7 @@ class QmpSocket:
     def raw(self, text: str, descriptors: list[int] | None = None) -> list[dict[str, Any]]:
         """Send text and return all up to the answer of it."""
         socket.send_fds(self._socket, [text.encode()], descriptors or [])
-        messages = []
+        messages: list[dict[str, Any]] = []
         while not messages or "event" in messages[-1]:
             messages.append(self.message())
         return messages
