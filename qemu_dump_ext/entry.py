@@ -25,3 +25,11 @@ def qemu_dump_guest_memory() -> int:
     from qemu_dump_ext.cli.dump_command import main  # noqa: PLC0415 - behind the call above
 
     return main()
+
+
+def qemu_hmp_proxy() -> int:
+    """Run `qemu-hmp-proxy`; returns the exit status."""
+    _end_silently_when_interrupted()
+    from qemu_dump_ext.cli.hmp_proxy_command import main  # noqa: PLC0415 - behind the call above
+
+    return main()

@@ -1,0 +1,153 @@
+"""The line `dump-guest-memory [-p] [-d] [-z|-l|-s|-w] [-R] filename [begin length]`.
+
+Parsed as QEMU's monitor does. What QEMU would refuse is not refused here: such a line goes to QEMU
+as it is, so that the message is that of the QEMU which is behind the proxy. Pure.
+
+Source: QEMU monitor/hmp.c monitor_parse_arguments(), get_str(); hmp-commands.hx.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+
+_FLAGS = "pdwzlsR"
+_ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
+_CODECS = {"z": "zlib", "l": "lzo", "s": "snappy"}
+
+
+@dataclass(frozen=True)
+class DumpLine:
+    """What a line asks of us.
+
+    Attributes:
+        filename: As the user wrote it, without quotes.
+        flags: Letters of the options.
+        codec: Of a kdump; None for an ELF core.
+        bounds: The text behind the filename: expressions for begin and length.
+        memory: Name of the memory source; None: the proxy's default.
+        mended: Not as QEMU writes it; None: the proxy's default.
+    """
+
+    filename: str
+    flags: frozenset[str]
+    codec: str | None
+    bounds: str
+    memory: str | None = None
+    mended: bool | None = None
+
+
+@dataclass(frozen=True)
+class NativeLine:
+    """QEMU is to handle the line.
+
+    Attributes:
+        line: What to send.
+    """
+
+    line: str
+
+
+@dataclass(frozen=True)
+class BadExtension:
+    """One of our own options is wrong.
+
+    Attributes:
+        message: What to say.
+    """
+
+    message: str
+
+
+class _QemuRefuses(Exception):  # noqa: N818 - leads to NativeLine, is no error
+    pass
+
+
+def parse_dump_line(
+    line: str, codecs: Collection[str], sources: Collection[str]
+) -> DumpLine | NativeLine | BadExtension:
+    """Parse a line that begins with the command's name.
+
+    Args:
+        line: As entered.
+        codecs: Words that may follow -z.
+        sources: Words that may follow --memory.
+    """
+    match = re.match(r"\s*[^\s/]+", line)
+    head = match[0] if match else ""
+    try:
+        return _parse(head, line[len(head) :], codecs, sources)
+    except _QemuRefuses:
+        return NativeLine(line)
+
+
+def _parse(
+    head: str, rest: str, codecs: Collection[str], sources: Collection[str]
+) -> DumpLine | NativeLine | BadExtension:
+    whole = rest
+    parsed = DumpLine("", frozenset(), None, "")
+    flags: set[str] = set()
+    codec_word: str | None = None
+    last = -1
+    while (match := re.match(r"\s*-(-?\w+)?", rest)) is not None:
+        word = match[1] or ""
+        if word == "-native":
+            return NativeLine(head + whole.replace(" --native", "", 1))
+        if word == "-memory":
+            value = re.match(r"\s*(\S+)", rest[match.end() :])
+            if value is None or value[1] not in sources:
+                known = ", ".join(sources)
+                return BadExtension(f"--memory: one of {known} expected")
+            parsed = replace(parsed, memory=value[1])
+            rest = rest[match.end() + value.end() :]
+            continue
+        if word in {"-mended", "-exact"}:
+            parsed = replace(parsed, mended=word == "-mended")
+            rest = rest[match.end() :]
+            continue
+        position = _FLAGS.find(word[:1]) if word[:1] else -1
+        if position <= last:
+            raise _QemuRefuses
+        last = position
+        flags.add(word[0])
+        rest = rest[match.start(1) + 1 :]
+        if word == "z":
+            following = re.match(r"\s+(\S+)\s+\S", rest)
+            if following and following[1] in codecs:
+                codec_word = following[1]
+                rest = rest[following.end(1) :]
+    filename, bounds = _take_string(rest)
+    chosen = [_CODECS[flag] for flag in "zls" if flag in flags]
+    if len(chosen) > 1 or "w" in flags:
+        raise _QemuRefuses
+    codec = codec_word or (chosen[0] if chosen else None)
+    if codec and codec_word is None and (bounds.strip() or "p" in flags):
+        raise _QemuRefuses
+    return replace(
+        parsed, filename=filename, flags=frozenset(flags), codec=codec, bounds=bounds.strip()
+    )
+
+
+def _take_string(text: str) -> tuple[str, str]:
+    text = text.lstrip()
+    if not text:
+        raise _QemuRefuses
+    if text[0] != '"':
+        word = re.match(r"\S+", text)
+        size = word.end() if word else 0
+        return text[:size], text[size:]
+    found, index = [], 1
+    while index < len(text) and text[index] != '"':
+        character = text[index]
+        if character == "\\":
+            index += 1
+            escape = text[index : index + 1]
+            if escape not in _ESCAPES:
+                raise _QemuRefuses
+            character = _ESCAPES[escape]
+        found.append(character)
+        index += 1
+    if index >= len(text):
+        raise _QemuRefuses
+    return "".join(found), text[index + 1 :]

@@ -1,0 +1,280 @@
+"""Decide for each line of the human monitor: QEMU's, or ours."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hmp_command_table import (
+    CANCEL_COMMAND,
+    CANCEL_HELP,
+    DUMP_COMMAND,
+    CommandTable,
+    parse_tables,
+    with_our_help,
+)
+from hmp_dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
+from proxy_dump_job import IN_PROCESS, DumpJob, DumpManager, DumpTarget
+from proxy_upstream import Upstream
+
+from qemu_dump_ext.dump_arguments import codec_names
+from qemu_dump_ext.dump_engine import DumpReport
+from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
+from qemu_dump_ext.errors import (
+    CodecUnavailableError,
+    DumpError,
+    RequestError,
+    UnsupportedTargetError,
+)
+from qemu_dump_ext.hmp_expression import parse_expressions
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+
+_RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
+_HELP_NAMES = frozenset(("help", "?"))
+_QUIT_NAMES = frozenset(("quit", "q"))
+_CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
+_QUIT_SECONDS = 2.0
+_REGISTER = re.compile(r"\$[\w.]*", re.ASCII)
+_STATUS_OF_OURS = "VM status: paused"
+
+
+@dataclass(frozen=True)
+class DumpDefaults:
+    """What the command line of the proxy says about dumps.
+
+    Attributes:
+        memory: Name of the memory source, or `auto`.
+        mended: Not byte for byte as QEMU writes them.
+    """
+
+    memory: str = AUTO
+    mended: bool = False
+
+
+class HmpClient:
+    """What the interpreter knows of the client whose line it is.
+
+    Attributes:
+        cpu_index: Chosen by the client's `cpu`; None: QEMU's default.
+        history: Returns the client's lines, for `info history`.
+        gone: Waits until the client is gone; a dump that it waits for ends then.
+        watch: Shows a foreground dump's progress as long as it is awaited, or None.
+        told: Gets what the client is to know of a detached dump.
+        quit: The client asked QEMU to end.
+    """
+
+    def __init__(
+        self,
+        history: Callable[[], list[bytes]],
+        gone: Callable[[], Awaitable[object]],
+        told: Callable[[bytes], None],
+        watch: Callable[[DumpJob], Awaitable[None]] | None = None,
+    ) -> None:
+        self.cpu_index: int | None = None
+        self.history = history
+        self.gone = gone
+        self.told = told
+        self.watch = watch
+        self.quit = False
+
+
+class Interpreter:
+    """Runs lines for every client.
+
+    Attributes:
+        upstream: QEMU.
+        dumps: Ours.
+        table: Of QEMU's commands; empty until it was learned.
+    """
+
+    def __init__(self, upstream: Upstream, dumps: DumpManager, defaults: DumpDefaults) -> None:
+        self.upstream = upstream
+        self.dumps = dumps
+        self._defaults = defaults
+        self.table = CommandTable()
+
+    async def learn(self) -> None:
+        """Ask QEMU what it knows.
+
+        Raises:
+            SourceError: QEMU is gone.
+        """
+        self.table = parse_tables(
+            await self.upstream.execute_hmp("help"), await self.upstream.execute_hmp("help info")
+        )
+
+    def is_ours(self, line: str) -> bool:
+        """Tell whether QEMU alone would answer this line differently."""
+        words = line.split()
+        name = words[0].partition("/")[0] if words else ""
+        return (
+            name in {DUMP_COMMAND, CANCEL_COMMAND, *_HELP_NAMES}
+            or words == ["info", "dump"]
+            or (self.dumps.active and (name in _RUN_STATE_NAMES or words == ["info", "status"]))
+        )
+
+    async def run(self, line: str, client: HmpClient) -> str:
+        """Run one line and return what QEMU would show, with CR LF."""
+        try:
+            return await self._run(line, client)
+        except CodecUnavailableError as error:
+            return _error(str(error))
+        except DumpError as error:
+            return _error(error.message)
+
+    async def _run(self, line: str, client: HmpClient) -> str:
+        words = line.split()
+        name = words[0].partition("/")[0] if words else ""
+        if not name:
+            return ""
+        if name == DUMP_COMMAND:
+            return await self._dump(line, client)
+        if name == CANCEL_COMMAND:
+            return self._cancel(words)
+        if name in _RUN_STATE_NAMES and self.dumps.active:
+            raise RequestError(IN_PROCESS)
+        if words == ["info", "dump"] and not self.dumps.latest_is_native and self.dumps.job:
+            return self.dumps.lines()
+        if words == ["info", "history"]:
+            return "".join(
+                f"{index}: '{entry.decode('utf-8', 'replace')}'\r\n"
+                for index, entry in enumerate(client.history())
+            )
+        client.quit = name in _QUIT_NAMES and len(words) == 1
+        answer = await self.upstream.execute_hmp(line, client.cpu_index)
+        if client.quit:
+            # No prompt follows: QEMU answers first and ends then.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.upstream.gone.wait(), _QUIT_SECONDS)
+        return self._adapt(answer, words, client)
+
+    def _adapt(self, answer: str, words: list[str], client: HmpClient) -> str:
+        if words[0] in _HELP_NAMES:
+            if words[1:] == [CANCEL_COMMAND]:
+                return CANCEL_HELP + "\r\n"
+            return with_our_help(answer, codec_names())
+        if words[0] == "cpu" and len(words) > 1 and not answer:
+            # QEMU forgets it between two lines that come by QMP.
+            try:
+                client.cpu_index = parse_expressions(" ".join(words[1:]), "cpu", 1)[0]
+            except RequestError:
+                client.cpu_index = None
+        if words == ["info", "status"] and self.dumps.active:
+            job = self.dumps.job
+            if job is not None and job.stopped_guest and answer.startswith(_STATUS_OF_OURS):
+                return f"{_STATUS_OF_OURS} (save-vm)\r\n"
+        return answer
+
+    def _cancel(self, words: list[str]) -> str:
+        if len(words) > 1:
+            return (
+                f"{CANCEL_COMMAND}: extraneous characters at the end of line\r\n"
+                f'Try "help {CANCEL_COMMAND}" for more information\r\n'
+            )
+        self.dumps.cancel()
+        return ""
+
+    async def _native(self, line: str, client: HmpClient) -> str:
+        if self.dumps.active:
+            raise RequestError(IN_PROCESS)
+        answer = await self.upstream.execute_hmp(line, client.cpu_index)
+        if not answer:
+            self.dumps.latest_is_native = True
+        return answer
+
+    async def _dump(self, line: str, client: HmpClient) -> str:
+        parsed = parse_dump_line(line, codec_names(), all_memory_sources())
+        if isinstance(parsed, BadExtension):
+            raise RequestError(parsed.message)
+        if isinstance(parsed, NativeLine):
+            return await self._native(parsed.line, client)
+        try:
+            request = await self._request_of(parsed, client)
+        except _QemuRefusesError:
+            return await self._native(line, client)
+        target = DumpTarget(parsed.filename, self.upstream.qemu_directory() / parsed.filename)
+        memory = parsed.memory or self._defaults.memory
+        try:
+            job = await self.dumps.start(request, target, memory, release=_nothing_to_release)
+        except UnsupportedTargetError:
+            return await self._native(line, client)
+        except CodecUnavailableError as error:
+            if parsed.codec in _CODECS_OF_QEMU:
+                raise RequestError(f"kdump-{parsed.codec} is not available now") from error
+            raise
+        if "d" in parsed.flags:
+            job.finished.add_done_callback(lambda done: client.told(_conclusion(target, done)))
+            return ""
+        await self._wait(job, client)
+        return ""
+
+    async def _wait(self, job: DumpJob, client: HmpClient) -> None:
+        gone: asyncio.Future[Any] = asyncio.ensure_future(client.gone())
+        watcher = asyncio.ensure_future(client.watch(job)) if client.watch else None
+        ends: set[asyncio.Future[Any]] = {job.finished, gone}
+        try:
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not job.finished.done():
+                job.cancel()
+            await job.finished
+        except asyncio.CancelledError:
+            job.cancel()
+            raise
+        finally:
+            gone.cancel()
+            if watcher is not None:
+                watcher.cancel()
+                await asyncio.wait({watcher})
+
+    async def _request_of(self, parsed: DumpLine, client: HmpClient) -> DumpRequest:
+        mended = self._defaults.mended if parsed.mended is None else parsed.mended
+        memory_range = None
+        if parsed.bounds:
+            bounds = await self._with_registers(parsed.bounds, client)
+            try:
+                values = parse_expressions(bounds, DUMP_COMMAND, 2)
+            except RequestError as error:
+                raise _QemuRefusesError from error
+            if len(values) < 2:
+                raise _QemuRefusesError
+            memory_range = MemoryRange(values[0], values[1])
+        return DumpRequest(
+            codec=parsed.codec,
+            raw="R" in parsed.flags,
+            exact=not mended,
+            paging="p" in parsed.flags,
+            memory_range=memory_range,
+        )
+
+    async def _with_registers(self, text: str, client: HmpClient) -> str:
+        for register in set(_REGISTER.findall(text)):
+            answer = await self.upstream.execute_hmp(f"print {register}", client.cpu_index)
+            value = answer.strip()
+            if not re.fullmatch(r"0x[0-9a-f]+", value):
+                raise _QemuRefusesError
+            text = re.sub(re.escape(register) + r"(?![\w.])", value, text)
+        return text
+
+
+class _QemuRefusesError(Exception):
+    """QEMU is to say what is wrong with the line."""
+
+
+def _nothing_to_release() -> None:
+    pass
+
+
+def _error(message: str) -> str:
+    return f"Error: {message}\r\n"
+
+
+def _conclusion(target: DumpTarget, done: asyncio.Future[DumpReport]) -> bytes:
+    error = done.exception()
+    if error is not None:
+        message = error.message if isinstance(error, DumpError) else str(error)
+        return _error(message).encode()
+    return f"{DUMP_COMMAND}: {target.name} is complete\r\n".encode()

@@ -1,0 +1,378 @@
+"""The proxy's dumps: one at a time, in a thread, through the connection that everybody shares."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import enum
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from proxy_upstream import Event, Upstream
+
+from qemu_dump_ext.dialect import QemuVersion
+from qemu_dump_ext.dump_engine import DumpReport, dump
+from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.dump_sink import Sink, open_sink
+from qemu_dump_ext.errors import (
+    DumpError,
+    DumpWriteError,
+    RequestError,
+    SourceError,
+    UnsupportedTargetError,
+)
+from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.progress import ProgressMeter
+
+IN_PROCESS = "There is a dump in process, please wait."
+NOT_IN_PROCESS = "There is no dump in process."
+_CREATE_SINCE: QemuVersion = (8, 0, 0)  # `Could not create`; 7.2 says open, 11.1 create
+_MONITOR_SECONDS = 120.0
+
+ResultT = TypeVar("ResultT")
+
+
+class DumpCancelledError(DumpError):
+    """Somebody does not want the dump any more."""
+
+
+class DumpStatus(enum.Enum):
+    """QMP's DumpStatus."""
+
+    NONE = "none"
+    ACTIVE = "active"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class DumpTarget:
+    """Where a dump goes.
+
+    Attributes:
+        name: As the client wrote it.
+        path: Absolute; or None for a descriptor.
+        descriptor: Ours to close; or None for a path.
+    """
+
+    name: str
+    path: Path | None
+    descriptor: int | None = None
+
+
+class _Meter(ProgressMeter):
+    # Counts, and is where a dump can be cancelled: between two pieces of guest memory.
+    def __init__(self, job: DumpJob) -> None:
+        super().__init__(None)
+        self._job = job
+        job.meter = self
+
+    def start(self, total: int) -> None:
+        super().start(total)
+        self._job.begin(total)
+
+    def advance(self, size: int) -> None:
+        super().advance(size)
+        self._job.completed += size
+        self._job.check_cancelled()
+
+
+class _ThreadMonitor:
+    """The human monitor for the engine, which blocks in its thread."""
+
+    def __init__(self, job: DumpJob, upstream: Upstream) -> None:
+        self._job = job
+        self._upstream = upstream
+
+    def execute(self, command: str) -> str:
+        """Return the answer with plain line ends."""
+        if command.startswith("pmemsave"):
+            self._job.check_cancelled()
+        answer = self._job.wait_for(self._upstream.execute_hmp(command), command)
+        return answer.replace("\r\n", "\n")
+
+    def native_dump(self, gpa: int) -> bytes:
+        """Let QEMU dump one byte."""
+        return self._job.wait_for(self._upstream.native_dump(gpa), "dump-guest-memory")
+
+
+class DumpJob:
+    """One dump.
+
+    Attributes:
+        total: Bytes of guest memory in it; 0 until that is known.
+        completed: Bytes of them that are done.
+        begun: Done when nothing can be refused any more, or when the dump has ended.
+        finished: The report, or the error.
+        stopped_guest: The guest ran before.
+        has_begun: Nothing can be refused any more.
+        meter: Knows the rate.
+    """
+
+    def __init__(self, upstream: Upstream) -> None:
+        self.total = self.completed = 0
+        self.meter = ProgressMeter(None)
+        self._upstream = upstream
+        self._loop = asyncio.get_running_loop()
+        self.begun: asyncio.Future[None] = self._loop.create_future()
+        self.finished: asyncio.Future[DumpReport] = self._loop.create_future()
+        self._cancelled = threading.Event()
+        self.stopped_guest = False
+        self.has_begun = False
+
+    def cancel(self) -> None:
+        """Have it end soon, and leave nothing behind."""
+        self._cancelled.set()
+
+    def progress_line(self, now: float) -> str:
+        """Say how far it is."""
+        return self.meter.line(now)
+
+    def check_cancelled(self) -> None:
+        """Raise DumpCancelledError if it was cancelled."""
+        if self._cancelled.is_set():
+            raise DumpCancelledError("dump: cancelled")
+
+    def begin(self, total: int) -> None:
+        """Know the size; called in the dump's thread."""
+        self.total = total
+        self.has_begun = True
+        self._loop.call_soon_threadsafe(self._set_begun)
+        self.check_cancelled()
+
+    def wait_for(self, work: Coroutine[Any, Any, ResultT], what: str) -> ResultT:
+        """Run `work` in the loop and wait for it in this thread.
+
+        Raises:
+            SourceError: QEMU does not answer.
+        """
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result(_MONITOR_SECONDS)
+        except TimeoutError as error:
+            future.cancel()
+            raise SourceError(
+                f"QEMU does not answer {what.split(maxsplit=1)[0]} in {_MONITOR_SECONDS:.0f} s"
+            ) from error
+
+    def run(self, request: DumpRequest, target: DumpTarget, memory: str) -> DumpReport:
+        """Take the dump, in a thread.
+
+        Raises:
+            DumpError: With what QEMU would say, where QEMU would say it.
+        """
+        monitor = _ThreadMonitor(self, self._upstream)
+        version = self._upstream.version
+        with _open_target(target, version, request) as sink:
+            try:
+                return dump(
+                    request,
+                    GuestAccess(monitor, None, monitor.native_dump),
+                    sink,
+                    memory=memory,
+                    progress=_Meter(self),
+                )
+            except DumpWriteError as error:
+                raise _in_words_of_qemu(error, sink, request) from error
+
+    def end(self, report: DumpReport | None, error: DumpError | None) -> None:
+        """Be over."""
+        self._set_begun()
+        if error is not None:
+            self.finished.set_exception(error)
+            self.finished.exception()  # it is also asked for by whoever started the dump
+        elif report is not None:
+            self.finished.set_result(report)
+
+    def _set_begun(self) -> None:
+        if not self.begun.done():
+            self.begun.set_result(None)
+
+
+def _open_target(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> Sink:
+    raw_kdump = request.raw and request.codec is not None
+    if target.path is None:
+        if raw_kdump and not stat.S_ISREG(os.fstat(target.descriptor or 0).st_mode):
+            raise RequestError("kdump-raw formats require a seekable file")
+        return open_sink(f"fd:{target.descriptor}", force=True, standard_output=None)
+    verb = "create" if version >= _CREATE_SINCE else "open"
+    failure = f"Could not {verb} '{target.name}'"
+    if not target.name:
+        raise DumpWriteError(f"{failure}: No such file or directory")
+    if target.path.is_dir() or target.name.endswith("/"):
+        reason = "Is a directory" if target.path.is_dir() else "Not a directory"
+        raise DumpWriteError(f"{failure}: {reason}")
+    if target.path.exists() and not os.access(target.path, os.W_OK):
+        raise DumpWriteError(f"{failure}: Permission denied")
+    try:
+        sink = open_sink(f"file:{target.path}", force=True, standard_output=None)
+    except DumpWriteError as error:
+        cause = error.__cause__
+        reason = (cause.strerror if isinstance(cause, OSError) else None) or error.message
+        raise DumpWriteError(f"{failure}: {reason}") from error
+    if raw_kdump and not sink.seekable:
+        sink.abort()
+        raise RequestError("kdump-raw formats require a seekable file")
+    return sink
+
+
+def _in_words_of_qemu(error: DumpWriteError, sink: Sink, request: DumpRequest) -> DumpWriteError:
+    cause = error.__cause__
+    if not isinstance(cause, OSError):
+        return error
+    if request.codec is None:
+        what = "save memory" if sink.bytes_written else "write elf header"
+        return DumpWriteError(f"dump: failed to {what}: {cause.strerror}")
+    what = "write page data" if sink.bytes_written else "write start flat header"
+    # QEMU leaves the reason out.
+    return DumpWriteError(f"dump: failed to {what}")
+
+
+class DumpManager:
+    """Takes dumps one at a time, and knows about the last one.
+
+    Attributes:
+        status: Of our last dump.
+        job: Our last dump, or None.
+        latest_is_native: QEMU has dumped since.
+        on_event: Gets events for clients of QMP: QEMU's own, and DUMP_COMPLETED where QEMU's
+            would be.
+    """
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        self.status = DumpStatus.NONE
+        self.job: DumpJob | None = None
+        self.latest_is_native = False
+        self.on_event: Callable[[Event], None] = lambda _event: None
+        self._held_events: list[Event] = []
+        self._task: asyncio.Task[None] | None = None
+        upstream.on_event = self.take_event
+
+    @property
+    def active(self) -> bool:
+        """A dump of ours is in process."""
+        return self.status is DumpStatus.ACTIVE
+
+    async def start(
+        self, request: DumpRequest, target: DumpTarget, memory: str, *, release: Callable[[], None]
+    ) -> DumpJob:
+        """Start a dump and return when nothing can be refused any more.
+
+        Args:
+            request: What to write.
+            target: Where to.
+            memory: Name of the memory source, or `auto`.
+            release: Called when the target's descriptor is used up, as QEMU uses it up.
+
+        Raises:
+            DumpError: It is refused.
+        """
+        if self.active:
+            raise RequestError(IN_PROCESS)
+        # From here on others are refused; what QEMU itself is doing is asked next.
+        before = (self.status, self.job)
+        self.status = DumpStatus.ACTIVE
+        job = self.job = DumpJob(self._upstream)
+        try:
+            await self._require_idle_qemu()
+        except BaseException:
+            self.status, self.job = before
+            raise
+        self._task = asyncio.create_task(self._run(job, request, target, memory, release))
+        await asyncio.shield(job.begun)
+        if job.finished.done() and (error := job.finished.exception()) is not None:
+            raise error
+        return job
+
+    async def _require_idle_qemu(self) -> None:
+        answer = await self._upstream.execute_hmp("info dump")
+        if "Status: active" in answer:
+            raise RequestError(IN_PROCESS)
+        status = await self._upstream.execute_hmp("info status")
+        if "(inmigrate)" in status:
+            newer = self._upstream.version >= _CREATE_SINCE
+            raise RequestError(f"Dump not allowed during {'' if newer else 'incoming '}migration.")
+        if self.job is not None:
+            self.job.stopped_guest = "VM status: running" in status
+
+    async def _run(
+        self,
+        job: DumpJob,
+        request: DumpRequest,
+        target: DumpTarget,
+        memory: str,
+        release: Callable[[], None],
+    ) -> None:
+        report, failure = None, None
+        try:
+            report = await asyncio.to_thread(job.run, request, target, memory)
+        except DumpError as error:
+            failure = error
+        except Exception as error:  # noqa: BLE001 - one dump must not end the proxy for everybody
+            failure = DumpError(f"dump: {type(error).__name__}: {error}")
+        if not isinstance(failure, UnsupportedTargetError):
+            release()
+        self.latest_is_native = False
+        self.status = DumpStatus.FAILED if failure else DumpStatus.COMPLETED
+        if job.has_begun:
+            self.on_event(self._completed_event(job, failure))
+        held, self._held_events = self._held_events, []
+        for event in held:
+            self.on_event(event)
+        job.end(report, failure)
+
+    def query(self) -> dict[str, object]:
+        """Return what query-dump returns."""
+        job = self.job
+        total, completed = (job.total, job.completed) if job else (0, 0)
+        return {"total": total, "status": self.status.value, "completed": min(completed, total)}
+
+    def lines(self) -> str:
+        """Return what `info dump` shows."""
+        text = f"Status: {self.status.value}\r\n"
+        if self.active and self.job:
+            share = 100.0 * self.job.completed / max(self.job.total, 1)
+            text += f"Finished: {min(share, 100.0):.2f} %\r\n"
+        return text
+
+    def cancel(self) -> None:
+        """Cancel the dump that is in process.
+
+        Raises:
+            RequestError: There is none.
+        """
+        if not self.active or self.job is None:
+            raise RequestError(NOT_IN_PROCESS)
+        self.job.cancel()
+
+    async def close(self) -> None:
+        """Cancel, and wait until the guest runs again and nothing is left behind."""
+        if self._task is not None and not self._task.done():
+            with contextlib.suppress(RequestError):
+                self.cancel()
+            await asyncio.wait([self._task])
+
+    def take_event(self, event: Event) -> None:
+        """Pass QEMU's event on; RESUME follows DUMP_COMPLETED, as with QEMU's own dump."""
+        if self.active and event.get("event") == "RESUME":
+            self._held_events.append(event)
+        else:
+            self.on_event(event)
+
+    def _completed_event(self, job: DumpJob, failure: DumpError | None) -> Event:
+        data: dict[str, object] = {"result": self.query()}
+        if failure is not None:
+            data["error"] = failure.message
+        seconds, fraction = divmod(time.time(), 1)
+        timestamp = {"seconds": int(seconds), "microseconds": int(fraction * 1_000_000)}
+        if failure is None:
+            job.completed = job.total
+            data["result"] = self.query()
+        return {"timestamp": timestamp, "event": "DUMP_COMPLETED", "data": data}

@@ -1,0 +1,149 @@
+"""Sockets that clients connect to: a unix socket of mode 0600, or TCP on the loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import os
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+from proxy_connection import Connection
+
+from qemu_dump_ext.errors import ConnectError, RequestError
+
+_BACKLOG = 64
+CLIENTS_MAX = 256
+_MODE_MASK = 0o177
+
+
+def split_host(address: str) -> tuple[str, int] | None:
+    """Return host and port of HOST:PORT, or None for a path."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or "/" in address:
+        return None
+    return host.removeprefix("[").removesuffix("]") or "localhost", int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether every address of `host` is of this machine alone.
+
+    Raises:
+        RequestError: It has no address.
+    """
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise RequestError(f"{host}: {error.strerror}") from error
+    return all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found)
+
+
+class Listener:
+    """One socket, and everybody who is connected to it.
+
+    Attributes:
+        address: As the user gave it; with the port that was chosen where it was 0.
+    """
+
+    def __init__(
+        self, address: str, serve: Callable[[Connection], Awaitable[None]], *, allow_remote: bool
+    ) -> None:
+        """Listen.
+
+        Raises:
+            RequestError: The address is not of this machine, or is in use.
+            ConnectError: It cannot be listened at.
+        """
+        self.address = address
+        self._serve = serve
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._path: Path | None = None
+        target = split_host(address)
+        try:
+            if target is None:
+                self._socket = self._listen_unix(Path(address))
+            else:
+                self._socket = _listen_tcp(address, target, allow_remote=allow_remote)
+        except OSError as error:
+            raise ConnectError(f"cannot listen at {address}: {error.strerror}") from error
+        if target is not None:
+            self.address = f"{target[0]}:{self._socket.getsockname()[1]}"
+        self._socket.setblocking(False)
+        asyncio.get_running_loop().add_reader(self._socket, self._accept)
+
+    def _listen_unix(self, path: Path) -> socket.socket:
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                try:
+                    probe.connect(str(path))
+                except ConnectionRefusedError:
+                    path.unlink()  # left behind by a process that is gone
+                else:
+                    raise RequestError(f"{path}: somebody listens there already")
+        elif path.exists():
+            raise RequestError(f"{path} exists and is no socket")
+        listening = socket.socket(socket.AF_UNIX)
+        before = os.umask(_MODE_MASK)  # never open to others, not for a moment
+        try:
+            listening.bind(str(path))
+        finally:
+            os.umask(before)
+        self._path = path
+        self._inode = path.stat().st_ino
+        listening.listen(_BACKLOG)
+        return listening
+
+    def _accept(self) -> None:
+        try:
+            connected, _ = self._socket.accept()
+        except OSError:
+            return
+        if len(self._tasks) >= CLIENTS_MAX:
+            connected.close()
+            return
+        if connected.family != socket.AF_UNIX:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        task = asyncio.ensure_future(self._guarded(Connection(connected)))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _guarded(self, connection: Connection) -> None:
+        try:
+            await self._serve(connection)
+        finally:
+            connection.abort()
+
+    async def close(self) -> None:
+        """End every client and remove the socket."""
+        asyncio.get_running_loop().remove_reader(self._socket)
+        self._socket.close()
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                if self._path.stat().st_ino == self._inode:
+                    self._path.unlink()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+
+def _listen_tcp(address: str, target: tuple[str, int], *, allow_remote: bool) -> socket.socket:
+    host, port = target
+    if not is_loopback(host) and not allow_remote:
+        raise RequestError(
+            f"{address} can be reached from other machines, and a monitor is full control of the"
+            " guest",
+            hint="--allow-remote does it all the same",
+        )
+    family, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listening = socket.socket(family)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+        listening.listen(_BACKLOG)
+    except BaseException:
+        listening.close()
+        raise
+    return listening

@@ -1,0 +1,224 @@
+"""QEMU by its QMP socket: the human monitor, and QMP itself for the QMP door."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from proxy_upstream import Event, Upstream
+from qemu.qmp import Message, QMPClient, QMPError, Runstate
+
+from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
+
+_GREETING_SECONDS = 5.0
+_ANSWER_SECONDS = 120.0
+_FD_NAME = "qemu-dump-notes"
+_UCRED = struct.Struct("3i")
+
+Reply = dict[str, Any]
+ReplyHandler = Callable[[Reply | None], None]
+"""Gets QEMU's answer, or None when QEMU is gone."""
+
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
+logging.getLogger("qemu.qmp").propagate = False
+
+
+class _Client(QMPClient):
+    # Hands out every message in the order of the wire: the base class would put events and
+    # answers into different queues.
+    def __init__(self, route: Callable[[Message], None]) -> None:
+        super().__init__("qemu-hmp-proxy")
+        self._route = route
+
+    async def _on_message(self, msg: Message) -> None:
+        self._route(msg)
+
+    def post(self, message: Mapping[str, object]) -> None:
+        """Send a request; its id is the caller's affair."""
+        self._outgoing.put_nowait(Message(message))
+
+    def peer_pid(self) -> int | None:
+        """Return the process behind a unix socket."""
+        transport_socket = self._writer.get_extra_info("socket") if self._writer else None
+        if transport_socket is None or transport_socket.family != socket.AF_UNIX:
+            return None
+        credentials = transport_socket.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size
+        )
+        pid: int = _UCRED.unpack(credentials)[0]
+        return pid
+
+
+class QmpUpstream(Upstream):
+    """One QMP connection for all doors.
+
+    Attributes:
+        greeting: QEMU's, for the QMP door's own clients.
+        descriptor_lock: Held from sending a descriptor until QEMU has taken it.
+    """
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.greeting: dict[str, Any] = {}
+        self._client = _Client(self._route)
+        self._handlers: dict[str, ReplyHandler] = {}
+        self._next_id = 0
+        self._hidden_dumps = 0
+        self.descriptor_lock = asyncio.Lock()
+        self._directory: Path | None = None
+
+    def post(self, request: Mapping[str, object], handler: ReplyHandler) -> None:
+        """Send a QMP request; `handler` gets the answer, in order with events.
+
+        Args:
+            request: `execute` or `exec-oob`, and `arguments`; an `id` is replaced.
+            handler: Called once.
+        """
+        if not self.connected or self._client.runstate != Runstate.RUNNING:
+            handler(None)
+            return
+        self._next_id += 1
+        identifier = f"proxy-{self._next_id}"
+        self._handlers[identifier] = handler
+        self._client.post({**request, "id": identifier})
+
+    async def call(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
+        """Execute a QMP command and return what it returns.
+
+        Raises:
+            MonitorAnswerError: QEMU refuses it.
+            SourceError: QEMU is gone, or does not answer.
+        """
+        future: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
+
+        def answered(reply: Reply | None) -> None:
+            if not future.done():
+                future.set_result(reply)
+
+        self.post({"execute": command, "arguments": dict(arguments or {})}, answered)
+        reply = await future
+        if reply is None:
+            raise self._gone()
+        if "error" in reply:
+            raise MonitorAnswerError(command, str(reply["error"].get("desc")))
+        return reply.get("return")
+
+    async def execute_hmp(self, line: str, cpu_index: int | None = None) -> str:
+        """Return the answer of a line of the human monitor."""
+        arguments: dict[str, object] = {"command-line": line}
+        if cpu_index is not None:
+            arguments["cpu-index"] = cpu_index
+        return str(await self.call("human-monitor-command", arguments))
+
+    async def native_dump(self, gpa: int) -> bytes:
+        """Let QEMU dump the byte at `gpa` through a descriptor of ours."""
+        content = os.memfd_create(_FD_NAME)
+        try:
+            # Its event is ours alone.
+            self._hidden_dumps += 1
+            async with self.descriptor_lock:
+                self.send_descriptor(content)
+                await self.call("getfd", {"fdname": _FD_NAME})
+            await self.call(
+                "dump-guest-memory",
+                {"paging": False, "protocol": f"fd:{_FD_NAME}", "begin": gpa, "length": 1},
+            )
+            return os.pread(content, os.fstat(content).st_size, 0)
+        finally:
+            self._hidden_dumps -= 1
+            os.close(content)
+
+    def send_descriptor(self, descriptor: int) -> None:
+        """Send a descriptor; the next getfd or add-fd takes it.
+
+        Raises:
+            SourceError: The socket passes none.
+        """
+        try:
+            self._client.send_fd_scm(descriptor)
+        except (QMPError, OSError, ValueError, AttributeError) as error:
+            raise SourceError(f"the QMP socket passes no descriptor: {error}") from error
+
+    def qemu_directory(self) -> Path:
+        """Return QEMU's working directory, as the kernel tells who is behind a unix socket."""
+        return self._directory or Path.cwd()
+
+    async def close(self) -> None:
+        """Disconnect."""
+        with contextlib.suppress(QMPError, OSError, EOFError):
+            await self._client.disconnect()
+
+    def _route(self, message: Message) -> None:
+        content = dict(message)
+        if "event" in content:
+            if not (self._hidden_dumps and content["event"] == "DUMP_COMPLETED"):
+                self.on_event(Event(content))
+            return
+        identifier = content.get("id")
+        if identifier is None and self._handlers:
+            identifier = next(iter(self._handlers))  # QEMU could not even read its id
+        handler = self._handlers.pop(str(identifier), None)
+        if handler is not None:
+            handler(content)
+
+    async def _connect(self) -> None:
+        self._client = _Client(self._route)
+        host, colon, port = self.address.rpartition(":")
+        is_tcp = bool(colon) and port.isdecimal() and "/" not in self.address
+        target: str | tuple[str, int] = (host, int(port)) if is_tcp else self.address
+        try:
+            await asyncio.wait_for(self._client.connect(target), _GREETING_SECONDS)
+        except TimeoutError as error:
+            raise ConnectError(
+                f"QMP socket {self.address} is busy: no greeting in {_GREETING_SECONDS:.0f} s",
+                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
+            ) from error
+        except (QMPError, OSError) as error:
+            reason = error.__cause__ or error
+            raise ConnectError(
+                f"cannot connect to QMP socket {self.address}: {reason}",
+                hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
+            ) from error
+        greeting = self._client.greeting
+        if greeting is None:
+            raise ConnectError(f"{self.address} is no QMP socket")
+        qemu = greeting.QMP
+        self.greeting = {
+            "QMP": {"version": dict(qemu.version), "capabilities": list(qemu.capabilities)}
+        }
+        number = self.greeting["QMP"]["version"]["qemu"]
+        self.version = (number["major"], number["minor"], number["micro"])
+        pid = self._client.peer_pid()
+        self._directory = None if pid is None else _working_directory(pid)
+
+    async def _wait_lost(self) -> None:
+        while self._client.runstate == Runstate.RUNNING:
+            await self._client.runstate_changed()
+        await self.close()
+        handlers, self._handlers = self._handlers, {}
+        self.connected = False
+        for handler in handlers.values():
+            handler(None)
+
+
+def _working_directory(pid: int) -> Path | None:
+    # Only where its paths are ours.
+    try:
+        if not Path(f"/proc/{pid}/root").samefile("/"):
+            return None
+        return Path(f"/proc/{pid}/cwd").readlink()
+    except OSError:
+        return None
+
+
+def formats_of(answer: object) -> Sequence[str]:
+    """Return the formats of an answer of query-dump-guest-memory-capability."""
+    formats = answer.get("formats") if isinstance(answer, dict) else None
+    return [str(name) for name in formats] if isinstance(formats, list) else []
