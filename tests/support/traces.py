@@ -68,7 +68,9 @@ def _abandoned(folders: set[Path]) -> set[Path]:
     links = []
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # processes end, and close
-            links += [path.readlink() for path in (process / "fd").iterdir()]
+            for path in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    links.append(path.readlink())
     return {path for path in folders & _shared() if not any(path in link.parents for link in links)}
 
 
