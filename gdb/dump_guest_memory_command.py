@@ -39,10 +39,8 @@ def _run(words: Sequence[str]) -> int:
     arguments = parse_dump_arguments(_parser(), words)
     watched = somebody_watches(arguments.progress)
     progress = ProgressMeter(show_line if watched else None)
-    with (
-        guest_access(arguments.qmp) as access,
-        open_sink(arguments.file, force=arguments.force, standard_output=None) as sink,
-    ):
+    sink = open_sink(arguments.file, force=arguments.force, standard_output=None)
+    with guest_access(arguments.qmp) as access, sink:
         report = dump(
             request_of(arguments), access, sink, memory=arguments.memory, progress=progress
         )

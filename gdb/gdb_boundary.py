@@ -58,6 +58,7 @@ class QemuCommand(gdb.Command):
     def invoke(self, argument: str, from_tty: bool) -> None:
         """Run; an expected error becomes one line."""
         self.dont_repeat()
+        _set_status(DumpError.exit_status)  # what an error that nobody expects leaves
         try:
             status = self._run(gdb.string_to_argv(argument))
         except _HelpWanted:
@@ -67,7 +68,7 @@ class QemuCommand(gdb.Command):
             raise gdb.GdbError(str(error)) from error
         except KeyboardInterrupt as error:
             _set_status(EXIT_INTERRUPTED)
-            raise gdb.GdbError("interrupted: nothing was left behind") from error
+            raise gdb.GdbError("interrupted: no partial dump was left behind") from error
         _set_status(status)
 
     def complete(self, text: str, word: str) -> Sequence[str] | int:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from typing import TypeVar
 
 from gdb_boundary import selection_kept
 
 import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import Vcpu
 from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.native_notes import dump_byte_through_file
 from qemu_dump_ext.sync_qmp import connect_qmp
 
+ResultT = TypeVar("ResultT")
+
+_MOST_VCPUS_ON_UNIX_SOCKET = 32
 _GONE = "the guest is gone: QEMU closed the connection to gdb"
+
+
+def _whole(exchange: Callable[[], ResultT]) -> ResultT:
+    """Raise an interrupt only behind a complete question and answer.
+
+    One interrupt may end two calls of gdb: it is noted both in gdb and in its Python. The second
+    may be a call that cleans up, so it is repeated; every exchange of ours may be.
+    """
+    try:
+        return exchange()
+    except KeyboardInterrupt:
+        exchange()
+        raise
 
 
 class GdbMonitor:
@@ -25,7 +42,9 @@ class GdbMonitor:
     def execute(self, command: str) -> str:
         """Return the answer with plain line ends."""
         try:
-            answer = gdb.execute(f"monitor {command}", from_tty=False, to_string=True)
+            answer = _whole(
+                lambda: gdb.execute(f"monitor {command}", from_tty=False, to_string=True)
+            )
         except gdb.error as error:
             raise _lost_or(error, f"monitor {command}") from error
         return answer.replace("\r\n", "\n")
@@ -34,13 +53,18 @@ class GdbMonitor:
 class GdbStub:
     """QEMU's gdbstub by gdb's own connection."""
 
+    def addresses(self) -> Sequence[str]:
+        """Return what the user told gdb to connect to."""
+        connection = gdb.selected_inferior().connection
+        return () if connection is None or not connection.details else (connection.details,)
+
     def packet(self, text: str) -> str:
         """Send one packet and return the reply."""
         connection = gdb.selected_inferior().connection
         if not isinstance(connection, gdb.RemoteTargetConnection):
             raise SourceError(_GONE)
         try:
-            reply = connection.send_packet(text)
+            reply = _whole(lambda: connection.send_packet(text))
         except gdb.error as error:
             raise _lost_or(error, f"packet {text}") from error
         return (reply or b"").decode("ascii", "replace")
@@ -62,27 +86,30 @@ class GdbStub:
         with contextlib.suppress(gdb.error):
             gdb.execute("maintenance flush dcache", to_string=True)
 
-    def registers(self, names: Collection[str]) -> Sequence[Vcpu]:
-        """Read registers of every vCPU; one vCPU is one thread, its number cpu_index + 1."""
-        vcpus = []
+    def vcpus(self) -> Iterator[int]:
+        """Select each vCPU in turn; one vCPU is one thread, its number cpu_index + 1."""
         try:
             with selection_kept():
                 for thread in gdb.selected_inferior().threads():
                     thread.switch()
-                    vcpus.append(Vcpu(thread.ptid[1] - 1, _registers_of_frame(names)))
+                    _make_stub_select(thread)
+                    yield thread.ptid[1] - 1
         except gdb.error as error:
-            raise _lost_or(error, "reading registers") from error
-        return vcpus
+            raise _lost_or(error, "selecting a vCPU") from error
 
 
-def _registers_of_frame(names: Collection[str]) -> dict[str, int]:
-    # In hexadecimal, because flags (eflags, cr0, ...) do not convert to a number.
-    frame = gdb.newest_frame()
-    return {
-        register.name: int(frame.read_register(register.name).format_string(format="x"), 16)
-        for register in frame.architecture().registers()
-        if register.name in names
-    }
+def _make_stub_select(thread: gdb.InferiorThread) -> None:
+    # gdb tells the stub which thread is meant when it reads registers and remembers what it told.
+    # So gdb is made to read: what we told the stub ourselves, gdb would not know of. Nor is what
+    # gdb remembers of the guest of use, which may have run, or been reset, without gdb.
+    gdb.execute("maintenance flush register-cache", to_string=True)
+    # Where gdb does not understand the stub's registers, it has asked for them all the same.
+    with contextlib.suppress(gdb.error):
+        gdb.newest_frame()
+    if not _connected():
+        raise SourceError(_GONE)
+    if not thread.is_valid():
+        raise SourceError("gdb lost a vCPU")
 
 
 def _connected() -> bool:
@@ -93,16 +120,34 @@ def _lost_or(error: gdb.error, what: str) -> SourceError:
     return SourceError(f"{what}: {error}" if _connected() else _GONE)
 
 
-def _require_stopped_guest(stub: GdbStub) -> None:
-    if not _connected():
+def _require_stopped_guest() -> None:
+    if not _connected() or not gdb.selected_inferior().pid:  # without a process: extended-remote
         raise ConnectError(
             "gdb is not connected to a guest",
             hint="'target remote :1234' for a QEMU started with -s or -gdb tcp::1234",
         )
-    if any(thread.is_running() for thread in gdb.selected_inferior().threads()):
+    # Not threads(): it sends a packet, and a packet stops a guest that gdb did not let run.
+    if gdb.selected_thread().is_running():
         raise SourceError("the guest is running in gdb", hint="'interrupt' it first")
+
+
+def _require_qemu(stub: GdbStub) -> None:
     if not stub.packet("qqemu.PhyMemMode"):
-        raise SourceError("the remote target is no gdbstub of QEMU")
+        raise SourceError(
+            "the remote target is no gdbstub of QEMU", hint="'target remote' one of QEMU >= 4.1"
+        )
+
+
+def _require_short_answers() -> None:
+    # QEMU and gdb wait for each other forever when an answer of the monitor has some 600 lines:
+    # each is a packet, whose acknowledgment fills the socket. `info mtree -f` grows with vCPUs.
+    connection = gdb.selected_inferior().connection
+    is_unix_socket = connection is not None and "/" in (connection.details or "")
+    if is_unix_socket and len(gdb.selected_inferior().threads()) > _MOST_VCPUS_ON_UNIX_SOCKET:
+        raise SourceError(
+            "the gdbstub on a unix socket cannot carry the monitor's answers about so many vCPUs",
+            hint="add --qmp SOCKET, or connect gdb by TCP",
+        )
 
 
 @contextmanager
@@ -116,10 +161,21 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
         SourceError: There is no guest, or it is not stopped.
     """
     stub = GdbStub()
-    _require_stopped_guest(stub)
+    _require_stopped_guest()
     if qmp is None:
+        _require_qemu(stub)
+        _require_short_answers()
         monitor = GdbMonitor()
-        yield GuestAccess(monitor, stub, partial(dump_byte_through_file, monitor))
+        native_dump = partial(dump_byte_through_file, monitor)
+        yield GuestAccess(monitor, stub, native_dump, stub.addresses())
     else:
         with connect_qmp(qmp) as qmp_monitor:
-            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump)
+            # The first packet would stop it, and what gdb knows of it is old.
+            if parse_status(qmp_monitor.execute("info status")) == RUNNING:
+                raise SourceError(
+                    "the guest runs, though gdb did not let it: somebody resumed it by QMP",
+                    hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",
+                )
+            _require_qemu(stub)
+            addresses = (qmp, *stub.addresses())
+            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump, addresses)

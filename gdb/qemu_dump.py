@@ -29,9 +29,8 @@ def _environments(root: Path) -> list[Path]:
     return [root / ".venv", *([Path(active)] if active else [])]
 
 
-def _site_directories(root: Path) -> list[Path]:
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    return [environment / "lib" / version / "site-packages" for environment in _environments(root)]
+def _python_name() -> str:
+    return f"python{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _load() -> None:
@@ -46,9 +45,16 @@ def _load() -> None:
     for directory in (here.parent, root):
         if str(directory) not in sys.path:
             sys.path.insert(0, str(directory))
-    for directory in _site_directories(root):
-        if directory.is_dir() and str(directory) not in sys.path:
-            sys.path.append(str(directory))
+    foreign = []
+    for environment in _environments(root):
+        directory = environment / "lib" / _python_name() / "site-packages"
+        if directory.is_dir():
+            if str(directory) not in sys.path:
+                sys.path.append(str(directory))
+        elif environment.is_dir():
+            foreign.append(str(environment))
+    third_party = importlib.import_module("qemu_dump_ext.third_party")
+    third_party.foreign_environments[:] = foreign
     for script in sorted(here.parent.glob("*_command.py")):
         importlib.import_module(script.stem)
 

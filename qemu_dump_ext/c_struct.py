@@ -15,6 +15,7 @@ ByteOrder = Literal["little", "big"]
 
 _INTEGER_SIZES = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8, "s64": 8}
 _SIGNED = frozenset(("s32", "s64"))
+_COUNTED = frozenset(("bytes", "wide", "wide_le"))
 _UNSIGNED_CODE = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
@@ -39,8 +40,11 @@ class Field:
 
     Attributes:
         name: Unique in its structure; the spelling of the header that declares it.
-        kind: `u8` to `u64`, `s32`, `s64`, `ulong` (one word), or `bytes`.
-        count: For `bytes`, the length; an array of integers is written as several fields.
+        kind: `u8` to `u64`, `s32`, `s64`, `ulong` (one word), `bytes`, or an unsigned integer of
+            `count` bytes without alignment: `wide` in the byte order of the structure,
+            `wide_le` always little-endian.
+        count: For `bytes` and wide integers, the length; an array of integers is written as
+            several fields.
     """
 
     name: str
@@ -65,9 +69,14 @@ class BoundStruct:
         struct_align = 1
         self.offsets: dict[str, int] = {}
         self._masks: dict[str, int] = {}
+        self._wide: dict[str, tuple[int, ByteOrder]] = {}
         for field in layout.fields:
-            if field.kind == "bytes":
+            if field.kind in _COUNTED:
                 size, align, member = field.count, 1, f"{field.count}s"
+                if field.kind != "bytes":
+                    order = "little" if field.kind == "wide_le" else abi.byte_order
+                    self._wide[field.name] = size, order
+                    self._masks[field.name] = (1 << 8 * size) - 1
             else:
                 size = abi.word_size if field.kind == "ulong" else _INTEGER_SIZES[field.kind]
                 align = min(size, abi.max_align)
@@ -91,14 +100,19 @@ class BoundStruct:
         Raises:
             TypeError: A name is not a member.
             struct.error: A value does not fit its member.
+            OverflowError: A value does not fit its wide member.
         """
         unknown = values.keys() - self.offsets.keys()
         if unknown:
             raise TypeError(f"struct {self.name} has no member {', '.join(sorted(unknown))}")
-        default: dict[str, int | bytes] = {
+        members: dict[str, int | bytes] = {
             name: 0 if name in self._masks else b"" for name in self._names
         }
-        return self.codec.pack(*(default | values).values())
+        members |= values
+        for name, (size, order) in self._wide.items():
+            value = members[name]
+            members[name] = value.to_bytes(size, order) if isinstance(value, int) else value
+        return self.codec.pack(*members.values())
 
     def unpack(self, data: bytes | memoryview, offset: int = 0) -> dict[str, int | bytes]:
         """Decode at `offset`.
@@ -106,7 +120,10 @@ class BoundStruct:
         Raises:
             struct.error: `data` is too short.
         """
-        return dict(zip(self._names, self.codec.unpack_from(data, offset), strict=True))
+        values = dict(zip(self._names, self.codec.unpack_from(data, offset), strict=True))
+        for name, (_, order) in self._wide.items():
+            values[name] = int.from_bytes(values[name], order)
+        return values
 
     def unpack_integers(self, data: bytes | memoryview, offset: int = 0) -> dict[str, int]:
         """Decode the integer members only."""

@@ -35,6 +35,25 @@ class Dialect:
             decimal; wrong whenever KASLR moved the kernel.
         first_vcpu_decides: Word size and notes follow the first vCPU, even where another one is
             in long mode already.
+        pid_unconverted: Process ids as QEMU wrote them before 9.1: none on PowerPC, in the byte
+            order of QEMU's host on s390x.
+        hypervisor_decides_byte_order: A pseries guest's byte order is taken from a register of
+            the hypervisor mode, which such a guest has not (QEMU before 8.1): little-endian
+            guests are dumped as big-endian.
+        qemu_note_layouts: Notes are laid out as QEMU does it where Linux, and so every reader,
+            does it otherwise: PowerPC (32-bit prstatus with the prefix of the 64-bit one, every
+            note named CORE, VRSAVE and the high halves of SPE always zero, VSCR of little-endian
+            guests in the wrong word), LoongArch (no control registers, the address of the last
+            exception instead of the pc, short floating-point note), s390x (PSW with a condition
+            code that is stale under TCG).
+        elf32_truncates: ELFCLASS32 even where guest memory does not fit into it.
+        pfn_from_zero: Page frames of a kdump count from gpa 0 on every target; on 32-bit Arm the
+            readers count from phys_base.
+        packed_sub_header: A 32-bit kdump sub-header is packed on every target, as only i386
+            has it.
+        fixed_page_size: kdump blocks have a size that depends on the target alone; otherwise it
+            is the page size of the guest's kernel, without which libkdumpfile and makedumpfile
+            miscount.
         whole_pages_only: max_mapnr is rounded down, and every block has its own descriptor for
             a page that several blocks share, so that all later ones are off.
         names_wrong_parameters: Messages say what a parameter should be, not only that it is
@@ -50,6 +69,13 @@ class Dialect:
     utsname: Literal["facts", "target", "unknown"]
     phys_base_is_hex: bool
     first_vcpu_decides: bool
+    pid_unconverted: bool
+    hypervisor_decides_byte_order: bool
+    qemu_note_layouts: bool
+    elf32_truncates: bool
+    pfn_from_zero: bool
+    packed_sub_header: bool
+    fixed_page_size: bool
     whole_pages_only: bool
     names_wrong_parameters: bool
     extended_from: int
@@ -64,6 +90,13 @@ MENDED = Dialect(
     utsname="facts",
     phys_base_is_hex=False,
     first_vcpu_decides=False,
+    pid_unconverted=False,
+    hypervisor_decides_byte_order=False,
+    qemu_note_layouts=False,
+    elf32_truncates=False,
+    pfn_from_zero=False,
+    packed_sub_header=False,
+    fixed_page_size=False,
     whole_pages_only=False,
     names_wrong_parameters=True,
     extended_from=PN_XNUM,
@@ -79,6 +112,13 @@ _QEMU_0 = Dialect(
     utsname="target",
     phys_base_is_hex=True,
     first_vcpu_decides=True,
+    pid_unconverted=True,
+    hypervisor_decides_byte_order=True,
+    qemu_note_layouts=True,
+    elf32_truncates=True,
+    pfn_from_zero=True,
+    packed_sub_header=True,
+    fixed_page_size=True,
     whole_pages_only=True,
     names_wrong_parameters=False,
     extended_from=PN_XNUM - 1,
@@ -89,7 +129,8 @@ _CHANGES: tuple[tuple[QemuVersion, Callable[[Dialect], Dialect]], ...] = (
     ((3, 0, 0), partial(replace, kernel_gs_base=True)),
     ((4, 0, 0), partial(replace, vaddr_is_paddr=True)),
     ((7, 2, 0), partial(replace, sections_first=True, extended_from=PN_XNUM)),
-    ((9, 1, 0), partial(replace, names_wrong_parameters=True)),
+    ((8, 1, 0), partial(replace, hypervisor_decides_byte_order=False)),
+    ((9, 1, 0), partial(replace, pid_unconverted=False, names_wrong_parameters=True)),
     ((9, 2, 0), partial(replace, utsname="unknown")),
 )
 

@@ -77,6 +77,51 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="byte for byte what the attached QEMU would write, its known defects included",
     )
+    kernel = parser.add_mutually_exclusive_group()
+    kernel.add_argument(
+        "--no-vmcoreinfo",
+        dest="vmcoreinfo",
+        action="store_false",
+        help="leave out the note in which a Linux kernel tells readers about itself; without a"
+        " vmcoreinfo device it is looked for in guest memory",
+    )
+    kernel.add_argument(
+        "--kernel",
+        metavar="RELEASE",
+        help="take the note of this kernel (as 'uname -r' prints it, or the note's address as"
+        " 0x...) where guest memory has those of several",
+    )
+    parser.add_argument(
+        "--level",
+        type=int,
+        metavar="N",
+        help="of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small",
+    )
+    parser.add_argument(
+        "--threads", type=_positive, metavar="N", help="how many compress; default: all CPUs"
+    )
+    parser.add_argument(
+        "--exclude-zero",
+        action="store_true",
+        help="leave pages of zeros out of a kdump, as makedumpfile -d 1 does",
+    )
+    parser.add_argument(
+        "--sparse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="leave holes for zeros in an ELF file (default), or write them",
+    )
+    parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="copy guest memory, let the guest run again, and then write the dump",
+    )
+    parser.add_argument(
+        "--max-pause",
+        type=_seconds,
+        metavar="SECONDS",
+        help="give the dump up when the guest has stood still for so long",
+    )
     parser.add_argument(
         "--memory",
         default=AUTO,
@@ -102,6 +147,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, file_help: str) -> None:
     parser.add_argument(
         "bounds",
         nargs="*",
+        default=[],  # without, argparse takes it for required
         metavar="BEGIN LENGTH",
         help="guest physical memory to dump, in bytes: expressions as in QEMU's monitor",
     )
@@ -152,6 +198,14 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         exact=arguments.exact,
         paging=arguments.paging,
         memory_range=_range_of(arguments),
+        vmcoreinfo=arguments.vmcoreinfo,
+        kernel=arguments.kernel,
+        level=arguments.level,
+        threads=arguments.threads,
+        exclude_zero=arguments.exclude_zero,
+        sparse=arguments.sparse,
+        snapshot=arguments.snapshot,
+        max_pause=arguments.max_pause,
     )
 
 
@@ -173,3 +227,17 @@ def _range_of(arguments: argparse.Namespace) -> MemoryRange | None:
         raise RequestError("Parameter 'length' is missing")
     begin, length = values
     return MemoryRange(begin, length)
+
+
+def _positive(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise ValueError(word)
+    return number
+
+
+def _seconds(word: str) -> float:
+    seconds = float(word)
+    if not 0 < seconds < float("inf"):
+        raise ValueError(word)
+    return seconds

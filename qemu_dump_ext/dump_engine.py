@@ -5,28 +5,32 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
+from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, phys_base, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
-from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
+from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, PauseLimitError
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.guest_probe import (
     GuestAccess,
     ProbedGuest,
-    find_guest_note,
     probe_guest,
     read_utsname,
 )
-from qemu_dump_ext.guest_tables import TableReader, collect_mappings
+from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
+from qemu_dump_ext.memory_mapping import Segment
+from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.run_state import stopped
+from qemu_dump_ext.run_state import stopped, undisturbed
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
 
 @dataclass(frozen=True)
@@ -118,18 +122,38 @@ def dump(
         DumpWriteError: The dump cannot be written.
     """
     dump_format = all_dump_formats()["elf" if request.codec is None else "kdump"]
+    dump_format.check(request, sink)
     started = time.monotonic()
-    with stopped(access.monitor):
-        stopped_at = time.monotonic()
-        guest = probe_guest(access)
-        dialect = qemu_dialect(guest.version) if request.exact else MENDED
-        select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
-        context = SourceContext(access.monitor, access.stub, guest.ram_blocks)
-        with open_memory(memory, context) as opened:
-            snapshot, remarks = _complete(guest, opened.memory, request)
-            plan = make_plan(snapshot, dialect, request)
+    copied: CopiedMemory | None = None
+    with ExitStack() as copies:
+        with stopped(access.monitor), undisturbed(access.monitor):
+            pause = _Pause(request)
+            guest = probe_guest(access)
+            dialect = qemu_dialect(guest.version) if request.exact else MENDED
+            select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
+            context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
+            with open_memory(memory, context) as opened:
+                snapshot, remarks = _complete(guest, opened.memory, request)
+                plan = make_plan(snapshot, dialect, request)
+                progress.start(plan.memory_size)
+                pause.check(0)
+                if request.snapshot:
+                    copied = copies.enter_context(
+                        room_for_copy(opened.memory, plan.ram_blocks, sink.directory)
+                    )
+                    copied.take(opened.memory, plan.ram_blocks, pause.check)
+                else:
+
+                    def advance(size: int) -> None:
+                        pause.check(size)
+                        progress.advance(size)
+
+                    dump_format.write(request, plan, opened.memory, sink, advance)
+        stopped_seconds = pause.seconds()
+        if copied is not None:
+            remarks.append(f"{copied.size >> 20} MiB of guest memory were copied {copied.where}")
             progress.start(plan.memory_size)
-            dump_format.write(request, plan, opened.memory, sink, progress.advance)
+            dump_format.write(request, plan, copied, sink, progress.advance)
     ended = time.monotonic()
     return DumpReport(
         target=sink.name,
@@ -137,7 +161,7 @@ def dump(
         memory_size=plan.memory_size,
         bytes_written=sink.bytes_written,
         seconds=ended - started,
-        stopped_seconds=ended - stopped_at,
+        stopped_seconds=stopped_seconds,
         memory_source=opened.memory.name,
         passed_over=opened.passed_over,
         missing=plan.missing,
@@ -145,31 +169,75 @@ def dump(
     )
 
 
+def _map_memory(
+    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, vmcoreinfo: bytes
+) -> tuple[list[Segment] | None, list[str]]:
+    """Return what the page tables map, and remarks."""
+    architecture, native, remarks = guest.architecture, request.exact, []
+    roots = roots_of_vcpus(architecture, guest.vcpus, native=native)
+    if not roots and not native and architecture.kernel_page_tables is not None:
+        base = phys_base(architecture, vmcoreinfo)
+        if kernel := architecture.kernel_page_tables(vmcoreinfo, base):
+            roots = [kernel]
+            remarks.append("the kernel's own page tables were walked, and none of a process")
+    if not roots:
+        return None, ["no vCPU uses paging that we know: virtual addresses are physical ones"]
+    ranges = [(block.gpa, block.end) for block in guest.ram_blocks]
+    if native:
+        ranges = list(guest.readable_ranges)
+    reader = TableReader(memory, guest.ram_blocks)
+    return collect_mappings(roots, reader, ranges, native=native), remarks
+
+
+def _kernel_note(
+    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, byte_order: ByteOrder
+) -> tuple[bytes, list[str]]:
+    """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
+    if not request.vmcoreinfo:
+        return b"", []
+    known = guest.guest_note
+    # With --exact, no note is what QEMU would have.
+    if known is not None and request.kernel is None and (known or request.exact):
+        return known, []
+    search = NoteSearch(guest.architecture, byte_order, memory, guest.ram_blocks, guest.vcpus)
+    result = search.find(request.kernel)
+    remarks = list(result.remarks)
+    if known is None:
+        remarks.append(f"QEMU's own VMCOREINFO: {guest.native_refusal}")
+    return (result.chosen.note if result.chosen else b""), remarks
+
+
+class _Pause:
+    # How long the guest has been kept stopped.
+    def __init__(self, request: DumpRequest) -> None:
+        self._started = time.monotonic()
+        self._limit = request.max_pause
+        self._hint = None if request.snapshot else "--snapshot is shorter"
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._started
+
+    def check(self, _size: int) -> None:
+        if self._limit is not None and self.seconds() > self._limit:
+            raise PauseLimitError(
+                f"the guest had stood still for {self._limit:g} s, the limit of --max-pause:"
+                " the dump was given up",
+                hint=self._hint,
+            )
+
+
 def _complete(
     guest: ProbedGuest, memory: GuestMemory, request: DumpRequest
 ) -> tuple[GuestSnapshot, list[str]]:
     """Add what only guest memory tells: the kernel's note where QEMU's is out of reach, uname."""
-    remarks = []
-    byte_order = guest.architecture.cores[0].byte_order
-    guest_note = guest.guest_note
-    if guest_note is None:
-        guest_note = find_guest_note(memory, guest.ram_blocks, byte_order)
-        where = "found in guest memory" if guest_note else "not found in guest memory"
-        remarks.append(f"VMCOREINFO was {where}; QEMU's own: {guest.native_refusal}")
+    core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
+    byte_order = core.byte_order
+    guest_note, remarks = _kernel_note(guest, memory, request, byte_order)
     text = vmcoreinfo_text(guest_note, byte_order)
     mappings = None
     if request.paging:
-        mappings = collect_mappings(
-            guest.architecture,
-            guest.vcpus,
-            TableReader(memory, guest.ram_blocks),
-            guest.readable_ranges
-            if request.exact
-            else [(block.gpa, block.end) for block in guest.ram_blocks],
-            native=request.exact,
-        )
-        if mappings is None:
-            remarks.append("no vCPU uses paging that we know: virtual addresses are physical ones")
+        mappings, remark = _map_memory(guest, memory, request, text)
+        remarks += remark
     return (
         GuestSnapshot(
             architecture=guest.architecture,
@@ -178,6 +246,7 @@ def _complete(
             guest_note=guest_note,
             utsname=read_utsname(memory, guest.architecture, guest.ram_blocks, text),
             mappings=mappings,
+            machine=guest.machine,
         ),
         remarks,
     )

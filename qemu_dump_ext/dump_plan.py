@@ -27,6 +27,8 @@ from qemu_dump_ext.vmcoreinfo import (
 )
 
 _U64 = (1 << 64) - 1
+_PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
+"""What a kernel may say of itself: the note is guest memory."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class GuestSnapshot:
         guest_note: The note that the guest gave to QEMU's vmcoreinfo device, header included, or
             one that was found in its memory; empty where there is none.
         utsname: What is known of the kernel; empty strings where unknown.
+        machine: QOM type of the machine.
         mappings: What the page tables map, as `collect_mappings` returns it; None where paging
             was not asked for, or no vCPU uses it.
     """
@@ -49,6 +52,7 @@ class GuestSnapshot:
     vcpus: Sequence[Vcpu]
     guest_note: bytes
     utsname: UtsName
+    machine: str = ""
     mappings: Sequence[Segment] | None = None
 
 
@@ -69,6 +73,7 @@ class DumpPlan:
         utsname: For the kdump header.
         missing: Registers that no source gave, by note and cpu_index.
         remarks: What the user should know of it.
+        pfn_base: The page frame from which those of a kdump are counted.
     """
 
     core: Core
@@ -83,6 +88,7 @@ class DumpPlan:
     utsname: UtsName
     missing: Mapping[tuple[str, int], Sequence[str]]
     remarks: tuple[str, ...] = ()
+    pfn_base: int = 0
 
     @property
     def memory_size(self) -> int:
@@ -107,7 +113,7 @@ def make_plan(
     architecture = snapshot.architecture
     if not snapshot.vcpus or not snapshot.ram_blocks:
         raise RequestError("the guest has no vCPU or no memory: there is nothing to dump")
-    core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect)
+    core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect, snapshot.machine)
     encoded = encode_vcpu_notes(
         architecture, core, snapshot.vcpus, kernel_gs_base=dialect.kernel_gs_base
     )
@@ -117,7 +123,7 @@ def make_plan(
         if note.name == VMCOREINFO_NOTE_NAME:
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
-    page_size = architecture.page_size
+    page_size = _page_size(snapshot, dialect, text)
     blocks = select_blocks(snapshot.ram_blocks, dialect, request, page_size)
     segments = _plan_segments(snapshot, dialect, request, blocks)
     remarks = []
@@ -126,6 +132,10 @@ def make_plan(
             f"{unmapped / (1 << 20):.1f} MiB of guest memory are mapped by no page table: they are"
             " in the file, and no segment leads to them"
         )
+    base = phys_base(architecture, text, is_hex=dialect.phys_base_is_hex)
+    if base is None:
+        base = snapshot.ram_blocks[0].gpa if architecture.phys_base_is_lowest else 0
+    relative = architecture.pfn_from_phys_base and not dialect.pfn_from_zero
     return DumpPlan(
         core=core,
         dialect=dialect,
@@ -135,10 +145,27 @@ def make_plan(
         vmcoreinfo_span=span,
         vcpu_count=len(snapshot.vcpus),
         page_size=page_size,
-        phys_base=phys_base(architecture, text, is_hex=dialect.phys_base_is_hex) or 0,
+        phys_base=base,
         utsname=_utsname(snapshot, core, dialect, text),
         missing=encoded.missing,
+        pfn_base=base // page_size if relative else 0,
         remarks=tuple(remarks),
+    )
+
+
+def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> int:
+    architecture = snapshot.architecture
+    if not dialect.fixed_page_size:
+        told = vmcoreinfo_number(vmcoreinfo, "PAGESIZE")
+        if told in _PAGE_SIZES:
+            return told
+    return next(
+        (
+            size
+            for beginning, size in architecture.machine_page_sizes.items()
+            if snapshot.machine.startswith(beginning)
+        ),
+        architecture.page_size,
     )
 
 

@@ -41,6 +41,12 @@ class DumpRequest:
         memory_range: Dump nothing else; None: everything.
         vmcoreinfo: Add the note that the guest kernel keeps for readers of dumps.
         kernel: Which kernel's, by its release, where guest memory has several; None: the live one.
+        level: Of the page codec; None: the best trade of time and size.
+        threads: How many compress; None: as many as there are CPUs.
+        exclude_zero: Leave pages of zeros out of a kdump, as makedumpfile's dump level 1 does.
+        sparse: Leave holes in an ELF file for pages of zeros, where the file can have any.
+        snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
+        max_pause: Seconds for which the guest may stand still; None: any.
     """
 
     codec: str | None = None
@@ -50,6 +56,12 @@ class DumpRequest:
     memory_range: MemoryRange | None = None
     vmcoreinfo: bool = True
     kernel: str | None = None
+    level: int | None = None
+    threads: int | None = None
+    exclude_zero: bool = False
+    sparse: bool = True
+    snapshot: bool = False
+    max_pause: float | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself, in QEMU's words.

@@ -6,6 +6,7 @@
      +- RequestError                 2  asked for something impossible
      |   +- CodecUnavailableError       .package
      |   +- UnsupportedTargetError
+     |   +- PauseLimitError             the guest would stand still for too long
      +- SourceError                  3  cannot get at the guest
      |   +- ConnectError
      |   +- GuestMemoryFaultError       .gpa .size
@@ -21,6 +22,7 @@ can do. A front end shows both and ends with `exit_status`.
 from __future__ import annotations
 
 EXIT_SUCCESS = 0
+EXIT_FAILURE = 1
 EXIT_INCOMPLETE = 6
 """The dump was written, and something that belongs into it could not be had."""
 EXIT_INTERRUPTED = 130
@@ -56,6 +58,10 @@ class CodecUnavailableError(RequestError):
 
 class UnsupportedTargetError(RequestError):
     """No architecture file describes this guest."""
+
+
+class PauseLimitError(RequestError):
+    """The dump cannot be taken within the pause that the user allows."""
 
 
 class SourceError(DumpError):

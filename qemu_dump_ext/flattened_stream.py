@@ -20,6 +20,9 @@ from qemu_dump_ext.kdump_structs import (
     FLATTENED_VERSION,
 )
 
+_JOINED = 1 << 16
+"""Bytes of data below which a copy is cheaper than a write of its own."""
+
 
 class FlattenedStream:
     """Wraps `write_at` into chunks; the end mark is written only when all went well."""
@@ -46,4 +49,9 @@ class FlattenedStream:
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Send one chunk."""
-        self._write(self._chunk_header(offset, len(data)) + data)
+        header = self._chunk_header(offset, len(data))
+        if len(data) < _JOINED:
+            self._write(header + data)
+        else:
+            self._write(header)
+            self._write(data)

@@ -5,9 +5,9 @@ The protocols live here, with their user; memory sources, QMP and gdb implement 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,34 @@ class GuestMemory(Protocol):
         """Give back what the source holds; harmless when repeated."""
 
 
+@runtime_checkable
+class SparseMemory(GuestMemory, Protocol):
+    """Guest memory of which it is known, without reading it, where nothing was ever stored.
+
+    Optional: of memory that is no SparseMemory everything is read.
+    """
+
+    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+        """Return where there may be something else than zeros, as pairs of gpa and end.
+
+        By ascending gpa, not overlapping, within the range, which lies within one RAM block.
+        Everything else in the range is zero, and `read_into` is not asked for it: reading it
+        could make QEMU's process allocate memory.
+
+        Raises:
+            GuestMemoryFaultError: It cannot be told.
+        """
+
+
+@runtime_checkable
+class PartialMemory(GuestMemory, Protocol):
+    """Guest memory that has some RAM blocks only; others come from another source."""
+
+    @property
+    def missing_blocks(self) -> Sequence[RamBlock]:
+        """The blocks of the guest that cannot be read here, by ascending gpa."""
+
+
 class Monitor(Protocol):
     """QEMU's human monitor, whatever carries it."""
 
@@ -87,5 +115,5 @@ class Stub(Protocol):
     def flush(self) -> None:
         """Drop what the debugger has cached of memory."""
 
-    def registers(self, names: Collection[str]) -> Sequence[Vcpu]:
-        """Return every vCPU with those of `names`, the stub's own, that the stub has."""
+    def vcpus(self) -> Iterator[int]:
+        """Yield the cpu_index of each vCPU; until the next one, packets are about it."""

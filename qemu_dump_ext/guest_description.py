@@ -80,10 +80,12 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
     """
     with stopped(access.monitor):
         guest = probe_guest(access)
-        context = SourceContext(access.monitor, access.stub, guest.ram_blocks)
+        context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
         note = guest.guest_note or b""
         plan = make_plan(
-            GuestSnapshot(guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName()),
+            GuestSnapshot(
+                guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName(), guest.machine
+            ),
             MENDED,
         )
         sources = tuple(memory_source_states(context))

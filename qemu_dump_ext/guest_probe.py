@@ -4,32 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from qemu_dump_ext.architectures import architecture_for_cpu_types
-from qemu_dump_ext.architectures._declaration import Architecture, Register, VcpuReadings
-from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Register,
+    TargetClues,
+    VcpuReadings,
+)
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
-from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
+from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub, Vcpu
-from qemu_dump_ext.monitor_text import (
+from qemu_dump_ext.guest_tables import TableReader
+from qemu_dump_ext.monitor_queries import (
+    find_machine_objects,
     has_device,
-    parse_cpu_types,
+    read_property,
+    read_register_texts,
+)
+from qemu_dump_ext.monitor_text import (
     parse_flat_view,
     parse_named_values,
     parse_readable_ranges,
     parse_version,
-    split_vcpus,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
-from qemu_dump_ext.page_pipeline import PIECE_SIZE
+from qemu_dump_ext.page_table_walk import translate
+from qemu_dump_ext.stub_registers import read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
-    MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
     UtsName,
-    note_at_page_start,
     parse_new_utsname,
-    possible_notes,
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
@@ -44,11 +51,13 @@ class GuestAccess:
         stub: The gdbstub, or None.
         native_dump: Lets QEMU dump one byte at a gpa and returns the ELF file; raises
             SourceError where that is not possible.
+        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
     """
 
     monitor: Monitor
     stub: Stub | None
     native_dump: Callable[[int], bytes]
+    addresses: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class ProbedGuest:
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
         native_refusal: Why QEMU's own notes could not be had, or None.
+        machine: QOM type of the machine.
     """
 
     version: QemuVersion
@@ -73,6 +83,7 @@ class ProbedGuest:
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
+    machine: str = ""
 
 
 def probe_guest(access: GuestAccess) -> ProbedGuest:
@@ -84,14 +95,16 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     """
     monitor = access.monitor
     version = parse_version(monitor.execute("info version"))
-    object_tree = monitor.execute("info qom-tree")
-    architecture = architecture_for_cpu_types(parse_cpu_types(object_tree))
+    objects = find_machine_objects(
+        monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
+    )
     flat_views = monitor.execute("info mtree -f")
     ram_blocks = parse_flat_view(flat_views)
-    register_text = monitor.execute("info registers -a")
-    texts = split_vcpus(register_text)
-    if not texts:
-        raise MonitorAnswerError("info registers -a", register_text)
+    texts = read_register_texts(monitor)
+    vcpu_property = partial(read_property, monitor, objects.cpu_path)
+    architecture = architecture_for_cpu_types(
+        {objects.cpu_type}, TargetClues(texts[min(texts)], vcpu_property)
+    )
     native, refusal = NativeNotes((), b""), None
     try:
         if ram_blocks:
@@ -100,9 +113,12 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     except SourceError as error:
         refusal = str(error)
     hardware_segments = "enabled" in monitor.execute("info kvm")
-    stub_names = {register.gdb for register in architecture.registers if register.gdb}
-    stub_vcpus = access.stub.registers(stub_names) if access.stub else ()
-    by_stub = {vcpu.index: vcpu.registers for vcpu in stub_vcpus}
+    by_stub = _read_stub(architecture, access.stub) if access.stub else {}
+    properties = {
+        register.name: number
+        for register in architecture.registers
+        if register.qom and (number := _number(vcpu_property(register.qom))) is not None
+    }
     by_note = dict(zip(sorted(texts), native.vcpus, strict=False))
     vcpus = tuple(
         Vcpu(
@@ -110,16 +126,18 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
             merge_readings(
                 architecture,
                 VcpuReadings(
-                    gdb=_by_our_names(architecture, by_stub.get(index, {})),
+                    gdb=by_stub.get(index, {}),
                     monitor=_parse_monitor_registers(architecture, texts[index]),
                     native=by_note.get(index, {}),
                     hardware_segments=hardware_segments,
+                    native_byte_order=native.byte_order,
+                    qom=properties,
                 ),
             ),
         )
         for index in sorted(texts)
     )
-    unknown_note = refusal is not None and has_device(object_tree, "vmcoreinfo")
+    unknown_note = refusal is not None and has_device(monitor, "vmcoreinfo")
     return ProbedGuest(
         version,
         architecture,
@@ -128,6 +146,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
+        machine=objects.machine_type,
     )
 
 
@@ -138,12 +157,24 @@ def merge_readings(architecture: Architecture, readings: VcpuReadings) -> Mappin
     return {**readings.native, **readings.monitor, **readings.gdb}
 
 
-def _by_our_names(architecture: Architecture, values: Mapping[str, int]) -> dict[str, int]:
-    return {
-        register.name: values[register.gdb]
-        for register in architecture.registers
-        if register.gdb is not None and register.gdb in values
-    }
+def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, int]]:
+    """Return the stub's registers by cpu_index and our names."""
+    names = {register.gdb for register in architecture.registers if register.gdb}
+    vcpus: dict[int, dict[str, int]] = {}
+    for vcpu in read_stub_registers(stub, names, g_packet=None):
+        order = architecture.cores[0].byte_order
+        if architecture.stub_byte_order is not None:
+            order = architecture.stub_byte_order(vcpu.registers)
+        vcpus[vcpu.index] = {
+            register.name: int.from_bytes(vcpu.registers[register.gdb], order)
+            for register in architecture.registers
+            if register.gdb is not None and register.gdb in vcpu.registers
+        }
+    return vcpus
+
+
+def _number(text: str | None) -> int | None:
+    return int(text) if text and text.isdecimal() else None
 
 
 def _parse_monitor_registers(architecture: Architecture, text: str) -> dict[str, int]:
@@ -174,11 +205,19 @@ def read_utsname(
         Empty strings where it is not found, or does not say what VMCOREINFO says.
     """
     address = vmcoreinfo_number(vmcoreinfo, "SYMBOL(init_uts_ns)", 16)
-    base = phys_base(architecture, vmcoreinfo)
-    if address is None or base is None or architecture.kernel_map_base is None:
+    if address is None:
         return UtsName()
-    offset = vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
-    gpa = (address + offset - architecture.kernel_map_base + base) & (1 << 64) - 1
+    address += vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
+    base = phys_base(architecture, vmcoreinfo)
+    tables = architecture.kernel_page_tables
+    root = tables(vmcoreinfo, base) if tables else None
+    if root is not None:
+        found = translate(root, TableReader(memory, ram_blocks), address)
+        gpa = found[0] if found else -1
+    elif base is not None and architecture.kernel_map_base is not None:
+        gpa = (address - architecture.kernel_map_base + base) & (1 << 64) - 1
+    else:
+        return UtsName()
     if not any(b.gpa <= gpa and gpa + UTSNAME_TOTAL_SIZE <= b.end for b in ram_blocks):
         return UtsName()
     buffer = bytearray(UTSNAME_TOTAL_SIZE)
@@ -186,28 +225,7 @@ def read_utsname(
         memory.read_into(gpa, memoryview(buffer))
     except GuestMemoryFaultError:
         return UtsName()
-    found = parse_new_utsname(bytes(buffer))
-    if found is None or found.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
+    name = parse_new_utsname(bytes(buffer))
+    if name is None or name.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
         return UtsName()
-    return found
-
-
-def find_guest_note(
-    memory: GuestMemory, ram_blocks: Sequence[RamBlock], byte_order: ByteOrder
-) -> bytes:
-    """Search guest memory for the VMCOREINFO note that the kernel keeps.
-
-    Returns:
-        The note of the highest address, header included; empty where there is none.
-    """
-    found = b""
-    buffer = memoryview(bytearray(PIECE_SIZE + 2 * MAX_VMCOREINFO_SIZE))
-    for block in ram_blocks:
-        for gpa in range(block.gpa, block.end, PIECE_SIZE):
-            # Pieces overlap by the longest note.
-            view = buffer[: min(len(buffer), block.end - gpa)]
-            memory.read_into(gpa, view)
-            for offset in possible_notes(view, gpa):
-                note = note_at_page_start(view[offset : offset + len(buffer)], byte_order)
-                found = note or found
-    return found
+    return name

@@ -9,7 +9,7 @@ from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment
-from qemu_dump_ext.page_table_walk import MemoryMap, PageTableRoot, PageTableWalker
+from qemu_dump_ext.page_table_walk import MemoryMap, PageTableRoot, PageTableWalker, WalkBudget
 
 _CHUNK = 1 << 16
 _CHUNKS_KEPT = 512
@@ -76,25 +76,32 @@ def page_table_roots(
         ) from error
 
 
+def roots_of_vcpus(
+    architecture: Architecture, vcpus: Sequence[Vcpu], *, native: bool
+) -> list[PageTableRoot]:
+    """Return the page tables of all vCPUs, in the order of QEMU's walk."""
+    return [root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=native)]
+
+
 def collect_mappings(
-    architecture: Architecture,
-    vcpus: Sequence[Vcpu],
+    roots: Sequence[PageTableRoot],
     reader: TableReader,
     memory_ranges: Sequence[tuple[int, int]],
     *,
     native: bool,
-) -> list[Segment] | None:
-    """Walk the page tables of all vCPUs.
+    budget: WalkBudget | None = None,
+) -> list[Segment]:
+    """Walk page tables.
 
     Args:
-        architecture: Knows the tables.
-        vcpus: By ascending cpu_index.
+        roots: Where they begin.
         reader: Of tables.
         memory_ranges: Where pages count: (first, end), ascending.
         native: Collect QEMU's list of mappings, not what is right.
+        budget: Other than usual.
 
     Returns:
-        QEMU's list, or everything that is mapped, unmerged; None where no vCPU uses paging.
+        QEMU's list, or everything that is mapped, unmerged.
 
     Raises:
         RequestError: The tables are hostile.
@@ -102,10 +109,13 @@ def collect_mappings(
     Source:
         QEMU softmmu/memory_mapping.c qemu_get_guest_memory_mapping().
     """
-    roots = [root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=native)]
-    if not roots:
-        return None
-    walker = PageTableWalker(reader, MemoryMap(memory_ranges), whole_pages=native, repeat=native)
+    walker = PageTableWalker(
+        reader,
+        MemoryMap(memory_ranges),
+        whole_pages=native,
+        repeat=native,
+        budget=budget or WalkBudget(),
+    )
     if native:
         mappings = NativeMappingList()
         for root in roots:

@@ -13,12 +13,16 @@ from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest import RamBlock
 
+RUNNING = "running"
+"""What `parse_status` returns for a guest that is not stopped."""
+
 _FLAT_RANGE = re.compile(
     r"^  (?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\):"
     r" ?(?P<name>.*)$"
 )
 _REGION_OFFSET = re.compile(r"^(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?$")
 _RAM_KINDS = frozenset(("ram", "rom", "nv-ram", "nv-rom"))
+_FLASH_KINDS = frozenset(("romd", "i/o"))
 _READABLE_KINDS = _RAM_KINDS | {"ramd", "romd"}
 _NON_VOLATILE_BACKEND = re.compile(r"alias \S.*? @(?P<backend>\S+) ")
 
@@ -57,10 +61,15 @@ def parse_flat_view(text: str) -> list[RamBlock]:
         QEMU system/memory.c mtree_print_flatview(); system/memory_mapping.c
         guest_phys_block_add_section().
     """
+    ranges = list(_flat_ranges(text))
+    # A window to flash that only reads (the BIOS below 1 MiB, since QEMU 9.1) is shown as `rom`.
+    flash = {_region(match)[0] for match in ranges if match["kind"] in _FLASH_KINDS}
     blocks: list[RamBlock] = []
-    for match in _flat_ranges(text):
+    for match in ranges:
         if match["kind"] in _RAM_KINDS:
-            _add_range(blocks, match)
+            name, offset = _region(match)
+            if match["kind"] != "rom" or name not in flash:
+                _add_range(blocks, match, name, offset)
     return blocks
 
 
@@ -95,12 +104,16 @@ def _flat_ranges(text: str) -> Iterator[re.Match[str]]:
         )
 
 
-def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:
-    gpa, end = int(match["first"], 16), int(match["last"], 16) + 1
+def _region(match: re.Match[str]) -> tuple[str, int]:
     # A range that KVM has mapped is followed by the accelerator's name, once per address space.
     named = _REGION_OFFSET.match(re.sub(r"( [A-Z]+)+$", "", match["name"]))
     name = named["name"] if named else match["name"]
     offset = int(named["offset"], 16) if named and named["offset"] else 0
+    return name, offset
+
+
+def _add_range(blocks: list[RamBlock], match: re.Match[str], name: str, offset: int) -> None:
+    gpa, end = int(match["first"], 16), int(match["last"], 16) + 1
     last = blocks[-1] if blocks else None
     if (
         last is not None
@@ -111,6 +124,14 @@ def _add_range(blocks: list[RamBlock], match: re.Match[str]) -> None:
         blocks[-1] = RamBlock(last.gpa, last.size + end - gpa, name, last.region_offset)
     else:
         blocks.append(RamBlock(gpa, end - gpa, name, offset))
+
+
+def parse_host_address(text: str, gpa: int) -> int:
+    """Parse `gpa2hva`: `Host virtual address for 0x… (pc.ram) is 0x7f…`."""
+    match = re.search(r"^Host virtual address for .* is (0x[0-9a-f]+)$", text.strip())
+    if match is None:
+        raise MonitorAnswerError(f"gpa2hva {gpa:#x}", text)
+    return int(match.group(1), 16)
 
 
 def split_vcpus(text: str) -> dict[int, str]:
@@ -127,14 +148,9 @@ def parse_named_values(text: str) -> dict[str, int]:
     }
 
 
-def parse_cpu_types(text: str) -> set[str]:
-    """Find the QOM types of CPUs in `info qom-tree`: `qemu64-x86_64-cpu`."""
-    return set(re.findall(r"\(([\w.+-]+-cpu)\)", text))
-
-
-def has_device(text: str, qom_type: str) -> bool:
-    """Tell whether `info qom-tree` shows an object of this type."""
-    return f"({qom_type})" in text
+def parse_vcpu_list(text: str) -> list[int]:
+    """Parse `info cpus`: the cpu_index of each line of the form `* CPU #0: thread_id=…`."""
+    return [int(index) for index in re.findall(r"^[* ] CPU #(\d+):", text, re.MULTILINE)]
 
 
 def parse_physical_bytes(text: str) -> bytes:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.elf_structs import EHDR, ELFCLASS64, elf_abi, phdr_layout
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.elf_structs import EHDR, ELFCLASS64, ELFDATA, elf_abi, phdr_layout
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
 from qemu_dump_ext.guest import Monitor
 from qemu_dump_ext.notes import decode_vcpu_registers, parse_notes
@@ -25,10 +26,12 @@ class NativeNotes:
     Attributes:
         vcpus: Registers by name, by ascending cpu_index.
         guest_note: The guest's note, header included; empty where there is none.
+        byte_order: Of that dump; None where there is none.
     """
 
     vcpus: Sequence[Mapping[str, int]]
     guest_note: bytes
+    byte_order: ByteOrder | None = None
 
 
 def dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
@@ -62,24 +65,23 @@ def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: i
         SourceError: It is no dump of this architecture.
     """
     word_size = 8 if content[4:5] == bytes((ELFCLASS64,)) else 4
-    byte_order = architecture.cores[0].byte_order
+    byte_order: ByteOrder = "big" if content[5:6] == bytes((ELFDATA["big"],)) else "little"
     abi = elf_abi(byte_order, word_size)
     ehdr, phdr = EHDR.bind(abi), phdr_layout(word_size).bind(abi)
     if len(content) < ehdr.size:
         raise SourceError("QEMU's dump of one byte is cut")
     header = ehdr.unpack_integers(content)
-    core = next(
-        (core for core in architecture.cores if core.e_machine == header["e_machine"]), None
-    )
-    if core is None or len(content) < header["e_phoff"] + phdr.size:
-        raise SourceError("QEMU's dump of one byte is of another architecture")
+    if len(content) < header["e_phoff"] + phdr.size:
+        raise SourceError("QEMU's dump of one byte is cut")
     segment = phdr.unpack_integers(content, header["e_phoff"])  # PT_NOTE is the first
     area = content[segment["p_offset"] :][: segment["p_filesz"]]
-    notes = list(parse_notes(area, core.byte_order))
-    vcpu_note_count = vcpu_count * len(core.notes)
-    vcpu_notes = notes[:vcpu_note_count]
-    end = 0
-    if vcpu_notes:
-        last = vcpu_notes[-1]
-        end = last.descriptor_offset + len(last.descriptor) + -len(last.descriptor) % 4
-    return NativeNotes(decode_vcpu_registers(architecture, core, vcpu_notes), area[end:])
+    notes = list(parse_notes(area, byte_order))
+    for core in architecture.cores:
+        if (core.e_machine, core.byte_order) != (header["e_machine"], byte_order):
+            continue
+        decoded = decode_vcpu_registers(architecture, core, notes, vcpu_count)
+        if decoded is not None:
+            guest_notes = notes[decoded.count :]
+            start = guest_notes[0].offset if guest_notes else len(area)
+            return NativeNotes(decoded.vcpus, area[start:], byte_order)
+    raise SourceError("QEMU's dump of one byte has notes of another kind")

@@ -26,12 +26,14 @@ class Note:
         type: n_type.
         descriptor: Its bytes, unpadded.
         descriptor_offset: Of the descriptor, from the start of the notes area, in bytes.
+        offset: Of the whole note, likewise.
     """
 
     name: bytes
     type: int
     descriptor: bytes
     descriptor_offset: int
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ def parse_notes(data: bytes, byte_order: ByteOrder) -> Iterator[Note]:
         if end > len(data):
             return
         name = data[name_start : name_start + sizes["n_namesz"]].rstrip(b"\0")
-        yield Note(name, sizes["n_type"], data[start:end], start)
+        yield Note(name, sizes["n_type"], data[start:end], start, offset)
         offset = end + -end % 4
 
 
@@ -102,9 +104,13 @@ def encode_vcpu_notes(
         for vcpu in vcpus:
             for layout in core.notes:
                 if layout.after_all_vcpus == after:
-                    descriptor, absent = _encode_descriptor(layout, core.byte_order, vcpu, known)
+                    encoded = _encode_descriptor(layout, core.byte_order, vcpu, known)
+                    if encoded is None:
+                        continue
+                    descriptor, absent = encoded
                     if absent:
-                        missing[layout.owner, vcpu.index] = absent
+                        key = layout.owner, vcpu.index
+                        missing[key] = sorted({*missing.get(key, ()), *absent})
                     if layout.owner == "QEMU" and not kernel_gs_base:
                         descriptor = _shorten_qemu_note(descriptor)
                     data += encode_note(
@@ -115,8 +121,10 @@ def encode_vcpu_notes(
 
 def _encode_descriptor(
     layout: NoteLayout, byte_order: ByteOrder, vcpu: Vcpu, known: set[str]
-) -> tuple[bytes, list[str]]:
-    structure = layout.bind(byte_order)
+) -> tuple[bytes, list[str]] | None:
+    structure = layout.bind_for(vcpu.registers, byte_order)
+    if structure is None:
+        return None
     values: dict[str, int | bytes] = dict(layout.constants)
     if _PID in structure.offsets:
         values[_PID] = vcpu.index + 1
@@ -126,7 +134,7 @@ def _encode_descriptor(
             values[member] = structure.truncate(member, vcpu.registers[member])
         else:
             absent.append(member)
-    return structure.pack(**values), sorted(absent)
+    return structure.pack(**values), absent
 
 
 def _shorten_qemu_note(descriptor: bytes) -> bytes:
@@ -134,29 +142,58 @@ def _shorten_qemu_note(descriptor: bytes) -> bytes:
     return descriptor[:4] + size.to_bytes(4, "little") + descriptor[8:size]
 
 
+@dataclass(frozen=True)
+class DecodedNotes:
+    """The notes of all vCPUs, as registers.
+
+    Attributes:
+        vcpus: Registers by name, in the order of the notes: one mapping for each vCPU.
+        count: How many notes they were.
+    """
+
+    vcpus: Sequence[Mapping[str, int]]
+    count: int
+
+
 def decode_vcpu_registers(
-    architecture: Architecture, core: Core, notes: Sequence[Note]
-) -> list[dict[str, int]]:
+    architecture: Architecture, core: Core, notes: Sequence[Note], vcpu_count: int
+) -> DecodedNotes | None:
     """Decode the notes of all vCPUs back into registers.
 
     A register that several notes hold is taken from the one in which it is widest.
 
     Returns:
-        Registers by name, in the order of the notes: one mapping for each vCPU.
+        None where the notes are not those of this core.
     """
     known = {register.name for register in architecture.registers}
+    found: list[list[tuple[NoteLayout, Mapping[str, int]]]] = [[] for _ in range(vcpu_count)]
+    position = 0
+    for after in (False, True):
+        for decoded in found:
+            for layout in core.notes:
+                if layout.after_all_vcpus != after:
+                    continue
+                values = _decode_note(layout, core.byte_order, notes[position : position + 1])
+                if values is not None:
+                    decoded.append((layout, values))
+                    position += 1
+                elif layout.choose is None:
+                    return None
     vcpus: list[dict[str, int]] = []
-    for layout in sorted(core.notes, key=lambda layout: layout.max_align):
-        structure = layout.bind(core.byte_order)
-        descriptors = [
-            note.descriptor
-            for note in notes
-            if (note.name, note.type) == (layout.owner.encode(), layout.type)
-            and len(note.descriptor) >= structure.size
-        ]
-        for index, descriptor in enumerate(descriptors):
-            if index == len(vcpus):
-                vcpus.append({})
-            values = structure.unpack_integers(descriptor)
-            vcpus[index] |= {name: values[name] for name in values.keys() & known}
-    return vcpus
+    for decoded in found:
+        registers: dict[str, int] = {}
+        for _, values in sorted(decoded, key=lambda item: item[0].max_align):
+            registers |= {name: values[name] for name in values.keys() & known}
+        vcpus.append(registers)
+    return DecodedNotes(vcpus, position)
+
+
+def _decode_note(
+    layout: NoteLayout, byte_order: ByteOrder, notes: Sequence[Note]
+) -> Mapping[str, int] | None:
+    for note in notes:
+        if (note.name, note.type) == (layout.owner.encode(), layout.type):
+            structure = layout.bind_of_size(len(note.descriptor), byte_order)
+            if structure is not None:
+                return structure.unpack_integers(note.descriptor)
+    return None

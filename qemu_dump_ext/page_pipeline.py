@@ -12,12 +12,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Generic, TypeVar
 
-from qemu_dump_ext.guest import GuestMemory, RamBlock
+from qemu_dump_ext.guest import GuestMemory, RamBlock, SparseMemory
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
+ZERO_PIECE_SIZE = 1 << 30
+"""Bytes of guest memory known to be zero that are handled at a time."""
+_HOLE_SIZE = 1 << 20
+"""Fewer bytes known to be zero are filled with zeros in a buffer that has other content."""
+_QUESTION_SIZE = 16 << 30
+"""Bytes of guest memory for which a source is asked at a time where it is populated."""
 
 ResultT = TypeVar("ResultT")
 
@@ -39,72 +46,161 @@ class Extent:
 
 @dataclass(frozen=True)
 class Piece:
-    """What is read into one buffer; bytes that no extent covers are zero.
+    """Guest memory that is handled at a time; bytes that no extent covers are zero.
 
     Attributes:
-        size: Of the buffer's used part, in bytes.
-        extents: By ascending offset.
+        gpa: First guest physical address.
+        size: In bytes; up to PIECE_SIZE, or with no extents up to ZERO_PIECE_SIZE.
+        extents: By ascending offset; none: the piece is known to be zero and is not read.
     """
 
+    gpa: int
     size: int
     extents: tuple[Extent, ...]
 
 
-def pieces_of_blocks(blocks: Iterable[RamBlock]) -> Iterator[Piece]:
-    """Cut every block into pieces, regardless of pages."""
+@dataclass(frozen=True)
+class PieceWork(Generic[ResultT]):
+    """What is done with pieces.
+
+    Attributes:
+        pack: Runs in a worker. Gets a piece and its filled buffer; it may return parts of the
+            buffer, which are consumed before the buffer is used again.
+        zeros: Runs in the caller's thread. Gets a piece that is known to be zero.
+        consume: Runs in the caller's thread, in the order of the pieces.
+    """
+
+    pack: Callable[[Piece, memoryview], ResultT]
+    zeros: Callable[[Piece], ResultT]
+    consume: Callable[[ResultT], None]
+
+
+def populated_ranges(memory: GuestMemory, gpa: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield where guest memory from `gpa` to `end`, in one RAM block, may not be zero."""
+    if not isinstance(memory, SparseMemory):
+        yield gpa, end
+        return
+    for start in range(gpa, end, _QUESTION_SIZE):
+        yield from memory.populated(start, min(_QUESTION_SIZE, end - start))
+
+
+def cut(
+    memory: GuestMemory, blocks: Iterable[RamBlock], start: int, end: int, page_size: int
+) -> Iterator[Piece]:
+    """Cut guest memory into pieces; every piece begins at a page, counted from `start`.
+
+    Args:
+        memory: Tells where it is populated.
+        blocks: What there is between `start` and `end`, by ascending gpa.
+        start: First guest physical address.
+        end: First one behind the last piece.
+        page_size: In bytes.
+    """
+    position = start
+    extents: list[Extent] = []
+
+    def piece(stop: int) -> Piece:
+        nonlocal position, extents
+        made = Piece(position, stop - position, tuple(extents))
+        position, extents = stop, []
+        return made
+
+    def zeros(stop: int) -> Iterator[Piece]:
+        while position < stop:
+            yield piece(min(position + ZERO_PIECE_SIZE, stop))
+
+    filled = start  # the first page behind what `extents` has
     for block in blocks:
-        for gpa in range(block.gpa, block.end, PIECE_SIZE):
-            size = min(PIECE_SIZE, block.end - gpa)
-            yield Piece(size, (Extent(gpa, size, 0),))
+        for low, high in populated_ranges(memory, block.gpa, block.end):
+            gpa = low
+            while gpa < high:
+                first = start + (gpa - start) // page_size * page_size
+                if extents and first - filled >= _HOLE_SIZE:
+                    yield piece(filled)
+                if not extents and first - position >= _HOLE_SIZE:
+                    yield from zeros(first)
+                limit = position + PIECE_SIZE // page_size * page_size
+                if gpa >= limit:
+                    yield piece(limit)
+                    continue
+                stop = min(high, limit)
+                extents.append(Extent(gpa, stop - gpa, gpa - position))
+                gpa = stop
+                filled = min(start + -(-(stop - start) // page_size) * page_size, end)
+                if filled - position >= PIECE_SIZE // page_size * page_size:
+                    yield piece(filled)
+    if extents:
+        yield piece(filled)
+    yield from zeros(end)
+
+
+def pieces_of_blocks(memory: GuestMemory, blocks: Iterable[RamBlock]) -> Iterator[Piece]:
+    """Cut every block into pieces."""
+    for block in blocks:
+        yield from cut(memory, (block,), block.gpa, block.end, 1)
 
 
 def worker_count() -> int:
-    """Return how many threads compress: the CPUs that this process may use."""
+    """Return how many threads compress by default: the CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def read_through(
     memory: GuestMemory,
     pieces: Iterable[Piece],
-    work: Callable[[memoryview], ResultT],
-    consume: Callable[[ResultT], None],
+    work: PieceWork[ResultT],
     progress: Callable[[int], None],
+    threads: int | None = None,
 ) -> None:
-    """Read every piece, run `work` on it in a worker, and `consume` the results in order.
+    """Read every piece, run `work` on it in a worker, and consume the results in order.
 
     Args:
         memory: Read in this thread only.
         pieces: In the order of the dump.
-        work: Gets the filled buffer; it may return parts of it, which are consumed before the
-            buffer is used again.
-        consume: Runs in this thread.
+        work: What to do.
         progress: Gets the bytes of each piece that has been consumed.
+        threads: Number of workers; None: `worker_count`.
     """
-    workers = worker_count()
-    depth = 2 * workers
-    free = [bytearray(PIECE_SIZE) for _ in range(depth)]
-    pending: deque[tuple[Future[ResultT], bytearray, int]] = deque()
+    workers = threads or worker_count()
+    free = [bytearray(PIECE_SIZE) for _ in range(2 * workers + 1)]
+    most_pending = 4 * len(free)
+    pending: deque[tuple[Future[ResultT], bytearray | None, int]] = deque()
 
     def consume_oldest() -> None:
         future, buffer, size = pending.popleft()
-        consume(future.result())
-        free.append(buffer)
+        with uninterrupted():  # in a future, an interrupt would leave its locks taken
+            result = future.result()
+        work.consume(result)
+        if buffer is not None:
+            free.append(buffer)
         progress(size)
 
-    with ThreadPoolExecutor(workers, thread_name_prefix="page") as pool:
+    with ThreadPoolExecutor(
+        workers, thread_name_prefix="page", initializer=leave_signals_to_main_thread
+    ) as pool:
         try:
             for piece in pieces:
-                if not free:
+                while pending and (
+                    pending[0][0].done() or not free or len(pending) >= most_pending
+                ):
                     consume_oldest()
+                if not piece.extents:
+                    known: Future[ResultT] = Future()
+                    known.set_result(work.zeros(piece))
+                    pending.append((known, None, piece.size))
+                    continue
                 buffer = free.pop()
                 view = memoryview(buffer)[: piece.size]
                 _fill(memory, piece, view)
-                pending.append((pool.submit(work, view), buffer, piece.size))
+                with uninterrupted():
+                    future = pool.submit(work.pack, piece, view)
+                pending.append((future, buffer, piece.size))
             while pending:
                 consume_oldest()
         except BaseException:
-            for future, _, _ in pending:
-                future.cancel()
+            with uninterrupted():
+                for future, _, _ in pending:
+                    future.cancel()
             raise
 
 

@@ -51,6 +51,7 @@ class TableLevel:
         table_mask: Of an entry: the bits that are the gpa of the next table, once shifted.
         leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
         address_shift: To the left, of `table_mask`'s bits.
+        present: What an entry must pass as well to count, beside the test of all levels.
     """
 
     shift: int
@@ -59,14 +60,15 @@ class TableLevel:
     table_mask: int
     leaf_masks: tuple[tuple[int, int], ...]
     address_shift: int = 0
+    present: LeafTest | None = None
 
 
 ALWAYS_LEAF = LeafTest(0, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PageTableGeometry:
-    """The page tables of one mode of an architecture.
+    """The page tables of one mode of an architecture; each is made once, and is itself only.
 
     Attributes:
         name: For messages.
@@ -117,7 +119,7 @@ class WalkBudget:
     """
 
     tables: int = 1 << 19
-    runs: int = 1 << 20
+    runs: int = 1 << 19
 
     def take_table(self, geometry: PageTableGeometry) -> None:
         """Count a table.
@@ -248,10 +250,9 @@ class _Walk:
             walker._empty.add(place)  # noqa: SLF001
 
     def _inner(self, depth: int, level: TableLevel, entries: Sequence[int], base: int) -> None:
-        present_mask, present = self._geometry.present.mask, self._geometry.present.wanted
         leaf = level.leaf
         for index, entry in enumerate(entries):
-            if not entry or not _passes(entry, present_mask, present):
+            if not entry or not _is_present(self._geometry, level, entry):
                 continue
             gva = base | self._top(index) if not depth else base | index << level.shift
             if leaf is not None and _passes(entry, leaf.mask, leaf.wanted):
@@ -272,10 +273,10 @@ class _Walk:
 
     def _pages(self, level: TableLevel, entries: Sequence[int], base: int) -> None:
         """Take a table of the last level, where nearly all entries are."""
-        present = self._geometry.present
+        present = level.present or self._geometry.present
         if len(level.leaf_masks) > 1 or len(self._geometry.levels) == 1 or present.wanted is None:
             for index, entry in enumerate(entries):
-                if entry and _passes(entry, present.mask, present.wanted):
+                if entry and _is_present(self._geometry, level, entry):
                     at_root = len(self._geometry.levels) == 1
                     gva = self._top(index) if at_root else base | index << level.shift
                     self._page(level, entry, gva)
@@ -329,6 +330,13 @@ class _Walk:
         self._run = (gva, gpa, size, size)
 
 
+def _is_present(geometry: PageTableGeometry, level: TableLevel, entry: int) -> bool:
+    test = level.present
+    return _passes(entry, geometry.present.mask, geometry.present.wanted) and (
+        test is None or _passes(entry, test.mask, test.wanted)
+    )
+
+
 def _passes(entry: int, mask: int, wanted: int | None) -> bool:
     return bool(entry & mask) if wanted is None else entry & mask == wanted
 
@@ -360,7 +368,7 @@ def translate(root: PageTableRoot, read_table: ReadTable, gva: int) -> tuple[int
         index = inner >> level.shift & level.entry_count - 1
         place = (table & root.address_mask) + index * geometry.entry_size
         (entry,) = codec.unpack(read_table(place, codec.size))
-        if not _passes(entry, geometry.present.mask, geometry.present.wanted):
+        if not _is_present(geometry, level, entry):
             return None
         if level.leaf is not None and _passes(entry, level.leaf.mask, level.leaf.wanted):
             gpa = 0

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from qemu_dump_ext.interrupts import uninterrupted
+
 _IN_MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of its own, mode 0700, is made there
 
 
@@ -15,11 +17,15 @@ _IN_MEMORY = Path("/dev/shm")  # noqa: S108 - a directory of its own, mode 0700,
 def shared_directory() -> Iterator[Path]:
     """Make a directory, in memory where possible, and remove it with all that is in it."""
     parent = _IN_MEMORY if _IN_MEMORY.is_dir() else None
-    path = Path(tempfile.mkdtemp(prefix="qemu-dump-", dir=parent))
+    path = None
     try:
+        with uninterrupted():
+            path = Path(tempfile.mkdtemp(prefix="qemu-dump-", dir=parent))
         yield path
     finally:
-        shutil.rmtree(path, ignore_errors=True)
+        if path is not None:
+            with uninterrupted():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def quote_for_monitor(path: Path) -> str:

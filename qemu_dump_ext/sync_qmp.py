@@ -1,20 +1,39 @@
-"""A blocking QMP client: qemu.qmp with an event loop of its own."""
+"""A blocking QMP client: qemu.qmp, whose event loop runs in a thread of its own.
+
+An interrupt is raised in the thread that waits for an answer, never inside the client: the
+connection survives it, and with it the guest is resumed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Coroutine, Iterator
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
+from qemu_dump_ext.native_notes import dump_byte_through_file
+from qemu_dump_ext.third_party import missing_package
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
+_INTERRUPTED_ANSWER_SECONDS = 10.0
+_WAKE_SECONDS = 0.5
 
 ResultT = TypeVar("ResultT")
+
+
+def tcp_address(address: str) -> tuple[str, int] | None:
+    """Return host and port of HOST:PORT, or None: it is the path of a unix socket."""
+    host, colon, port = address.rpartition(":")
+    is_tcp = bool(colon) and port.isascii() and port.isdecimal() and "/" not in address
+    return (host, int(port)) if is_tcp else None
 
 
 class QmpMonitor:
@@ -28,13 +47,15 @@ class QmpMonitor:
         try:
             from qemu.qmp import QMPClient, QMPError, qmp_client  # noqa: PLC0415
         except ImportError as error:
-            raise ConnectError(
-                f"QMP needs the Python package qemu.qmp: {error}", hint="pip install qemu.qmp"
-            ) from error
+            message, hint = missing_package("QMP", "qemu.qmp")
+            raise ConnectError(message, hint=hint) from error
+        # What it logs is in the exceptions as well, and these become one line.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
         self._address = address
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
         self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
         self._client = QMPClient("qemu-dump")
 
     def connect(self) -> None:
@@ -43,20 +64,20 @@ class QmpMonitor:
         Raises:
             ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
         """
-        host, colon, port = self._address.rpartition(":")
-        is_tcp = bool(colon) and port.isdecimal() and "/" not in self._address
-        target: str | tuple[str, int] = (host, int(port)) if is_tcp else self._address
+        target = tcp_address(self._address) or self._address
+        with uninterrupted():
+            self._thread.start()
         try:
-            self._run(self._client.connect(target), _GREETING_SECONDS)
+            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
         except TimeoutError as error:
             raise ConnectError(
-                f"QMP socket {self._address} is busy: no greeting in {_GREETING_SECONDS:.0f} s",
+                f"QMP socket {self._address} is busy, or no QMP socket:"
+                f" no greeting in {_GREETING_SECONDS:.0f} s",
                 hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
             ) from error
         except (self._qmp_error, OSError) as error:
-            reason = error.__cause__ or error
             raise ConnectError(
-                f"cannot connect to QMP socket {self._address}: {reason}",
+                f"cannot connect to QMP socket {self._address}: {_reason(error)}",
                 hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
             ) from error
 
@@ -64,9 +85,13 @@ class QmpMonitor:
         """Disconnect; harmless when repeated."""
         if self._loop.is_closed():
             return
-        with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
-            self._run(self._client.disconnect(), _GREETING_SECONDS)
-        self._loop.close()
+        with uninterrupted():
+            if self._thread.is_alive():
+                with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
+                    self._run(self._client.disconnect, _GREETING_SECONDS)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+            self._loop.close()
 
     def qmp(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Execute a QMP command and return what it returns.
@@ -76,7 +101,7 @@ class QmpMonitor:
             SourceError: The connection is lost, or QEMU does not answer.
         """
         try:
-            return self._run(self._client.execute(command, arguments), _ANSWER_SECONDS)
+            return self._run(lambda: self._client.execute(command, arguments), _ANSWER_SECONDS)
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
         except TimeoutError as error:
@@ -92,18 +117,18 @@ class QmpMonitor:
         return str(answer).replace("\r\n", "\n")
 
     def native_dump(self, gpa: int) -> bytes:
-        """Let QEMU dump the byte at `gpa` as ELF through a descriptor of ours.
+        """Let QEMU dump the byte at `gpa` as ELF, through a descriptor of ours or a file.
 
         Raises:
-            SourceError: The socket passes no descriptors (TCP), or QEMU refuses.
+            SourceError: QEMU refuses, or is elsewhere.
         """
         with contextlib.ExitStack() as stack:
             content = os.memfd_create("qemu-dump-notes")
             stack.callback(os.close, content)
             try:
-                self._client.send_fd_scm(content)
-            except (self._qmp_error, OSError, ValueError) as error:
-                raise SourceError(f"the QMP socket passes no descriptor: {error}") from error
+                self._run(lambda: self._send_descriptor(content), _ANSWER_SECONDS)
+            except (self._qmp_error, OSError, ValueError):
+                return dump_byte_through_file(self, gpa)  # such as TCP
             self.qmp("getfd", {"fdname": "qemu-dump-notes"})
             self.qmp(
                 "dump-guest-memory",
@@ -111,17 +136,60 @@ class QmpMonitor:
             )
             return os.pread(content, os.fstat(content).st_size, 0)
 
-    def _run(self, work: Coroutine[Any, Any, ResultT], seconds: float) -> ResultT:
-        task = self._loop.create_task(asyncio.wait_for(work, seconds))
+    async def _send_descriptor(self, descriptor: int) -> None:
+        self._client.send_fd_scm(descriptor)
+
+    def _serve(self) -> None:
+        leave_signals_to_main_thread()
+        self._loop.run_forever()
+
+    def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
+        # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
+        # thread of the client hangs.
+        answered = threading.Lock()
+        answered.acquire()
+        answers: list[Callable[[], ResultT]] = []
+        asked = False
+
+        async def ask() -> None:
+            try:
+                result = await asyncio.wait_for(work(), seconds)
+            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+                answers.append(partial(_raise, error))
+            else:
+                answers.append(lambda: result)
+            answered.release()
+
         try:
-            return self._loop.run_until_complete(task)
-        except BaseException:
-            # After an interrupt the connection stays usable: the guest must be resumed with it.
-            if not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, Exception):
-                    self._loop.run_until_complete(task)
+            with uninterrupted():
+                asyncio.run_coroutine_threadsafe(ask(), self._loop)
+                asked = True
+            while not answers:
+                # Woken now and then: gdb's handler of SIGINT does not end a wait.
+                answered.acquire(timeout=_WAKE_SECONDS)
+        except KeyboardInterrupt:
+            # The next question is asked when this one has been answered.
+            with uninterrupted():
+                if asked and not answers:
+                    answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
             raise
+        return answers[0]()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    raise error
+
+
+def _reason(error: BaseException) -> str:
+    # The first cause that says something: the client's own words tell little.
+    cause = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    if isinstance(cause, EOFError):
+        return "it was closed at once"
+    if isinstance(cause, OSError) and cause.errno is not None:
+        return os.strerror(cause.errno)
+    return (str(cause) or type(cause).__name__).splitlines()[0]
 
 
 @contextmanager

@@ -7,7 +7,6 @@ vmcoreinfo.rst. It is guest memory and therefore untrusted.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from qemu_dump_ext.c_struct import ByteOrder
@@ -16,7 +15,6 @@ from qemu_dump_ext.kdump_structs import UTSNAME_FIELDS, UTSNAME_SIZE
 VMCOREINFO_NOTE_NAME = b"VMCOREINFO"
 UTSNAME_TOTAL_SIZE = UTSNAME_SIZE * len(UTSNAME_FIELDS)
 MAX_VMCOREINFO_SIZE = 1 << 16
-_SMALLEST_PAGE = 4096
 _NOTE_HEADER_SIZE = 12
 _NOTE_NAME_FIELD = VMCOREINFO_NOTE_NAME + b"\0\0"
 
@@ -99,17 +97,6 @@ def note_at_page_start(page: bytes | memoryview, byte_order: ByteOrder) -> bytes
     if not text.startswith(b"OSRELEASE=") or b"\nPAGESIZE=" not in text:
         return None
     return bytes(page[: start + text_size + -text_size % 4])
-
-
-def possible_notes(memory: memoryview, gpa: int) -> Iterator[int]:
-    """Find where in `memory`, which begins at `gpa`, a page starts like a VMCOREINFO note."""
-    haystack = memory.tobytes()
-    position = haystack.find(_NOTE_NAME_FIELD)
-    while position >= 0:
-        start = position - _NOTE_HEADER_SIZE
-        if start >= 0 and (gpa + start) % _SMALLEST_PAGE == 0:
-            yield start
-        position = haystack.find(_NOTE_NAME_FIELD, position + 1)
 
 
 def vmcoreinfo_text(note: bytes, byte_order: ByteOrder) -> bytes:

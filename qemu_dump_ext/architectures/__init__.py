@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 
-from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.architectures._declaration import Architecture, TargetClues
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import UnsupportedTargetError
 
@@ -17,15 +17,22 @@ def all_architectures() -> dict[str, Architecture]:
     return collect(sys.modules[__name__], "ARCHITECTURE", Architecture)
 
 
-def architecture_for_cpu_types(cpu_types: Iterable[str]) -> Architecture:
+def architecture_for_cpu_types(
+    cpu_types: Iterable[str], clues: TargetClues | None = None
+) -> Architecture:
     """Find the architecture of a guest by the QOM types of its CPUs.
+
+    Args:
+        cpu_types: Such as `cortex-a57-arm-cpu`.
+        clues: What else is known, for types that several architectures share.
 
     Raises:
         UnsupportedTargetError: None is known.
     """
     types = sorted(cpu_types)
     for architecture in all_architectures().values():
-        if any(cpu_type.endswith(architecture.cpu_type_suffix) for cpu_type in types):
+        fits = architecture.recognize is None or clues is None or architecture.recognize(clues)
+        if fits and any(kind.endswith(architecture.cpu_type_suffix) for kind in types):
             return architecture
     raise UnsupportedTargetError(
         f"guests with CPUs of type {', '.join(types) or 'unknown'} cannot be dumped",

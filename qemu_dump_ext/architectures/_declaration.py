@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
-from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.dialect import Dialect, QemuVersion
 from qemu_dump_ext.guest import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import PageTableRoot
 
@@ -23,22 +23,28 @@ class Register:
         name: Ours; the members of notes have the same names.
         gdb: Name in the stub's target description; None where the stub does not have it.
         monitor: Names in `info registers`, the first that is there counts.
+        qom: Property of the CPU object, for what is none of the stub's registers.
     """
 
     name: str
     gdb: str | None = None
     monitor: tuple[str, ...] = ()
+    qom: str | None = None
 
 
 @dataclass(frozen=True)
 class NoteLayout:
-    """A note that every vCPU has.
+    """A note of each vCPU.
 
     Attributes:
         owner: Name of the note, without the terminating NUL.
         type: n_type.
         layout: Of the descriptor. A member that is named like a register holds that register,
             cut to its width; `pr_pid` holds cpu_index + 1; all others are constant.
+        alternatives: Other layouts that `choose` may return, or that a version of QEMU writes;
+            no two have the same size.
+        choose: Decides which layout a vCPU has from its registers; None where it has no such
+            note. Without, every vCPU has `layout`.
         max_align: Largest alignment inside the descriptor, in bytes.
         constants: Members that are neither a register nor 0.
         after_all_vcpus: Stands behind the notes of all vCPUs instead of among them.
@@ -50,10 +56,23 @@ class NoteLayout:
     max_align: int
     constants: Mapping[str, int] = field(default_factory=dict)
     after_all_vcpus: bool = False
+    alternatives: tuple[StructLayout, ...] = ()
+    choose: Callable[[Mapping[str, int]], StructLayout | None] | None = None
 
-    def bind(self, byte_order: ByteOrder) -> BoundStruct:
-        """Return the descriptor's structure."""
-        return self.layout.bind(Abi(byte_order, word_size=self.max_align, max_align=self.max_align))
+    def bind(self, byte_order: ByteOrder, layout: StructLayout | None = None) -> BoundStruct:
+        """Return the descriptor's structure: that of `layout`, or of the usual one."""
+        abi = Abi(byte_order, word_size=self.max_align, max_align=self.max_align)
+        return (layout or self.layout).bind(abi)
+
+    def bind_for(self, registers: Mapping[str, int], byte_order: ByteOrder) -> BoundStruct | None:
+        """Return the structure for a vCPU, or None where it has no such note."""
+        layout = self.layout if self.choose is None else self.choose(registers)
+        return None if layout is None else self.bind(byte_order, layout)
+
+    def bind_of_size(self, size: int, byte_order: ByteOrder) -> BoundStruct | None:
+        """Return the structure of a descriptor of `size` bytes, or None where there is none."""
+        structures = (self.bind(byte_order, layout) for layout in (self.layout, *self.alternatives))
+        return next((structure for structure in structures if structure.size == size), None)
 
 
 @dataclass(frozen=True)
@@ -66,6 +85,8 @@ class Core:
         word_size: 8 for ELFCLASS64 and the 64-bit kdump headers, 4 for the others.
         notes: Of each vCPU, in order.
         uname_machine: What `uname -m` prints in such a guest.
+        e_flags: Of the ELF header.
+        u64_align: Alignment of 64-bit integers in the guest's C structures, in bytes.
     """
 
     e_machine: int
@@ -73,6 +94,8 @@ class Core:
     word_size: int
     notes: tuple[NoteLayout, ...]
     uname_machine: str
+    e_flags: int = 0
+    u64_align: int = 8
 
 
 @dataclass(frozen=True)
@@ -84,12 +107,30 @@ class VcpuReadings:
         monitor: From `info registers`.
         native: From the notes of a dump of one byte that QEMU wrote; empty where it could not.
         hardware_segments: An accelerator runs the guest, not the translator of QEMU.
+        native_byte_order: Of that dump; None where there is none.
+        qom: Properties of the CPU object.
     """
 
     gdb: Mapping[str, int]
     monitor: Mapping[str, int]
     native: Mapping[str, int]
     hardware_segments: bool
+    native_byte_order: ByteOrder | None = None
+    qom: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TargetClues:
+    """What tells architectures apart whose CPUs have the same kind of QOM type.
+
+    Attributes:
+        register_text: `info registers` of the first vCPU.
+        vcpu_property: Returns a QOM property of the first vCPU as text, or None where it has
+            none of this name.
+    """
+
+    register_text: str
+    vcpu_property: Callable[[str], str | None]
 
 
 @dataclass(frozen=True)
@@ -104,10 +145,11 @@ class Architecture:
         cores: Every form that a dump may take.
         program_counter: Name of the register that tells where a vCPU is.
         page_size: Of kdump blocks, in bytes.
-        phys_base_key: Line of VMCOREINFO that tells phys_base; None where phys_base is 0.
+        phys_base_key: Line of VMCOREINFO that tells phys_base; None where none does.
         kernel_map_base: Virtual address at which the kernel image is mapped; its physical
             address is gva - kernel_map_base + phys_base. None where unknown.
-        select_core: Decides which of `cores` the guest needs from its vCPUs and RAM blocks.
+        select_core: Decides which of `cores` the guest needs from its vCPUs, its RAM blocks, the
+            dialect, and the QOM type of its machine.
         parse_monitor: Turns `info registers` of one vCPU into values by register name, for what
             is not of the form NAME=VALUE; None where everything is.
         reconcile: Merges the sources into the final values where precedence (stub, monitor,
@@ -118,6 +160,16 @@ class Architecture:
             does, with what is wrong in it. A KeyError names a register that no source gave. None
             where the tables are unknown, as in QEMU for all but x86: virtual addresses are then
             physical ones.
+        kernel_page_tables: Tells from VMCOREINFO's text and phys_base where the kernel's own page
+            tables (swapper_pg_dir) begin, or None where they do not tell. None where unknown.
+        dumped_by_qemu_since: The version of QEMU that first dumps this target itself; None: none.
+        machine_page_sizes: `page_size` of machines whose type begins like this.
+        phys_base_is_lowest: Where VMCOREINFO does not tell it, phys_base is the lowest gpa.
+        pfn_from_phys_base: Readers count the page frames of a kdump from phys_base.
+        recognize: Tells whether the clues fit, where the type of the CPUs is that of other
+            architectures as well.
+        stub_byte_order: Of register values in the packets of the stub, where it depends on the
+            registers themselves; None where it is that of the first core.
     """
 
     name: str
@@ -129,7 +181,14 @@ class Architecture:
     page_size: int
     phys_base_key: str | None
     kernel_map_base: int | None
-    select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect], Core]
+    select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
     page_table_roots: Callable[[Mapping[str, int], bool], Sequence[PageTableRoot]] | None = None
+    kernel_page_tables: Callable[[bytes, int | None], PageTableRoot | None] | None = None
+    dumped_by_qemu_since: QemuVersion | None = (0, 0, 0)
+    machine_page_sizes: Mapping[str, int] = field(default_factory=dict)
+    phys_base_is_lowest: bool = False
+    pfn_from_phys_base: bool = False
+    recognize: Callable[[TargetClues], bool] | None = None
+    stub_byte_order: Callable[[Mapping[str, bytes]], ByteOrder] | None = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -19,9 +20,10 @@ from qemu_dump_ext.architectures._declaration import (
     Register,
     VcpuReadings,
 )
+from qemu_dump_ext.architectures._linux_notes import prstatus
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_PRSTATUS, NT_QEMU
+from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_QEMU
 from qemu_dump_ext.guest import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import (
     ALWAYS_LEAF,
@@ -30,6 +32,7 @@ from qemu_dump_ext.page_table_walk import (
     PageTableRoot,
     TableLevel,
 )
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"
@@ -48,28 +51,22 @@ _PRINTED_FLAGS = 0x00FFFF00
 _CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
 _4G = 1 << 32
 _U64 = (1 << 64) - 1
+_KERNEL_MAP_BASE = 0xFFFFFFFF80000000
+"""__START_KERNEL_map: where the kernel image is linked, and mapped but for KASLR."""
 
-_PRSTATUS_64 = StructLayout(
-    "elf_prstatus (x86-64)",
+_PRSTATUS_64 = prstatus(
+    "x86-64",
+    "u64",
     (
-        *fields_of("u32", "si_signo si_code si_errno"),
-        Field("pr_cursig", "u16"),
-        *fields_of("u64", "pr_sigpend pr_sighold"),
-        *fields_of("u32", "pr_pid pr_ppid pr_pgrp pr_sid"),
-        Field("pr_times", "bytes", 64),
         *fields_of("u64", "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi"),
         *fields_of("u64", "orig_rax rip cs_selector eflags rsp ss_selector fs_base gs_base"),
         *fields_of("u64", "ds_selector es_selector fs_selector gs_selector"),
-        Field("pr_fpvalid", "u32"),
     ),
 )
-_PRSTATUS_32 = StructLayout(
-    "elf_prstatus (i386)",
+_PRSTATUS_32 = prstatus(
+    "i386",
+    "u32",
     (
-        *fields_of("u32", "si_signo si_code si_errno"),
-        Field("pr_cursig", "u16"),
-        *fields_of("u32", "pr_sigpend pr_sighold pr_pid pr_ppid pr_pgrp pr_sid"),
-        Field("pr_times", "bytes", 32),
         *fields_of("u32", "rbx rcx rdx rsi rdi rbp rax"),
         *(
             half
@@ -80,7 +77,6 @@ _PRSTATUS_32 = StructLayout(
         *fields_of("u16", "cs_selector pad_cs"),
         *fields_of("u32", "eflags rsp"),
         *fields_of("u16", "ss_selector pad_ss"),
-        Field("pr_fpvalid", "u32"),
     ),
 )
 _QEMU_STATE = StructLayout(
@@ -106,14 +102,15 @@ _QEMU_NOTE = NoteLayout(
     max_align=8,
     constants={"version": 1, "size": 440},
     after_all_vcpus=True,
+    alternatives=(StructLayout("QEMUCPUState", _QEMU_STATE.fields[:-1]),),
 )
-_LEGACY_NOTES = (NoteLayout("CORE", NT_PRSTATUS, _PRSTATUS_32, max_align=4), _QEMU_NOTE)
+_LEGACY_NOTES = (_PRSTATUS_32, _QEMU_NOTE)
 
 LONG_MODE = Core(
     e_machine=EM_X86_64,
     byte_order="little",
     word_size=8,
-    notes=(NoteLayout("CORE", NT_PRSTATUS, _PRSTATUS_64, max_align=8), _QEMU_NOTE),
+    notes=(_PRSTATUS_64, _QEMU_NOTE),
     uname_machine="x86_64",
 )
 LEGACY_32 = Core(
@@ -122,6 +119,7 @@ LEGACY_32 = Core(
     word_size=4,
     notes=_LEGACY_NOTES,
     uname_machine="i686",
+    u64_align=4,
 )
 LEGACY_64 = Core(
     e_machine=EM_386,
@@ -129,10 +127,13 @@ LEGACY_64 = Core(
     word_size=8,
     notes=_LEGACY_NOTES,
     uname_machine="i686",
+    u64_align=4,
 )
 
 
-def _select_core(vcpus: Sequence[Vcpu], blocks: Sequence[RamBlock], dialect: Dialect) -> Core:
+def _select_core(
+    vcpus: Sequence[Vcpu], blocks: Sequence[RamBlock], dialect: Dialect, _machine: str
+) -> Core:
     deciding = vcpus[:1] if dialect.first_vcpu_decides else vcpus
     if any(vcpu.registers.get("efer", 0) & _EFER_LMA for vcpu in deciding):
         return LONG_MODE
@@ -174,7 +175,8 @@ def _hidden_flags(segment: str, values: Mapping[str, int]) -> int | None:
     return base & 0xFF000000 | base >> 16 & 0xFF
 
 
-def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+    """Merge what the sources say; each cuts something else."""
     native = readings.native
     values = {**native, **readings.monitor, **readings.gdb}
     code_is_64_bit = values.get("cs_flags", 0) & _SEGMENT_L
@@ -220,6 +222,7 @@ def _long_levels(count: int, *, native: bool) -> tuple[TableLevel, ...]:
     )
 
 
+@cache
 def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
     # QEMU takes every address for one of the kernel's half.
     return PageTableGeometry(
@@ -231,7 +234,9 @@ def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
     )
 
 
-def _pae_tables(*, native: bool) -> PageTableGeometry:
+@cache
+def pae_tables(*, native: bool) -> PageTableGeometry:
+    """Return the tables of 32-bit mode with entries of 8 bytes."""
     next_table = _U64 & ~0xFFF if native else _ADDRESS
     directory_pointers = TableLevel(30, 4, None, next_table, ())
     return PageTableGeometry(
@@ -243,7 +248,9 @@ def _pae_tables(*, native: bool) -> PageTableGeometry:
     )
 
 
-def _legacy_tables(*, large_pages: bool) -> PageTableGeometry:
+@cache
+def legacy_tables(*, large_pages: bool) -> PageTableGeometry:
+    """Return the tables of 32-bit mode with entries of 4 bytes."""
     # Of a 4 MiB page, bits 39:32 of the address are bits 20:13 of the entry (PSE-36).
     directory = TableLevel(
         22,
@@ -266,12 +273,21 @@ def _page_table_roots(registers: Mapping[str, int], native: bool) -> Sequence[Pa
     masked = not registers.get("a20", 1) and not registers.get("smm", 0)
     address_mask = _U64 & ~_A20 if masked else _U64
     if not cr4 & _CR4_PAE:
-        tables = _legacy_tables(large_pages=bool(cr4 & _CR4_PSE))
+        tables = legacy_tables(large_pages=bool(cr4 & _CR4_PSE))
         return (PageTableRoot(tables, cr3 & ~0xFFF, address_mask),)
     if not registers["efer"] & _EFER_LMA:
-        return (PageTableRoot(_pae_tables(native=native), cr3 & ~0x1F, address_mask),)
+        return (PageTableRoot(pae_tables(native=native), cr3 & ~0x1F, address_mask),)
     tables = _long_mode_tables(5 if cr4 & _CR4_LA57 else 4, native=native)
     return (PageTableRoot(tables, cr3 & _ADDRESS, address_mask),)
+
+
+def _kernel_page_tables(vmcoreinfo: bytes, phys_base: int | None) -> PageTableRoot | None:
+    table = vmcoreinfo_number(vmcoreinfo, "SYMBOL(swapper_pg_dir)", 16)
+    if table is None or phys_base is None:
+        return None
+    five = vmcoreinfo_number(vmcoreinfo, "NUMBER(pgtable_l5_enabled)") == 1
+    gpa = (table - _KERNEL_MAP_BASE + phys_base) & _ADDRESS
+    return PageTableRoot(_long_mode_tables(5 if five else 4, native=False), gpa)
 
 
 def _gpr(name: str) -> Register:
@@ -311,9 +327,10 @@ ARCHITECTURE = Architecture(
     program_counter="rip",
     page_size=4096,
     phys_base_key="NUMBER(phys_base)",
-    kernel_map_base=0xFFFFFFFF80000000,
+    kernel_map_base=_KERNEL_MAP_BASE,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
-    reconcile=_reconcile,
     page_table_roots=_page_table_roots,
+    kernel_page_tables=_kernel_page_tables,
+    reconcile=reconcile,
 )

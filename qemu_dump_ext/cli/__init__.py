@@ -15,20 +15,22 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
 
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 
 def run_guarded(program: str, work: Callable[[], int]) -> int:
     """Run `work`; turn an expected error into one line on stderr and its exit status."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+    for number in _INTERRUPTS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, _interrupt)
     try:
         return work()
     except DumpError as error:
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
+        print(f"{program}: interrupted: no partial dump was left behind", file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more is to be flushed at exit.
@@ -37,7 +39,10 @@ def run_guarded(program: str, work: Callable[[], int]) -> int:
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    # As Ctrl-C: the guest is resumed and the partial dump is removed on the way out.
+    # As Ctrl-C: the guest is resumed and the partial dump is removed on the way out, which a
+    # second signal does not disturb.
+    for number in _INTERRUPTS:
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

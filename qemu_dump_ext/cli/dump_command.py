@@ -62,11 +62,11 @@ def _run(words: Sequence[str]) -> int:
         sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
     )
     progress = ProgressMeter(_show_line if watched else None)
-    with (
-        connect_qmp(arguments.qmp) as monitor,
-        open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT) as sink,
-    ):
-        access = GuestAccess(monitor, stub=None, native_dump=monitor.native_dump)
+    sink = open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT)
+    with connect_qmp(arguments.qmp) as monitor, sink:
+        access = GuestAccess(
+            monitor, stub=None, native_dump=monitor.native_dump, addresses=(arguments.qmp,)
+        )
         report = dump(request, access, sink, memory=arguments.memory, progress=progress)
     if watched:
         _show_line("")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import os
-import shlex
+import re
 import shutil
 import signal
 import sys
@@ -14,19 +16,26 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import qemu_dump_ext
+from qemu_dump_ext.dump_sink import open_sink
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
     ConnectError,
     DumpError,
+    MonitorAnswerError,
     RequestError,
     SourceError,
 )
+from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.monitor_text import parse_status
 from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.third_party import missing_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
 _CONNECT_SECONDS = 10
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.125
+_BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
+_INTERRUPTED_SECONDS = 30.0
+_PASS_ON_SECONDS = 3
 # The state that attaching to the stub leaves a running guest in.
 _STOPPED_BY_ATTACHING = "paused"
 
@@ -45,7 +54,7 @@ def gdb_script_path() -> Path:
     raise SourceError("the gdb scripts are not installed", hint="reinstall qemu_dump_ext")
 
 
-class _CommandError(DumpError):
+class _CommandError(SourceError):
     """Gdb answered a command with an error."""
 
 
@@ -66,46 +75,72 @@ class _Gdb:
     """A gdb behind its machine interface."""
 
     def __init__(self, output: TextIO) -> None:
-        from pygdbmi.gdbcontroller import GdbController
-
+        try:
+            from pygdbmi.gdbcontroller import GdbController
+        except ImportError as error:
+            message, hint = missing_package("--gdb", "pygdbmi")
+            raise ConnectError(message, hint=hint) from error
         program = next((name for name in _GDB_PROGRAMS if shutil.which(name)), None)
         if program is None:
             raise ConnectError("there is no gdb on this machine", hint="install gdb-multiarch")
-        # In a session of its own: an interrupt reaches it once, from us.
+        # In a session of its own: an interrupt reaches it once, from us. Its Python finds our
+        # packages where we find them.
+        words = ["env", f"VIRTUAL_ENV={sys.prefix}", "setsid", program]
         self._controller: _Controller = GdbController(
-            ["setsid", program, "--nx", "--quiet", "--interpreter=mi3"]
+            [*words, "--nx", "--quiet", "--interpreter=mi3"],
+            time_to_check_for_additional_output_sec=_BATCH_SECONDS,
         )
         self._output = output
 
     def run(self, command: str, *, show: bool = False) -> dict[str, Any]:
         """Run one MI command; return its results.
 
+        An interrupt is passed on to a command that is shown, and shown commands are what takes
+        long; any other is let finish.
+
         Raises:
             _CommandError: With gdb's message.
             SourceError: gdb ended.
+            KeyboardInterrupt: Once gdb has answered. A shown command tells by its own result how
+                far it came.
         """
-        self._controller.write(command, read_response=False)
-        interrupted = False
-        while True:
-            try:
-                for record in self._controller.get_gdb_response(
-                    timeout_sec=_POLL_SECONDS, raise_error_on_timeout=False
-                ):
-                    if record["type"] == "console" and show:
-                        self._output.write(record["payload"])
-                        self._output.flush()
-                    elif record["type"] == "result" and record["message"] == "error":
-                        raise _CommandError(record["payload"]["msg"])
-                    elif record["type"] == "result":
-                        return record["payload"] or {}
-                if self._controller.gdb_process.poll() is not None:
-                    raise SourceError("gdb ended unexpectedly")
-            except KeyboardInterrupt:
-                # gdb cleans up and answers; a second interrupt gives up waiting for it.
-                if interrupted:
-                    raise
-                interrupted = True
+        record = None
+        waiting_for = math.inf  # seconds that gdb may still take
+        try:
+            with uninterrupted():
+                self._controller.write(command, read_response=False)
+        except KeyboardInterrupt:
+            waiting_for = _INTERRUPTED_SECONDS
+        while record is None and waiting_for > 0:
+            # Again: gdb forgets an interrupt that comes before it has begun with the command.
+            if show and waiting_for % _PASS_ON_SECONDS == 0:
                 os.kill(self._controller.gdb_process.pid, signal.SIGINT)
+            try:
+                with uninterrupted():  # which would lose what has been read
+                    record = self._receive(show=show)
+            except KeyboardInterrupt:
+                waiting_for = min(waiting_for, _INTERRUPTED_SECONDS)
+            else:
+                waiting_for -= _POLL_SECONDS
+        if record is None or (waiting_for < math.inf and not show):
+            raise KeyboardInterrupt
+        if record["message"] == "error":
+            raise _CommandError(record["payload"]["msg"])
+        results: dict[str, Any] = record["payload"] or {}
+        return results
+
+    def _receive(self, *, show: bool) -> dict[str, Any] | None:
+        for record in self._controller.get_gdb_response(
+            timeout_sec=_POLL_SECONDS, raise_error_on_timeout=False
+        ):
+            if record["type"] == "console" and show:
+                self._output.write(record["payload"])
+                self._output.flush()
+            elif record["type"] == "result":
+                return record
+        if self._controller.gdb_process.poll() is not None:
+            raise SourceError("gdb ended unexpectedly")
+        return None
 
     def console(self, command: str, *, show: bool = False) -> None:
         """Run a command as a user would type it."""
@@ -139,6 +174,10 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
         raise RequestError(
             f"{arguments.file}: gdb has its own descriptors", hint="name a file or '|COMMAND'"
         )
+    if "\n" in arguments.file:
+        raise RequestError("gdb takes no line break in FILE")
+    # Refused here what can be, before the guest is stopped; gdb opens it.
+    open_sink(arguments.file, force=arguments.force, standard_output=None)
     ran_before = None if arguments.qmp is None else _is_running(arguments.qmp)
     gdb = _Gdb(sys.stdout if arguments.json else sys.stderr)
     try:
@@ -168,26 +207,55 @@ def _attached(gdb: _Gdb, address: str, *, ran_before: bool | None) -> Iterator[N
     for setting in ("confirm off", "pagination off", f"tcp connect-timeout {_CONNECT_SECONDS}"):
         gdb.run(f"-gdb-set {setting}")
     try:
+        _connect(gdb, address)
+        if ran_before is None:
+            ran_before = _was_stopped_by_attaching(gdb, address)
+        yield
+    except BaseException:
+        # What went wrong first is what is told.
+        with contextlib.suppress(DumpError, ValueError):
+            _leave(gdb, address, ran_before=ran_before)
+        raise
+    else:
+        _leave(gdb, address, ran_before=ran_before)
+
+
+def _connect(gdb: _Gdb, address: str) -> None:
+    try:
         gdb.run(f"-target-select remote {address}")
     except _CommandError as error:
         raise ConnectError(
-            f"gdb cannot connect to {address}: {error.message}",
+            f"gdb cannot connect to {address}: {error.message.splitlines()[0]}",
             hint="it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time",
         ) from error
+
+
+def _was_stopped_by_attaching(gdb: _Gdb, address: str) -> bool:
     try:
-        if ran_before is None:
-            ran_before = parse_status(gdb.monitor("info status")) == _STOPPED_BY_ATTACHING
-        yield
-    finally:
-        if ran_before or ran_before is None:
-            gdb.monitor("cont")
-        gdb.console("disconnect")
+        return parse_status(gdb.monitor("info status")) == _STOPPED_BY_ATTACHING
+    except (_CommandError, MonitorAnswerError) as error:
+        raise SourceError(f"{address} is no gdbstub of QEMU: it has no monitor") from error
+
+
+def _leave(gdb: _Gdb, address: str, *, ran_before: bool | None) -> None:
+    with uninterrupted():
+        try:
+            if _was_stopped_by_attaching(gdb, address) if ran_before is None else ran_before:
+                _resume(gdb)
+        finally:
+            gdb.console("disconnect")
+
+
+def _resume(gdb: _Gdb) -> None:
+    # An interrupt that gdb has passed on to its Python may be left in gdb, and ends one more
+    # command.
+    try:
+        gdb.monitor("cont")
+    except _CommandError:
+        gdb.monitor("cont")
 
 
 def _command_words(arguments: argparse.Namespace) -> str:
-    target = arguments.file
-    if not target.startswith(("|", "file:", "/")):
-        target = str(Path(target).expanduser().absolute())
     watched = (
         sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
     )
@@ -197,14 +265,27 @@ def _command_words(arguments: argparse.Namespace) -> str:
         *(("-p",) if arguments.paging else ()),
         *(("--range", *arguments.range) if arguments.range else ()),
         *(("--exact",) if arguments.exact else ()),
+        *(() if arguments.vmcoreinfo else ("--no-vmcoreinfo",)),
+        *(("--kernel", arguments.kernel) if arguments.kernel else ()),
+        *(("--level", str(arguments.level)) if arguments.level is not None else ()),
+        *(("--threads", str(arguments.threads)) if arguments.threads else ()),
+        *(("--exclude-zero",) if arguments.exclude_zero else ()),
+        *(() if arguments.sparse else ("--no-sparse",)),
+        *(("--snapshot",) if arguments.snapshot else ()),
+        *(("--max-pause", str(arguments.max_pause)) if arguments.max_pause else ()),
         *(("--force",) if arguments.force else ()),
         *(("--json",) if arguments.json else ()),
-        *(("--qmp", str(Path(arguments.qmp).absolute())) if arguments.qmp else ()),
+        *(("--qmp", arguments.qmp) if arguments.qmp else ()),
         "--memory",
         arguments.memory,
         "--progress",
         "always" if watched and not arguments.json else "never",
-        target,
+        arguments.file,
         *arguments.bounds,
     )
-    return shlex.join(words)
+    return " ".join(map(_quote_for_gdb, words))
+
+
+def _quote_for_gdb(word: str) -> str:
+    # Unlike in a shell, a backslash counts inside quotes as well.
+    return re.sub(r"([\s\\\"'])", r"\\\1", word) or '""'

@@ -20,9 +20,12 @@ class DumpFormat:
 
     Attributes:
         name: Equal to the name of the file.
+        check: Refuses what the request and the sink alone make impossible, before the guest is
+            stopped.
         write: Writes a whole dump. Everything that it can refuse, it refuses before it reads
             guest memory or writes the first byte.
     """
 
     name: str
+    check: Callable[[DumpRequest, Sink], None]
     write: Callable[[DumpRequest, DumpPlan, GuestMemory, Sink, ProgressCallback], None]

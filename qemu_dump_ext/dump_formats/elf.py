@@ -7,7 +7,7 @@ write_elf_phdr_loads(), create_vmcore().
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -31,13 +31,27 @@ from qemu_dump_ext.elf_structs import (
     elf_abi,
     phdr_layout,
 )
+from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.page_pipeline import pieces_of_blocks, read_through
+from qemu_dump_ext.page_pipeline import (
+    Piece,
+    PieceWork,
+    pieces_of_blocks,
+    populated_ranges,
+    read_through,
+)
+from qemu_dump_ext.zero_pages import runs_with_content
 
 _STRING_TABLE = b"\0.shstrtab\0"
 _QEMU_SECTION_COUNT = 2
 _QEMU_E_EHSIZE = 8
+_FILE_BLOCK = 4096
+_SMALLEST_HOLE = 8
+"""Blocks of zeros; smaller holes cost more in writes than they save."""
+_NOTHING = memoryview(b"")
+_ZEROS = memoryview(bytes(1 << 20))
+_4G = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -58,6 +72,8 @@ class ElfLayout:
 def lay_out(plan: DumpPlan) -> ElfLayout:
     """Compute all headers."""
     word_size = plan.core.word_size
+    if not plan.dialect.elf32_truncates and plan.ram_blocks[-1].end > _4G:
+        word_size = 8
     abi = elf_abi(plan.core.byte_order, word_size)
     ehdr, shdr, phdr = (layout.bind(abi) for layout in (EHDR, SHDR, phdr_layout(word_size)))
     phdr_count = 1 + len(plan.segments)
@@ -90,6 +106,7 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
             e_version=EV_CURRENT,
             e_phoff=phoff,
             e_shoff=shoff,
+            e_flags=plan.core.e_flags,
             e_ehsize=_QEMU_E_EHSIZE if plan.dialect.sections_first else ehdr.size,
             e_phentsize=phdr.size,
             e_phnum=PN_XNUM if extended else phdr_count,
@@ -146,18 +163,89 @@ def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, 
         yield segment, offsets[index] + inside, size
 
 
+def _check(request: DumpRequest, _sink: Sink) -> None:
+    if request.level is not None or request.exclude_zero:
+        raise RequestError("--level and --exclude-zero are for kdumps", hint="add -z")
+
+
 def _write(
-    _request: DumpRequest,
+    request: DumpRequest,
     plan: DumpPlan,
     memory: GuestMemory,
     sink: Sink,
     progress: ProgressCallback,
 ) -> None:
     layout = lay_out(plan)
-    sink.require_room(layout.size)
-    sink.write(layout.head)
-    read_through(memory, pieces_of_blocks(plan.ram_blocks), lambda view: view, sink.write, progress)
-    sink.write(layout.tail)
+    if request.sparse and sink.can_leave_holes():
+        populated = sum(
+            end - start
+            for block in plan.ram_blocks
+            for start, end in populated_ranges(memory, block.gpa, block.end)
+        )
+        sink.require_room(layout.size - plan.memory_size + populated)
+        sink.write_at(0, layout.head)
+        writer: _StreamWriter = _HoleWriter(sink, len(layout.head))
+    else:
+        sink.require_room(layout.size)
+        sink.write(layout.head)
+        writer = _StreamWriter(sink)
+    pieces = pieces_of_blocks(memory, plan.ram_blocks)
+    read_through(memory, pieces, writer.work(), progress, request.threads)
+    writer.finish(layout)
 
 
-FORMAT = DumpFormat("elf", _write)
+@dataclass(frozen=True)
+class _Content:
+    # A piece, and the ranges of its buffer outside of which everything is zero.
+    size: int
+    view: memoryview
+    ranges: Sequence[tuple[int, int]]
+
+
+class _StreamWriter:
+    # Everything in order, for pipes.
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def work(self) -> PieceWork[_Content]:
+        return PieceWork(
+            self._pack, lambda piece: _Content(piece.size, _NOTHING, ()), self._consume
+        )
+
+    def _pack(self, piece: Piece, view: memoryview) -> _Content:
+        return _Content(piece.size, view, ((0, piece.size),))
+
+    def _consume(self, content: _Content) -> None:
+        if content.ranges:
+            self._sink.write(content.view)
+            return
+        left = content.size
+        while left:
+            some = min(left, len(_ZEROS))
+            self._sink.write(_ZEROS[:some])
+            left -= some
+
+    def finish(self, layout: ElfLayout) -> None:
+        self._sink.write(layout.tail)
+
+
+class _HoleWriter(_StreamWriter):
+    # What is not zero, at its place in a new file.
+    def __init__(self, sink: Sink, offset: int) -> None:
+        super().__init__(sink)
+        self._offset = offset
+
+    def _pack(self, piece: Piece, view: memoryview) -> _Content:
+        return _Content(piece.size, view, runs_with_content(view, _FILE_BLOCK, _SMALLEST_HOLE))
+
+    def _consume(self, content: _Content) -> None:
+        for start, end in content.ranges:
+            self._sink.write_at(self._offset + start, content.view[start:end])
+        self._offset += content.size
+
+    def finish(self, layout: ElfLayout) -> None:
+        self._sink.write_at(self._offset, layout.tail)
+        self._sink.set_size(layout.size)
+
+
+FORMAT = DumpFormat("elf", _check, _write)

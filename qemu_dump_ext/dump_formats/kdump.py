@@ -1,16 +1,16 @@
 """kdump-compressed: headers, bitmaps, page descriptors, compressed pages; raw or flattened.
 
 Source: makedumpfile IMPLEMENTATION and diskdump_mod.h; QEMU dump/dump.c create_kdump_vmcore().
-The order of writes, and where its two caches are flushed, are QEMU's, so that a flattened stream
-is byte-identical as well.
+With --exact the order of writes and their borders are QEMU's, so that a flattened stream is
+byte-identical as well; otherwise writes are large.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 from qemu_dump_ext.c_struct import Abi
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
@@ -20,6 +20,7 @@ from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.flattened_stream import FlattenedStream
 from qemu_dump_ext.guest import GuestMemory, RamBlock
+from qemu_dump_ext.kdump_pages import BulkPageWriter, OrderedPageWriter, PageForm, WriteAt
 from qemu_dump_ext.kdump_structs import (
     DISK_DUMP_HEADER,
     HEADER_VERSION,
@@ -28,16 +29,13 @@ from qemu_dump_ext.kdump_structs import (
     PAGE_DESCRIPTOR,
 )
 from qemu_dump_ext.page_codecs import all_page_codecs
-from qemu_dump_ext.page_codecs._declaration import PageCodec
-from qemu_dump_ext.page_pipeline import PIECE_SIZE, Extent, Piece, read_through
+from qemu_dump_ext.page_codecs._declaration import Compress, PageCodec
+from qemu_dump_ext.page_pipeline import Piece, cut, read_through
 
 UNCOMPRESSED = "none"
 """The word for a kdump whose pages are stored as they are."""
 _U32 = (1 << 32) - 1
-_CACHED_BLOCKS = 4
 _DUMP_LEVEL = 1
-
-WriteAt = Callable[[int, bytes | memoryview], None]
 
 
 @dataclass(frozen=True)
@@ -104,19 +102,12 @@ def page_runs(blocks: Sequence[RamBlock], page_size: int, *, compose: bool) -> l
     return runs
 
 
-def pieces_of_runs(runs: Sequence[PageRun], page_size: int) -> Iterator[Piece]:
+def pieces_of_runs(memory: GuestMemory, runs: Sequence[PageRun], page_size: int) -> Iterator[Piece]:
     """Cut runs into pieces of whole pages."""
-    step = PIECE_SIZE // page_size * page_size
     for run in runs:
-        end = run.end_pfn * page_size
-        for start in range(run.first_pfn * page_size, end, step):
-            stop = min(start + step, end)
-            extents = []
-            for block in run.blocks:
-                low, high = max(start, block.gpa), min(stop, block.end)
-                if low < high:
-                    extents.append(Extent(low, high - low, low - start))
-            yield Piece(stop - start, tuple(extents))
+        yield from cut(
+            memory, run.blocks, run.first_pfn * page_size, run.end_pfn * page_size, page_size
+        )
 
 
 def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
@@ -125,10 +116,12 @@ def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
     exact = plan.dialect.whole_pages_only
     runs = page_runs(plan.ram_blocks, page_size, compose=not exact)
     end = plan.ram_blocks[-1].end
-    max_mapnr = end // page_size if exact else -(-end // page_size)
+    max_mapnr = (end // page_size if exact else -(-end // page_size)) - plan.pfn_base
     bitmap_blocks = -(-max_mapnr // (8 * page_size))
     abi = Abi(core.byte_order, core.word_size, max_align=core.word_size)
-    header, sub_header = DISK_DUMP_HEADER.bind(abi), KDUMP_SUB_HEADER.bind(abi)
+    align = core.word_size if plan.dialect.packed_sub_header else core.u64_align
+    header = DISK_DUMP_HEADER.bind(abi)
+    sub_header = KDUMP_SUB_HEADER.bind(Abi(core.byte_order, core.word_size, max_align=align))
     notes_offset = page_size + sub_header.size
     sub_header_blocks = -(-(sub_header.size + len(plan.notes)) // page_size)
     bitmap_offset = page_size * (1 + sub_header_blocks)
@@ -179,65 +172,32 @@ def bitmap_block(runs: Sequence[PageRun], first_pfn: int, size: int) -> bytes:
     return bits.to_bytes(size, "little")
 
 
-class _Cache:
-    """Collects small writes; flushed when the next item would not fit, as QEMU does."""
-
-    def __init__(self, write_at: WriteAt, offset: int, capacity: int) -> None:
-        self._write_at = write_at
-        self._capacity = capacity
-        self._data = bytearray()
-        self.offset = offset
-
-    def add(self, item: bytes) -> None:
-        if len(self._data) + len(item) > self._capacity:
-            self.flush()
-        self._data += item
-
-    def flush(self) -> None:
-        if not self._data:
-            return
-        self._write_at(self.offset, bytes(self._data))
-        self.offset += len(self._data)
-        self._data.clear()
-
-    def position(self) -> int:
-        return self.offset + len(self._data)
+def _codec(request: DumpRequest) -> PageCodec | None:
+    return None if request.codec in {None, UNCOMPRESSED} else all_page_codecs()[request.codec]
 
 
-PackedPages = list[tuple[bytes, int] | None]
-"""For each page its data and descriptor flags; None for a page of zeros."""
+def _check(request: DumpRequest, sink: Sink) -> None:
+    codec = _codec(request)
+    if request.level is not None and (request.exact or codec is None or codec.tuned is None):
+        what = "--exact" if request.exact else f"a kdump of codec {request.codec}"
+        raise RequestError(f"{what} has no levels", hint="leave out --level")
+    if request.exclude_zero and request.exact:
+        raise RequestError("QEMU keeps pages of zeros", hint="--exact or --exclude-zero")
+    if request.raw and not sink.seekable:
+        raise RequestError(
+            f"{sink.name}: kdump-raw formats require a seekable file", hint="leave out -R"
+        )
+    compressor = _compressor(request, codec)
+    if compressor is not None:
+        compressor()  # may need a package that is not there
 
 
-def page_packer(codec: PageCodec | None, page_size: int) -> Callable[[memoryview], PackedPages]:
-    """Make the function that packs all pages of a buffer; it may run in many threads.
-
-    Raises:
-        CodecUnavailableError: Now, rather than in the middle of the dump.
-    """
-    zeros = bytes(page_size)
-    local = threading.local()
-    if codec is not None:
-        codec.compressor()
-
-    def pack(view: memoryview) -> PackedPages:
-        packed: PackedPages = []
-        compress = getattr(local, "compress", None)
-        if compress is None and codec is not None:
-            compress = local.compress = codec.compressor()
-        for offset in range(0, len(view), page_size):
-            page = view[offset : offset + page_size].tobytes()
-            if page == zeros:
-                packed.append(None)
-                continue
-            if compress is not None and codec is not None:
-                data = compress(page)
-                if len(data) < page_size:
-                    packed.append((data, codec.page_flag))
-                    continue
-            packed.append((page, 0))
-        return packed
-
-    return pack
+def _compressor(request: DumpRequest, codec: PageCodec | None) -> Callable[[], Compress] | None:
+    if codec is None:
+        return None
+    if request.exact or codec.tuned is None:
+        return codec.compressor
+    return partial(codec.tuned, request.level)
 
 
 def _write(
@@ -247,66 +207,61 @@ def _write(
     sink: Sink,
     progress: ProgressCallback,
 ) -> None:
-    codec = None if request.codec in {None, UNCOMPRESSED} else all_page_codecs()[request.codec]
+    codec = _codec(request)
     layout = lay_out(plan, codec)
-    pack = page_packer(codec, plan.page_size)
-    if request.raw and not sink.seekable:
-        raise RequestError(
-            f"{sink.name}: kdump-raw formats require a seekable file", hint="leave out -R"
-        )
+    form = PageForm(
+        page_size=plan.page_size,
+        descriptor=PAGE_DESCRIPTOR.bind(layout.abi),
+        compressor=_compressor(request, codec),
+        page_flag=codec.page_flag if codec else 0,
+        keep_zero_pages=not request.exclude_zero,
+        pfn_base=plan.pfn_base,
+    )
     with _container(sink, raw=request.raw) as write_at:
         write_at(0, layout.header)
         write_at(layout.sub_header_offset, layout.sub_header)
         write_at(layout.notes_offset, plan.notes)
-        _write_bitmaps(layout, plan.page_size, write_at)
-        _write_pages(layout, plan, memory, pack, write_at=write_at, progress=progress)
+        pieces: Iterable[Piece] = pieces_of_runs(memory, layout.runs, plan.page_size)
+        data_offset = layout.data_offset
+        if request.exclude_zero:
+            pieces = list(pieces)
+            most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
+            data_offset = layout.descriptor_offset + most * form.descriptor.size
+        make_writer = OrderedPageWriter if request.exact and not request.raw else BulkPageWriter
+        writer = make_writer(
+            form,
+            write_at,
+            descriptor_offset=layout.descriptor_offset,
+            data_offset=data_offset,
+        )
+        _write_bitmaps(layout, plan, write_at, both=not request.exclude_zero)
+        read_through(memory, pieces, writer.work(), progress, request.threads)
+        writer.finish()
+        if isinstance(writer, BulkPageWriter) and request.exclude_zero:
+            _write_second_bitmap(layout, plan.page_size, writer.bitmap, write_at)
 
 
 def _container(sink: Sink, *, raw: bool) -> AbstractContextManager[WriteAt]:
     return nullcontext(sink.write_at) if raw else FlattenedStream(sink.write)
 
 
-def _write_bitmaps(layout: KdumpLayout, page_size: int, write_at: WriteAt) -> None:
-    second = layout.bitmap_blocks * page_size
+def _write_bitmaps(layout: KdumpLayout, plan: DumpPlan, write_at: WriteAt, *, both: bool) -> None:
+    second = layout.bitmap_blocks * plan.page_size
     for index in range(layout.bitmap_blocks):
-        offset = layout.bitmap_offset + index * page_size
-        bits = bitmap_block(layout.runs, index * page_size * 8, page_size)
+        offset = layout.bitmap_offset + index * plan.page_size
+        first_pfn = plan.pfn_base + index * plan.page_size * 8
+        bits = bitmap_block(layout.runs, first_pfn, plan.page_size)
         write_at(offset, bits)
-        write_at(offset + second, bits)
+        if both:
+            write_at(offset + second, bits)
 
 
-def _write_pages(
-    layout: KdumpLayout,
-    plan: DumpPlan,
-    memory: GuestMemory,
-    pack: Callable[[memoryview], PackedPages],
-    *,
-    write_at: WriteAt,
-    progress: ProgressCallback,
+def _write_second_bitmap(
+    layout: KdumpLayout, page_size: int, blocks: Mapping[int, bytearray], write_at: WriteAt
 ) -> None:
-    page_size = plan.page_size
-    capacity = _CACHED_BLOCKS * page_size
-    descriptors = _Cache(write_at, layout.descriptor_offset, capacity)
-    data = _Cache(write_at, layout.data_offset, capacity)
-    make_descriptor = PAGE_DESCRIPTOR.bind(layout.abi).codec.pack
-    # All pages of zeros share the first data item; it is there even if no page needs it.
-    zero_descriptor = make_descriptor(data.position(), page_size, 0, 0)
-    data.add(bytes(page_size))
-
-    def consume(packed: PackedPages) -> None:
-        for page in packed:
-            if page is None:
-                descriptors.add(zero_descriptor)
-            else:
-                content, flags = page
-                # The descriptor follows its data through the caches, as in QEMU.
-                offset = data.position()
-                data.add(content)
-                descriptors.add(make_descriptor(offset, len(content), flags, 0))
-
-    read_through(memory, pieces_of_runs(layout.runs, page_size), pack, consume, progress)
-    descriptors.flush()
-    data.flush()
+    start = layout.bitmap_offset + layout.bitmap_blocks * page_size
+    for index in range(layout.bitmap_blocks):
+        write_at(start + index * page_size, bytes(blocks.get(index, bytes(page_size))))
 
 
-FORMAT = DumpFormat("kdump", _write)
+FORMAT = DumpFormat("kdump", _check, _write)

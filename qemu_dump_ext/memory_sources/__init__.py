@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.guest import GuestMemory, Monitor
+from qemu_dump_ext.guest import GuestMemory, Monitor, PartialMemory
+from qemu_dump_ext.memory_sources._composite import CompositeMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
 from qemu_dump_ext.monitor_text import parse_physical_bytes
 
@@ -54,29 +55,44 @@ def open_memory(choice: str, context: SourceContext) -> Iterator[OpenedMemory]:
         raise RequestError(
             f"unknown memory source {choice!r}", hint="known: " + ", ".join((AUTO, *sources))
         )
+    first = list(sources.values()) if choice == AUTO else [sources[choice]]
     passed_over: list[tuple[str, str]] = []
-    candidates = list(sources.values()) if choice == AUTO else [sources[choice]]
     with ExitStack() as stack:
-        opened = None
-        for source in candidates:
-            attempt = ExitStack()
-            try:
-                memory = attempt.enter_context(source.open(context))
-                _prove(memory, context)
-            except SourceError as error:
-                attempt.close()
-                passed_over.append((source.name, str(error)))
-                continue
-            except BaseException:
-                attempt.close()
-                raise
-            stack.push(attempt)
-            opened = OpenedMemory(memory, tuple(passed_over))
-            break
-        if opened is None:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
-            raise SourceError(f"guest memory cannot be read: {reasons}")
-        yield opened
+        memory = _first_that_works(stack, first, context, passed_over)
+        if isinstance(memory, PartialMemory) and memory.missing_blocks:
+            # Whatever the choice was: it is about the blocks that it has.
+            others = [source for source in sources.values() if source.name != memory.name]
+            rest = replace(context, ram_blocks=memory.missing_blocks)
+            filler = _first_that_works(stack, others, rest, passed_over)
+            missing = set(memory.missing_blocks)
+            memory = CompositeMemory(
+                {b: filler if b in missing else memory for b in context.ram_blocks}
+            )
+        yield OpenedMemory(memory, tuple(passed_over))
+
+
+def _first_that_works(
+    stack: ExitStack,
+    candidates: Sequence[MemorySource],
+    context: SourceContext,
+    passed_over: list[tuple[str, str]],
+) -> GuestMemory:
+    for source in candidates:
+        attempt = ExitStack()
+        try:
+            memory = attempt.enter_context(source.open(context))
+            _prove(memory, context)
+        except SourceError as error:
+            attempt.close()
+            passed_over.append((source.name, str(error)))
+            continue
+        except BaseException:
+            attempt.close()
+            raise
+        stack.push(attempt)
+        return memory
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over)
+    raise SourceError(f"guest memory cannot be read: {reasons}")
 
 
 def memory_source_states(context: SourceContext) -> Iterator[tuple[str, str | None]]:
@@ -93,7 +109,9 @@ def memory_source_states(context: SourceContext) -> Iterator[tuple[str, str | No
 
 def _prove(memory: GuestMemory, context: SourceContext) -> None:
     # Registers of devices change by themselves, RAM of a stopped guest does not.
-    largest = sorted(context.ram_blocks, key=lambda block: -block.size)[:_SAMPLES]
+    missing = memory.missing_blocks if isinstance(memory, PartialMemory) else ()
+    blocks = set(context.ram_blocks) - set(missing)
+    largest = sorted(blocks, key=lambda block: (-block.size, block.gpa))[:_SAMPLES]
     for block in largest:
         size = min(_SAMPLE_SIZE, block.size)
         for gpa in (block.gpa, block.gpa + (block.size - size) // 2 & ~7):

@@ -17,11 +17,13 @@ class SourceContext:
         monitor: QEMU's human monitor.
         stub: The gdbstub, where the door has one.
         ram_blocks: Of the guest, by ascending gpa.
+        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
     """
 
     monitor: Monitor
     stub: Stub | None
     ram_blocks: Sequence[RamBlock]
+    addresses: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ class StubMemory:
     """Guest memory by packets of the remote protocol."""
 
     name = "gdbstub"
+    is_slow = True
+    """Do not read for convenience what the dump does not need."""
 
     def __init__(self, stub: Stub) -> None:
         self._stub = stub

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeAlias
 
-from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError
+from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError, RequestError
+from qemu_dump_ext.third_party import missing_package
 
 Compress: TypeAlias = Callable[[bytes | memoryview], bytes]
 Decompress: TypeAlias = Callable[[bytes | memoryview, int], bytes]
@@ -24,6 +25,8 @@ class PageCodec:
         package: What `pip install` calls the package, None where the standard library will do.
         compressor: Makes a function that packs one page; the answer may be longer than the page.
             Byte-identical to QEMU's where QEMU knows the codec and the library is the same.
+        tuned: Makes a compressor of a level, None: the best trade of time and size. Same format,
+            but not QEMU's bytes. None: the codec has no levels, and `compressor` is the best.
         decompressor: Makes a function (packed page, page size in bytes) that answers exactly one
             page, never allocates more than about twice that, and raises `CorruptDumpError`.
 
@@ -36,6 +39,7 @@ class PageCodec:
     package: str | None
     compressor: Callable[[], Compress]
     decompressor: Callable[[], Decompress]
+    tuned: Callable[[int | None], Compress] | None = None
 
 
 def import_package(module: str, codec: str, package: str, needs: str = "") -> ModuleType:
@@ -53,11 +57,13 @@ def import_package(module: str, codec: str, package: str, needs: str = "") -> Mo
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise CodecUnavailableError(
-            f"page codec {codec} is not available: {error}",
-            package=package,
-            hint=f"pip install {package}" + (f"; it needs {needs}" if needs else ""),
-        ) from error
+        message, hint = missing_package(f"page codec {codec}", package, needs)
+        raise CodecUnavailableError(message, package=package, hint=hint) from error
+
+
+def no_level(codec: str, level: int, highest: int) -> RequestError:
+    """Return the error for a level that the codec has not."""
+    return RequestError(f"{codec} has no level {level}", hint=f"0 to {highest}")
 
 
 def bad_page(codec: str, reason: object) -> CorruptDumpError:

@@ -1,6 +1,9 @@
 """Pages packed by zlib.
 
 Source: QEMU dump/dump.c (compress2 at Z_BEST_SPEED): zlib container, level 1.
+
+Intel's ISA-L writes the same format three times as fast: its level 1 within 2 % of the size of
+zlib's level 1, its level 0 six times as fast at a quarter more.
 """
 
 from __future__ import annotations
@@ -13,12 +16,31 @@ from qemu_dump_ext.page_codecs._declaration import (
     Compress,
     PageCodec,
     bad_page,
+    no_level,
     wrong_size,
 )
+
+_DEFAULT_LEVEL = 1
+_ISAL_HIGHEST_LEVEL = 1
+"""ISA-L has two more, which are slower than these and hardly smaller."""
 
 
 def _compressor() -> Compress:
     return partial(zlib.compress, level=zlib.Z_BEST_SPEED)
+
+
+def _tuned(level: int | None) -> Compress:
+    wanted = _DEFAULT_LEVEL if level is None else level
+    if not 0 <= wanted <= zlib.Z_BEST_COMPRESSION:
+        raise no_level("zlib", wanted, zlib.Z_BEST_COMPRESSION)
+    if wanted <= _ISAL_HIGHEST_LEVEL:
+        try:
+            from isal import isal_zlib
+        except ImportError:
+            pass
+        else:
+            return partial(isal_zlib.compress, level=wanted)
+    return partial(zlib.compress, level=max(wanted, zlib.Z_BEST_SPEED))
 
 
 def _decompress(data: bytes | memoryview, page_size: int) -> bytes:
@@ -41,4 +63,5 @@ CODEC = PageCodec(
     package=None,
     compressor=_compressor,
     decompressor=lambda: _decompress,
+    tuned=_tuned,
 )

@@ -14,11 +14,14 @@ from qemu_dump_ext.page_codecs._declaration import (
     PageCodec,
     bad_page,
     import_package,
+    no_level,
     wrong_size,
 )
 
 _PACKAGE = "zstandard"
 _LEVEL = 1
+_FAST_LEVEL = -1
+_HIGHEST_LEVEL = 19
 _SIZE_UNKNOWN = -1
 
 
@@ -27,7 +30,15 @@ def _import() -> ModuleType:
 
 
 def _compressor() -> Compress:
-    compress: Compress = _import().ZstdCompressor(level=_LEVEL).compress
+    return _tuned(_LEVEL)
+
+
+def _tuned(level: int | None) -> Compress:
+    wanted = _LEVEL if level is None else level
+    if not 0 <= wanted <= _HIGHEST_LEVEL:
+        raise no_level("zstd", wanted, _HIGHEST_LEVEL)
+    # The library's level 0 is its default; ours is its fastest that is smaller than snappy.
+    compress: Compress = _import().ZstdCompressor(level=wanted or _FAST_LEVEL).compress
     return compress
 
 
@@ -57,4 +68,5 @@ CODEC = PageCodec(
     package=_PACKAGE,
     compressor=_compressor,
     decompressor=_decompressor,
+    tuned=_tuned,
 )

@@ -32,6 +32,8 @@ DUMPS = {
 }
 # Debian's makedumpfile reads neither snappy nor zstd, and flattened files with -R only.
 MAKEDUMPFILE_READS = ("elf", "kdump-raw-zlib", "kdump-raw-lzo")
+# Where the stack of a vCPU begins that was stopped in the kernel.
+STACK_ROOTS = {"start_secondary", "rest_init", "ret_from_fork", "entry_SYSCALL_64"}
 DumpOf = Callable[[str], Path]
 
 
@@ -90,7 +92,7 @@ def test_drgn_knows_tasks_log_and_stacks(
         trace = program.stack_trace(cpu_curr(program, cpu))
         assert trace[0].pc == counter
         assert len(trace) > 3
-        assert {"do_idle", "start_secondary", "rest_init"} & {frame.name for frame in trace}
+        assert STACK_ROOTS & {frame.name for frame in trace}
 
 
 @pytest.mark.parametrize("name", ["elf", "kdump-zlib", "kdump-raw-lzo", "kdump-raw-zstd"])
@@ -109,7 +111,7 @@ def test_crash_knows_the_system_and_its_log(
     assert f"RELEASE: {paused_linux.files.release}\n" in done.stdout
     assert paused_linux.image.kernel_log in done.stdout
     for cpu in range(paused_linux.image.cpus):
-        assert f'CPU: {cpu}    COMMAND: "swapper/{cpu}"' in done.stdout
+        assert f'CPU: {cpu}    COMMAND: "' in done.stdout
 
 
 @pytest.mark.parametrize("name", MAKEDUMPFILE_READS)

@@ -22,6 +22,8 @@ KDUMP = {
     "release": _UTSNAME,
     "version": _UTSNAME,
 }
+_FASTER = "ISA-L packs pages three times as fast, into other bytes of the same format"
+KDUMP_ZLIB = {"rest": _FASTER}
 KDUMP_LINUX = {
     "nodename": _UTSNAME,
     "domainname": _UTSNAME,

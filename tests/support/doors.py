@@ -14,8 +14,8 @@ from tests.support.raw_qmp import RawQmp
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GDB_SCRIPT = REPOSITORY / "gdb" / "qemu_dump.py"
-_SECONDS = 120
-_MAIN = "import sys; from qemu_dump_ext.cli.dump_command import main; sys.exit(main())"
+_SECONDS = 60
+_MAIN = "import sys; from qemu_dump_ext.entry import qemu_dump_guest_memory as run; sys.exit(run())"
 
 
 def cli_argv(*words: object) -> list[str]:

@@ -5,6 +5,7 @@ import pytest
 from qemu_dump_ext.dump_arguments import (
     OneLineParser,
     add_dump_arguments,
+    add_file_arguments,
     parse_dump_arguments,
     request_of,
 )
@@ -14,7 +15,7 @@ from qemu_dump_ext.errors import RequestError
 def parse(*words: str) -> tuple[str, str, str]:
     parser = OneLineParser(prog="dump")
     add_dump_arguments(parser)
-    parser.add_argument("file")
+    add_file_arguments(parser, "a file")
     arguments = parse_dump_arguments(parser, words)
     return request_of(arguments).format_name, arguments.file, arguments.memory
 
@@ -45,11 +46,11 @@ def test_formats(words: tuple[str, ...], dump_format: str, file: str):
     ("words", "message"),
     [
         (("-z", "zlob", "out"), "invalid choice: 'zlob'"),
-        (("-z", "zlib"), "required: file"),
+        (("-z", "zlib"), "required: FILE "),
         (("-z", "-l", "out"), "not allowed with"),
         (("--memory", "tape", "out"), "invalid choice: 'tape'"),
         (("--frob", "out"), "unrecognized arguments"),
-        ((), "required: file"),
+        ((), "required: FILE "),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(words: tuple[str, ...], message: str):

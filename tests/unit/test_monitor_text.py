@@ -5,8 +5,6 @@ import pytest
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest import RamBlock
 from qemu_dump_ext.monitor_text import (
-    has_device,
-    parse_cpu_types,
     parse_flat_view,
     parse_named_values,
     parse_physical_bytes,
@@ -93,16 +91,29 @@ def test_names_and_values_may_have_blanks_between_them():
     assert parse_named_values("R8 =0f R9 = 10 [Z] CPL=0") == {"R8": 15, "R9": 16, "CPL": 0}
 
 
-def test_version_status_types_and_bytes():
+def test_version_status_and_bytes():
     assert parse_version("7.2.22Debian 1:7.2+dfsg-7") == (7, 2, 22)
     assert parse_status("VM status: paused (prelaunch)\n") == "paused (prelaunch)"
-    tree = "/machine (pc-q35-7.2-machine)\n  /device[0] (qemu64-x86_64-cpu)\n  /v (vmcoreinfo)\n"
-    assert parse_cpu_types(tree) == {"qemu64-x86_64-cpu"}
-    assert has_device(tree, "vmcoreinfo")
-    assert not has_device(tree, "vmcore")
     assert parse_physical_bytes("0000000000001000: 0x01 0xff\n0000000000001002: 0x00\n") == (
         b"\x01\xff\x00"
     )
     for parse in (parse_version, parse_status):
         with pytest.raises(MonitorAnswerError):
             parse("unknown command: 'info'")
+
+
+def test_a_window_to_flash_is_no_ram():
+    """A read-only alias of flash is shown as `rom`, and QEMU does not dump it."""
+    view = (
+        "FlatView #0\n"
+        ' AS "memory", root: system\n'
+        " Root memory region: system\n"
+        "  0000000000000000-00000000000bffff (prio 0, ram): pc.ram\n"
+        "  00000000000c0000-00000000000dffff (prio 1, rom): pc.rom\n"
+        "  00000000000e0000-00000000000fffff (prio 0, rom): system.flash0 @00000000000e0000\n"
+        "  0000000000100000-0000000003ffffff (prio 0, ram): pc.ram @0000000000100000\n"
+        "  00000000fff00000-00000000ffffffff (prio 0, {kind}): system.flash0\n"
+    )
+    for kind in ("romd", "i/o"):
+        blocks = parse_flat_view(view.replace("{kind}", kind))
+        assert [block.name for block in blocks] == ["pc.ram", "pc.rom", "pc.ram"]

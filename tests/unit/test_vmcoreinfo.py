@@ -7,7 +7,6 @@ import pytest
 from qemu_dump_ext.vmcoreinfo import (
     note_at_page_start,
     parse_new_utsname,
-    possible_notes,
     vmcoreinfo_number,
     vmcoreinfo_text,
     vmcoreinfo_value,
@@ -51,14 +50,6 @@ def test_a_note_is_taken_without_what_follows_it():
 )
 def test_what_is_no_note(page: bytes):
     assert note_at_page_start(page, "little") is None
-
-
-def test_notes_begin_at_the_start_of_a_page():
-    memory = bytearray(3 * 4096)
-    memory[4096 : 4096 + len(note())] = note()
-    memory[8192 + 64 : 8192 + 64 + len(note())] = note()
-    assert list(possible_notes(memoryview(memory), 0x10000)) == [4096]
-    assert list(possible_notes(memoryview(memory), 0x10000 - 64)) == [8192 + 64]
 
 
 def utsname(*strings: bytes) -> bytes:

@@ -74,16 +74,16 @@ def test_the_stub_comes_before_the_monitor_and_both_before_qemus_note():
 
 def test_one_vcpu_in_long_mode_makes_a_64_bit_dump():
     vcpus = [Vcpu(0, {"efer": 0}), Vcpu(1, {"efer": LMA})]
-    assert X86_64.select_core(vcpus, LOW, MENDED).e_machine == 62
+    assert X86_64.select_core(vcpus, LOW, MENDED, "").e_machine == 62
     # QEMU looks at the first one only.
-    assert X86_64.select_core(vcpus, LOW, qemu_dialect((7, 2, 0))).e_machine == 3
+    assert X86_64.select_core(vcpus, LOW, qemu_dialect((7, 2, 0)), "").e_machine == 3
 
 
 def test_a_guest_in_32_bit_mode_needs_elf64_when_memory_reaches_4_gib():
     vcpus = [Vcpu(0, {"efer": 0})]
-    assert X86_64.select_core(vcpus, LOW, MENDED).word_size == 4
+    assert X86_64.select_core(vcpus, LOW, MENDED, "").word_size == 4
     high = [*LOW, RamBlock(0xFFFC0000, 0x40000, "bios", 0)]
-    assert X86_64.select_core(vcpus, high, MENDED).word_size == 8
+    assert X86_64.select_core(vcpus, high, MENDED, "").word_size == 8
 
 
 def test_descriptor_lines_of_the_monitor():
@@ -109,7 +109,7 @@ def test_user_regs_struct_has_linux_order():
         "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi orig_rax rip cs_selector eflags"
         " rsp ss_selector fs_base gs_base ds_selector es_selector fs_selector gs_selector"
     ).split()
-    note = X86_64.select_core([Vcpu(0, {"efer": LMA})], LOW, MENDED).notes[0]
+    note = X86_64.select_core([Vcpu(0, {"efer": LMA})], LOW, MENDED, "").notes[0]
     structure = note.bind("little")
     values = {name: number for number, name in enumerate(order, 1)}
     packed = structure.pack(pr_pid=7, **values)

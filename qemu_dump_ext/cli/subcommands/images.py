@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
+from qemu_dump_ext.cli.guest_matrix import matrix_lines, try_guest
+from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image, load_manifest
 from qemu_dump_ext.guest_images.store import ImageStore
@@ -33,6 +34,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--debug-symbols", action="store_true", help="also the kernel's vmlinux, for crash"
     )
     fetcher.set_defaults(action=_fetch)
+
+    matrix = _add_action(
+        actions, "matrix", "fetch, boot and dump guests, verify the dumps, and print a table"
+    )
+    matrix.add_argument("names", nargs="*", metavar="NAME", help="default: all guests")
+    matrix.set_defaults(action=_matrix)
 
     booter = _add_action(actions, "boot", "boot a guest under TCG, with QMP and gdbstub sockets")
     booter.add_argument("name", metavar="NAME")
@@ -109,6 +116,19 @@ def _fetch(arguments: argparse.Namespace) -> int:
     if files.vmlinux:
         print(f"debug symbols: {files.vmlinux}")
     return EXIT_SUCCESS
+
+
+def _matrix(arguments: argparse.Namespace) -> int:
+    store = ImageStore(arguments.cache)
+    rows = []
+    for name in arguments.names or load_manifest():
+
+        def report(step: str, name: str = name) -> None:
+            print(f"{name}: {step}", file=sys.stderr)
+
+        rows.append(try_guest(find_image(name), store, report))
+    print("\n".join(matrix_lines(rows)))
+    return EXIT_SUCCESS if all(row.succeeded for row in rows) else EXIT_FAILURE
 
 
 def _boot(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     with connect_qmp(arguments.qmp) as monitor:
-        description = describe_guest(GuestAccess(monitor, None, monitor.native_dump))
+        description = describe_guest(
+            GuestAccess(monitor, None, monitor.native_dump, (arguments.qmp,))
+        )
     capabilities = query_capabilities()
     if arguments.json:
         print(json.dumps(asdict(description) | asdict(capabilities)))

@@ -1,0 +1,56 @@
+"""`qemu-dump dmesg`: the guest kernel's log, as makedumpfile --dump-dmesg prints it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
+from qemu_dump_ext.guest_log import GuestLog, log_of_dump, log_of_guest
+from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.sync_qmp import connect_qmp
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
+    parser.add_argument(
+        "--qmp", metavar="SOCKET", help="QMP socket of a live guest, which is stopped meanwhile"
+    )
+    parser.add_argument(
+        "--memory",
+        default=AUTO,
+        choices=(AUTO, *all_memory_sources()),
+        help="with --qmp: where guest memory comes from; auto takes the fastest that works",
+    )
+    parser.add_argument(
+        "--kernel",
+        metavar="RELEASE",
+        help="of this kernel (as 'uname -r' prints it, or its note's address as 0x...) where"
+        " memory has several",
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    log = _read(arguments)
+    for remark in log.remarks:
+        print(remark, file=sys.stderr)
+    for record in log.records:
+        print(record.line())
+    return EXIT_SUCCESS
+
+
+def _read(arguments: argparse.Namespace) -> GuestLog:
+    if (arguments.file is None) == (arguments.qmp is None):
+        raise RequestError("whose log?", hint="name a dump, or a live guest by --qmp SOCKET")
+    if arguments.file is not None:
+        with open_dump(arguments.file) as dump:
+            return log_of_dump(dump, kernel=arguments.kernel)
+    with connect_qmp(arguments.qmp) as monitor:
+        access = GuestAccess(monitor, None, monitor.native_dump)
+        return log_of_guest(access, memory=arguments.memory, kernel=arguments.kernel)
+
+
+COMMAND = Subcommand("dmesg", "show the guest kernel's log", _add_arguments, _run)

@@ -1,0 +1,35 @@
+"""What the installed commands start: an interrupt ends them while there is nothing to clean up."""
+
+from __future__ import annotations
+
+import signal
+
+
+def _end_silently_when_interrupted() -> None:
+    # The imports take a moment, and Python would answer an interrupt with a traceback.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def qemu_dump() -> int:
+    """Run `qemu-dump`; returns the exit status."""
+    _end_silently_when_interrupted()
+    from qemu_dump_ext.cli import main  # noqa: PLC0415 - behind the call above
+
+    return main()
+
+
+def qemu_dump_guest_memory() -> int:
+    """Run `qemu-dump-guest-memory`; returns the exit status."""
+    _end_silently_when_interrupted()
+    from qemu_dump_ext.cli.dump_command import main  # noqa: PLC0415 - behind the call above
+
+    return main()
+
+
+def qemu_hmp_proxy() -> int:
+    """Run `qemu-hmp-proxy`; returns the exit status."""
+    _end_silently_when_interrupted()
+    from qemu_dump_ext.cli.hmp_proxy_command import main  # noqa: PLC0415 - behind the call above
+
+    return main()

@@ -1,0 +1,136 @@
+"""The kernel's log of a guest: of a live one, or of a dump."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures._declaration import Architecture, Core
+from qemu_dump_ext.dialect import MENDED
+from qemu_dump_ext.dump_file import DumpFile
+from qemu_dump_ext.dump_plan import phys_base
+from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
+from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
+from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
+from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
+from qemu_dump_ext.kernel_memory import KernelMemory
+from qemu_dump_ext.memory_sources import open_memory
+from qemu_dump_ext.memory_sources._declaration import SourceContext
+from qemu_dump_ext.run_state import stopped
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.vmcoreinfo_search import NoteSearch
+
+
+@dataclass(frozen=True)
+class GuestLog:
+    """What was found.
+
+    Attributes:
+        records: Oldest first.
+        remarks: Where the kernel's own description came from, if it had to be searched for.
+    """
+
+    records: Sequence[LogRecord]
+    remarks: Sequence[str]
+
+
+@dataclass(frozen=True)
+class _Guest:
+    architecture: Architecture
+    core: Core
+    memory: GuestMemory
+    ram_blocks: Sequence[RamBlock]
+    vcpus: Sequence[Vcpu] = ()
+
+    def log(self, vmcoreinfo: bytes, kernel: str | None) -> GuestLog:
+        remarks: Sequence[str] = ()
+        byte_order = self.core.byte_order
+        if not vmcoreinfo or kernel is not None:
+            search = NoteSearch(
+                self.architecture, byte_order, self.memory, self.ram_blocks, self.vcpus
+            )
+            result = search.find(kernel)
+            if result.chosen is None:
+                raise SourceError("; ".join(result.remarks), hint="is it a Linux guest?")
+            vmcoreinfo, remarks = result.chosen.text, result.remarks
+        kernel_memory = KernelMemory(self.architecture, self.memory, self.ram_blocks, vmcoreinfo)
+        records = read_kernel_log(
+            vmcoreinfo, kernel_memory.read, byte_order, kernel_memory.word_size
+        )
+        return GuestLog(tuple(records), remarks)
+
+
+def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> GuestLog:
+    """Read the log of a live guest; it is stopped meanwhile.
+
+    Args:
+        access: The ways to the guest.
+        memory: Name of the memory source, or `auto`.
+        kernel: Which kernel's, as `NoteSearch.find` takes it; None: the live one.
+
+    Raises:
+        SourceError: The guest cannot be reached, or has no log that can be read.
+        RequestError: There is no such kernel.
+    """
+    with stopped(access.monitor):
+        found = probe_guest(access)
+        context = SourceContext(access.monitor, access.stub, found.ram_blocks)
+        core = found.architecture.select_core(found.vcpus, found.ram_blocks, MENDED, found.machine)
+        with open_memory(memory, context) as opened:
+            guest = _Guest(found.architecture, core, opened.memory, found.ram_blocks, found.vcpus)
+            return guest.log(vmcoreinfo_text(found.guest_note or b"", core.byte_order), kernel)
+
+
+class _DumpMemory:
+    """A dump as guest memory."""
+
+    name = "dump"
+
+    def __init__(self, dump: DumpFile) -> None:
+        self._dump = dump
+
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `gpa` on."""
+        self._dump.read_into(gpa, buffer)
+
+    def close(self) -> None:
+        """Leave the dump to its owner."""
+
+
+def log_of_dump(dump: DumpFile, *, kernel: str | None) -> GuestLog:
+    """Read the log in a dump.
+
+    Raises:
+        SourceError: It has no log that can be read.
+        RequestError: There is no such kernel.
+        CorruptDumpError: The dump is damaged.
+    """
+    architecture, core = _architecture_of(dump)
+    blocks = [RamBlock(gpa, size, "", 0) for gpa, size in dump.memory_ranges()]
+    guest = _Guest(architecture, core, _DumpMemory(dump), blocks)
+    return guest.log(dump.vmcoreinfo or b"", kernel)
+
+
+def _architecture_of(dump: DumpFile) -> tuple[Architecture, Core]:
+    machine = dump.header.get("e_machine", dump.header.get("machine"))
+    fitting = [
+        (architecture, core)
+        for architecture in all_architectures().values()
+        for core in architecture.cores
+        if (core.byte_order, core.word_size) == (dump.byte_order, dump.word_size)
+        and architecture.kernel_page_tables is not None
+    ]
+    for architecture, core in fitting:
+        if machine in {core.e_machine, core.uname_machine, architecture.qemu_uname_machine}:
+            return architecture, core
+    if machine in {"Unknown", ""}:  # QEMU since 9.2 names no machine in a kdump
+        for architecture, core in fitting:
+            if _describes(architecture, dump.vmcoreinfo or b""):
+                return architecture, core
+    raise UnsupportedTargetError(f"the kernel's log of a guest of machine {machine!r} is not read")
+
+
+def _describes(architecture: Architecture, vmcoreinfo: bytes) -> bool:
+    tables = architecture.kernel_page_tables
+    return bool(tables and tables(vmcoreinfo, phys_base(architecture, vmcoreinfo)))

@@ -1,0 +1,191 @@
+"""The log of a Linux kernel, as `dmesg` shows it, from guest memory. Pure but for the reader.
+
+Every address, size and offset comes from VMCOREINFO, and every number from guest memory: all are
+bounded, and a record that contradicts itself is cut or left out.
+
+Source: Linux kernel/printk/printk_ringbuffer.c (since 5.10), kernel/printk/printk.c (struct
+printk_log, 3.11 to 5.9; struct log before); Documentation/admin-guide/kdump/vmcoreinfo.rst; the
+text of a line is that of makedumpfile --dump-dmesg.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+
+_LOG_SIZE_MAX = 1 << 30
+_COUNT_BITS_MAX = 24
+_STRUCT_SIZE_MAX = 4096
+_COMMITTED, _FINALIZED = 1, 2
+_STATE_BITS = 2
+_PRINTABLE = frozenset(range(0x20, 0x7F)) | frozenset(b"\t\v\f\r")
+
+ReadKernel = Callable[[int, int], bytes]
+"""Gets a kernel address and a size; raises SourceError where there is no memory."""
+
+
+@dataclass(frozen=True)
+class LogRecord:
+    """One message.
+
+    Attributes:
+        nanoseconds: Since the boot.
+        text: As it was printed.
+    """
+
+    nanoseconds: int
+    text: bytes
+
+    def line(self) -> str:
+        """Return it as makedumpfile prints it, without the last newline."""
+        seconds, rest = divmod(self.nanoseconds, 1_000_000_000)
+        stamp = f"[{seconds:5}.{rest // 1000:06}] "
+        following = "\n" + " " * len(stamp)
+        return stamp + "".join(
+            following if byte == 0x0A else chr(byte) if byte in _PRINTABLE else f"\\x{byte:02x}"
+            for byte in self.text
+        )
+
+
+class _Facts:
+    # SIZE, OFFSET and SYMBOL of VMCOREINFO, and integers in the kernel's byte order.
+
+    def __init__(self, text: bytes, read: ReadKernel, byte_order: ByteOrder, word: int) -> None:
+        self._text = text
+        self.read = read
+        self.byte_order = byte_order
+        self.word = word
+
+    def symbol(self, name: str) -> int | None:
+        return vmcoreinfo_number(self._text, f"SYMBOL({name})", 16)
+
+    def size(self, name: str) -> int:
+        return self._number(f"SIZE({name})", 1)
+
+    def offset(self, name: str) -> int:
+        return self._number(f"OFFSET({name})", 0)
+
+    def has(self, name: str) -> bool:
+        return vmcoreinfo_number(self._text, f"SIZE({name})") is not None
+
+    def _number(self, key: str, least: int) -> int:
+        value = vmcoreinfo_number(self._text, key)
+        if value is None or not least <= value <= _STRUCT_SIZE_MAX:
+            raise SourceError(f"VMCOREINFO has no usable {key}: the kernel's log cannot be read")
+        return value
+
+    def integer(self, data: bytes, offset: int, size: int) -> int:
+        if offset + size > len(data):
+            raise SourceError("VMCOREINFO contradicts itself: the kernel's log cannot be read")
+        return int.from_bytes(data[offset : offset + size], self.byte_order)
+
+    def load(self, address: int, size: int) -> int:
+        return int.from_bytes(self.read(address, size), self.byte_order)
+
+
+def read_kernel_log(
+    vmcoreinfo: bytes, read: ReadKernel, byte_order: ByteOrder, word_size: int
+) -> Iterator[LogRecord]:
+    """Yield the records of the log, oldest first.
+
+    Args:
+        vmcoreinfo: What the kernel says of itself.
+        read: Reads kernel memory.
+        byte_order: Of the guest.
+        word_size: Of the kernel's `long`, in bytes.
+
+    Raises:
+        SourceError: There is no log where VMCOREINFO says, or it is of an unknown kind.
+    """
+    facts = _Facts(vmcoreinfo, read, byte_order, word_size)
+    if (pointer := facts.symbol("prb")) is not None:
+        yield from _ring_buffer(facts, facts.load(pointer, word_size))
+    elif (pointer := facts.symbol("log_buf")) is not None:
+        yield from _record_buffer(facts, facts.load(pointer, word_size))
+    else:
+        raise SourceError("VMCOREINFO does not say where the kernel's log is")
+
+
+def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
+    """Walk struct printk_ringbuffer: descriptors, informations, and a ring of texts."""
+    word, integer = facts.word, facts.integer
+    ring = facts.read(address, facts.size("printk_ringbuffer"))
+    descriptors_at = facts.offset("printk_ringbuffer.desc_ring")
+    texts_at = facts.offset("printk_ringbuffer.text_data_ring")
+
+    def of_descriptors(member: str, size: int) -> int:
+        return integer(ring, descriptors_at + facts.offset(f"prb_desc_ring.{member}"), size)
+
+    count_bits = of_descriptors("count_bits", 4)
+    size_bits = integer(ring, texts_at + facts.offset("prb_data_ring.size_bits"), 4)
+    descriptor_size, info_size = facts.size("prb_desc"), facts.size("printk_info")
+    if count_bits > _COUNT_BITS_MAX or (1 << min(size_bits, 64)) > _LOG_SIZE_MAX:
+        raise SourceError(f"the kernel's log is impossible: 2^{count_bits} in 2^{size_bits} bytes")
+    count, text_size = 1 << count_bits, 1 << size_bits
+    if count * max(descriptor_size, info_size) > _LOG_SIZE_MAX:
+        raise SourceError(f"the kernel's log has {count} records, which is impossible")
+    descriptors = facts.read(of_descriptors("descs", word), count * descriptor_size)
+    infos = facts.read(of_descriptors("infos", word), count * info_size)
+    texts = facts.read(
+        integer(ring, texts_at + facts.offset("prb_data_ring.data"), word), text_size
+    )
+    counter = facts.offset("atomic_long_t.counter")
+    id_mask = (1 << 8 * word - _STATE_BITS) - 1
+    head = integer(ring, descriptors_at + facts.offset("prb_desc_ring.head_id") + counter, word)
+    tail = integer(ring, descriptors_at + facts.offset("prb_desc_ring.tail_id") + counter, word)
+    state_at = facts.offset("prb_desc.state_var") + counter
+    block_at = facts.offset("prb_desc.text_blk_lpos")
+    begin_at = block_at + facts.offset("prb_data_blk_lpos.begin")
+    next_at = block_at + facts.offset("prb_data_blk_lpos.next")
+    stamp_at, length_at = (facts.offset(f"printk_info.{name}") for name in ("ts_nsec", "text_len"))
+    for step in range(min((head - tail) & id_mask, count - 1) + 1):
+        number = (tail + step) & id_mask
+        descriptor = (number % count) * descriptor_size
+        state = integer(descriptors, descriptor + state_at, word)
+        if state & id_mask != number or state >> 8 * word - _STATE_BITS not in {
+            _COMMITTED,
+            _FINALIZED,
+        }:
+            continue
+        begin = integer(descriptors, descriptor + begin_at, word) % text_size
+        behind = integer(descriptors, descriptor + next_at, word) % text_size
+        if begin == behind:  # a record without text
+            continue
+        start = (0 if begin > behind else begin) + word  # its id stands in front of the text
+        info = (number % count) * info_size
+        length = min(integer(infos, info + length_at, 2), max(behind - start, 0))
+        yield LogRecord(integer(infos, info + stamp_at, 8), texts[start : start + length])
+
+
+def _record_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
+    """Walk the buffer of struct printk_log: records behind each other, length 0 at the wrap."""
+    name = "printk_log" if facts.has("printk_log") else "log"
+    symbols = ("log_buf_len", "log_first_idx", "log_next_idx")
+    addresses = [facts.symbol(symbol) for symbol in symbols]
+    numbers = [facts.load(place, 4) for place in addresses if place is not None]
+    if len(numbers) < len(addresses):
+        raise SourceError("VMCOREINFO does not tell the bounds of the kernel's log")
+    size, first, behind = numbers
+    if size > _LOG_SIZE_MAX:
+        raise SourceError(f"the kernel's log of {size:#x} bytes is impossible")
+    buffer = facts.read(address, size)
+    header = facts.size(name)
+    stamp_at, length_at, text_at = (
+        facts.offset(f"{name}.{member}") for member in ("ts_nsec", "len", "text_len")
+    )
+    position, wrapped = first, False
+    while position != behind and position + header <= size:
+        length = facts.integer(buffer, position + length_at, 2)
+        if not length:
+            if wrapped:
+                return
+            wrapped, position = True, 0
+            continue
+        text_size = min(facts.integer(buffer, position + text_at, 2), max(length - header, 0))
+        text = buffer[position + header :][:text_size]
+        yield LogRecord(facts.integer(buffer, position + stamp_at, 8), text)
+        position += length

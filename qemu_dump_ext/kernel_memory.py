@@ -1,0 +1,85 @@
+"""Kernel virtual memory of a Linux guest, from VMCOREINFO and guest physical memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.dump_plan import phys_base
+from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
+from qemu_dump_ext.guest import GuestMemory, RamBlock
+from qemu_dump_ext.guest_tables import TableReader
+from qemu_dump_ext.page_table_walk import PageTableRoot, translate
+
+_U64 = (1 << 64) - 1
+_32_BITS = 32
+
+
+class KernelMemory:
+    """Reads at kernel addresses, which its own page tables translate.
+
+    Attributes:
+        word_size: Of the kernel's `long`, in bytes; the dump's may be larger.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        memory: GuestMemory,
+        ram_blocks: Sequence[RamBlock],
+        vmcoreinfo: bytes,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            architecture: Of the guest.
+            memory: Of the guest.
+            ram_blocks: Where it has memory.
+            vmcoreinfo: What the kernel says of itself; untrusted.
+
+        Raises:
+            SourceError: It says too little, or this architecture's tables are unknown.
+        """
+        self._memory = memory
+        self._blocks = ram_blocks
+        self._tables = TableReader(memory, ram_blocks)
+        self._root: PageTableRoot | None = None
+        if architecture.kernel_page_tables is not None:
+            self._root = architecture.kernel_page_tables(
+                vmcoreinfo, phys_base(architecture, vmcoreinfo)
+            )
+        if self._root is None:
+            raise SourceError(
+                f"kernel addresses of {architecture.name} cannot be translated:"
+                " VMCOREINFO does not say where the kernel's page tables are"
+            )
+        self.word_size = 4 if self._root.geometry.address_bits <= _32_BITS else 8
+
+    def read(self, gva: int, size: int) -> bytes:
+        """Return `size` bytes at a kernel address; `size` is the caller's to bound.
+
+        Raises:
+            SourceError: The address is not mapped, or mapped to no memory.
+        """
+        data = bytearray(size)
+        view = memoryview(data)
+        while view:
+            gpa, run = self._translate(gva)
+            part = view[: min(run, len(view))]
+            self._read_physical(gva, gpa, part)
+            gva, view = (gva + len(part)) & _U64, view[len(part) :]
+        return bytes(data)
+
+    def _translate(self, gva: int) -> tuple[int, int]:
+        found = translate(self._root, self._tables, gva) if self._root else None
+        if found is None:
+            raise SourceError(f"kernel address {gva:#x} is not mapped")
+        return found
+
+    def _read_physical(self, gva: int, gpa: int, view: memoryview) -> None:
+        if not any(block.gpa <= gpa and gpa + len(view) <= block.end for block in self._blocks):
+            raise SourceError(f"kernel address {gva:#x} leads to no memory: {gpa:#x}")
+        try:
+            self._memory.read_into(gpa, view)
+        except GuestMemoryFaultError as error:
+            raise SourceError(f"kernel address {gva:#x}: {error}") from error

@@ -1,0 +1,113 @@
+"""Ask the monitor for what grows with the guest, in pieces.
+
+QEMU sends each line of an answer through the gdbstub as a packet of its own, and gdb acknowledges
+each; with some 600 of them in flight on a unix socket both sides wait for each other forever. So
+the object tree is walked level by level, and not asked for at once by `info qom-tree`, and many
+vCPUs are asked for one by one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qemu_dump_ext.errors import MonitorAnswerError
+from qemu_dump_ext.guest import Monitor
+from qemu_dump_ext.monitor_text import parse_vcpu_list, split_vcpus
+
+_CHILD = re.compile(r"^(?P<name>\S+) \(child<(?P<type>[^>]+)>\)$", re.MULTILINE)
+_CPU_SUFFIX = "-cpu"
+# Have no children that matter, and are many.
+_LEAVES = frozenset(("irq", "memory-region", "qemu:memory-region", "clock", "or-irq", "split-irq"))
+# Where boards keep their CPUs; everything else is looked through later.
+_LIKELY = re.compile(r"unattached|soc|cpu|core|thread|hart|cluster|chip|mpu")
+_MAX_OBJECTS = 2000
+_VCPUS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class MachineObjects:
+    """What the object tree tells.
+
+    Attributes:
+        machine_type: Of /machine, such as `pc-q35-7.2-machine`.
+        cpu_type: Of a CPU, such as `max-arm-cpu`.
+        cpu_path: Of that CPU.
+    """
+
+    machine_type: str
+    cpu_type: str
+    cpu_path: str
+
+
+def find_machine_objects(monitor: Monitor, cpu_suffixes: tuple[str, ...]) -> MachineObjects:
+    """Find the machine and one of its CPUs.
+
+    Args:
+        monitor: Of a stopped guest.
+        cpu_suffixes: How the types of the CPUs end that are looked for. Where there is none,
+            something that may be a CPU of another kind is returned, for the message.
+
+    Raises:
+        MonitorAnswerError: There is no CPU.
+    """
+    roots = _children(monitor, "/")
+    machine_type = dict(roots).get("machine", "")
+    waiting = [(0, 0, "/machine")]
+    unknown: MachineObjects | None = None
+    for count in range(1, _MAX_OBJECTS):
+        if not waiting:
+            break
+        _, _, path = heapq.heappop(waiting)
+        for name, kind in _children(monitor, path):
+            found = MachineObjects(machine_type, kind, f"{path}/{name}")
+            if kind.endswith(cpu_suffixes):
+                return found
+            if kind.endswith(_CPU_SUFFIX):
+                unknown = unknown or found
+            if kind not in _LEAVES:
+                unlikely = _LIKELY.search(f"{name} {kind}") is None
+                heapq.heappush(waiting, (int(unlikely), count, f"{path}/{name}"))
+    if unknown is not None:
+        return unknown
+    raise MonitorAnswerError("qom-list /machine", "there is no CPU in it")
+
+
+def has_device(monitor: Monitor, qom_type: str) -> bool:
+    """Tell whether a device of this type was added with -device."""
+    paths = ("/machine/peripheral", "/machine/peripheral-anon")
+    return any(kind == qom_type for path in paths for _, kind in _children(monitor, path))
+
+
+def read_property(monitor: Monitor, path: str, name: str) -> str | None:
+    """Return a property as text, or None where the object has none of this name."""
+    answer = monitor.execute(f"qom-get {path} {name}").strip()
+    # QEMU before 5.1 has no such command.
+    return None if not answer or answer.startswith(("Error", "unknown command")) else answer
+
+
+def read_register_texts(monitor: Monitor) -> Mapping[int, str]:
+    """Return `info registers` of each vCPU by cpu_index.
+
+    Raises:
+        MonitorAnswerError: The monitor shows none.
+    """
+    indexes = parse_vcpu_list(monitor.execute("info cpus"))
+    if len(indexes) > _VCPUS_AT_ONCE:
+        texts: dict[int, str] = {}
+        for index in indexes:
+            texts |= split_vcpus(monitor.execute(f"info registers {index}"))
+        if len(texts) == len(indexes):
+            return texts
+        # This QEMU does not take the number of a vCPU.
+    text = monitor.execute("info registers -a")
+    if not (texts := split_vcpus(text)):
+        raise MonitorAnswerError("info registers -a", text)
+    return texts
+
+
+def _children(monitor: Monitor, path: str) -> list[tuple[str, str]]:
+    found = _CHILD.findall(monitor.execute(f"qom-list {path}"))
+    return [(name, kind) for name, kind in found]

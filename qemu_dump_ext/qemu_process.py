@@ -1,0 +1,309 @@
+"""QEMU's process on this host: which one it is, and what it has mapped.
+
+The process is the one at the other end of a socket that this process is connected to, so that no
+name, command line or pid file has to be trusted. It follows that a QEMU which is on another host,
+or in another PID or network namespace, is not found rather than mistaken.
+
+Source: sock_diag(7), struct unix_diag_req and unix_diag_msg in linux/unix_diag.h; proc(5).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_dump_ext.errors import SourceError
+
+_MAPS_LINE = re.compile(
+    r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<flags>\S+) (?P<offset>[0-9a-f]+)"
+    r" \S+ (?P<inode>\d+) *(?P<path>.*)"
+)
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST = 1
+_UDIAG_SHOW_PEER = 4
+_UNIX_DIAG_PEER = 2
+_ANY_STATE = _ANY_COOKIE = 0xFFFFFFFF
+_NLMSGHDR = struct.Struct("=IHHII")
+_UNIX_DIAG_REQ = struct.Struct("=BBHIIIII")
+_UNIX_DIAG_MSG_SIZE = 16
+_RTATTR = struct.Struct("=HH")
+_UCRED = struct.Struct("=iII")
+_TCP_ESTABLISHED = "01"
+_YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
+
+
+@dataclass(frozen=True)
+class MemoryMapping:
+    """One line of `/proc/PID/maps`.
+
+    Attributes:
+        start: First address.
+        end: First address behind it.
+        shared: Written through to the file, or to whom else maps it.
+        offset: Of `start` in the file, in bytes.
+        inode: Of the file; 0 for anonymous memory.
+        path: As the process sees the file, with " (deleted)" behind it where it has no name.
+    """
+
+    start: int
+    end: int
+    shared: bool
+    offset: int
+    inode: int
+    path: str
+
+    @property
+    def is_private_anonymous(self) -> bool:
+        """Tell whether a page that is not in the page map is a page of zeros."""
+        return not self.shared and (self.inode == 0 or self.path.startswith("/anon_hugepage"))
+
+
+def find_qemu_process(addresses: Sequence[str]) -> int:
+    """Return the pid of the process behind the connection to one of `addresses`.
+
+    Raises:
+        SourceError: It is not on this host, or cannot be looked at; says why.
+    """
+    if not addresses:
+        raise SourceError("no socket of QEMU's to find its process by")
+    reasons = []
+    for address in addresses:
+        try:
+            return _process_behind(address)
+        except SourceError as error:
+            reasons.append(str(error))
+    raise SourceError("; ".join(dict.fromkeys(reasons)))
+
+
+def read_mappings(pid: int) -> list[MemoryMapping]:
+    """Read `/proc/PID/maps`.
+
+    Raises:
+        SourceError: Not permitted, or the process is gone.
+    """
+    try:
+        text = Path(f"/proc/{pid}/maps").read_text("utf-8", "surrogateescape")
+    except OSError as error:
+        raise refusal(pid, error) from error
+    return [
+        MemoryMapping(
+            int(match["start"], 16),
+            int(match["end"], 16),
+            "s" in match["flags"],
+            int(match["offset"], 16),
+            int(match["inode"]),
+            match["path"],
+        )
+        for line in text.splitlines()
+        if (match := _MAPS_LINE.match(line))
+    ]
+
+
+def refusal(pid: int, error: OSError) -> SourceError:
+    """Return an error that says why the kernel does not let us look into process `pid`."""
+    if not isinstance(error, PermissionError):
+        return SourceError(f"QEMU's process {pid}: {os.strerror(error.errno or 0)}")
+    owner = None
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{pid}/status").read_text("utf-8", "replace")
+        owner = int(status.partition("\nUid:")[2].split()[0])
+    if owner is not None and owner != os.geteuid():
+        return SourceError(
+            f"QEMU's process {pid} belongs to user {owner}, not to {os.geteuid()}",
+            hint="be that user, or have CAP_SYS_PTRACE",
+        )
+    with contextlib.suppress(OSError):
+        scope = int(_YAMA.read_text("ascii"))
+        if scope:
+            return SourceError(
+                f"Yama's ptrace_scope is {scope}: it forbids to read process {pid}",
+                hint=f"sysctl {_YAMA.parent.name}.{_YAMA.name}=0, or have CAP_SYS_PTRACE",
+            )
+    return SourceError(
+        f"QEMU's process {pid} must not be read: it is not dumpable, or a security policy forbids"
+        " it",
+        hint="have CAP_SYS_PTRACE",
+    )
+
+
+def _process_behind(address: str) -> int:
+    found_any = False
+    for connection in _own_connections():
+        if not _leads_to(connection, address):
+            continue
+        found_any = True
+        inodes = _peer_inodes(connection)
+        credentials = _peer_pid(connection)
+        if credentials and _holds(credentials, inodes):
+            return credentials
+        pids = [pid for pid in _all_pids() if _holds(pid, inodes)]
+        if len(pids) == 1:
+            return pids[0]
+        if len(pids) > 1:
+            raise SourceError(f"several processes have QEMU's end of {address}: {pids}")
+        if credentials:
+            try:
+                for link in Path(f"/proc/{credentials}/fd").iterdir():
+                    link.readlink()
+            except OSError as error:
+                raise refusal(credentials, error) from error
+    if found_any:
+        raise SourceError(
+            f"no process here that we may look at has the other end of {address}: QEMU is on"
+            " another host, in another namespace, or of another user"
+        )
+    raise SourceError(f"no connection of this process leads to {address}")
+
+
+def _own_connections() -> Iterator[socket.socket]:
+    # Those of a library (QMP) or of the debugger around us (the stub) are not ours to ask for.
+    for link in list(Path("/proc/self/fd").iterdir()):
+        try:
+            if not str(link.readlink()).startswith("socket:"):
+                continue
+            connection = socket.socket(fileno=os.dup(int(link.name)))
+        except OSError:
+            continue
+        with connection:
+            yield connection
+
+
+def _leads_to(connection: socket.socket, address: str) -> bool:
+    try:
+        peer = connection.getpeername()
+    except OSError:
+        return False
+    if connection.family == socket.AF_UNIX:
+        return _is_path(peer, address.removeprefix("unix:"))
+    if connection.family in {socket.AF_INET, socket.AF_INET6}:
+        return _is_host_and_port(peer, re.sub(r"^tcp[46]?:", "", address))
+    return False
+
+
+def _is_path(peer: str | bytes, path: str) -> bool:
+    name = os.fsdecode(peer)
+    if not name or name == path:
+        return bool(name)
+    with contextlib.suppress(OSError):
+        return Path(name).samefile(path)
+    return False
+
+
+def _is_host_and_port(peer: tuple[str, int], address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    if not port.isdecimal() or peer[1] != int(port):
+        return False
+    with contextlib.suppress(OSError):
+        known = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM)
+        return peer[0] in {entry[4][0] for entry in known}
+    return False
+
+
+def _peer_pid(connection: socket.socket) -> int:
+    # Of the process that called listen(): the one that has the socket now may be a child of it.
+    if connection.family != socket.AF_UNIX:
+        return 0
+    try:
+        raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    except OSError:
+        return 0
+    return int(_UCRED.unpack(raw)[0])
+
+
+def _peer_inodes(connection: socket.socket) -> set[int]:
+    inode = os.fstat(connection.fileno()).st_ino
+    if connection.family != socket.AF_UNIX:
+        return _tcp_peer_inodes(connection)
+    peer = None
+    with contextlib.suppress(OSError, struct.error):
+        peer = _unix_peer_inode(inode)
+    if peer is not None:
+        return {peer}
+    # A kernel without unix_diag: every socket of that name, also the listening one.
+    name = connection.getpeername()
+    wanted = os.fsdecode(name).replace("\0", "@") if isinstance(name, bytes) else str(name)
+    rows = [line.split(maxsplit=7) for line in _lines(Path("/proc/net/unix"))]
+    return {int(row[6]) for row in rows if len(row) == 8 and row[7] == wanted}
+
+
+def _unix_peer_inode(inode: int) -> int | None:
+    request = _UNIX_DIAG_REQ.pack(
+        socket.AF_UNIX, 0, 0, _ANY_STATE, inode, _UDIAG_SHOW_PEER, _ANY_COOKIE, _ANY_COOKIE
+    )
+    header = _NLMSGHDR.pack(
+        _NLMSGHDR.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0
+    )
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
+        netlink.settimeout(1)
+        netlink.send(header + request)
+        answer = netlink.recv(1 << 16)
+    length, kind, _, _, _ = _NLMSGHDR.unpack_from(answer)
+    if kind != _SOCK_DIAG_BY_FAMILY:
+        return None
+    position = _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
+    while position + _RTATTR.size <= length:
+        size, attribute = _RTATTR.unpack_from(answer, position)
+        if attribute == _UNIX_DIAG_PEER:
+            return int.from_bytes(answer[position + 4 : position + 8], "little") or None
+        position += max(_RTATTR.size, size + -size % 4)
+    return None
+
+
+def _tcp_peer_inodes(connection: socket.socket) -> set[int]:
+    ours, theirs = _tcp_row_of(connection)
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in _lines(Path(f"/proc/net/{table}")):
+            row = line.split()
+            if (
+                len(row) > 9
+                and row[3] == _TCP_ESTABLISHED
+                and (_short(row[1]), _short(row[2])) == (theirs, ours)
+            ):
+                found.add(int(row[9]))
+    return found - {0}
+
+
+def _tcp_row_of(connection: socket.socket) -> tuple[str, str]:
+    inode = str(os.fstat(connection.fileno()).st_ino)
+    for table in ("tcp", "tcp6"):
+        for line in _lines(Path(f"/proc/net/{table}")):
+            row = line.split()
+            if len(row) > 9 and row[9] == inode:
+                return _short(row[1]), _short(row[2])
+    return "", ""
+
+
+def _short(address: str) -> str:
+    # An IPv4 address in the table of IPv6 as it is in the table of IPv4.
+    return address.removeprefix("0000000000000000FFFF0000")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text("utf-8", "surrogateescape").splitlines()[1:]
+    except OSError:
+        return []
+
+
+def _all_pids() -> list[int]:
+    own = os.getpid()
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    return [pid for pid in pids if pid != own]
+
+
+def _holds(pid: int, inodes: set[int]) -> bool:
+    wanted = {f"socket:[{inode}]" for inode in inodes}
+    with contextlib.suppress(OSError):
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if str(link.readlink()) in wanted:
+                    return True
+    return False

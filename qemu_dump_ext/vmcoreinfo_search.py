@@ -1,0 +1,275 @@
+"""Find the VMCOREINFO that a Linux kernel keeps in guest memory, and tell which kernel is live.
+
+A kernel keeps it twice, each copy at the start of a page of its own: the text, and the ELF note
+made of it. Memory may have those of other kernels as well: of an earlier boot, of a nested guest,
+of the kernel loaded for kdump, or made up by a hostile guest. The live one is told by evidence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.dump_plan import phys_base
+from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
+from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
+from qemu_dump_ext.guest_tables import TableReader, page_table_roots
+from qemu_dump_ext.notes import encode_note
+from qemu_dump_ext.page_pipeline import populated_ranges
+from qemu_dump_ext.page_table_walk import translate
+from qemu_dump_ext.vmcoreinfo import (
+    MAX_VMCOREINFO_SIZE,
+    UTSNAME_TOTAL_SIZE,
+    VMCOREINFO_NOTE_NAME,
+    UtsName,
+    note_at_page_start,
+    parse_new_utsname,
+    vmcoreinfo_number,
+    vmcoreinfo_text,
+    vmcoreinfo_value,
+)
+
+_PAGE = 4096
+_PIECE = 4 << 20
+_HEAD = 24
+"""Bytes at the start of a page that tell whether to look closer: up to `VMCOREINFO`, NUL, NUL."""
+_TEXT_START = b"OSRELEASE="
+_LINES_WANTED = (b"\nPAGESIZE=", b"\nSYMBOL(")
+_PAGE_SIZES = frozenset(1 << shift for shift in range(12, 17))
+_SLOW_SECONDS = 20.0
+_CANDIDATES_MAX = 64
+
+
+class Evidence(IntEnum):
+    """How sure it is that a kernel is the one that runs."""
+
+    TEXT = 0
+    BANNER = 1
+    LIVE = 2
+
+
+_IN_WORDS = {
+    Evidence.TEXT: "nothing else in memory bears it out",
+    Evidence.BANNER: "its own page tables lead to the kernel's name",
+    Evidence.LIVE: "the page tables of a vCPU lead to the kernel's name as it says",
+}
+
+
+@dataclass(frozen=True)
+class KernelNote:
+    """A VMCOREINFO in guest memory.
+
+    Attributes:
+        gpa: Where it was found.
+        note: As an ELF note, header included.
+        text: Of it.
+        evidence: For its kernel being live.
+    """
+
+    gpa: int
+    note: bytes
+    text: bytes
+    evidence: Evidence
+
+    @property
+    def release(self) -> str:
+        """The kernel's release, as `uname -r` prints it."""
+        return vmcoreinfo_value(self.text, "OSRELEASE") or "unknown"
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        chosen: The kernel that is live as far as can be told, or that was asked for; None: none.
+        remarks: For the report.
+    """
+
+    chosen: KernelNote | None
+    remarks: tuple[str, ...]
+
+
+class NoteSearch:
+    """A search through the memory of one guest."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        byte_order: ByteOrder,
+        memory: GuestMemory,
+        ram_blocks: Sequence[RamBlock],
+        vcpus: Sequence[Vcpu] = (),
+    ) -> None:
+        """Prepare.
+
+        Args:
+            architecture: Of the guest.
+            byte_order: Of the guest.
+            memory: Of the guest.
+            ram_blocks: Where it has memory.
+            vcpus: Whose page tables tell which kernel is live; may be empty.
+        """
+        self._architecture = architecture
+        self._byte_order = byte_order
+        self._memory = memory
+        self._blocks = ram_blocks
+        self._tables = TableReader(memory, ram_blocks)
+        self._roots = [
+            root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=False)
+        ]
+        self._incomplete = ""
+
+    def find(self, wanted: str | None = None) -> SearchResult:
+        """Search until a kernel is found that is live beyond doubt.
+
+        Args:
+            wanted: Release of the kernel whose note is asked for, or the gpa of the note as
+                hexadecimal; all of memory is searched then.
+
+        Raises:
+            RequestError: There is no such kernel; says which there are.
+        """
+        found: list[KernelNote] = []
+        for candidate in self.candidates():
+            if any(candidate.text == other.text for other in found):
+                continue
+            found.append(candidate)
+            if wanted is None and candidate.evidence is Evidence.LIVE:
+                break
+            if len(found) >= _CANDIDATES_MAX:
+                self._incomplete = f"the search ended at the {len(found)}th"
+                break
+        return self._choose(found, wanted)
+
+    def _choose(self, found: list[KernelNote], wanted: str | None) -> SearchResult:
+        remarks = [self._incomplete] if self._incomplete else []
+        ranked = sorted(found, key=lambda one: (-one.evidence, one.gpa))
+        if wanted is not None:
+            ranked = [one for one in ranked if wanted in {one.release, hex(one.gpa)}]
+            if not ranked:
+                there_are = ", ".join(f"{one.release} at {one.gpa:#x}" for one in found) or "none"
+                raise RequestError(f"no VMCOREINFO of kernel {wanted}", hint=f"found: {there_are}")
+        if not ranked:
+            return SearchResult(None, ("VMCOREINFO was not found in guest memory", *remarks))
+        chosen = ranked[0]
+        remarks.insert(
+            0,
+            f"VMCOREINFO of kernel {_shown(chosen.release)} was found in guest memory at"
+            f" {chosen.gpa:#x}: {_IN_WORDS[chosen.evidence]}",
+        )
+        remarks += [
+            f"not taken: that of kernel {_shown(other.release)} at {other.gpa:#x}:"
+            f" {_IN_WORDS[other.evidence]} (--kernel {other.gpa:#x} takes it)"
+            for other in found
+            if other is not chosen
+        ]
+        return SearchResult(chosen, tuple(remarks))
+
+    def candidates(self) -> Iterator[KernelNote]:
+        """Yield what looks like a VMCOREINFO, by ascending gpa."""
+        for gpa in self._page_starts():
+            note = self._note_at(gpa)
+            if note is None:
+                continue
+            text = vmcoreinfo_text(note, self._byte_order)
+            if vmcoreinfo_number(text, "PAGESIZE") not in _PAGE_SIZES:
+                continue
+            if gpa % (vmcoreinfo_number(text, "PAGESIZE") or _PAGE):
+                continue
+            yield KernelNote(gpa, note, text, self._evidence(text))
+
+    def _page_starts(self) -> Iterator[int]:
+        """Yield the pages that begin like a text or a note; memory is read in ascending order."""
+        is_slow = getattr(self._memory, "is_slow", False)
+        started = time.monotonic()
+        for block in self._blocks:
+            for start, end in populated_ranges(self._memory, block.gpa, block.end):
+                first = -(-start // _PAGE) * _PAGE
+                if not is_slow:
+                    yield from self._in_pieces(first, end)
+                    continue
+                for gpa in range(first, end - _HEAD + 1, _PAGE):
+                    if self._is_start(self._read(gpa, _HEAD)):
+                        yield gpa
+                    if time.monotonic() - started > _SLOW_SECONDS:
+                        self._incomplete = (
+                            f"guest memory is read slowly here, and was searched for VMCOREINFO"
+                            f" up to {gpa:#x} only"
+                        )
+                        return
+
+    def _in_pieces(self, first: int, end: int) -> Iterator[int]:
+        # One byte of each page: of n_namesz 11 that is not 0, and the first letter of the text.
+        clues = (
+            (0 if self._byte_order == "little" else 3, len(VMCOREINFO_NOTE_NAME) + 1),
+            (0, _TEXT_START[0]),
+        )
+        buffer = memoryview(bytearray(min(_PIECE, max(end - first, 0))))
+        for gpa in range(first, end, _PIECE):
+            piece = buffer[: end - gpa]
+            try:
+                self._memory.read_into(gpa, piece)
+            except GuestMemoryFaultError as error:
+                self._incomplete = f"not all memory was searched for VMCOREINFO: {error}"
+                continue
+            places = {
+                index * _PAGE
+                for offset, wanted in clues
+                for index, value in enumerate(bytes(piece[offset::_PAGE]))
+                if value == wanted
+            }
+            for place in sorted(places):
+                if self._is_start(bytes(piece[place : place + _HEAD])):
+                    yield gpa + place
+
+    @staticmethod
+    def _is_start(head: bytes) -> bool:
+        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME + b"\0\0"
+
+    def _read(self, gpa: int, size: int) -> bytes:
+        data = bytearray(size)
+        try:
+            self._memory.read_into(gpa, memoryview(data))
+        except GuestMemoryFaultError:
+            return bytes(size)
+        return bytes(data)
+
+    def _note_at(self, gpa: int) -> bytes | None:
+        block = next(block for block in self._blocks if block.gpa <= gpa < block.end)
+        content = self._read(gpa, min(MAX_VMCOREINFO_SIZE, block.end - gpa))
+        if not content.startswith(_TEXT_START):
+            return note_at_page_start(content, self._byte_order)
+        text = content.partition(b"\0")[0]
+        if not text.endswith(b"\n") or not all(line in text for line in _LINES_WANTED):
+            return None
+        return encode_note(VMCOREINFO_NOTE_NAME, 0, text, self._byte_order)
+
+    def _evidence(self, text: bytes) -> Evidence:
+        address = vmcoreinfo_number(text, "SYMBOL(init_uts_ns)", 16)
+        if address is None:
+            return Evidence.TEXT
+        address += vmcoreinfo_number(text, "OFFSET(uts_namespace.name)") or 0
+        release = vmcoreinfo_value(text, "OSRELEASE")
+        for root in self._roots:
+            found = translate(root, self._tables, address)
+            if found is not None and self._utsname(found[0]).release == release:
+                return Evidence.LIVE
+        tables = self._architecture.kernel_page_tables
+        own = tables(text, phys_base(self._architecture, text)) if tables else None
+        found = translate(own, self._tables, address) if own else None
+        if found is not None and self._utsname(found[0]).release == release:
+            return Evidence.BANNER
+        return Evidence.TEXT
+
+    def _utsname(self, gpa: int) -> UtsName:
+        data = self._tables(gpa, UTSNAME_TOTAL_SIZE)
+        return parse_new_utsname(data) or UtsName(release="\0")
+
+
+def _shown(release: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in release[:64])

@@ -1,0 +1,68 @@
+"""Find the pages of a buffer that hold something else than zeros.
+
+By numpy where it can be imported (gdb's own Python may lack it), page by page otherwise.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from itertools import groupby
+from types import ModuleType
+
+_WORD = 8
+
+
+@cache
+def numpy_or_none() -> ModuleType | None:
+    """Return numpy where it can be imported."""
+    try:
+        return importlib.import_module("numpy")
+    except ImportError:
+        return None
+
+
+def pages_with_content(view: memoryview, page_size: int) -> list[int]:
+    """Return the numbers of the pages of `view` that are not all zeros.
+
+    Args:
+        view: A whole number of pages.
+        page_size: In bytes, a multiple of 8.
+    """
+    numpy = numpy_or_none()
+    if numpy is not None:
+        words = numpy.frombuffer(view, dtype=numpy.uint64).reshape(-1, page_size // _WORD)
+        indices: list[int] = words.any(axis=1).nonzero()[0].tolist()
+        return indices
+    zeros = bytes(page_size)
+    content = view.tobytes()
+    if not content.strip(b"\0"):
+        return []
+    starts = range(0, len(content), page_size)
+    return [n for n, start in enumerate(starts) if content[start : start + page_size] != zeros]
+
+
+def runs_with_content(view: memoryview, page_size: int, gap: int) -> list[tuple[int, int]]:
+    """Return the ranges of `view` outside of which everything is zero.
+
+    Args:
+        view: Any number of bytes.
+        page_size: What is looked at as one, in bytes.
+        gap: Zeros of fewer pages than this stay in a range.
+
+    Returns:
+        First byte and first byte behind of each range, in order, not overlapping.
+    """
+    whole = len(view) // page_size * page_size
+    pages = pages_with_content(view[:whole], page_size)
+    if any(view[whole:].tobytes()):
+        pages.append(whole // page_size)
+    runs: list[tuple[int, int]] = []
+    # Numbers minus positions are equal within a run of consecutive pages.
+    for _, group in groupby(enumerate(pages), lambda item: item[1] - item[0]):
+        numbers = [number for _, number in group]
+        start, end = numbers[0] * page_size, (numbers[-1] + 1) * page_size
+        if runs and start - runs[-1][1] < gap * page_size:
+            start = runs.pop()[0]
+        runs.append((start, min(end, len(view))))
+    return runs

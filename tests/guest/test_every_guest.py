@@ -1,0 +1,127 @@
+"""Linux of every target in the manifest: QEMU's own dump and the readers decide."""
+
+from __future__ import annotations
+
+import filecmp
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qemu_dump_ext.guest_images.machine import BootedGuest
+from qemu_dump_ext.guest_images.manifest import default_cache, load_manifest
+from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.doors import child_environment, run_cli, run_gdb
+from tests.support.oracle import OracleDumps
+from tests.support.raw_qmp import RawQmp
+
+pytestmark = [pytest.mark.guest, pytest.mark.qemu, pytest.mark.gdb]
+
+# x86_64 has test_doors.py and test_readers.py.
+IMAGES = {name: image for name, image in load_manifest().items() if name != "x86_64"}
+# QEMU answers "this feature or command is not currently supported".
+NOT_BY_QEMU = ("mips64el", "mipsel")
+DUMPED_BY_QEMU = [name for name in IMAGES if name not in NOT_BY_QEMU]
+# What a gdb without symbols has to be told of a target; ours needs none of it.
+GDB_SETTINGS = {"s390x": ["set endian big"]}
+
+of_all = pytest.mark.parametrize("guest", IMAGES, indirect=True, scope="module")
+of_those_dumped_by_qemu = pytest.mark.parametrize(
+    "guest", DUMPED_BY_QEMU, indirect=True, scope="module"
+)
+of_the_others = pytest.mark.parametrize("guest", NOT_BY_QEMU, indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def guest(request: pytest.FixtureRequest) -> Iterator[BootedGuest]:
+    """A stopped guest, one target after the other."""
+    image = IMAGES[request.param]
+    with BootedGuest(image, ImageStore(default_cache()).fetch(image)) as booted:
+        with RawQmp(booted.qmp_sockets[1]) as qmp:
+            qmp.execute("stop")
+        yield booted
+
+
+@pytest.fixture(scope="module")
+def native(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> OracleDumps:
+    return OracleDumps(guest, tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture(scope="module")
+def core(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our ELF core, by gdb and the stub alone."""
+    path = tmp_path_factory.mktemp("ours") / "core"
+    done = run_gdb(
+        guest, [f"qemu-dump-guest-memory {path}", "print $_qemu_dump_status"], "gdb-multiarch"
+    )
+    assert "$1 = 0\n" in done.stdout, done.stdout + done.stderr
+    return path
+
+
+@of_those_dumped_by_qemu
+@pytest.mark.parametrize("dump_format", ["elf", "kdump-zlib"])
+def test_exact_dump_by_qmp_is_qemus(
+    guest: BootedGuest, native: OracleDumps, tmp_path: Path, dump_format: str
+):
+    ours = tmp_path / "ours"
+    words = ("-z",) if dump_format == "kdump-zlib" else ()
+    done = run_cli("--qmp", guest.qmp_sockets[0], "--exact", *words, ours)
+    assert done.returncode == 0, done.stderr
+    assert filecmp.cmp(ours, native.take(dump_format), shallow=False)
+
+
+@of_those_dumped_by_qemu
+def test_exact_dump_by_the_stub_is_qemus(guest: BootedGuest, native: OracleDumps, tmp_path: Path):
+    ours = tmp_path / "ours"
+    done = run_gdb(guest, [f"qemu-dump-guest-memory --exact -z {ours}"], "gdb-multiarch")
+    assert filecmp.cmp(ours, native.take("kdump-zlib"), shallow=False), done.stdout + done.stderr
+
+
+@of_the_others
+def test_qemu_itself_refuses_the_other_targets(guest: BootedGuest):
+    with RawQmp(guest.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match="not currently"):
+        qmp.execute("dump-guest-memory", paging=False, protocol="file:/dev/null")
+
+
+@of_all
+def test_gdb_shows_every_vcpu_where_it_stands(guest: BootedGuest, core: Path):
+    command = 'thread apply all -ascending printf "pc %#lx\\n", $pc'
+    settings = GDB_SETTINGS.get(guest.image.name, [])
+    live = run_gdb(guest, [*settings, command], "gdb-multiarch")
+    expected = re.findall(r"^pc (0x[0-9a-f]+)$", live.stdout, re.MULTILINE)
+    done = subprocess.run(
+        ["gdb-multiarch", "--nx", "--batch", "-c", core, "-ex", command],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert re.findall(r"^pc (0x[0-9a-f]+)$", done.stdout, re.MULTILINE) == expected
+    assert len(expected) == guest.image.cpus
+
+
+@of_all
+def test_the_core_has_the_kernels_banner(guest: BootedGuest, core: Path):
+    assert f"Linux version {guest.files.release} ".encode() in core.read_bytes()
+
+
+@of_all
+def test_readelf_has_nothing_to_say(core: Path):
+    done = subprocess.run(["readelf", "-hlnW", core], capture_output=True, text=True, check=True)
+    assert "warning" not in done.stderr.lower()
+
+
+@of_all
+def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
+    ours = tmp_path / "ours"
+    done = run_cli("--qmp", guest.qmp_sockets[0], "-z", "-R", ours)
+    assert done.returncode == 0, done.stderr
+    verify = "import sys; from qemu_dump_ext.cli import main; sys.exit(main())"
+    subprocess.run(
+        [sys.executable, "-c", verify, "verify", ours],
+        check=True,
+        capture_output=True,
+        env=child_environment(),
+    )

@@ -1,0 +1,45 @@
+"""LoongArch, which QEMU itself dumps only since 9.2: Linux's own layout of the notes."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+
+import pytest
+
+from qemu_dump_ext.dialect import MENDED
+from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
+from qemu_dump_ext.guest_images.machine import stopped_machine
+from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
+from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.vmcoreinfo import UtsName
+from tests.support.raw_gdbstub import RawGdbstub
+
+_R0, _ERA = 112, 112 + 33 * 8
+
+
+@pytest.mark.qemu
+def test_registers_stand_where_linux_has_them():
+    if shutil.which("qemu-system-loongarch64") is None:
+        pytest.skip("qemu-system-loongarch64 is not installed")
+    with stopped_machine(["qemu-system-loongarch64"], ["-M", "virt", "-m", "1G"]) as machine:
+        with RawGdbstub(machine.gdb_socket) as stub:
+            for name, number, size in stub.described_registers():
+                if name[0] in "rf" and name[1:].isdecimal() and name != "r0":
+                    value = (0xA0 if name[0] == "r" else 0xF0) << 56 | int(name[1:])
+                    stub.packet(f"P{number:x}={value.to_bytes(size, 'little').hex()}")
+        with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
+            guest = probe_guest(GuestAccess(monitor, None, monitor.native_dump))
+    plan = make_plan(
+        GuestSnapshot(guest.architecture, guest.ram_blocks, guest.vcpus, b"", UtsName()), MENDED
+    )
+    assert plan.core.e_machine == 258
+    status = 20
+    registers = struct.unpack_from("<32Q", plan.notes, status + _R0)
+    assert registers == (0, *(0xA0 << 56 | number for number in range(1, 32)))
+    (pc,) = struct.unpack_from("<Q", plan.notes, status + _ERA)
+    assert pc == 0x1C000000  # where the machine begins
+    floating_point = struct.unpack_from("<32Q", plan.notes, status + 480 + 20)
+    assert floating_point == tuple(0xF0 << 56 | number for number in range(32))
+    # `info registers` of QEMU 7.2 shows neither.
+    assert set(plan.missing["CORE", 0]) <= {"ecfg", "fcc"}

@@ -1,0 +1,211 @@
+"""Hostile tables end in bounded time and memory; geometry is checked against numbers by hand."""
+
+from __future__ import annotations
+
+import random
+import struct
+import time
+from collections.abc import Callable
+
+import pytest
+
+from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.architectures._linux_tables import arm64_tables, riscv64_tables
+from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.guest import Vcpu
+from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
+from qemu_dump_ext.memory_mapping import Segment
+from qemu_dump_ext.page_table_walk import PageTableRoot, WalkBudget, translate
+from tests.support.fake_kernel import FlatMemory
+
+X86_64: Architecture = all_architectures()["x86_64"]
+MIB = 1 << 20
+FOUR_LEVELS = {"cr0": 1 << 31, "cr3": 0x1000, "cr4": 0x20, "efer": 0x500}
+FIVE_LEVELS = FOUR_LEVELS | {"cr4": 0x1020}
+
+
+def collect(
+    memory: FlatMemory,
+    registers: dict[str, int],
+    *,
+    native: bool,
+    budget: WalkBudget | None = None,
+) -> list[Segment]:
+    return collect_mappings(
+        roots_of_vcpus(X86_64, [Vcpu(0, registers)], native=native),
+        TableReader(memory, memory.blocks),
+        [(block.gpa, block.end) for block in memory.blocks],
+        native=native,
+        budget=budget,
+    )
+
+
+def self_map(memory: FlatMemory) -> None:
+    memory.put_entries(0x1000, dict.fromkeys(range(512), 0x1001))
+
+
+def garbage(memory: FlatMemory) -> None:
+    memory.data[:] = random.Random(1).randbytes(len(memory.data))  # noqa: S311
+
+
+def garbage_within_memory(memory: FlatMemory) -> None:
+    pick = random.Random(2)  # noqa: S311
+    words = [pick.randrange(len(memory.data)) & ~0xFFE | 1 for _ in range(len(memory.data) // 8)]
+    memory.data[:] = struct.pack(f"<{len(words)}Q", *words)
+
+
+def all_ones(memory: FlatMemory) -> None:
+    memory.data[:] = b"\xff" * len(memory.data)
+
+
+def long_way_to_nothing(memory: FlatMemory) -> None:
+    # Every table leads to 512 times the next one, and the last one to nothing.
+    for level in range(1, 5):
+        memory.put_entries(level << 12, dict.fromkeys(range(512), (level + 1) << 12 | 1))
+    memory.put_entries(5 << 12, {3: 0x40000001})
+
+
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("registers", [FOUR_LEVELS, FIVE_LEVELS], ids=["4", "5"])
+@pytest.mark.parametrize(
+    "fill", [self_map, garbage, garbage_within_memory, all_ones, long_way_to_nothing]
+)
+def test_hostile_tables_end_soon(
+    fill: Callable[[FlatMemory], None], registers: dict[str, int], native: bool
+):
+    memory = FlatMemory(8 * MIB)
+    fill(memory)
+    started = time.process_time()
+    try:
+        budget = WalkBudget(tables=1 << 15, runs=1 << 16)
+        found = collect(memory, registers, native=native, budget=budget)
+    except RequestError as error:
+        assert "more" in error.message  # noqa: PT017
+        assert error.hint == "dump without -p"  # noqa: PT017
+    else:
+        assert fill not in {self_map, garbage_within_memory}
+        assert len(found) < 1 << 20
+    assert time.process_time() - started < 20
+
+
+def test_the_number_of_tables_is_bounded_even_if_they_map_nothing():
+    memory = FlatMemory(8 * MIB)
+    memory.put_entries(0x1000, {index: 0x10000 + (index << 12) | 1 for index in range(512)})
+    with pytest.raises(RequestError, match="more tables"):
+        collect(memory, FOUR_LEVELS, native=False, budget=WalkBudget(tables=500, runs=500))
+    assert collect(memory, FOUR_LEVELS, native=False, budget=WalkBudget(513, 0)) == []
+
+
+def test_the_usual_budget_ends_soon():
+    memory = FlatMemory(8 * MIB)
+    self_map(memory)
+    started = time.process_time()
+    with pytest.raises(RequestError):
+        collect(memory, FOUR_LEVELS, native=True)
+    assert time.process_time() - started < 60
+
+
+def test_a_register_that_no_source_gave_is_named():
+    registers = {name: value for name, value in FOUR_LEVELS.items() if name != "cr3"}
+    with pytest.raises(SourceError, match="vCPU 0: no source gives 'cr3'"):
+        collect(FlatMemory(MIB), registers, native=False)
+
+
+def put_chain(memory: FlatMemory, *indexes: int) -> None:
+    for number, index in enumerate(indexes, 1):
+        memory.put_entries(number << 12, {index: (number + 1) << 12 | 1})
+
+
+def test_addresses_of_both_halves_and_the_flags_of_entries():
+    memory = FlatMemory(8 * MIB)
+    put_chain(memory, 255, 511, 511)
+    memory.put_entries(4 << 12, {511: 1 << 63 | 0x7FF << 52 | 0x123000 | 0xE63})
+    assert collect(memory, FOUR_LEVELS, native=False) == [
+        Segment(0x00007FFFFFFFF000, 0x123000, 0x1000)
+    ]
+    assert collect(memory, FOUR_LEVELS, native=True) == []  # bit 62 leads out of memory
+    memory.put_entries(4 << 12, {511: 1 << 63 | 0x123000 | 0xE63})
+    assert collect(memory, FOUR_LEVELS, native=True) == [
+        Segment(0xFFFF7FFFFFFFF000, 0x123000, 0x1000)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gva", "expected"),
+    [
+        (0xFFFF888000345678, (0x345678, 0x200000 - 0x145678)),
+        (0x0000888000345678, None),  # not canonical
+        (0xFFFF888000545678, None),
+        (-1, None),
+        (1 << 70, None),
+    ],
+)
+def test_translate(gva: int, expected: tuple[int, int] | None):
+    memory = FlatMemory(8 * MIB)
+    put_chain(memory, 273)
+    memory.put_entries(2 << 12, {0: 3 << 12 | 1})
+    memory.put_entries(3 << 12, {1: 0x200081})
+    assert X86_64.page_table_roots is not None
+    (root,) = X86_64.page_table_roots(FOUR_LEVELS, False)
+    assert translate(root, TableReader(memory, memory.blocks), gva) == expected
+
+
+@pytest.mark.parametrize(
+    ("granule", "va_bits", "shifts", "top_entries"),
+    [
+        (12, 48, [39, 30, 21, 12], 512),
+        (12, 39, [30, 21, 12], 512),
+        (12, 52, [48, 39, 30, 21, 12], 16),
+        (14, 47, [36, 25, 14], 2048),
+        (14, 48, [47, 36, 25, 14], 2),
+        (16, 42, [29, 16], 8192),
+        (16, 48, [42, 29, 16], 64),
+        (16, 52, [42, 29, 16], 1024),
+    ],
+)
+def test_geometry_of_arm64(granule: int, va_bits: int, shifts: list[int], top_entries: int):
+    """Numbers of the Arm ARM, table of translation granules."""
+    tables = arm64_tables(granule, va_bits)
+    assert [level.shift for level in tables.levels] == shifts
+    assert tables.levels[0].entry_count == top_entries
+    assert tables.address_bits == va_bits
+
+
+@pytest.mark.parametrize(("va_bits", "levels"), [(39, 3), (48, 4), (57, 5)])
+def test_geometry_of_riscv64(va_bits: int, levels: int):
+    tables = riscv64_tables(va_bits)
+    assert (len(tables.levels), tables.address_bits) == (levels, va_bits)
+
+
+def test_pages_of_arm64():
+    memory = FlatMemory(8 * MIB)
+    tables = arm64_tables(12, 39)
+    memory.put_entries(0x1000, {0: 0x2003, 5: 0x40000000 | 1})  # a table; a block outside memory
+    memory.put_entries(0x2000, {1: 0x200000 | 0x0060000000000701, 2: 0x3003})
+    memory.put_entries(0x3000, {7: 0x555003, 8: 0x556003, 9: 0x557001, 10: 0x558002})
+    reader = TableReader(memory, memory.blocks)
+    root = PageTableRoot(tables, 0x1000)
+    base = 0xFFFFFF8000000000
+    assert collect_mappings([root], reader, [(0, 8 * MIB)], native=False) == [
+        Segment(base + 0x200000, 0x200000, 0x200000),
+        Segment(base + 0x407000, 0x555000, 0x2000),  # 9 and 10 are no valid pages
+    ]
+    assert translate(root, reader, base + 0x408123) == (0x556123, 0xEDD)
+    assert translate(root, reader, base + 0x409000) is None
+
+
+def test_pages_of_riscv64():
+    memory = FlatMemory(8 * MIB)
+    memory.put_entries(0x1000, {256: 0x2000 >> 2 | 1, 3: 0x2000 >> 2 | 1})
+    memory.put_entries(0x2000, {4: 0x400000 >> 2 | 0xEF, 5: 0x3000 >> 2 | 1})
+    memory.put_entries(0x3000, {0: 3 << 61 | 0x777000 >> 2 | 0x4B, 1: 0x778000 >> 2 | 1})
+    reader = TableReader(memory, memory.blocks)
+    found = collect_mappings(
+        [PageTableRoot(riscv64_tables(39), 0x1000)], reader, [(0, 8 * MIB)], native=False
+    )
+    assert found == [
+        Segment(base + offset, gpa, size)
+        for base in (0xC0000000, 0xFFFFFFC000000000)
+        for offset, gpa, size in ((0x800000, 0x400000, 0x200000), (0xA00000, 0x777000, 0x1000))
+    ]

@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.vmcoreinfo_search import Evidence, NoteSearch
+from tests.support.fake_kernel import (
+    NOTE_AT,
+    TEXT_AT,
+    FlatMemory,
+    elf_note,
+    plant_kernel,
+    vcpus_with,
+    vmcoreinfo,
+)
+
+X86_64 = all_architectures()["x86_64"]
+MIB = 1 << 20
+
+
+def search(memory: FlatMemory, *roots: int) -> NoteSearch:
+    return NoteSearch(X86_64, "little", memory, memory.blocks, vcpus_with(*roots))
+
+
+def test_the_live_kernel_is_taken_among_several():
+    memory = FlatMemory(48 * MIB)
+    plant_kernel(memory, 2 * MIB, "5.10.0-earlier-boot")
+    memory.put(12 * MIB, elf_note(vmcoreinfo("4.4.0-page-left-over", 40 * MIB)))
+    live = plant_kernel(memory, 16 * MIB, "6.1.0-live")
+    plant_kernel(memory, 32 * MIB, "6.12.0-for-kdump")
+    result = search(memory, live).find()
+    assert result.chosen is not None
+    assert (result.chosen.release, result.chosen.evidence) == ("6.1.0-live", Evidence.LIVE)
+    assert result.chosen.gpa == 16 * MIB + NOTE_AT
+    assert "page tables of a vCPU" in result.remarks[0]
+    assert len([remark for remark in result.remarks if "not taken" in remark]) == 2
+    # Without vCPUs, what is borne out wins over what is not; the first of those.
+    result = search(memory).find()
+    assert result.chosen is not None
+    assert (result.chosen.release, result.chosen.evidence) == (
+        "5.10.0-earlier-boot",
+        Evidence.BANNER,
+    )
+    assert any("4.4.0-page-left-over at 0xc00000: nothing else" in r for r in result.remarks)
+
+
+def test_the_user_chooses():
+    memory = FlatMemory(32 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0-live")
+    plant_kernel(memory, 16 * MIB, "6.12.0-for-kdump")
+    for wanted in ("6.12.0-for-kdump", hex(16 * MIB + NOTE_AT)):
+        chosen = search(memory, live).find(wanted).chosen
+        assert chosen is not None
+        assert chosen.gpa == 16 * MIB + NOTE_AT
+    with pytest.raises(RequestError, match=r"found: 6\.1\.0-live at .*6\.12\.0-for-kdump at"):
+        search(memory, live).find("7.0")
+
+
+def test_the_text_alone_becomes_a_note():
+    memory = FlatMemory(8 * MIB)
+    plant_kernel(memory, 2 * MIB, "6.1.0")
+    memory.put(2 * MIB + NOTE_AT, bytes(4096))
+    chosen = search(memory).find().chosen
+    assert chosen is not None
+    assert chosen.gpa == 2 * MIB + TEXT_AT
+    assert vmcoreinfo_text(chosen.note, "little") == vmcoreinfo("6.1.0", 2 * MIB)
+
+
+def test_a_kernel_whose_name_differs_is_not_borne_out():
+    memory = FlatMemory(8 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0", named="6.2.0")
+    chosen = search(memory, live).find().chosen
+    assert chosen is not None
+    assert chosen.evidence is Evidence.TEXT
+
+
+IMPOSTORS = {
+    "unaligned": (0x800, elf_note(vmcoreinfo("1", 0))),
+    "misaligned for its page size": (
+        0x1000,
+        elf_note(vmcoreinfo("1", 0).replace(b"4096", b"65536")),
+    ),
+    "impossible page size": (0, elf_note(vmcoreinfo("1", 0).replace(b"4096", b"1"))),
+    "no page size": (0, elf_note(b"OSRELEASE=1\nSYMBOL(x)=1\n")),
+    "format string": (0, b"OSRELEASE=%s\n\0PAGESIZE=%ld\n"),
+    "too long": (
+        0,
+        b"\x0b\0\0\0\xff\xff\xff\xff\0\0\0\0VMCOREINFO\0\0OSRELEASE=1\nPAGESIZE=4096\n",
+    ),
+    "text without end": (0, (b"OSRELEASE=1\nPAGESIZE=4096\nSYMBOL(a)=1\n" * 4000)),
+}
+
+
+@pytest.mark.parametrize("name", IMPOSTORS)
+def test_what_is_no_note_is_not_taken(name):
+    memory = FlatMemory(1 * MIB)
+    offset, content = IMPOSTORS[name]
+    memory.put(0x40000 + offset, content)
+    result = search(memory).find()
+    assert result.chosen is None
+    assert result.remarks == ("VMCOREINFO was not found in guest memory",)
+
+
+def test_hostile_numbers_and_very_many_notes():
+    memory = FlatMemory(4 * MIB)
+    pick = random.Random(5)  # noqa: S311
+    for page in range(0, 4 * MIB, 8192):
+        values = [str(pick.choice([-1, 0, 1 << 63, 1 << 200, "x" * 100])) for _ in range(3)]
+        text = (
+            f"OSRELEASE=\x1b[31m{page}\nPAGESIZE=4096\nSYMBOL(init_uts_ns)={values[0]}\n"
+            f"OFFSET(uts_namespace.name)={values[1]}\nNUMBER(phys_base)={values[2]}\n"
+        )
+        memory.put(page, elf_note(text.encode()))
+    result = search(memory, 0).find()
+    assert result.chosen is not None
+    assert any("the search ended at the 64th" in remark for remark in result.remarks)
+    assert all(remark.isprintable() for remark in result.remarks)
+
+
+def test_slow_memory_is_read_at_page_starts_only():
+    memory = FlatMemory(8 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0")
+    memory.is_slow = True  # type: ignore[attr-defined]
+    chosen = search(memory, live).find().chosen
+    assert chosen is not None
+    assert memory.reads < 2 * MIB // 4096 + 100
+    assert memory.largest_read <= 64 << 10
+
+
+def test_memory_that_was_never_touched_is_not_read():
+    memory = FlatMemory(8 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0")
+    memory.populated = lambda _gpa, _size: [(2 * MIB, 3 * MIB)]  # type: ignore[attr-defined]
+    assert search(memory, live).find("6.1.0").chosen is not None
+    assert memory.reads < 10
