@@ -28,6 +28,7 @@ class DumpLine:
         bounds: The text behind the filename: expressions for begin and length.
         memory: Name of the memory source; None: the proxy's default.
         mended: Not as QEMU writes it; None: the proxy's default.
+        snapshot: Copy guest memory, let the guest run, write the copy.
     """
 
     filename: str
@@ -36,6 +37,7 @@ class DumpLine:
     bounds: str
     memory: str | None = None
     mended: bool | None = None
+    snapshot: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ def _parse(
             continue
         if word in {"-mended", "-exact"}:
             parsed = replace(parsed, mended=word == "-mended")
+            rest = rest[match.end() :]
+            continue
+        if word == "-snapshot":
+            parsed = replace(parsed, snapshot=True)
             rest = rest[match.end() :]
             continue
         position = _FLAGS.find(word[:1]) if word[:1] else -1

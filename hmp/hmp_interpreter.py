@@ -248,6 +248,7 @@ class Interpreter:
             exact=not mended,
             paging="p" in parsed.flags,
             memory_range=memory_range,
+            snapshot=parsed.snapshot,
         )
 
     async def _with_registers(self, text: str, client: HmpClient) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import errno
 import os
 import stat
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +114,7 @@ class DumpJob:
         finished: The report, or the error.
         stopped_guest: The guest ran before.
         has_begun: Nothing can be refused any more.
+        copies: The guest runs again before the dump is complete.
         meter: Knows the rate.
     """
 
@@ -123,6 +126,7 @@ class DumpJob:
         self.begun: asyncio.Future[None] = self._loop.create_future()
         self.finished: asyncio.Future[DumpReport] = self._loop.create_future()
         self._cancelled = threading.Event()
+        self.copies = False
         self.stopped_guest = False
         self.has_begun = False
 
@@ -169,11 +173,13 @@ class DumpJob:
         """
         monitor = _ThreadMonitor(self, self._upstream)
         version = self._upstream.version
-        with _open_target(target, version, request) as sink:
+        with _opened(target, version, request) as sink:
             try:
                 return dump(
                     request,
-                    GuestAccess(monitor, None, monitor.native_dump),
+                    GuestAccess(
+                        monitor, None, monitor.native_dump, addresses=(self._upstream.address,)
+                    ),
                     sink,
                     memory=memory,
                     progress=_Meter(self),
@@ -195,31 +201,44 @@ class DumpJob:
             self.begun.set_result(None)
 
 
-def _open_target(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> Sink:
-    raw_kdump = request.raw and request.codec is not None
-    if target.path is None:
-        if raw_kdump and not stat.S_ISREG(os.fstat(target.descriptor or 0).st_mode):
-            raise RequestError("kdump-raw formats require a seekable file")
-        return open_sink(f"fd:{target.descriptor}", force=True, standard_output=None)
+@contextmanager
+def _opened(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> Iterator[Sink]:
     verb = "create" if version >= _CREATE_SINCE else "open"
     failure = f"Could not {verb} '{target.name}'"
-    if not target.name:
-        raise DumpWriteError(f"{failure}: No such file or directory")
-    if target.path.is_dir() or target.name.endswith("/"):
-        reason = "Is a directory" if target.path.is_dir() else "Not a directory"
-        raise DumpWriteError(f"{failure}: {reason}")
-    if target.path.exists() and not os.access(target.path, os.W_OK):
-        raise DumpWriteError(f"{failure}: Permission denied")
+    with contextlib.ExitStack() as stack:
+        if target.path is None:
+            name = f"fd:{target.descriptor}"
+        else:
+            name = f"file:{target.path}"
+            if reason := _why_not(target.name, target.path):
+                raise DumpWriteError(f"{failure}: {reason}")
+        try:
+            sink = stack.enter_context(open_sink(name, force=True, standard_output=None))
+        except DumpWriteError as error:
+            cause = error.__cause__
+            reason = (cause.strerror if isinstance(cause, OSError) else None) or error.message
+            raise DumpWriteError(f"{failure}: {reason}") from error
+        if request.raw and request.codec is not None and not sink.seekable:
+            raise RequestError("kdump-raw formats require a seekable file")
+        yield sink
+
+
+def _why_not(name: str, path: Path) -> str | None:
+    # What the kernel says to whoever opens it; we write aside, and would notice later.
+    if not name:
+        return os.strerror(errno.ENOENT)
     try:
-        sink = open_sink(f"file:{target.path}", force=True, standard_output=None)
-    except DumpWriteError as error:
-        cause = error.__cause__
-        reason = (cause.strerror if isinstance(cause, OSError) else None) or error.message
-        raise DumpWriteError(f"{failure}: {reason}") from error
-    if raw_kdump and not sink.seekable:
-        sink.abort()
-        raise RequestError("kdump-raw formats require a seekable file")
-    return sink
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            return os.strerror(errno.ENOTDIR)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        missing = path.parent if not path.parent.exists() else None
+        return os.strerror(errno.ENOENT) if missing or name.endswith("/") else None
+    except OSError as error:
+        return error.strerror
+    if stat.S_ISDIR(mode):
+        return os.strerror(errno.EISDIR)
+    return None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
 
 
 def _in_words_of_qemu(error: DumpWriteError, sink: Sink, request: DumpRequest) -> DumpWriteError:
@@ -280,6 +299,7 @@ class DumpManager:
         before = (self.status, self.job)
         self.status = DumpStatus.ACTIVE
         job = self.job = DumpJob(self._upstream)
+        job.copies = request.snapshot
         try:
             await self._require_idle_qemu()
         except BaseException:
@@ -361,7 +381,8 @@ class DumpManager:
 
     def take_event(self, event: Event) -> None:
         """Pass QEMU's event on; RESUME follows DUMP_COMPLETED, as with QEMU's own dump."""
-        if self.active and event.get("event") == "RESUME":
+        copies = self.job is not None and self.job.copies
+        if self.active and event.get("event") == "RESUME" and not copies:
             self._held_events.append(event)
         else:
             self.on_event(event)

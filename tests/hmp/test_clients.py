@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -49,7 +50,7 @@ def test_ten_clients_at_once_one_slow_and_one_sending_garbage(proxy: Proxy):
     slow, loud = socket.socket(socket.AF_UNIX), socket.socket(socket.AF_UNIX)
     for bad in (slow, loud):
         bad.connect(str(proxy.socket))
-        bad.settimeout(0.1)
+        bad.settimeout(0.3)
 
     def push(client: socket.socket, content: bytes, *, reads: bool) -> None:
         while not stop.is_set():
@@ -80,14 +81,42 @@ def test_ten_clients_at_once_one_slow_and_one_sending_garbage(proxy: Proxy):
         stop.set()
         for thread in bad_ones:
             thread.join()
-        for bad in (slow, loud):
-            bad.close()
+    for bad in (slow, loud):
+        bad.close()
     assert longest < _PATIENT_SECONDS
     assert proxy.peak_kib() < _MEMORY_KIB_MAX
     with HmpSocket(proxy.socket) as late:
         assert late.command("info status").startswith("VM status")
     for client in good:
         client.close()
+
+
+def test_slow_client_is_made_to_wait_and_loses_nothing(proxy: Proxy):
+    with HmpSocket(proxy.socket) as client:
+        # More output than may wait for a client.
+        lines = (40 << 20) // len(client.command("info trace-events"))
+        client.send(b"info trace-events\n" * lines)
+        time.sleep(1)
+        with HmpSocket(proxy.socket) as other:
+            assert other.command("info name") == ""
+        received, tail = 0, b""
+        while received < lines:
+            data = client.receive()
+            assert data
+            received += (tail + data).count(b"\n(qemu) ")
+            tail = data[-7:]
+        assert client.command("info name") == ""
+
+
+def test_input_is_bounded(proxy: Proxy):
+    sent = 0
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(proxy.socket))
+        client.settimeout(0.5)
+        with contextlib.suppress(TimeoutError):
+            while sent < 64 << 20:
+                sent += client.send(b"help\n" * 10_000)
+    assert sent < 8 << 20
 
 
 def test_clients_keep_their_own_vcpu_and_history(proxy: Proxy):

@@ -126,7 +126,7 @@ def test_refusal_has_the_words_of_qemu(bench: Bench, tmp_path: Path, words: str)
 
 def test_what_we_add(bench: Bench, tmp_path: Path):
     for index, words in enumerate(
-        ["-z zstd", "-z none -R", "-l", "-s", "--mended", "--memory pmemsave -z lzo"]
+        ["-z zstd", "-z none -R", "-l", "-s", "--mended", "--memory pmemsave -z lzo", "--snapshot"]
     ):
         path = tmp_path / f"dump{index}"
         assert bench.proxied.command(f"dump-guest-memory {words} {path}") == ""

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Pair:
     direct: QmpSocket
     proxied: QmpSocket
     machine: QemuMachine
+    alone: QemuMachine
     proxy: Proxy
 
     def same(self, name: str, **arguments: Any) -> list[dict[str, Any]]:
@@ -65,14 +66,21 @@ def pair(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         QmpSocket(alone.qmp_sockets[0]) as direct,
         QmpSocket(proxy.qmp_socket) as proxied,
     ):
-        yield Pair(direct, proxied, machine, proxy)
+        for client in (direct, proxied):
+            client.execute("qmp_capabilities", enable=["oob"])
+        yield Pair(direct, proxied, machine, alone, proxy)
 
 
 def test_negotiation(pair: Pair):
-    assert pair.proxied.greeting == pair.direct.greeting
-    assert pair.same("query-status")[-1]["error"]["class"] == "CommandNotFound"
-    pair.same("qmp_capabilities", enable=["oob"])
-    pair.same("qmp_capabilities")
+    with (
+        QmpSocket(pair.alone.qmp_sockets[1]) as direct,
+        QmpSocket(pair.proxy.qmp_socket) as proxied,
+    ):
+        fresh = replace(pair, direct=direct, proxied=proxied)
+        assert proxied.greeting == direct.greeting
+        assert fresh.same("query-status")[-1]["error"]["class"] == "CommandNotFound"
+        fresh.same("qmp_capabilities", enable=["oob"])
+        fresh.same("qmp_capabilities")
 
 
 @pytest.mark.parametrize(
