@@ -127,10 +127,14 @@ class TargetClues:
         register_text: `info registers` of the first vCPU.
         vcpu_property: Returns a QOM property of the first vCPU as text, or None where it has
             none of this name.
+        target_name: Returns QEMU's name of the target, or None where the door cannot ask.
+        g_packet: Returns the stub's answer to `g` for the first vCPU; empty where there is none.
     """
 
     register_text: str
     vcpu_property: Callable[[str], str | None]
+    target_name: Callable[[], str | None] = lambda: None
+    g_packet: Callable[[], bytes] = lambda: b""
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,9 @@ class Architecture:
             architectures as well.
         stub_byte_order: Of register values in the packets of the stub, where it depends on the
             registers themselves; None where it is that of the first core.
+        g_packet: What a stub without target description sends for `g`, named as in the column
+            `gdb`; each member as bytes.
+        gdb_settings: What a gdb without symbols is to be told before it can connect.
     """
 
     name: str
@@ -190,3 +197,5 @@ class Architecture:
     pfn_from_phys_base: bool = False
     recognize: Callable[[TargetClues], bool] | None = None
     stub_byte_order: Callable[[Mapping[str, bytes]], ByteOrder] | None = None
+    g_packet: StructLayout | None = None
+    gdb_settings: tuple[str, ...] = ()
