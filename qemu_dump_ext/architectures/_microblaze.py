@@ -70,5 +70,6 @@ def make_microblaze(name: str, byte_order: ByteOrder) -> Architecture:
         parse_monitor=_parse_monitor,
         reconcile=_reconcile,
         recognize=recognize_by_byte_order(name, byte_order, _G_BEGIN, _parse_monitor),
-        gdb_settings=("set architecture MicroBlaze", f"set endian {byte_order}"),
+        # Most have no MicroBlaze: any architecture with enough registers of 32 bits can connect.
+        gdb_settings=("set architecture sh4", f"set endian {byte_order}"),
     )

@@ -64,5 +64,5 @@ ARCHITECTURE = make_architecture(
     cpu_type_suffix="hppa-cpu",
     g_packet=g_packet((4, _G_PACKET)),
     parse_monitor=_parse_monitor,
-    gdb_settings=("set architecture hppa1.0",),
+    gdb_settings=("set architecture hppa1.0", "set endian big"),
 )

@@ -83,5 +83,5 @@ ARCHITECTURE = make_architecture(
     cpu_type_suffix="-m68k-cpu",
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
-    gdb_settings=("set architecture m68k",),
+    gdb_settings=("set architecture m68k", "set endian big"),
 )

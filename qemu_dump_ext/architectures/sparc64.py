@@ -66,5 +66,5 @@ ARCHITECTURE = make_architecture(
         (8, f"{_EVEN_DOUBLES} pc npc state fsr fprs y"),
     ),
     parse_monitor=_parse_monitor,
-    gdb_settings=("set architecture sparc:v9",),
+    gdb_settings=("set architecture sparc:v9", "set endian big"),
 )
