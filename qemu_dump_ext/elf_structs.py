@@ -11,6 +11,7 @@ ELF_MAGIC = b"\x7fELF"
 ELFCLASS32, ELFCLASS64 = 1, 2
 ELFDATA: dict[ByteOrder, int] = {"little": 1, "big": 2}
 EV_CURRENT = 1
+ELFOSABI_LINUX = 3
 ET_CORE = 4
 PT_LOAD, PT_NOTE = 1, 4
 SHT_STRTAB = 3

@@ -86,6 +86,7 @@ class Core:
         notes: Of each vCPU, in order.
         uname_machine: What `uname -m` prints in such a guest.
         e_flags: Of the ELF header.
+        os_abi: EI_OSABI of the ELF header, for targets whose notes gdb knows by it alone.
         u64_align: Alignment of 64-bit integers in the guest's C structures, in bytes.
     """
 
@@ -96,6 +97,7 @@ class Core:
     uname_machine: str
     e_flags: int = 0
     u64_align: int = 8
+    os_abi: int = 0
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,6 @@ def make_xtensa(name: str, byte_order: ByteOrder) -> Architecture:
         g_packet=_G_BEGIN,
         reconcile=_reconcile,
         recognize=recognize_by_byte_order(name, byte_order, _G_BEGIN, _parse_pc),
-        # gdb knows one configuration: any architecture with enough registers of 32 bits can connect.
+        # gdb knows one configuration: an architecture with more registers of 32 bits can connect.
         gdb_settings=("set architecture hppa1.0", f"set endian {byte_order}"),
     )

@@ -14,7 +14,7 @@ from qemu_dump_ext.architectures._declaration import Core, Register
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
 from qemu_dump_ext.c_struct import fields_of
-from qemu_dump_ext.elf_structs import EM_PARISC
+from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC
 
 _GPRS = numbered("gr", 31, first=1)
 _SPACES = numbered("sr", 8)
@@ -29,6 +29,7 @@ _G_PACKET = (
     f" sr5 sr6 sr7 cr0 cr8 cr9 cr10 cr12 cr13 {numbered('cr', 7, first=24)} {numbered('fr', 64)}"
 )
 _MONITOR_NAMES = {"PSW": "psw", "IIR": "iir"}
+_EFA_PARISC_1_1 = 0x210
 _PSW_C = 1 << 18
 _U32 = (1 << 32) - 1
 
@@ -56,6 +57,8 @@ ARCHITECTURE = make_architecture(
         word_size=4,
         notes=(prstatus("PA-RISC", "u32", fields_of("u32", f"{_PR_REG} {numbered('zero', 16)}")),),
         uname_machine="parisc",
+        e_flags=_EFA_PARISC_1_1,
+        os_abi=ELFOSABI_LINUX,
     ),
     tuple(
         Register(name, gdb=name if name in _G_PACKET.split() else None) for name in _PR_REG.split()

@@ -15,7 +15,7 @@ from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register,
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
 from qemu_dump_ext.architectures._undumped import make_architecture
 from qemu_dump_ext.c_struct import StructLayout, fields_of
-from qemu_dump_ext.elf_structs import EM_68K, NT_PRFPREG
+from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_68K, NT_PRFPREG
 
 _DATA = numbered("d", 8)
 _ADDRESS = numbered("a", 8)
@@ -70,6 +70,7 @@ ARCHITECTURE = make_architecture(
             ),
         ),
         uname_machine="m68k",
+        os_abi=ELFOSABI_LINUX,
         u64_align=_ALIGN,
     ),
     (
