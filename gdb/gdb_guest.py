@@ -178,4 +178,6 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
                 )
             _require_qemu(stub)
             addresses = (qmp, *stub.addresses())
-            yield GuestAccess(qmp_monitor, stub, qmp_monitor.native_dump, addresses)
+            yield GuestAccess(
+                qmp_monitor, stub, qmp_monitor.native_dump, addresses, qmp_monitor.target_name
+            )

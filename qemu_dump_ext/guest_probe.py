@@ -32,7 +32,7 @@ from qemu_dump_ext.monitor_text import (
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.page_table_walk import translate
-from qemu_dump_ext.stub_registers import read_stub_registers
+from qemu_dump_ext.stub_registers import read_g_packet, read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
     UTSNAME_TOTAL_SIZE,
     UtsName,
@@ -52,12 +52,15 @@ class GuestAccess:
         native_dump: Lets QEMU dump one byte at a gpa and returns the ELF file; raises
             SourceError where that is not possible.
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
+        target_name: Returns QEMU's name of the target, such as `mipsel`, or None where it does
+            not tell; None where the door cannot ask.
     """
 
     monitor: Monitor
     stub: Stub | None
     native_dump: Callable[[int], bytes]
     addresses: Sequence[str] = ()
+    target_name: Callable[[], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,13 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     ram_blocks = parse_flat_view(flat_views)
     texts = read_register_texts(monitor)
     vcpu_property = partial(read_property, monitor, objects.cpu_path)
-    architecture = architecture_for_cpu_types(
-        {objects.cpu_type}, TargetClues(texts[min(texts)], vcpu_property)
+    clues = TargetClues(
+        texts[min(texts)],
+        vcpu_property,
+        access.target_name or (lambda: None),
+        lambda: read_g_packet(access.stub, min(texts)) if access.stub else b"",
     )
+    architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
     native, refusal = NativeNotes((), b""), None
     try:
         if ram_blocks:
@@ -161,7 +168,7 @@ def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, in
     """Return the stub's registers by cpu_index and our names."""
     names = {register.gdb for register in architecture.registers if register.gdb}
     vcpus: dict[int, dict[str, int]] = {}
-    for vcpu in read_stub_registers(stub, names, g_packet=None):
+    for vcpu in read_stub_registers(stub, names, architecture.g_packet):
         order = architecture.cores[0].byte_order
         if architecture.stub_byte_order is not None:
             order = architecture.stub_byte_order(vcpu.registers)

@@ -59,6 +59,12 @@ def read_stub_registers(
     return vcpus
 
 
+def read_g_packet(stub: Stub, index: int) -> bytes:
+    """Return the answer to `g` for the vCPU of this cpu_index; empty where there is none."""
+    packets = [_value(stub.packet("g")) for found in stub.vcpus() if found == index]
+    return packets[0] if packets else b""
+
+
 def _register_numbers(stub: Stub) -> dict[str, int]:
     """Return the packet number of each register; the first of a name counts."""
     numbers: dict[str, int] = {}
@@ -110,9 +116,7 @@ def _split_g_packet(data: bytes, layout: StructLayout | None) -> dict[str, bytes
     if layout is None:
         return {}
     sizes = {field.name: field.count for field in layout.fields}
-    offsets = layout.bind(Abi("little", word_size=4, max_align=1)).offsets
-    return {
-        name: data[offset : offset + sizes[name]]
-        for name, offset in offsets.items()
-        if offset + sizes[name] <= len(data)
-    }
+    structure = layout.bind(Abi("little", word_size=4, max_align=1))
+    if len(data) != structure.size:
+        return {}  # of another version of QEMU, or of a CPU with other registers
+    return {name: data[offset : offset + sizes[name]] for name, offset in structure.offsets.items()}

@@ -116,6 +116,13 @@ class QmpMonitor:
         answer = self.qmp("human-monitor-command", {"command-line": command})
         return str(answer).replace("\r\n", "\n")
 
+    def target_name(self) -> str | None:
+        """Return QEMU's name of the target, such as `mipsel`, or None where it does not tell."""
+        try:
+            return str(self.qmp("query-target")["arch"])
+        except MonitorAnswerError:
+            return None
+
     def native_dump(self, gpa: int) -> bytes:
         """Let QEMU dump the byte at `gpa` as ELF, through a descriptor of ours or a file.
 

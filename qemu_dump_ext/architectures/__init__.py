@@ -30,10 +30,17 @@ def architecture_for_cpu_types(
         UnsupportedTargetError: None is known.
     """
     types = sorted(cpu_types)
+    passed_over = []
     for architecture in all_architectures().values():
-        fits = architecture.recognize is None or clues is None or architecture.recognize(clues)
-        if fits and any(kind.endswith(architecture.cpu_type_suffix) for kind in types):
-            return architecture
+        if any(kind.endswith(architecture.cpu_type_suffix) for kind in types):
+            if architecture.recognize is None or clues is None or architecture.recognize(clues):
+                return architecture
+            passed_over.append(architecture.name)
+    if passed_over:
+        raise UnsupportedTargetError(
+            f"the registers do not tell which target this is: {' or '.join(passed_over)}",
+            hint="QMP tells: add --qmp SOCKET",
+        )
     raise UnsupportedTargetError(
         f"guests with CPUs of type {', '.join(types) or 'unknown'} cannot be dumped",
         hint="known architectures: " + ", ".join(all_architectures()),

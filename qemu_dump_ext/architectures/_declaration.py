@@ -86,6 +86,7 @@ class Core:
         notes: Of each vCPU, in order.
         uname_machine: What `uname -m` prints in such a guest.
         e_flags: Of the ELF header.
+        os_abi: EI_OSABI of the ELF header, for targets whose notes gdb knows by it alone.
         u64_align: Alignment of 64-bit integers in the guest's C structures, in bytes.
     """
 
@@ -96,6 +97,7 @@ class Core:
     uname_machine: str
     e_flags: int = 0
     u64_align: int = 8
+    os_abi: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,14 @@ class TargetClues:
         register_text: `info registers` of the first vCPU.
         vcpu_property: Returns a QOM property of the first vCPU as text, or None where it has
             none of this name.
+        target_name: Returns QEMU's name of the target, or None where the door cannot ask.
+        g_packet: Returns the stub's answer to `g` for the first vCPU; empty where there is none.
     """
 
     register_text: str
     vcpu_property: Callable[[str], str | None]
+    target_name: Callable[[], str | None] = lambda: None
+    g_packet: Callable[[], bytes] = lambda: b""
 
 
 @dataclass(frozen=True)
@@ -170,6 +176,9 @@ class Architecture:
             architectures as well.
         stub_byte_order: Of register values in the packets of the stub, where it depends on the
             registers themselves; None where it is that of the first core.
+        g_packet: What a stub without target description sends for `g`, named as in the column
+            `gdb`; each member as bytes.
+        gdb_settings: What a gdb without symbols is to be told before it can connect.
     """
 
     name: str
@@ -192,3 +201,5 @@ class Architecture:
     pfn_from_phys_base: bool = False
     recognize: Callable[[TargetClues], bool] | None = None
     stub_byte_order: Callable[[Mapping[str, bytes]], ByteOrder] | None = None
+    g_packet: StructLayout | None = None
+    gdb_settings: tuple[str, ...] = ()

@@ -61,11 +61,16 @@ def prstatus(
     *,
     pid: Field = _PID,
     constants: Mapping[str, int] | None = None,
+    max_align: int | None = None,
 ) -> NoteLayout:
-    """Declare NT_PRSTATUS; the arguments are those of `prstatus_layout`."""
+    """Declare NT_PRSTATUS; the arguments are those of `prstatus_layout` and of NoteLayout."""
     layout = prstatus_layout(name, word, registers, pid=pid)
     return NoteLayout(
-        "CORE", NT_PRSTATUS, layout, max_align=_WORD_SIZES[word], constants=constants or {}
+        "CORE",
+        NT_PRSTATUS,
+        layout,
+        max_align=max_align or _WORD_SIZES[word],
+        constants=constants or {},
     )
 
 

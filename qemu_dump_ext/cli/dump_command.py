@@ -66,7 +66,11 @@ def _run(words: Sequence[str]) -> int:
     sink = open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT)
     with connect_qmp(arguments.qmp) as monitor, sink:
         access = GuestAccess(
-            monitor, stub=None, native_dump=monitor.native_dump, addresses=(arguments.qmp,)
+            monitor,
+            stub=None,
+            native_dump=monitor.native_dump,
+            addresses=(arguments.qmp,),
+            target_name=monitor.target_name,
         )
         report = dump(request, access, sink, memory=arguments.memory, progress=progress)
     if watched:

@@ -12,10 +12,12 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import qemu_dump_ext
+from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.dump_sink import open_sink
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
@@ -26,7 +28,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.monitor_text import parse_status
+from qemu_dump_ext.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.sync_qmp import connect_qmp
 from qemu_dump_ext.third_party import missing_package
 
@@ -36,6 +38,8 @@ _POLL_SECONDS = 0.125
 _BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
 _INTERRUPTED_SECONDS = 30.0
 _PASS_ON_SECONDS = 3
+# What gdb says where it does not understand the stub's registers.
+_OTHER_TARGET = re.compile(r"'g' packet|[Tt]runcated register|[Bb]ogus|[Aa]rchitecture")
 # The state that attaching to the stub leaves a running guest in.
 _STOPPED_BY_ATTACHING = "paused"
 
@@ -178,10 +182,10 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
         raise RequestError("gdb takes no line break in FILE")
     # Refused here what can be, before the guest is stopped; gdb opens it.
     open_sink(arguments.file, force=arguments.force, standard_output=None)
-    ran_before = None if arguments.qmp is None else _is_running(arguments.qmp)
+    known = _Known() if arguments.qmp is None else _ask_by_qmp(arguments.qmp)
     gdb = _Gdb(sys.stdout if arguments.json else sys.stderr)
     try:
-        with _attached(gdb, arguments.gdb, ran_before=ran_before):
+        with _attached(gdb, arguments.gdb, known):
             gdb.console(f"source {gdb_script_path()}")
             try:
                 gdb.console(f"qemu-dump-guest-memory {_command_words(arguments)}", show=True)
@@ -196,16 +200,36 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
         gdb.close()
 
 
-def _is_running(qmp: str) -> bool:
+@dataclass(frozen=True)
+class _Known:
+    """What is known of the guest before gdb connects.
+
+    Attributes:
+        ran: Whether it runs; None where that is not known.
+        settings: What gdb must be told to connect.
+    """
+
+    ran: bool | None = None
+    settings: Sequence[str] = ()
+
+
+def _ask_by_qmp(qmp: str) -> _Known:
     with connect_qmp(qmp) as monitor:
-        return parse_status(monitor.execute("info status")) == "running"
+        ran = parse_status(monitor.execute("info status")) == RUNNING
+        architecture = all_architectures().get(monitor.target_name() or "")
+    return _Known(ran, () if architecture is None else architecture.gdb_settings)
 
 
 @contextmanager
-def _attached(gdb: _Gdb, address: str, *, ran_before: bool | None) -> Iterator[None]:
+def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
     # Attaching stops the guest, and gdb's own `detach` lets it run even if it did not before.
     for setting in ("confirm off", "pagination off", f"tcp connect-timeout {_CONNECT_SECONDS}"):
         gdb.run(f"-gdb-set {setting}")
+    for command in known.settings:
+        # This gdb may be one of a single architecture: if that does not fit, connecting says so.
+        with contextlib.suppress(_CommandError):
+            gdb.console(command)
+    ran_before = known.ran
     try:
         _connect(gdb, address)
         if ran_before is None:
@@ -224,10 +248,16 @@ def _connect(gdb: _Gdb, address: str) -> None:
     try:
         gdb.run(f"-target-select remote {address}")
     except _CommandError as error:
+        message = error.message.splitlines()[0]
         raise ConnectError(
-            f"gdb cannot connect to {address}: {error.message.splitlines()[0]}",
-            hint="it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time",
+            f"gdb cannot connect to {address}: {message}", hint=_connect_hint(message)
         ) from error
+
+
+def _connect_hint(message: str) -> str:
+    if _OTHER_TARGET.search(message):
+        return "gdb takes the guest for one of another target; with --qmp SOCKET it is told which"
+    return "it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time"
 
 
 def _was_stopped_by_attaching(gdb: _Gdb, address: str) -> bool:

@@ -99,6 +99,7 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
                     ELFCLASS64 if word_size == 8 else ELFCLASS32,
                     ELFDATA[plan.core.byte_order],
                     EV_CURRENT,
+                    plan.core.os_abi,
                 )
             ),
             e_type=ET_CORE,

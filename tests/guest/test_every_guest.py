@@ -25,8 +25,15 @@ IMAGES = {name: image for name, image in load_manifest().items() if name != "x86
 # QEMU answers "this feature or command is not currently supported".
 NOT_BY_QEMU = ("mips64el", "mipsel")
 DUMPED_BY_QEMU = [name for name in IMAGES if name not in NOT_BY_QEMU]
-# What a gdb without symbols has to be told of a target; ours needs none of it.
+# What a gdb without symbols has to be told of a target to show it; our commands need none of it.
 GDB_SETTINGS = {"s390x": ["set endian big"]}
+# What it has to be told to connect at all.
+BEFORE_CONNECTING = {
+    "mips64el": ["set architecture mips:isa64r2", "set endian little"],
+    "mipsel": ["set architecture mips:isa32r2", "set endian little"],
+}
+# Only the stub shows these: `qemu-dump-guest-memory --qmp` says that they are missing.
+ONLY_BY_STUB = {"mips64el": "badvaddr", "mipsel": "badvaddr"}
 
 of_all = pytest.mark.parametrize("guest", IMAGES, indirect=True, scope="module")
 of_those_dumped_by_qemu = pytest.mark.parametrize(
@@ -54,9 +61,9 @@ def native(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Orac
 def core(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Our ELF core, by gdb and the stub alone."""
     path = tmp_path_factory.mktemp("ours") / "core"
-    done = run_gdb(
-        guest, [f"qemu-dump-guest-memory {path}", "print $_qemu_dump_status"], "gdb-multiarch"
-    )
+    commands = [f"qemu-dump-guest-memory {path}", "print $_qemu_dump_status"]
+    before = BEFORE_CONNECTING.get(guest.image.name, [])
+    done = run_gdb(guest, commands, "gdb-multiarch", before=before)
     assert "$1 = 0\n" in done.stdout, done.stdout + done.stderr
     return path
 
@@ -90,7 +97,8 @@ def test_qemu_itself_refuses_the_other_targets(guest: BootedGuest):
 def test_gdb_shows_every_vcpu_where_it_stands(guest: BootedGuest, core: Path):
     command = 'thread apply all -ascending printf "pc %#lx\\n", $pc'
     settings = GDB_SETTINGS.get(guest.image.name, [])
-    live = run_gdb(guest, [*settings, command], "gdb-multiarch")
+    before = BEFORE_CONNECTING.get(guest.image.name, [])
+    live = run_gdb(guest, [*settings, command], "gdb-multiarch", before=before)
     expected = re.findall(r"^pc (0x[0-9a-f]+)$", live.stdout, re.MULTILINE)
     done = subprocess.run(
         ["gdb-multiarch", "--nx", "--batch", "-c", core, "-ex", command],
@@ -117,7 +125,11 @@ def test_readelf_has_nothing_to_say(core: Path):
 def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
     ours = tmp_path / "ours"
     done = run_cli("--qmp", guest.qmp_sockets[0], "-z", "-R", ours)
-    assert done.returncode == 0, done.stderr
+    missing = re.findall(
+        r"^incomplete: vCPU 0 has zero for (.*) in its note", done.stderr, re.MULTILINE
+    )
+    expected = [ONLY_BY_STUB[guest.image.name]] if guest.image.name in ONLY_BY_STUB else []
+    assert (missing, done.returncode) == (expected, 6 if expected else 0), done.stderr
     verify = "import sys; from qemu_dump_ext.cli import main; sys.exit(main())"
     subprocess.run(
         [sys.executable, "-c", verify, "verify", ours],

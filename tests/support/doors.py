@@ -62,6 +62,8 @@ def run_gdb(
     machine: QemuMachine | None,
     commands: Sequence[str],
     program: str = "gdb",
+    *,
+    before: Sequence[str] = (),
     **options: Any,
 ) -> subprocess.CompletedProcess[str]:
     """Run `commands` in a gdb that is connected to the gdbstub of `machine` and has ours.
@@ -72,11 +74,12 @@ def run_gdb(
         machine: Its guest is stopped by the connection; None: gdb is not connected.
         commands: As typed; a failing one does not end gdb.
         program: Another gdb.
+        before: Commands that come before gdb connects.
         options: Of `subprocess.run`; output is captured as text unless they say otherwise.
     """
     session = [f"source {GDB_SCRIPT}", *commands]
     if machine is not None:
-        session = [f"target remote {machine.gdb_socket}", *session, "disconnect"]
+        session = [*before, f"target remote {machine.gdb_socket}", *session, "disconnect"]
     # gdb's own Python: what it imports comes from VIRTUAL_ENV, as for a user.
     options.setdefault("env", child_environment(PYTHONPATH=None))
     return _run(gdb_argv(session, program), options)

@@ -1,0 +1,149 @@
+"""What MIPS of both widths and both byte orders have in common.
+
+Sources:
+    Linux arch/mips/include/uapi/asm/reg.h (MIPS32_EF_*, MIPS64_EF_*), arch/mips/kernel/ptrace.c
+    (fpr_get: 64-bit registers, FCSR, FIR); QEMU target/mips/gdbstub.c, target/mips/cpu.c
+    mips_cpu_dump_state(); MIPS ABI supplement and binutils include/elf/mips.h (e_flags).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Core,
+    NoteLayout,
+    Register,
+    TargetClues,
+    VcpuReadings,
+)
+from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._undumped import g_packet
+from qemu_dump_ext.c_struct import ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.elf_structs import EM_MIPS, NT_PRFPREG
+from qemu_dump_ext.guest import RamBlock, Vcpu
+
+_GPRS = numbered("r", 32)
+_FPRS = numbered("f", 32)
+_CONTROL = "lo hi pc badvaddr status cause"
+_IN_STUB = f"{_GPRS} status lo hi badvaddr cause pc {_FPRS} fsr fir"
+_MONITOR_NAMES = {"pc": "pc", "HI": "hi", "LO": "lo", "Status": "status", "Cause": "cause"}
+_MONITOR_NAMES |= {"Config0": "config0", "Config1": "config1", "FCR0": "fir", "FCR31": "fsr"}
+
+_EF_32R2_O32 = 0x70001000
+_EF_64R2 = 0x80000000
+_CONFIG0_BE = 1 << 15
+_CONFIG0_AT = 3 << 13  # 0: a processor of 32 bits
+_CONFIG1_FP = 1
+_STATUS_FR = 1 << 26  # 32 registers of 64 bits instead of 16 pairs
+_U32 = (1 << 32) - 1
+
+_FLOATING_POINT = NoteLayout(
+    "CORE",
+    NT_PRFPREG,
+    StructLayout("elf_fpregset_t", (*fields_of("u64", _FPRS), *fields_of("u32", "fsr fir"))),
+    max_align=8,
+)
+_FP_VALID = {"pr_fpvalid": 1}
+
+
+def _core32(byte_order: ByteOrder) -> Core:
+    registers = (
+        Field("pad_arguments", "bytes", 24),
+        *fields_of("u32", f"{_GPRS} {_CONTROL} zero"),
+    )
+    return Core(
+        e_machine=EM_MIPS,
+        byte_order=byte_order,
+        word_size=4,
+        notes=(prstatus("MIPS o32", "u32", registers, constants=_FP_VALID), _FLOATING_POINT),
+        uname_machine="mips",
+        e_flags=_EF_32R2_O32,
+    )
+
+
+def _core64(byte_order: ByteOrder) -> Core:
+    registers = fields_of("u64", f"{_GPRS} {_CONTROL} {numbered('zero', 7)}")
+    return Core(
+        e_machine=EM_MIPS,
+        byte_order=byte_order,
+        word_size=8,
+        notes=(prstatus("MIPS n64", "u64", registers, constants=_FP_VALID), _FLOATING_POINT),
+        uname_machine="mips64",
+        e_flags=_EF_64R2,
+    )
+
+
+def _parse_monitor(text: str) -> Mapping[str, int]:
+    """Read `pc=0x…`, `GPR04: a0 … a1 …`, `Status  0x…`, and `d:…` of ` f0: w:… d:… fd:…`."""
+    values: dict[str, int] = {}
+    for first, row in re.findall(r"^ *GPR(\d+):((?: +\w+ [0-9a-f]+)+) *$", text, re.MULTILINE):
+        for index, value in enumerate(row.split()[1::2], int(first)):
+            values[f"r{index}"] = int(value, 16)
+    for name, value in re.findall(r"\b([A-Za-z]+\d*)(?:=| +)0x([0-9a-f]+)\b", text):
+        if name in _MONITOR_NAMES:
+            values[_MONITOR_NAMES[name]] = int(value, 16)
+    for index, value in re.findall(r"^ *f(\d+): w:[0-9a-f]+ d:([0-9a-f]+)", text, re.MULTILINE):
+        values[f"f{index}"] = int(value, 16)
+    return values
+
+
+def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+    values = {**readings.monitor, **readings.gdb}
+    for name in ("status", "cause"):
+        if values.get(name, 0) >> 31 == 1:  # shown as 32 bits; Linux keeps it sign-extended
+            values[name] |= _U32 << 32
+    fprs = _FPRS.split()
+    if not values.get("config1", _CONFIG1_FP) & _CONFIG1_FP:
+        values |= dict.fromkeys((*fprs, "fsr", "fir"), 0)
+    elif not values.get("status", _STATUS_FR) & _STATUS_FR and fprs[0] in values:
+        # The stub shows halves, the monitor pairs; Linux stores pairs.
+        for even, odd in zip(fprs[::2], fprs[1::2], strict=True):
+            if odd in readings.gdb:
+                values[even] = (values[odd] & _U32) << 32 | values[even] & _U32
+            values[odd] = 0
+    return values
+
+
+def _recognize_by(byte_order: ByteOrder) -> Callable[[TargetClues], bool]:
+    def recognize(clues: TargetClues) -> bool:
+        config0 = _parse_monitor(clues.register_text).get("config0", 0)
+        return (config0 & _CONFIG0_BE != 0) == (byte_order == "big")
+
+    return recognize
+
+
+def make_architecture(name: str, word_size: int, byte_order: ByteOrder) -> Architecture:
+    """Declare MIPS of one width and byte order."""
+    narrow = _core32(byte_order)
+    cores = (narrow,) if word_size == 4 else (_core64(byte_order), narrow)
+
+    def select_core(
+        vcpus: Sequence[Vcpu], _blocks: Sequence[RamBlock], _dialect: Dialect, _machine: str
+    ) -> Core:
+        config0 = vcpus[0].registers.get("config0", _CONFIG0_AT) if vcpus else _CONFIG0_AT
+        return cores[0] if config0 & _CONFIG0_AT else narrow
+
+    return Architecture(
+        name=name,
+        cpu_type_suffix="-mips-cpu" if word_size == 4 else "-mips64-cpu",
+        qemu_uname_machine="Unknown",
+        registers=tuple(Register(register, gdb=register) for register in _IN_STUB.split()),
+        cores=cores,
+        program_counter="pc",
+        page_size=4096,
+        phys_base_key=None,
+        kernel_map_base=None,
+        select_core=select_core,
+        parse_monitor=_parse_monitor,
+        reconcile=_reconcile,
+        recognize=_recognize_by(byte_order),
+        g_packet=g_packet((word_size, f"{_IN_STUB} zero_fp")),
+        gdb_settings=(
+            f"set architecture mips:isa{8 * word_size}r2",
+            f"set endian {byte_order}",
+        ),
+    )

@@ -1,0 +1,71 @@
+"""PA-RISC of 32 bits.
+
+Sources:
+    Linux arch/parisc/include/asm/elf.h ELF_CORE_COPY_REGS; QEMU target/hppa/gdbstub.c,
+    target/hppa/helper.c hppa_cpu_dump_state().
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from qemu_dump_ext.architectures._declaration import Core, Register
+from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
+from qemu_dump_ext.c_struct import fields_of
+from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC
+
+_GPRS = numbered("gr", 31, first=1)
+_SPACES = numbered("sr", 8)
+_QUEUES = "iaoq_f iaoq_b iasq_f iasq_b"
+_TEMPORARY = numbered("cr", 8, first=24)
+_PR_REG = (
+    f"psw {_GPRS} {_SPACES} {_QUEUES} sar iir isr ior ipsw cr0 {_TEMPORARY}"
+    " cr8 cr9 cr12 cr13 cr10 cr15"
+)
+_G_PACKET = (
+    f"psw {_GPRS} sar iaoq_f iasq_f iaoq_b iasq_b cr15 iir isr ior ipsw goto sr4 sr0 sr1 sr2 sr3"
+    f" sr5 sr6 sr7 cr0 cr8 cr9 cr10 cr12 cr13 {numbered('cr', 7, first=24)} {numbered('fr', 64)}"
+)
+_MONITOR_NAMES = {"PSW": "psw", "IIR": "iir"}
+_EFA_PARISC_1_1 = 0x210
+_PSW_C = 1 << 18
+_U32 = (1 << 32) - 1
+
+
+def _parse_monitor(text: str) -> Mapping[str, int]:
+    """Read `GR04 …`, `SR04 …`, `PSW  …`, and `IA_F …`: offset, and space where code has one."""
+    values: dict[str, int] = {}
+    for kind, index, value in re.findall(r"\b(GR|SR)(\d\d) ([0-9a-f]{8})\b", text):
+        if (name := f"{kind.lower()}{int(index)}") != "gr0":
+            values[name] = int(value, 16)
+    for name, value in re.findall(r"\b(PSW|IIR) +([0-9a-f]{8})\b", text):
+        values[_MONITOR_NAMES[name]] = int(value, 16)
+    for end, value in re.findall(r"\bIA_([FB]) +([0-9a-f]{16})\b", text):
+        values[f"iaoq_{end.lower()}"] = int(value, 16) & _U32
+        if values.get("psw", 0) & _PSW_C:
+            values[f"iasq_{end.lower()}"] = int(value, 16) >> 32
+    return values
+
+
+ARCHITECTURE = make_architecture(
+    "hppa",
+    Core(
+        e_machine=EM_PARISC,
+        byte_order="big",
+        word_size=4,
+        notes=(prstatus("PA-RISC", "u32", fields_of("u32", f"{_PR_REG} {numbered('zero', 16)}")),),
+        uname_machine="parisc",
+        e_flags=_EFA_PARISC_1_1,
+        os_abi=ELFOSABI_LINUX,
+    ),
+    tuple(
+        Register(name, gdb=name if name in _G_PACKET.split() else None) for name in _PR_REG.split()
+    ),
+    "iaoq_f",
+    cpu_type_suffix="hppa-cpu",
+    g_packet=g_packet((4, _G_PACKET)),
+    parse_monitor=_parse_monitor,
+    gdb_settings=("set architecture hppa1.0", "set endian big"),
+)

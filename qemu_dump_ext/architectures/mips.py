@@ -1,0 +1,7 @@
+"""MIPS: 32-bit, big-endian."""
+
+from __future__ import annotations
+
+from qemu_dump_ext.architectures._mips import make_architecture
+
+ARCHITECTURE = make_architecture("mips", word_size=4, byte_order="big")

@@ -1,0 +1,7 @@
+"""MIPS: 64-bit, little-endian."""
+
+from __future__ import annotations
+
+from qemu_dump_ext.architectures._mips import make_architecture
+
+ARCHITECTURE = make_architecture("mips64el", word_size=8, byte_order="little")
