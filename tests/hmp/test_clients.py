@@ -216,6 +216,15 @@ def test_bad_start_is_one_line(words: list[str], status: int, complaint: str):
     assert done.stdout == ""
 
 
+@pytest.mark.parametrize("address", ["/no/such/folder/socket", "/tmp/" + "x" * 120])
+def test_bad_address_is_one_line(machine: QemuMachine, address: str):
+    done = run_proxy("--qmp", machine.qmp_sockets[1], "--listen", address)
+    assert done.returncode == 3
+    assert done.stderr.startswith(f"qemu-hmp-proxy: cannot listen at {address}: ")
+    assert "None" not in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_lines_from_a_pipe(machine: QemuMachine):
     done = run_proxy("--qmp", machine.qmp_sockets[1], text="info status\nnosuch\ninfo dump")
     assert done.stdout == (
