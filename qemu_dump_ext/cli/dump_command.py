@@ -26,7 +26,8 @@ PROGRAM = "qemu-dump-guest-memory"
 _STDOUT = 1
 
 
-def _parser() -> OneLineParser:
+def dump_parser() -> OneLineParser:
+    """Return the parser of the command line."""
     parser = OneLineParser(
         prog=PROGRAM,
         description="Dump the memory and the registers of a QEMU guest, from outside QEMU.",
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: Sequence[str]) -> int:
-    arguments = parse_dump_arguments(_parser(), words)
+    arguments = parse_dump_arguments(dump_parser(), words)
     if arguments.file == "-" and arguments.json:
         raise RequestError("--json and the dump cannot both go to standard output")
     if arguments.gdb is not None:

@@ -66,9 +66,11 @@ def _shared() -> set[Path]:
 def _abandoned(folders: set[Path]) -> set[Path]:
     """Leave out what is gone, and what a dump of somebody else still uses."""
     links = []
-    for path in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            links.append(path.readlink())
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # processes end, and close
+            for path in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    links.append(path.readlink())
     return {path for path in folders & _shared() if not any(path in link.parents for link in links)}
 
 

@@ -1,0 +1,40 @@
+"""What the README says of itself is true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.cli.dump_command import dump_parser
+from qemu_dump_ext.cli.subcommands.targets import table_of_targets
+from qemu_dump_ext.guest_images.manifest import load_manifest
+from qemu_dump_ext.memory_sources import all_memory_sources
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+
+
+def test_the_table_of_targets_is_what_the_command_prints():
+    assert "\n".join(table_of_targets()) in README
+
+
+def test_every_option_is_described():
+    options = {option for action in dump_parser()._actions for option in action.option_strings} - {
+        "-h",
+        "--help",
+        "--sparse",
+        "--qmp",
+        "--gdb",
+    }
+    described = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", README))
+    assert options <= described
+
+
+def test_every_memory_source_has_a_row():
+    for name in all_memory_sources():
+        assert f"| `{name}` |" in README
+
+
+def test_every_guest_image_is_of_a_target_that_can_be_dumped():
+    targets = {image.target for image in load_manifest().values()}
+    assert targets <= set(all_architectures())
