@@ -368,7 +368,7 @@ class QmpSession:
             gone.cancel()
             if not job.finished.done():
                 job.cancel()
-            await job.finished
+            await asyncio.shield(job.finished)
         return {}
 
     def _request_of(self, arguments: Mapping[str, Any]) -> DumpRequest:

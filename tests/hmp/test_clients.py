@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -20,6 +21,8 @@ from tests.support.hmp_proxy import (
     GONE_PROMPT,
     HmpSocket,
     Proxy,
+    hmp_of,
+    partial_files,
     proxy_argv,
     run_proxy,
     wait_until,
@@ -288,3 +291,21 @@ def test_qemu_is_killed_in_the_middle_of_a_dump(tmp_path: Path):
             answer = client.wait(GONE_PROMPT)
             assert b"Error: " in answer
             wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["proxy"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signal_in_the_middle_of_a_dump(tmp_path: Path, number: signal.Signals):
+    """The guest runs again, nothing is left behind, and one who waits is told."""
+    with stopped_machine(["qemu-system-x86_64"], ["-m", "256"]) as machine:
+        assert hmp_of(machine, "cont") == ""
+        proxy = Proxy(tmp_path, "--qmp", machine.qmp_sockets[0], "--memory", "pmemsave")
+        with HmpSocket(proxy.socket) as client:
+            client.send(f"dump-guest-memory {tmp_path / 'dump'}\n".encode())
+            wait_until(lambda: partial_files(tmp_path))
+            proxy.process.send_signal(number)
+            with pytest.raises(EOFError, match="cancelled"):
+                client.wait(b"never")
+        proxy.process.wait()
+        assert proxy.stop() == (130, "")
+        assert hmp_of(machine, "info status") == "VM status: running\n"
+        assert list(tmp_path.iterdir()) == []
