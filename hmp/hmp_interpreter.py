@@ -220,7 +220,7 @@ class Interpreter:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not job.finished.done():
                 job.cancel()
-            await job.finished
+            await asyncio.shield(job.finished)
         except asyncio.CancelledError:
             job.cancel()
             raise
@@ -255,7 +255,7 @@ class Interpreter:
         for register in set(_REGISTER.findall(text)):
             answer = await self.upstream.execute_hmp(f"print {register}", client.cpu_index)
             value = answer.strip()
-            if not re.fullmatch(r"0x[0-9a-f]+", value):
+            if not re.fullmatch(r"(0x)?[0-9a-f]+", value):
                 raise _QemuRefusesError
             text = re.sub(re.escape(register) + r"(?![\w.])", value, text)
         return text

@@ -86,7 +86,7 @@ class HmpSession:
             if self._client.quit and not self._interpreter.upstream.connected:
                 await self._connection.finish(_GOODBYE_SECONDS)
                 return
-            self._connection.write(answer.encode("utf-8", "surrogateescape") + self._untold)
+            self._connection.write(answer.encode("utf-8", "replace") + self._untold)
             self._untold = b""
             self._show_prompt()
             await self._connection.drain()

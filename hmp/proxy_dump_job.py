@@ -113,6 +113,7 @@ class DumpJob:
         begun: Done when nothing can be refused any more, or when the dump has ended.
         finished: The report, or the error.
         stopped_guest: The guest ran before.
+        is_open: The target is; QEMU, too, calls only what fails from then on a failed dump.
         has_begun: Nothing can be refused any more.
         copies: The guest runs again before the dump is complete.
         meter: Knows the rate.
@@ -126,7 +127,7 @@ class DumpJob:
         self.begun: asyncio.Future[None] = self._loop.create_future()
         self.finished: asyncio.Future[DumpReport] = self._loop.create_future()
         self._cancelled = threading.Event()
-        self.copies = False
+        self.is_open = self.copies = False
         self.stopped_guest = False
         self.has_begun = False
 
@@ -174,6 +175,7 @@ class DumpJob:
         monitor = _ThreadMonitor(self, self._upstream)
         version = self._upstream.version
         with _opened(target, version, request) as sink:
+            self.is_open = True
             try:
                 return dump(
                     request,
@@ -305,7 +307,9 @@ class DumpManager:
         except BaseException:
             self.status, self.job = before
             raise
-        self._task = asyncio.create_task(self._run(job, request, target, memory, release))
+        self._task = asyncio.create_task(
+            self._run(job, request, target, memory, release=release, before=before)
+        )
         await asyncio.shield(job.begun)
         if job.finished.done() and (error := job.finished.exception()) is not None:
             raise error
@@ -328,7 +332,9 @@ class DumpManager:
         request: DumpRequest,
         target: DumpTarget,
         memory: str,
+        *,
         release: Callable[[], None],
+        before: tuple[DumpStatus, DumpJob | None],
     ) -> None:
         report, failure = None, None
         try:
@@ -339,8 +345,11 @@ class DumpManager:
             failure = DumpError(f"dump: {type(error).__name__}: {error}")
         if not isinstance(failure, UnsupportedTargetError):
             release()
-        self.latest_is_native = False
-        self.status = DumpStatus.FAILED if failure else DumpStatus.COMPLETED
+        if job.is_open:
+            self.latest_is_native = False
+            self.status = DumpStatus.FAILED if failure else DumpStatus.COMPLETED
+        else:
+            self.status, self.job = before
         if job.has_begun:
             self.on_event(self._completed_event(job, failure))
         held, self._held_events = self._held_events, []
@@ -382,6 +391,8 @@ class DumpManager:
     def take_event(self, event: Event) -> None:
         """Pass QEMU's event on; RESUME follows DUMP_COMPLETED, as with QEMU's own dump."""
         copies = self.job is not None and self.job.copies
+        if event.get("event") == "DUMP_COMPLETED":
+            self.latest_is_native = True
         if self.active and event.get("event") == "RESUME" and not copies:
             self._held_events.append(event)
         else:

@@ -67,7 +67,8 @@ class Listener:
             else:
                 self._socket = _listen_tcp(address, target, allow_remote=allow_remote)
         except OSError as error:
-            raise ConnectError(f"cannot listen at {address}: {error.strerror}") from error
+            reason = error.strerror or error  # a path that is too long has no number
+            raise ConnectError(f"cannot listen at {address}: {reason}") from error
         if target is not None:
             self.address = f"{target[0]}:{self._socket.getsockname()[1]}"
         self._socket.setblocking(False)

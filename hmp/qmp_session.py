@@ -280,6 +280,8 @@ class QmpSession:
                 reply = {}
             else:
                 reply.pop("id", None)
+                if request.get("execute") == DUMP_COMMAND and "return" in reply:
+                    self._door.dumps.latest_is_native = True
                 self._send(_with_id(self._adapt(reply, request), request))
             if not answered.done():
                 answered.set_result(reply)
@@ -366,7 +368,7 @@ class QmpSession:
             gone.cancel()
             if not job.finished.done():
                 job.cancel()
-            await job.finished
+            await asyncio.shield(job.finished)
         return {}
 
     def _request_of(self, arguments: Mapping[str, Any]) -> DumpRequest:

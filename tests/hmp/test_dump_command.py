@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,7 @@ def bench(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         "dump-guest-memory {} 0x100000 0x3000",
         "dump-guest-memory {} 1024*1024+0x1000 (2 + 1)*16",
         "dump-guest-memory -p {} $pc&0 0x2000",
+        "dump-guest-memory {} $ds.base 0x2000+$ds.base",
     ],
 )
 def test_file_is_that_of_qemu(bench: Bench, tmp_path: Path, line: str):
@@ -122,6 +124,42 @@ def test_refusal_has_the_words_of_qemu(bench: Bench, tmp_path: Path, words: str)
     (tmp_path / "x").unlink(missing_ok=True)
     assert bench.proxied.command(line) == expected
     assert partial_files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("aarch64", ["-M", "virt", "-cpu", "cortex-a57"]),
+        ("s390x", []),
+        ("riscv64", ["-M", "virt", "-bios", "none"]),
+    ],
+)
+def test_file_is_that_of_qemu_on_other_targets(tmp_path: Path, target: str, arguments: list[str]):
+    program = shutil.which(f"qemu-system-{target}")
+    if program is None:
+        pytest.skip(f"qemu-system-{target} is not installed")
+    ours, native = tmp_path / "ours", tmp_path / "native"
+    with (
+        stopped_machine([program], arguments) as machine,
+        Proxy(tmp_path, "--qmp", machine.qmp_sockets[0]) as proxy,
+        HmpSocket(proxy.socket) as client,
+    ):
+        assert client.command(f"dump-guest-memory -z {ours}") == ""
+        assert hmp_of(machine, f"dump-guest-memory -z {native}") == ""
+    assert filecmp.cmp(ours, native, shallow=False)
+
+
+def test_target_that_we_do_not_know_is_left_to_qemu(tmp_path: Path):
+    program = shutil.which("qemu-system-alpha")
+    if program is None:
+        pytest.skip("qemu-system-alpha is not installed")
+    with (
+        stopped_machine([program]) as machine,
+        Proxy(tmp_path, "--qmp", machine.qmp_sockets[0]) as proxy,
+        HmpSocket(proxy.socket) as client,
+    ):
+        answer = client.command(f"dump-guest-memory {tmp_path / 'dump'}")
+    assert answer == "Error: this feature or command is not currently supported\n"
 
 
 def test_what_we_add(bench: Bench, tmp_path: Path):
