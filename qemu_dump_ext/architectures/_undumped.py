@@ -67,6 +67,7 @@ def make_architecture(
         recognize=recognize,
         g_packet=g_packet,
         gdb_settings=gdb_settings,
+        dumped_by_qemu_since=None,
     )
 
 

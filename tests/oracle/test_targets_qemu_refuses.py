@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -286,7 +286,7 @@ class Taken:
 
 
 def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
-    order = "big" if target.big else "little"
+    order: Literal["little", "big"] = "big" if target.big else "little"
     shown = []
     with RawGdbstub(machine.gdb_socket) as stub:
         threads = []
