@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -90,13 +91,15 @@ def _set_status(status: int) -> None:
 def selection_kept() -> Iterator[None]:
     """Give the user the selected thread and frame back."""
     thread = gdb.selected_thread()
-    frame = gdb.selected_frame()
+    frame = None
+    with contextlib.suppress(gdb.error):  # where gdb finds none in memory that is not there
+        frame = gdb.selected_frame()
     try:
         yield
     finally:
         if thread.is_valid():
             thread.switch()
-            if frame.is_valid():
+            if frame is not None and frame.is_valid():
                 frame.select()
 
 

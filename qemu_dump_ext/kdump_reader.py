@@ -226,7 +226,9 @@ class KdumpFile(DumpFile):
             self.sub_header_size = layout.size
             fields = layout.unpack_integers(self.image.read(self.page_size, layout.size))
             self.sub_header = MappingProxyType(fields)
-            if self.is_in_sub_header("note") and self.is_in_sub_header("vmcoreinfo"):
+            # Padding may be taken for the size of notes that are not there.
+            exists = fields["size_note"] > 0
+            if exists and self.is_in_sub_header("note") and self.is_in_sub_header("vmcoreinfo"):
                 break
 
     def is_in_sub_header(self, what: str) -> bool:

@@ -33,6 +33,7 @@ BEFORE_CONNECTING = {
     "mipsel": ["set architecture mips:isa32r2", "set endian little"],
 }
 # Only the stub shows these: `qemu-dump-guest-memory --qmp` says that they are missing.
+INCOMPLETE = re.compile(r"^incomplete: vCPU 0 has zero for (.*) in its note", re.MULTILINE)
 ONLY_BY_STUB = {"mips64el": "badvaddr", "mipsel": "badvaddr"}
 
 of_all = pytest.mark.parametrize("guest", IMAGES, indirect=True, scope="module")
@@ -125,9 +126,7 @@ def test_readelf_has_nothing_to_say(core: Path):
 def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
     ours = tmp_path / "ours"
     done = run_cli("--qmp", guest.qmp_sockets[0], "-z", "-R", ours)
-    missing = re.findall(
-        r"^incomplete: vCPU 0 has zero for (.*) in its note", done.stderr, re.MULTILINE
-    )
+    missing = INCOMPLETE.findall(done.stderr)
     expected = [ONLY_BY_STUB[guest.image.name]] if guest.image.name in ONLY_BY_STUB else []
     assert (missing, done.returncode) == (expected, 6 if expected else 0), done.stderr
     verify = "import sys; from qemu_dump_ext.cli import main; sys.exit(main())"

@@ -26,6 +26,7 @@ from tests.support.raw_qmp import RawQmp
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 _BIOS_SIZE = 1 << 20
+_INCOMPLETE = re.compile(r"^incomplete: vCPU \d+ has zero for (.*) in its note", re.MULTILINE)
 
 
 def _names(prefix: str, count: int, first: int = 0) -> str:
@@ -86,7 +87,7 @@ _FPRS = _names("f", 32)
 _MIPS_STUB = f"- {_names('r', 31, first=1)} status lo hi badvaddr cause= pc {_FPRS} fsr= fir="
 _MIPS_CONTROL = "lo hi pc badvaddr status cause"
 _MIPS_SHOWN = {name: name for name in f"{_names('r', 31, first=1)} lo hi pc cause".split()}
-_MIPS_SHOWN |= {"status": "sr", "badvaddr": "badvaddr"}
+_MIPS_SHOWN |= {"status": "sr", "badvaddr": "bad"}
 _CU1, _FR = 1 << 29, 1 << 26
 _ALPHA = _names("r", 31)
 _SH4 = _names("r", 16)
@@ -305,7 +306,9 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
                     if name == "status":  # of MIPS: lets the monitor show floating point
                         number = 0x400004 | _CU1 | (_FR if target.wide else 0)
                     data[offset : offset + target.word] = number.to_bytes(target.word, order)
-            assert stub.packet(f"G{data.hex()}") == "OK"
+            # What follows may be another name of the same registers.
+            end = max(offset for offset, _ in fields.values()) + target.word
+            assert stub.packet(f"G{data[:end].hex()}") == "OK"
             data = bytearray.fromhex(stub.packet("g"))
             values = {
                 name: int.from_bytes(data[offset : offset + target.word], order)
@@ -461,7 +464,7 @@ def test_gdb_shows_the_registers_of_every_vcpu(taken: Taken):
         gdb_argv([f"core-file {taken.folder / 'gdb'}", command], "gdb-multiarch"),
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
     lines = re.findall(r"^vcpu (.*)$", done.stdout, re.MULTILINE)
     assert len(lines) == len(taken.registers), done.stdout + done.stderr
