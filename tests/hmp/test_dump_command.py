@@ -63,7 +63,6 @@ def bench(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         "dump-guest-memory {} 0x100000 0x3000",
         "dump-guest-memory {} 1024*1024+0x1000 (2 + 1)*16",
         "dump-guest-memory -p {} $pc&0 0x2000",
-        "dump-guest-memory {} $ds.base 0x2000+$ds.base",
     ],
 )
 def test_file_is_that_of_qemu(bench: Bench, tmp_path: Path, line: str):
