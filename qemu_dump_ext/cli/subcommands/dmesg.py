@@ -49,7 +49,9 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
         with open_dump(arguments.file) as dump:
             return log_of_dump(dump, kernel=arguments.kernel)
     with connect_qmp(arguments.qmp) as monitor:
-        access = GuestAccess(monitor, None, monitor.native_dump, target_name=monitor.target_name)
+        access = GuestAccess(
+            monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name
+        )
         return log_of_guest(access, memory=arguments.memory, kernel=arguments.kernel)
 
 
