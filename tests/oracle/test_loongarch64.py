@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import shutil
 import struct
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +16,9 @@ from qemu_dump_ext.guest_images.machine import stopped_machine
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
 from qemu_dump_ext.sync_qmp import connect_qmp
 from qemu_dump_ext.vmcoreinfo import UtsName
+from tests.support.doors import run_cli
+from tests.support.newer_qemu import newer_qemu_command
+from tests.support.oracle import OracleDumps
 from tests.support.raw_gdbstub import RawGdbstub
 
 _R0, _ERA = 112, 112 + 33 * 8
@@ -43,3 +49,20 @@ def test_registers_stand_where_linux_has_them():
     assert floating_point == tuple(0xF0 << 56 | number for number in range(32))
     # `info registers` of QEMU 7.2 shows neither.
     assert set(plan.missing["CORE", 0]) <= {"ecfg", "fcc"}
+
+
+@pytest.mark.qemu
+def test_exact_dump_is_that_of_a_qemu_which_dumps_it(tmp_path: Path):
+    command = newer_qemu_command("loongarch64", "qemu-system-misc")
+    with stopped_machine(command, ["-M", "virt", "-m", "1G", "-smp", "2"]) as machine:
+        with RawGdbstub(machine.gdb_socket) as stub:
+            for name, number, size in stub.described_registers():
+                if name[0] in "rf" and name[1:].isdecimal() and name != "r0":
+                    value = hashlib.shake_128(name.encode()).digest(size)
+                    stub.packet(f"P{number:x}={value.hex()}")
+        native = OracleDumps(machine, tmp_path)
+        for dump_format, words in (("elf", ()), ("kdump-zlib", ("-z",))):
+            ours = tmp_path / f"ours-{dump_format}"
+            done = run_cli("--qmp", machine.qmp_sockets[0], "--exact", *words, ours)
+            assert done.returncode == 0, done.stderr
+            assert filecmp.cmp(ours, native.take(dump_format), shallow=False)

@@ -19,30 +19,35 @@ _TRIPLET = "x86_64-linux-gnu"
 _DATA_FOLDERS = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
 
 
-def newer_qemu_command(cache: Path | None = None) -> list[str]:
-    """Return how the command line of QEMU for x86_64 begins, after fetching it (40 MB) if needed.
+def newer_qemu_command(target: str = "x86_64", package: str = "qemu-system-x86") -> list[str]:
+    """Return how the command line of QEMU begins, after fetching it (40 MB) if needed.
+
+    Args:
+        target: QEMU's name of the target.
+        package: Which has its emulator.
 
     Raises:
         DumpError: It cannot be had, or this is not Debian.
     """
-    cache = cache or default_cache()
-    root = (cache / f"qemu-{_SUITE}").absolute()
+    cache = default_cache()
+    name = f"{package}-{_SUITE}"
+    root = (cache / name).absolute()
     cache.mkdir(parents=True, exist_ok=True)
-    with (cache / f".qemu-{_SUITE}.lock").open("w") as lock:
+    with (cache / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
-            _fetch(cache, root)
+            _fetch(package, cache, root)
     loader = root / f"usr/lib/{_TRIPLET}/ld-linux-x86-64.so.2"
     libraries = sorted({str(path.parent) for path in (root / "usr/lib" / _TRIPLET).rglob("*.so.*")})
     command = ["env", f"QEMU_MODULE_DIR={root}/usr/lib/{_TRIPLET}/qemu"]
     command += [str(loader), "--library-path", ":".join(libraries)]
-    command += [str(root / "usr/bin/qemu-system-x86_64")]
+    command += [str(root / f"usr/bin/qemu-system-{target}")]
     for folder in _DATA_FOLDERS:
         command += ["-L", str(root / folder)]
     return command
 
 
-def _fetch(cache: Path, root: Path) -> None:
+def _fetch(package: str, cache: Path, root: Path) -> None:
     archive = PackageArchive(
         cache / "apt",
         distribution=this_distribution(["debian"]),
@@ -54,5 +59,5 @@ def _fetch(cache: Path, root: Path) -> None:
         downloads, unpacked = Path(name, "downloads"), Path(name, "root")
         downloads.mkdir()
         unpacked.mkdir()
-        unpack(archive.download_closure(["qemu-system-x86"], downloads), unpacked)
+        unpack(archive.download_closure([package], downloads), unpacked)
         unpacked.rename(root)
