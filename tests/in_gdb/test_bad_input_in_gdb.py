@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,7 @@ def stopped() -> Iterator[QemuMachine]:
 
 
 def parts_of(
-    machine: QemuMachine | None, commands: Sequence[str], program: str = "gdb", **options: object
+    machine: QemuMachine | None, commands: Sequence[str], program: str = "gdb", **options: Any
 ) -> list[str]:
     """Run gdb; return what each command said, on both streams, in order."""
     marked = [word for command in commands for word in (f"echo {_MARK}\\n", command)]

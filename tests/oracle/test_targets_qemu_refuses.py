@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.doors import child_environment, gdb_argv, run_cli, run_gdb
 from tests.support.raw_gdbstub import RawGdbstub
@@ -287,7 +288,7 @@ class Taken:
 
 
 def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
-    order = "big" if target.big else "little"
+    order: ByteOrder = "big" if target.big else "little"
     shown = []
     with RawGdbstub(machine.gdb_socket) as stub:
         threads = []
