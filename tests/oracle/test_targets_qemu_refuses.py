@@ -11,13 +11,14 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.doors import child_environment, gdb_argv, run_cli, run_gdb
 from tests.support.raw_gdbstub import RawGdbstub
@@ -236,7 +237,7 @@ TARGETS = (
         e_flags=0x210,
         shown={f"gr{index}": f"r{index}" for index in range(1, 32)}
         | {"iaoq_f": "pcoqh", "iasq_f": "pcsqh", "iaoq_b": "pcoqt", "iasq_b": "pcsqt", "sar": "sar"}
-        | {"psw": "flags"},
+        | {"psw": "flags", "gr2": "rp", "gr27": "dp", "gr28": "ret0", "gr29": "ret1", "gr30": "sp"},
         missing="cr31",
         missing_by_qmp="cr0, cr10, cr12, cr13, cr15, cr24, cr25, cr26, cr27, cr28, cr29, cr30,"
         " cr31, cr8, cr9, iasq_b, iasq_f, ior, ipsw, isr, sar",
@@ -287,7 +288,7 @@ class Taken:
 
 
 def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
-    order: Literal["little", "big"] = "big" if target.big else "little"
+    order: ByteOrder = "big" if target.big else "little"
     shown = []
     with RawGdbstub(machine.gdb_socket) as stub:
         threads = []
@@ -328,7 +329,20 @@ def _stub_fields(target: Target) -> dict[str, tuple[int, bool]]:
     }
 
 
-@pytest.fixture(scope="module", params=TARGETS, ids=lambda target: target.name)
+def _of(targets: Iterable[Target]) -> pytest.MarkDecorator:
+    by_name = {target.name: target for target in targets}
+    return pytest.mark.parametrize(
+        "taken", by_name.values(), ids=by_name, indirect=True, scope="module"
+    )
+
+
+of_all = _of(TARGETS)
+of_mips = _of(target for target in TARGETS if target.e_machine == 8)
+of_mipsel = _of(target for target in TARGETS if target.name == "mipsel")
+of_those_gdb_takes = _of(target for target in TARGETS if target.shown)
+
+
+@pytest.fixture(scope="module")
 def taken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Taken]:
@@ -383,11 +397,13 @@ def _doors(taken: Taken) -> list[str]:
     return ["qmp", "gdb", "cli-gdb"] if taken.target.gdb else ["qmp"]
 
 
+@of_all
 def test_qemu_itself_refuses(taken: Taken):
     with RawQmp(taken.machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match="not curr"):
         qmp.execute("dump-guest-memory", paging=False, protocol="file:/dev/null")
 
 
+@of_all
 def test_registers_stand_where_linux_has_them(taken: Taken):
     target = taken.target
     for door in _doors(taken):
@@ -407,9 +423,8 @@ def test_registers_stand_where_linux_has_them(taken: Taken):
                     assert value == (0 if name in missing else registers[name]), (door, name)
 
 
+@of_mips
 def test_floating_point_of_mips(taken: Taken):
-    if taken.target.e_machine != 8:
-        pytest.skip("no MIPS")
     for door in _doors(taken):
         notes = [note for kind, note in _notes(taken.folder / door, taken.target) if kind == 2]
         for note, registers in zip(notes, taken.registers, strict=True):
@@ -422,6 +437,7 @@ def test_floating_point_of_mips(taken: Taken):
             assert stored == (*values, *control), door
 
 
+@of_all
 def test_what_is_missing_is_told(taken: Taken):
     for door, text in taken.said.items():
         by_qmp = door in {"qmp", "kdump"} and taken.target.missing_by_qmp
@@ -434,6 +450,7 @@ def test_what_is_missing_is_told(taken: Taken):
             assert taken.statuses[door] == (6 if expected else 0), (door, text)
 
 
+@of_all
 def test_readelf_has_nothing_to_say(taken: Taken):
     for door in _doors(taken):
         words = ["readelf", "-hlnW", str(taken.folder / door)]
@@ -441,6 +458,7 @@ def test_readelf_has_nothing_to_say(taken: Taken):
         assert not done.stderr
 
 
+@of_all
 def test_the_kdump_is_sound(taken: Taken):
     verify = "import sys; from qemu_dump_ext.cli import main; sys.exit(main())"
     done = subprocess.run(
@@ -453,10 +471,9 @@ def test_the_kdump_is_sound(taken: Taken):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@of_those_gdb_takes
 def test_gdb_shows_the_registers_of_every_vcpu(taken: Taken):
     target = taken.target
-    if not target.shown:
-        pytest.skip("gdb-multiarch takes no registers from cores of this target")
     words = " ".join(f"{name}=%#lx" for name in target.shown)
     values = ", ".join(f"${name}" for name in target.shown.values())
     command = f'thread apply all -ascending printf "vcpu {words}\\n", {values}'
@@ -475,9 +492,8 @@ def test_gdb_shows_the_registers_of_every_vcpu(taken: Taken):
         assert seen == {name: registers[name] for name in target.shown}
 
 
+@of_mipsel
 def test_gdb_that_was_told_nothing_is_explained(taken: Taken):
-    if taken.target.name != "mipsel":
-        pytest.skip("one target tells")
     done = run_cli("--gdb", taken.machine.gdb_socket, taken.folder / "unknown")
     assert done.returncode == 3
     assert "with --qmp SOCKET" in done.stderr
