@@ -66,12 +66,12 @@ def _select_core(
 
 
 def _parse_monitor(text: str) -> Mapping[str, int]:
-    """Read ` GPR04: r4 0000… r5 …`, ` f4 0000…`, `FCSR0 0x…`, `ERA 0000…`."""
+    """Read ` GPR04: r4 0000… r5 …`, ` f4 0000…`, `FCSR0 0x…`, `ERA=0000…`, `CRMD   b0`."""
     values = {
         name: int(value, 16)
         for name, value in re.findall(r"\b([rf]\d{1,2}) ([0-9a-f]{16})\b", text)
     }
-    for name, value in re.findall(r"\b([A-Z][A-Z0-9]+)(?:=| +0x| +)([0-9a-f]{8,16})\b", text):
+    for name, value in re.findall(r"\b([A-Z][A-Z0-9]+)(?:=| +0x| +)([0-9a-f]{1,16})\b", text):
         if name.lower() in {"fcsr0", "era", "badv", *_CONTROL.split()}:
             values["fcsr" if name == "FCSR0" else name.lower()] = int(value, 16)
     return values
