@@ -54,6 +54,7 @@ class Target:
         gdb: What gdb is told before it connects.
         shown: gdb's names of registers by those of the stub, where gdb takes cores of this target;
             empty where its BFD knows no such note.
+        flags: Bits that are set in registers which are not planted.
         missing: Registers that no source gives.
         missing_by_qmp: Registers that only the stub gives.
     """
@@ -71,6 +72,7 @@ class Target:
     gdb: tuple[str, ...]
     e_flags: int = 0
     shown: dict[str, str] = field(default_factory=dict)
+    flags: dict[str, int] = field(default_factory=dict)
     missing: str = ""
     missing_by_qmp: str = ""
 
@@ -85,7 +87,7 @@ class Target:
 
 _GPRS = _names("r", 32)
 _FPRS = _names("f", 32)
-_MIPS_STUB = f"- {_names('r', 31, first=1)} status lo hi badvaddr cause= pc {_FPRS} fsr= fir="
+_MIPS_STUB = f"- {_names('r', 31, first=1)} status= lo hi badvaddr cause= pc {_FPRS} fsr= fir="
 _MIPS_CONTROL = "lo hi pc badvaddr status cause"
 _MIPS_SHOWN = {name: name for name in f"{_names('r', 31, first=1)} lo hi pc cause".split()}
 _MIPS_SHOWN |= {"status": "sr", "badvaddr": "bad"}
@@ -118,6 +120,7 @@ def _mips(name: str, cpu: str, *more: str, wide: bool, big: bool) -> Target:
         ),
         e_flags=0x80000000 if wide else 0x70001000,
         shown=_MIPS_SHOWN,
+        flags={"status": _CU1 | (_FR if wide else 0)},  # lets the monitor show floating point
         missing_by_qmp="badvaddr",
     )
 
@@ -173,6 +176,7 @@ TARGETS = (
         registers=112,
         size=408,
         gdb=("set architecture sparc:v9", "set endian big"),
+        flags={"state": 0x5A << 32 | 0x80 << 24},  # CCR, ASI
     ),
     _narrow(
         "m68k",
@@ -187,6 +191,7 @@ TARGETS = (
         registers=70,
         size=154,
         gdb=("set architecture m68k", "set endian big"),
+        flags={"sr": 0x15},
         shown={name: name for name in f"{_names('d', 8)} {_names('a', 6)} pc".split()}
         | {"a6": "fp", "a7": "sp", "sr": "ps"},
     ),
@@ -304,9 +309,10 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
                 if planted:
                     value = hashlib.shake_128(f"{thread} {name}".encode()).digest(target.word)
                     number = int.from_bytes(value, "big") & ~3
-                    if name == "status":  # of MIPS: lets the monitor show floating point
-                        number = 0x400004 | _CU1 | (_FR if target.wide else 0)
-                    data[offset : offset + target.word] = number.to_bytes(target.word, order)
+                else:
+                    held = data[offset : offset + target.word]
+                    number = int.from_bytes(held, order) | target.flags.get(name, 0)
+                data[offset : offset + target.word] = number.to_bytes(target.word, order)
             # What follows may be another name of the same registers.
             end = max(offset for offset, _ in fields.values()) + target.word
             assert stub.packet(f"G{data[:end].hex()}") == "OK"
@@ -316,6 +322,7 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
                 for name, (offset, _) in fields.items()
             }
             assert len(set(values.values())) > len(values) * 3 // 4
+            assert all(values[name] & bits == bits for name, bits in target.flags.items())
             shown.append(values)
     return shown
 

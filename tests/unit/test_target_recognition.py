@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
-from qemu_dump_ext.architectures._declaration import TargetClues
+from qemu_dump_ext.architectures._declaration import TargetClues, VcpuReadings
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.errors import UnsupportedTargetError
 from qemu_dump_ext.guest import Vcpu
+from qemu_dump_ext.guest_probe import merge_readings
 
 _SH4_TEXT = "pc=0xa0000000 sr=0x700000f0 pr=0x00000000 fpscr=0x00040001\n"
 _PC_OFFSET = 16 * 4
@@ -58,3 +59,13 @@ def test_what_tells_nothing_is_refused(text: str):
         architecture_for_cpu_types({"sh7751r-superh-cpu"}, _clues(text, packet=bytes(236)))
     assert caught.value.hint is not None
     assert "--qmp" in caught.value.hint
+
+
+@pytest.mark.parametrize(("shown", "stored"), [("80", 0xFFFFFFFF_80000000), ("00", 0)])
+def test_mips_of_64_bits_has_sign_extended_status(shown: str, stored: int):
+    text = f"CP0 Status  0x{shown}000000 Cause   0x{shown}000000 EPC    0x0000000000000000\n"
+    architecture = all_architectures()["mips64el"]
+    assert architecture.parse_monitor is not None
+    readings = VcpuReadings({}, architecture.parse_monitor(text), {}, hardware_segments=False)
+    values = merge_readings(architecture, readings)
+    assert (values["status"], values["cause"]) == (stored, stored)
