@@ -34,6 +34,8 @@ def _tuned(level: int | None) -> Compress:
     if not 0 <= wanted <= zlib.Z_BEST_COMPRESSION:
         raise no_level("zlib", wanted, zlib.Z_BEST_COMPRESSION)
     if wanted <= _ISAL_HIGHEST_LEVEL:
+        # Three times as fast. What it packs unpacks to the same page, but not always in the same
+        # bytes: it may find matches that its memory from an earlier page points to.
         try:
             from isal import isal_zlib
         except ImportError:

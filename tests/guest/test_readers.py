@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import subprocess
 from collections.abc import Callable
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.guest
 DUMPS = {
     "elf": (),
     "kdump-zlib": ("-z", "zlib"),
+    "kdump-lzo": ("-l",),
     "kdump-raw-zlib": ("-z", "zlib", "-R"),
     "kdump-raw-lzo": ("-l", "-R"),
     "kdump-raw-snappy": ("-s", "-R"),
@@ -133,9 +135,10 @@ def test_makedumpfile_rearranges_the_flattened_dump_into_the_raw_one(
     dump_of: DumpOf, tmp_path: Path
 ):
     raw = tmp_path / "raw"
-    with dump_of("kdump-zlib").open("rb") as stream:
+    # Not zlib: ISA-L may pack a page in one of several ways.
+    with dump_of("kdump-lzo").open("rb") as stream:
         subprocess.run(["makedumpfile", "-R", raw], stdin=stream, check=True, capture_output=True)
-    assert raw.read_bytes() == dump_of("kdump-raw-zlib").read_bytes()
+    assert filecmp.cmp(raw, dump_of("kdump-raw-lzo"), shallow=False)
 
 
 @pytest.mark.parametrize("name", ["elf", WITHOUT_ROM])
