@@ -131,10 +131,13 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
 def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     values = {**readings.native, **readings.monitor, **readings.gdb}
     # The translator keeps the condition code elsewhere; QEMU's own notes have what is stored.
+    for name in ("psw_mask_as_stored", "psw_mask"):
+        if name in readings.native:
+            values["psw_mask_as_stored"] = readings.native[name]
+            values.setdefault("psw_mask", readings.native[name])
+            return values
     if "psw_mask" in values:
-        values.setdefault("psw_mask_as_stored", values["psw_mask"])
-    elif "psw_mask_as_stored" in values:
-        values["psw_mask"] = values["psw_mask_as_stored"]
+        values["psw_mask_as_stored"] = values["psw_mask"]
     return values
 
 

@@ -149,11 +149,11 @@ def test_file_is_that_of_qemu_on_other_targets(tmp_path: Path, target: str, argu
 
 
 def test_target_that_we_do_not_know_is_left_to_qemu(tmp_path: Path):
-    program = shutil.which("qemu-system-alpha")
+    program = shutil.which("qemu-system-tricore")
     if program is None:
-        pytest.skip("qemu-system-alpha is not installed")
+        pytest.skip("qemu-system-tricore is not installed")
     with (
-        stopped_machine([program]) as machine,
+        stopped_machine([program], ["-M", "tricore_testboard"]) as machine,
         Proxy(tmp_path, "--qmp", machine.qmp_sockets[0]) as proxy,
         HmpSocket(proxy.socket) as client,
     ):
