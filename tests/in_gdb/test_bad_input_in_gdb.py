@@ -132,7 +132,7 @@ def test_a_process_of_gdbs_own(tmp_path: Path):
 
 
 def test_extended_remote_without_a_process(tmp_path: Path):
-    connect = "target extended-remote | gdbserver --multi -"
+    connect = "target extended-remote | gdbserver --multi --once -"
     with no_trace(tmp_path):
         parts = parts_of(None, [connect, f"{_DUMP} {tmp_path}/new", _STATUS, "disconnect"])
     assert_one_line(parts[1], r"gdb is not connected to a guest")
