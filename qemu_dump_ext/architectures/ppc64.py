@@ -1,12 +1,13 @@
 """64-bit PowerPC in both byte orders; also a 32-bit processor in qemu-system-ppc64.
 
-Sources: see _powerpc.py.
+Sources: see _powerpc.py and _powerpc_tables.py.
 """
 
 from __future__ import annotations
 
 from qemu_dump_ext.architectures import _powerpc
 from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.architectures._powerpc_tables import linux_translations
 from qemu_dump_ext.elf_structs import EM_PPC64
 
 _CORES = _powerpc.make_cores(EM_PPC64, 8, {"big": "ppc64", "little": "ppc64le"})
@@ -26,4 +27,5 @@ ARCHITECTURE = Architecture(
     reconcile=_powerpc.reconcile,
     machine_page_sizes={"pseries": 65536},
     stub_byte_order=_powerpc.stub_byte_order,
+    kernel_page_tables=linux_translations,
 )

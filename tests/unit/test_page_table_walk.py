@@ -10,13 +10,14 @@ from collections.abc import Callable
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures._arm_tables import long_tables
 from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.architectures._linux_tables import arm64_tables, riscv64_tables
+from qemu_dump_ext.architectures._riscv_tables import riscv_tables
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest import Vcpu
 from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
 from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.page_table_walk import PageTableRoot, WalkBudget, translate
+from qemu_dump_ext.page_table_walk import PageTableRoot, WalkBudget, ones_above, translate
 from tests.support.fake_kernel import FlatMemory
 
 X86_64: Architecture = all_architectures()["x86_64"]
@@ -166,21 +167,21 @@ def test_translate(gva: int, expected: tuple[int, int] | None):
 )
 def test_geometry_of_arm64(granule: int, va_bits: int, shifts: list[int], top_entries: int):
     """Numbers of the Arm ARM, table of translation granules."""
-    tables = arm64_tables(granule, va_bits)
+    tables = long_tables(granule, va_bits, above=0)
     assert [level.shift for level in tables.levels] == shifts
     assert tables.levels[0].entry_count == top_entries
     assert tables.address_bits == va_bits
 
 
-@pytest.mark.parametrize(("va_bits", "levels"), [(39, 3), (48, 4), (57, 5)])
-def test_geometry_of_riscv64(va_bits: int, levels: int):
-    tables = riscv64_tables(va_bits)
+@pytest.mark.parametrize(("va_bits", "levels"), [(32, 2), (39, 3), (48, 4), (57, 5)])
+def test_geometry_of_riscv(va_bits: int, levels: int):
+    tables = riscv_tables(va_bits)
     assert (len(tables.levels), tables.address_bits) == (levels, va_bits)
 
 
 def test_pages_of_arm64():
     memory = FlatMemory(8 * MIB)
-    tables = arm64_tables(12, 39)
+    tables = long_tables(12, 39, above=ones_above(39))
     memory.put_entries(0x1000, {0: 0x2003, 5: 0x40000000 | 1})  # a table; a block outside memory
     memory.put_entries(0x2000, {1: 0x200000 | 0x0060000000000701, 2: 0x3003})
     memory.put_entries(0x3000, {7: 0x555003, 8: 0x556003, 9: 0x557001, 10: 0x558002})
@@ -202,7 +203,7 @@ def test_pages_of_riscv64():
     memory.put_entries(0x3000, {0: 3 << 61 | 0x777000 >> 2 | 0x4B, 1: 0x778000 >> 2 | 1})
     reader = TableReader(memory, memory.blocks)
     found = collect_mappings(
-        [PageTableRoot(riscv64_tables(39), 0x1000)], reader, [(0, 8 * MIB)], native=False
+        [PageTableRoot(riscv_tables(39), 0x1000)], reader, [(0, 8 * MIB)], native=False
     )
     assert found == [
         Segment(base + offset, gpa, size)
