@@ -12,6 +12,7 @@ from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest, read_utsname
+from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
 from qemu_dump_ext.kernel_memory import KernelMemory
 from qemu_dump_ext.memory_sources import open_memory
@@ -85,16 +86,23 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
 
 
 class _DumpMemory:
-    """A dump as guest memory."""
+    """A dump as guest memory; it begins at the gpa that the dump counts as 0."""
 
     name = "dump"
 
-    def __init__(self, dump: DumpFile) -> None:
+    def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
         self._dump = dump
+        self._first = 0
+        ranges = list(dump.memory_ranges())
+        if architecture.pfn_from_phys_base and isinstance(dump, KdumpFile) and ranges:
+            # QEMU's own dumps count from 0 nevertheless.
+            base = dump.sub_header["phys_base"]
+            self._first = base if ranges[0][0] < base else 0
+        self.blocks = [RamBlock(self._first + gpa, size, "", 0) for gpa, size in ranges]
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""
-        self._dump.read_into(gpa, buffer)
+        self._dump.read_into(gpa - self._first, buffer)
 
     def close(self) -> None:
         """Leave the dump to its owner."""
@@ -108,16 +116,13 @@ def log_of_dump(dump: DumpFile, *, kernel: str | None) -> GuestLog:
         RequestError: There is no such kernel.
         CorruptDumpError: The dump is damaged.
     """
-    blocks = [RamBlock(gpa, size, "", 0) for gpa, size in dump.memory_ranges()]
-    memory = _DumpMemory(dump)
-    architecture, core = _architecture_of(dump, memory, blocks)
-    guest = _Guest(architecture, core, memory, blocks)
+    architecture, core = _architecture_of(dump)
+    memory = _DumpMemory(dump, architecture)
+    guest = _Guest(architecture, core, memory, memory.blocks)
     return guest.log(dump.vmcoreinfo or b"", kernel)
 
 
-def _architecture_of(
-    dump: DumpFile, memory: GuestMemory, blocks: Sequence[RamBlock]
-) -> tuple[Architecture, Core]:
+def _architecture_of(dump: DumpFile) -> tuple[Architecture, Core]:
     machine = dump.header.get("e_machine", dump.header.get("machine"))
     fitting = [
         (architecture, core)
@@ -134,7 +139,8 @@ def _architecture_of(
     if machine in {_UNKNOWN, ""}:
         # The kernel's own name is found only where addresses are translated rightly.
         for architecture, core in fitting:
-            name = read_utsname(memory, architecture, blocks, dump.vmcoreinfo or b"")
+            memory = _DumpMemory(dump, architecture)
+            name = read_utsname(memory, architecture, memory.blocks, dump.vmcoreinfo or b"")
             if name.machine and name.machine == core.uname_machine:
                 return architecture, core
     raise UnsupportedTargetError(f"the kernel's log of a guest of machine {machine!r} is not read")
