@@ -71,7 +71,7 @@ def test_log_is_the_consoles(
         assert qemu_dump(["dmesg", str(path)]) == 0
         assert capsys.readouterr().out == live, path
     lines = live.splitlines()
-    assert guest.files.release in "".join(lines[:3])
+    assert guest.files.release in "".join(lines[:40])
     assert any(guest.image.kernel_log in line for line in lines[-3:])
     assert len(lines) > 120
     console = guest.console_text()
@@ -125,7 +125,11 @@ def test_the_stub_gives_the_tables_of_processes(guest: BootedGuest, tmp_path: Pa
         "VMCOREINFO" not in done.stdout  # by the device
     ), done.stdout + done.stderr
     assert "left out" not in done.stdout
-    assert_translated(guest, segments_of(path))
+    loads = segments_of(path)
+    assert any(load.p_vaddr < 0xC0000000 for load in loads)
+    # What a process has is out of its kernel's reach by PAN, and so it is to QEMU's translation.
+    reachable = [load for load in loads if guest.image.name == "arm" or load.p_vaddr >> 63]
+    assert_translated(guest, reachable)
 
 
 @of_guests(*(name for name in IMAGES if name not in NOT_BY_GDB))
