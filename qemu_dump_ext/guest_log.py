@@ -78,7 +78,7 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
     """
     with stopped(access.monitor):
         found = probe_guest(access)
-        context = SourceContext(access.monitor, access.stub, found.ram_blocks)
+        context = SourceContext(access.monitor, access.stub, found.ram_blocks, access.addresses)
         core = found.architecture.select_core(found.vcpus, found.ram_blocks, MENDED, found.machine)
         with open_memory(memory, context) as opened:
             guest = _Guest(found.architecture, core, opened.memory, found.ram_blocks, found.vcpus)

@@ -59,19 +59,26 @@ class Case:
         name: Of the row.
         native_format: QEMU's dump that it is compared with.
         run: Takes our dump into a file.
+        paging: Of QEMU's dump.
     """
 
     name: str
     native_format: str
     run: Callable[[QemuMachine, Path], Measurement]
+    paging: bool = False
 
 
-def native_dump(machine: QemuMachine, dump_format: str, path: Path) -> Measurement:
+def native_dump(machine: QemuMachine, case: Case, path: Path) -> Measurement:
     """Let QEMU dump; the guest stands still meanwhile."""
     with RawQmp(machine.qmp_sockets[1], timeout_seconds=600) as qmp:
         before, used = memory_of(machine.pid), cpu_seconds_of(machine.pid)
         started = time.perf_counter()
-        qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{path}", format=dump_format)
+        qmp.execute(
+            "dump-guest-memory",
+            paging=case.paging,
+            protocol=f"file:{path}",
+            format=case.native_format,
+        )
         seconds = time.perf_counter() - started
     used = cpu_seconds_of(machine.pid) - used
     growth = memory_of(machine.pid) - before
@@ -140,6 +147,8 @@ def by_gdb(*words: str) -> Callable[[QemuMachine, Path], Measurement]:
 CASES = (
     Case("elf", "elf", by_cli()),
     Case("elf --exact", "elf", by_cli("--exact")),
+    Case("elf -p", "elf", by_cli("-p"), paging=True),
+    Case("elf -p --exact", "elf", by_cli("-p", "--exact"), paging=True),
     Case("kdump-zlib", "kdump-zlib", by_cli("-z")),
     Case("kdump-zlib --level 0", "kdump-zlib", by_cli("-z", "--level", "0")),
     Case("kdump-zlib --snapshot", "kdump-zlib", by_cli("-z", "--snapshot")),
@@ -178,7 +187,7 @@ def measure(case: Case, machine: QemuMachine, rounds: int, directory: Path) -> R
         # Ours first: QEMU's own dump leaves page tables for all of its memory behind.
         ours.append(case.run(machine, path))
         path.unlink()
-        native.append(native_dump(machine, case.native_format, path))
+        native.append(native_dump(machine, case, path))
         path.unlink()
     return Row(case.name, median_of(native), median_of(ours))
 
