@@ -78,6 +78,10 @@ class _PageWriter:
         self._descriptor_offset = descriptor_offset
         self._data_offset = data_offset
         self._zero_descriptor = form.descriptor.codec.pack(data_offset, form.page_size, 0, 0)
+        self._begin()
+
+    def _begin(self) -> None:
+        raise NotImplementedError
 
     def work(self) -> PieceWork[PackedPiece]:
         """Return what the pipeline does with pieces."""
@@ -107,24 +111,13 @@ class BulkPageWriter(_PageWriter):
             for those that are not zero.
     """
 
-    def __init__(
-        self,
-        form: PageForm,
-        packer: Packer,
-        write_at: WriteAt,
-        *,
-        descriptor_offset: int,
-        data_offset: int,
-    ) -> None:
-        super().__init__(
-            form, packer, write_at, descriptor_offset=descriptor_offset, data_offset=data_offset
-        )
+    def _begin(self) -> None:
         self.bitmap: dict[int, bytearray] = {}
         self._zero_descriptors = self._zero_descriptor * _ZERO_DESCRIPTORS
         self._numpy = numpy_or_none()
-        if form.keep_zero_pages:
+        if self._form.keep_zero_pages:
             # There even if no page needs it, as QEMU has it.
-            self._append_data(bytes(form.page_size))
+            self._append_data(bytes(self._form.page_size))
 
     def _append_data(self, data: bytes | memoryview) -> None:
         if data:
@@ -230,22 +223,11 @@ class _Cache:
 class OrderedPageWriter(_PageWriter):
     """Writes in QEMU's order, with QEMU's borders between writes."""
 
-    def __init__(
-        self,
-        form: PageForm,
-        packer: Packer,
-        write_at: WriteAt,
-        *,
-        descriptor_offset: int,
-        data_offset: int,
-    ) -> None:
-        super().__init__(
-            form, packer, write_at, descriptor_offset=descriptor_offset, data_offset=data_offset
-        )
-        capacity = _CACHED_BLOCKS * form.page_size
-        self._descriptors = _Cache(write_at, descriptor_offset, capacity)
-        self._data = _Cache(write_at, data_offset, capacity)
-        self._data.add(bytes(form.page_size))
+    def _begin(self) -> None:
+        capacity = _CACHED_BLOCKS * self._form.page_size
+        self._descriptors = _Cache(self._write_at, self._descriptor_offset, capacity)
+        self._data = _Cache(self._write_at, self._data_offset, capacity)
+        self._data.add(bytes(self._form.page_size))
 
     def _consume(self, packed: PackedPiece) -> None:
         if packed.sizes is None:
