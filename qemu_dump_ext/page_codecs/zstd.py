@@ -1,6 +1,6 @@
 """Pages packed as one zstd frame each.
 
-Source: makedumpfile.c (ZSTD_compressCCtx at level 1); QEMU has no such format.
+Source: makedumpfile.c (ZSTD_compressCCtx); QEMU has no such format.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from qemu_dump_ext.page_codecs._declaration import (
 )
 
 _PACKAGE = "zstandard"
-_LEVEL = 1
+_LEVEL = 2
+"""Of one page as fast as level 1, and smaller."""
 _FAST_LEVEL = -1
 _HIGHEST_LEVEL = 19
 _SIZE_UNKNOWN = -1
