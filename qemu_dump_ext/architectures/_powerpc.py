@@ -13,7 +13,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register, VcpuReadings
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Core,
+    NoteLayout,
+    Register,
+    VcpuReadings,
+)
 from qemu_dump_ext.architectures._linux_notes import (
     numbered,
     parse_rows,
@@ -45,7 +51,7 @@ _MSR_LE_BYTE = 1
 _PSERIES = "pseries"
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
-REGISTERS = (
+_REGISTERS = (
     *(
         Register(name, gdb=name)
         for name in f"{_GPRS} {_FPRS} {_VMX} {_VSX_LOW} {_SPE_HIGH} {_SAME_NAME_IN_STUB}".split()
@@ -71,7 +77,7 @@ _MONITOR_NAMES = {
 }
 
 
-def make_cores(
+def _make_cores(
     e_machine: int, word_size: int, uname_machines: Mapping[ByteOrder, str]
 ) -> Mapping[tuple[ByteOrder, bool, bool], Core]:
     """Declare every form: by byte order, by QEMU's layouts or Linux's, with or without pid."""
@@ -122,7 +128,7 @@ def _notes(word_size: int, *, by_qemu: bool, without_pid: bool) -> tuple[NoteLay
     )
 
 
-def select_by(
+def _select_by(
     cores: Mapping[tuple[ByteOrder, bool, bool], Core],
 ) -> Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]:
     """Return the function that selects among `cores`."""
@@ -149,7 +155,7 @@ def _interrupts_little_endian(registers: Mapping[str, int], *, hypervisor: bool)
     return registers.get("hid0", 0) & (_HID0_HILE_POWER9 if isa_3 else _HID0_HILE) != 0
 
 
-def parse_monitor(text: str) -> Mapping[str, int]:
+def _parse_monitor(text: str) -> Mapping[str, int]:
     """Read rows (`GPR04 …`, `FPR04 …`) and pairs (`NIP …`) of `info registers`."""
     values = parse_rows(text, "GPR", "r", 32) | parse_rows(text, "FPR", "f", 32)
     for name, value in re.findall(r"\b([A-Z][A-Z0-9]+) +([0-9a-f]{8,16})\b", text):
@@ -164,7 +170,7 @@ def parse_monitor(text: str) -> Mapping[str, int]:
     return values
 
 
-def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     """Merge the sources; what the processor does not have is zero, and not missing."""
     values = {**readings.native, **readings.monitor, **readings.gdb}
     # The stub shows the low halves of these.
@@ -177,7 +183,7 @@ def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
-def stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
+def _stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
     """Tell the byte order of the stub's values: that of the vCPU's data at this moment.
 
     MSR.LE is the lowest bit of the last byte in big-endian order; sent little-endian, that is
@@ -185,3 +191,32 @@ def stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
     """
     msr = registers.get("msr", b"")
     return "little" if msr[:1] and msr[0] & _MSR_LE_BYTE else "big"
+
+
+def make_architecture(
+    name: str,
+    e_machine: int,
+    word_size: int,
+    *,
+    cpu_type_suffix: str,
+    kernel_map_base: int,
+    machine_page_sizes: Mapping[str, int] | None = None,
+) -> Architecture:
+    """Declare PowerPC of one word size; the arguments are attributes of Architecture and Core."""
+    cores = _make_cores(e_machine, word_size, {"big": name, "little": f"{name}le"})
+    return Architecture(
+        name=name,
+        cpu_type_suffix=cpu_type_suffix,
+        qemu_uname_machine="Unknown",
+        registers=_REGISTERS,
+        cores=tuple(cores.values()),
+        program_counter="nip",
+        page_size=4096,
+        phys_base_key=None,
+        kernel_map_base=kernel_map_base,
+        select_core=_select_by(cores),
+        parse_monitor=_parse_monitor,
+        reconcile=_reconcile,
+        machine_page_sizes=machine_page_sizes or {},
+        stub_byte_order=_stub_byte_order,
+    )
