@@ -19,6 +19,7 @@ from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.guest_probe import (
     GuestAccess,
     ProbedGuest,
+    check_undisturbed,
     probe_guest,
     read_utsname,
 )
@@ -28,7 +29,7 @@ from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.run_state import stopped, undisturbed
+from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
@@ -126,7 +127,7 @@ def dump(
     started = time.monotonic()
     copied: CopiedMemory | None = None
     with ExitStack() as copies:
-        with stopped(access.monitor), undisturbed(access.monitor):
+        with stopped(access.monitor):
             pause = _Pause(request)
             guest = probe_guest(access)
             dialect = qemu_dialect(guest.version) if request.exact else MENDED
@@ -149,6 +150,7 @@ def dump(
                         progress.advance(size)
 
                     dump_format.write(request, plan, opened.memory, sink, advance)
+            check_undisturbed(access.monitor, guest)
         stopped_seconds = pause.seconds()
         if copied is not None:
             remarks.append(f"{copied.size >> 20} MiB of guest memory were copied {copied.where}")
