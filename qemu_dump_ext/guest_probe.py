@@ -192,13 +192,16 @@ def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, in
     names = {register.gdb for register in architecture.registers if register.gdb}
     vcpus: dict[int, dict[str, int]] = {}
     for vcpu in read_stub_registers(stub, names, architecture.g_packet):
+        sent = vcpu.registers
+        if architecture.correct_stub is not None:
+            sent = architecture.correct_stub(sent)
         order = architecture.cores[0].byte_order
         if architecture.stub_byte_order is not None:
-            order = architecture.stub_byte_order(vcpu.registers)
+            order = architecture.stub_byte_order(sent)
         vcpus[vcpu.index] = {
-            register.name: int.from_bytes(vcpu.registers[register.gdb], order)
+            register.name: int.from_bytes(sent[register.gdb], order)
             for register in architecture.registers
-            if register.gdb is not None and register.gdb in vcpu.registers
+            if register.gdb is not None and register.gdb in sent
         }
     return vcpus
 

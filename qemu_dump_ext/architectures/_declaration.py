@@ -176,6 +176,8 @@ class Architecture:
             architectures as well.
         stub_byte_order: Of register values in the packets of the stub, where it depends on the
             registers themselves; None where it is that of the first core.
+        correct_stub: Puts what the stub sends under the right names, where a version of QEMU
+            describes other numbers than it answers to.
         g_packet: What a stub without target description sends for `g`, named as in the column
             `gdb`; each member as bytes.
         gdb_settings: What a gdb without symbols is to be told before it can connect.
@@ -201,5 +203,6 @@ class Architecture:
     pfn_from_phys_base: bool = False
     recognize: Callable[[TargetClues], bool] | None = None
     stub_byte_order: Callable[[Mapping[str, bytes]], ByteOrder] | None = None
+    correct_stub: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
     g_packet: StructLayout | None = None
     gdb_settings: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -40,7 +41,9 @@ _NGREG = 48
 _PT_REGS = f"{_GPRS} nip msr orig_gpr3 ctr link xer ccr softe trap dar dsisr result"
 _UNUSED_GREGS = numbered("unused", _NGREG - len(_PT_REGS.split()))
 _SAME_NAME_IN_STUB = "msr ctr xer fpscr vscr vrsave lpcr hid0 pvr"
-_OPTIONAL = f"{_VMX} vscr vrsave {_VSX_LOW} {_SPE_HIGH} spe_acc spe_fscr"
+_BEHIND_FPSCR = f"{_VMX} vscr vrsave {_VSX_LOW}".split()
+_OPTIONAL = (*_BEHIND_FPSCR, *_SPE_HIGH.split(), "spe_acc", "spe_fscr")
+_VECTOR_SIZE = 16
 
 _MSR_ILE = 1 << 16
 _LPCR_ILE = 1 << 25
@@ -179,8 +182,27 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
             if name in wide and wide[name] & _U32 == values[name] & _U32:
                 values[name] = wide[name]
     if readings.gdb:
-        values = dict.fromkeys(_OPTIONAL.split(), 0) | values
+        absent = set(_OPTIONAL) - values.keys()
+        if "vr1" in values:
+            absent.discard("vr0")  # it is there, and the stub hides it
+        values |= dict.fromkeys(absent, 0)
     return values
+
+
+def _correct_stub(registers: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """Undo that QEMU 11 answers each number from that of vr0 on with the register behind it.
+
+    Before them comes fpscr, which hides vr0: that one cannot be had.
+    """
+    if not 0 < len(registers.get("vr31", b"")) < _VECTOR_SIZE:
+        return registers
+    shifted = {
+        name: registers[before]
+        for before, name in pairwise(_BEHIND_FPSCR)
+        if name in registers and before in registers
+    }
+    kept = {name: value for name, value in registers.items() if name != "vr0"}
+    return kept | shifted
 
 
 def _stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
@@ -219,4 +241,5 @@ def make_architecture(
         reconcile=_reconcile,
         machine_page_sizes=machine_page_sizes or {},
         stub_byte_order=_stub_byte_order,
+        correct_stub=_correct_stub,
     )
