@@ -21,6 +21,7 @@ from qemu_dump_ext.guest_tables import TableReader
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
     has_device,
+    read_byte_order,
     read_property,
     read_register_texts,
 )
@@ -42,6 +43,9 @@ from qemu_dump_ext.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
+
+_ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
+"""From here on QMP's query-target may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     clues = TargetClues(
         texts[min(texts)],
         vcpu_property,
-        access.target_name or (lambda: None),
+        _target_name(access, version),
+        lambda: read_byte_order(monitor, [block.gpa for block in ram_blocks]),
         lambda: read_g_packet(access.stub, min(texts)) if access.stub else b"",
     )
     architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
@@ -178,6 +183,12 @@ def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
             "somebody else let the guest run, or reset it, while it was dumped",
             hint="dump it again, and keep other clients of QEMU from it meanwhile",
         )
+
+
+def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str | None]:
+    if access.target_name is None or version >= _ONE_NAME_FOR_BOTH_BYTE_ORDERS:
+        return lambda: None
+    return access.target_name
 
 
 def merge_readings(architecture: Architecture, readings: VcpuReadings) -> Mapping[str, int]:

@@ -129,13 +129,17 @@ class TargetClues:
         register_text: `info registers` of the first vCPU.
         vcpu_property: Returns a QOM property of the first vCPU as text, or None where it has
             none of this name.
-        target_name: Returns QEMU's name of the target, or None where the door cannot ask.
+        target_name: Returns QEMU's name of the target, or None where the door cannot ask, or where
+            QEMU has one name for both byte orders.
+        memory_byte_order: Returns the byte order in which the monitor puts words of guest memory
+            together, or None where no word tells it.
         g_packet: Returns the stub's answer to `g` for the first vCPU; empty where there is none.
     """
 
     register_text: str
     vcpu_property: Callable[[str], str | None]
     target_name: Callable[[], str | None] = lambda: None
+    memory_byte_order: Callable[[], ByteOrder | None] = lambda: None
     g_packet: Callable[[], bytes] = lambda: b""
 
 
