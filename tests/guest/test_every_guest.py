@@ -18,6 +18,7 @@ from tests.support.doors import child_environment, run_cli, run_gdb
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
+from tests.support.user_mode import stop_in_user_mode
 
 pytestmark = [pytest.mark.guest, pytest.mark.qemu, pytest.mark.gdb]
 
@@ -157,3 +158,58 @@ def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
         capture_output=True,
         env=child_environment(),
     )
+
+
+# From here on the vCPUs are in user mode, and stay there.
+
+
+@pytest.fixture(scope="module")
+def guest_in_user_mode(guest: BootedGuest) -> BootedGuest:
+    stop_in_user_mode(guest)
+    return guest
+
+
+@pytest.fixture(scope="module")
+def native_in_user_mode(
+    guest_in_user_mode: BootedGuest, tmp_path_factory: pytest.TempPathFactory
+) -> OracleDumps:
+    return OracleDumps(guest_in_user_mode, tmp_path_factory.mktemp("native"))
+
+
+@of_those_dumped_by_qemu
+def test_exact_dump_by_qmp_of_programs_is_qemus(
+    guest_in_user_mode: BootedGuest, native_in_user_mode: OracleDumps, tmp_path: Path
+):
+    ours = tmp_path / "ours"
+    done = run_cli("--qmp", guest_in_user_mode.qmp_sockets[0], "--exact", ours)
+    assert done.returncode == 0, done.stderr
+    assert filecmp.cmp(ours, native_in_user_mode.elf, shallow=False)
+
+
+@of_those_that_qemu_and_gdb_know
+def test_exact_dump_by_the_stub_of_programs_is_qemus(
+    guest_in_user_mode: BootedGuest, native_in_user_mode: OracleDumps, tmp_path: Path
+):
+    ours = tmp_path / "ours"
+    command = f"qemu-dump-guest-memory --exact {ours}"
+    done = run_gdb(guest_in_user_mode, [command], "gdb-multiarch")
+    assert filecmp.cmp(ours, native_in_user_mode.elf, shallow=False), done.stdout + done.stderr
+
+
+@of_the_others
+def test_gdb_shows_the_registers_of_programs(guest_in_user_mode: BootedGuest, tmp_path: Path):
+    guest, core = guest_in_user_mode, tmp_path / "core"
+    names = [*(f"r{index}" for index in range(1, 32)), "lo", "hi", "pc", "sr", "bad", "cause"]
+    values = ", ".join(f"${name}" for name in names)
+    show = f'thread apply all -ascending printf "vcpu{" %#lx" * len(names)}\\n", {values}'
+    before = BEFORE_CONNECTING[guest.image.name]
+    commands = [f"qemu-dump-guest-memory {core}", show]
+    # Without, gdb cuts addresses of a live guest to 32 bits.
+    before = [*before, "set mips abi n64"] if guest.image.name == "mips64el" else before
+    live = run_gdb(guest, commands, "gdb-multiarch", before=before)
+    done = run_gdb(None, [f"core-file {core}", show], "gdb-multiarch")
+    shown, expected = (
+        re.findall(r"^vcpu (.*)$", text, re.MULTILINE) for text in (done.stdout, live.stdout)
+    )
+    assert len(expected) == guest.image.cpus, live.stdout + live.stderr
+    assert shown == expected
