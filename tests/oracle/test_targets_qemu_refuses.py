@@ -436,6 +436,7 @@ def taken(
             doors["gdb"] = run_gdb(machine, [words], "gdb-multiarch", before=target.gdb)
         if not target.package:
             doors["kdump"] = run_cli(*by_qmp, "-z", "-R", folder / "kdump")
+            doors["exact"] = run_cli(*by_qmp, "--exact", folder / "exact")
         if target.gdb and not target.package:
             by_gdb = ["--gdb", str(machine.gdb_socket), *by_qmp]
             doors["cli-gdb"] = run_cli(*by_gdb, folder / "cli-gdb")
@@ -468,13 +469,25 @@ def _notes(path: Path, target: Target) -> list[tuple[int, bytes]]:
 
 
 def _doors(taken: Taken) -> list[str]:
-    return [door for door in taken.said if door != "kdump"]
+    return [door for door in taken.said if door not in {"kdump", "exact"}]
 
 
 @of_all
 def test_qemu_itself_refuses(taken: Taken):
     with RawQmp(taken.machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match=_REFUSED):
         qmp.execute("dump-guest-memory", paging=False, protocol="file:/dev/null")
+
+
+@of_those_of_the_machine
+def test_there_is_nothing_to_be_exact_to(taken: Taken):
+    assert taken.statuses["exact"] == 2
+    line = (
+        rf"qemu-dump-guest-memory: --exact: QEMU \d+\.\d+\.\d+ itself does not dump"
+        rf" {taken.target.name} guests \(without --exact, they are dumped as their Linux does it"
+        r"\)\n"
+    )
+    assert re.fullmatch(line, taken.said["exact"])
+    assert not (taken.folder / "exact").exists()
 
 
 @of_all
@@ -513,7 +526,8 @@ def test_floating_point_of_mips(taken: Taken):
 
 @of_all
 def test_what_is_missing_is_told(taken: Taken):
-    for door, text in taken.said.items():
+    for door in set(taken.said) - {"exact"}:
+        text = taken.said[door]
         by_qmp = door in {"qmp", "kdump"} and taken.target.missing_by_qmp
         expected = by_qmp or taken.target.missing
         told = re.findall(
