@@ -17,8 +17,6 @@ from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import RamBlock
 from qemu_dump_ext.interrupts import uninterrupted
 
-PIECE_SIZE = 32 << 20
-"""Bytes; QEMU takes some 20 ms for them."""
 FILE_COUNT = 2
 _SHORT = 256 << 10
 """Bytes; a shorter read at another place is not the beginning of a long one."""
@@ -39,6 +37,10 @@ class FilePlace:
 
 class PieceWriter(Protocol):
     """Has QEMU write guest memory into files."""
+
+    @property
+    def piece_size(self) -> int:
+        """How much is asked for at a time, in bytes."""
 
     @property
     def is_async(self) -> bool:
@@ -112,7 +114,7 @@ class PiecewiseMemory:
             piece, self._ahead = self._ahead, None
         else:
             self._forget_ahead()
-            end = min(gpa + (PIECE_SIZE if is_long else size), self._blocks[index].end)
+            end = min(gpa + (self._writer.piece_size if is_long else size), self._blocks[index].end)
             piece = self._ask(gpa, end, 0)
         self._here = piece, piece.wait()
         if is_long and self._writer.is_async:
@@ -127,7 +129,7 @@ class PiecewiseMemory:
                 return
             block = self._blocks[index + 1]
             gpa = block.gpa
-        self._ahead = self._ask(gpa, min(gpa + PIECE_SIZE, block.end), 1 - here.file)
+        self._ahead = self._ask(gpa, min(gpa + self._writer.piece_size, block.end), 1 - here.file)
 
     def _ask(self, gpa: int, end: int, file: int) -> _Piece:
         return _Piece(gpa, end, file, self._writer.begin(file, gpa, end - gpa))

@@ -19,12 +19,7 @@ from qemu_dump_ext.elf_structs import PT_LOAD
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
-from qemu_dump_ext.memory_sources._pieces import (
-    FILE_COUNT,
-    PIECE_SIZE,
-    FilePlace,
-    PiecewiseMemory,
-)
+from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
 from qemu_dump_ext.native_notes import begin_dump_into, parse_elf_head
 
 _HEAD_SIZE = 1 << 20
@@ -37,13 +32,14 @@ class NativeDumps:
     """Has QEMU dump ranges."""
 
     is_async = True
+    piece_size = 32 << 20  # QEMU takes some 10 ms for them, and 2 ms for none
 
     def __init__(self, qmp: DescriptorMonitor) -> None:
         self._qmp = qmp
         self._files = [os.memfd_create("qemu-dump-piece") for _ in range(FILE_COUNT)]
         for descriptor in self._files:
             # By us, so that it does not count as memory of QEMU's, which may be allowed little.
-            os.posix_fallocate(descriptor, 0, _HEAD_SIZE + PIECE_SIZE)
+            os.posix_fallocate(descriptor, 0, _HEAD_SIZE + self.piece_size)
 
     def begin(self, file: int, gpa: int, size: int) -> Callable[[], FilePlace]:
         """Ask for a range."""

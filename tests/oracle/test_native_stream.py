@@ -18,7 +18,7 @@ from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
 from qemu_dump_ext.memory_sources import open_memory
-from qemu_dump_ext.memory_sources._pieces import PIECE_SIZE, PiecewiseMemory
+from qemu_dump_ext.memory_sources._pieces import PiecewiseMemory
 from qemu_dump_ext.memory_sources.native_stream import NativeDumps
 from qemu_dump_ext.sync_qmp import connect_qmp
 from tests.conftest import loaded_content
@@ -93,7 +93,8 @@ def test_reads_in_any_order_are_the_same(machine: QemuMachine, source: str):
     with opened(machine, source) as (memory, block), opened(machine, "process", 1) as (other, _):
         whole = read(other, block.gpa, block.size)
         assert any(whole)
-        piece = PIECE_SIZE
+        assert isinstance(memory, PiecewiseMemory)
+        piece = memory._writer.piece_size
         for start, size in [
             (0, MIB),
             (2 * MIB, 4097),
@@ -133,8 +134,8 @@ def test_qemu_is_not_charged_for_our_memory(machine: QemuMachine):
         assert isinstance(memory._writer, NativeDumps)
         for descriptor in memory._writer._files:
             before = os.fstat(descriptor).st_blocks
-            assert before * 512 >= PIECE_SIZE
-            read(memory, block.gpa, 3 * PIECE_SIZE)
+            assert before * 512 >= NativeDumps.piece_size
+            read(memory, block.gpa, 3 * NativeDumps.piece_size)
             assert os.fstat(descriptor).st_blocks == before
 
 
