@@ -85,7 +85,7 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
     """
     with stopped(access.monitor):
         guest = probe_guest(access)
-        context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
+        context = access.source_context(guest.ram_blocks)
         note, vmcoreinfo = _find_vmcoreinfo(guest, context)
         plan = make_plan(
             GuestSnapshot(

@@ -187,4 +187,6 @@ ARCHITECTURE = Architecture(
     reconcile=_reconcile,
     page_table_roots=_page_table_roots,
     kernel_page_tables=_linux_windows,
+    # Most have no LoongArch: any little-endian architecture with registers of 64 bits can connect.
+    gdb_settings=("set architecture alpha",),
 )

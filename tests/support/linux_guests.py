@@ -18,10 +18,11 @@ from tests.support.raw_qmp import RawQmp
 IMAGES = {name: image for name, image in load_manifest().items() if name != "x86_64"}
 # QEMU 7.2 cannot load the kernel; the package has a QEMU that can.
 NEWER_QEMU = {"loongarch64": "qemu-system-misc"}
-# gdb 13 does not know the architecture at all.
+# gdb 13 does not know the architecture at all: it shows nothing of a core.
 NOT_BY_GDB = ("loongarch64",)
 # What a gdb without symbols has to be told to connect at all.
 BEFORE_CONNECTING = {
+    "loongarch64": ["set architecture alpha"],
     "mips64el": ["set architecture mips:isa64r2", "set endian little"],
     "mipsel": ["set architecture mips:isa32r2", "set endian little"],
 }
