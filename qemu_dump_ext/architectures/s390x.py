@@ -176,7 +176,7 @@ def _linux_tables(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[PageTab
     if vmcoreinfo_number(vmcoreinfo, "IDENTITYBASE", 16) is not None:
         # Since Linux 6.10 the kernel's image is apart from what it maps one to one.
         start = vmcoreinfo_number(vmcoreinfo, "KERNELOFFSET", 16)
-        behind = vmcoreinfo_number(vmcoreinfo, "KASLROFFPHYS", 16)
+        behind = vmcoreinfo_number(vmcoreinfo, "KERNELOFFPHYS", 16)
         if start is None or behind is None:
             return ()
         table = table - start + behind
