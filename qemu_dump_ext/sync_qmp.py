@@ -14,12 +14,15 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.native_notes import dump_byte_through_file
 from qemu_dump_ext.third_party import missing_package
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
@@ -36,62 +39,22 @@ def tcp_address(address: str) -> tuple[str, int] | None:
     return (host, int(port)) if is_tcp else None
 
 
-class QmpMonitor:
-    """QEMU's monitors through one QMP socket.
+class SharedQmp:
+    """QEMU's monitors through a QMP client that lives in an event loop of another thread."""
 
-    Use `connect_qmp` to get one.
-    """
+    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop) -> None:
+        """Use a client.
 
-    def __init__(self, address: str) -> None:
-        # Not at module level: gdb's own Python may lack the package.
-        try:
-            from qemu.qmp import QMPClient, QMPError, qmp_client  # noqa: PLC0415
-        except ImportError as error:
-            message, hint = missing_package("QMP", "qemu.qmp")
-            raise ConnectError(message, hint=hint) from error
-        # What it logs is in the exceptions as well, and these become one line.
-        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
-        self._address = address
+        Args:
+            client: Connected by whoever owns it.
+            loop: In which it lives; runs in another thread than this one.
+        """
+        from qemu.qmp import QMPError, qmp_client  # noqa: PLC0415 - gdb's own Python may lack it
+
+        self._client = client
+        self._loop = loop
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
-        self._client = QMPClient("qemu-dump")
-
-    def connect(self) -> None:
-        """Connect and negotiate.
-
-        Raises:
-            ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
-        """
-        target = tcp_address(self._address) or self._address
-        with uninterrupted():
-            self._thread.start()
-        try:
-            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
-        except TimeoutError as error:
-            raise ConnectError(
-                f"QMP socket {self._address} is busy, or no QMP socket:"
-                f" no greeting in {_GREETING_SECONDS:.0f} s",
-                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
-            ) from error
-        except (self._qmp_error, OSError) as error:
-            raise ConnectError(
-                f"cannot connect to QMP socket {self._address}: {_reason(error)}",
-                hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
-            ) from error
-
-    def close(self) -> None:
-        """Disconnect; harmless when repeated."""
-        if self._loop.is_closed():
-            return
-        with uninterrupted():
-            if self._thread.is_alive():
-                with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
-                    self._run(self._client.disconnect, _GREETING_SECONDS)
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-            self._loop.close()
 
     def qmp(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Execute a QMP command and return what it returns.
@@ -146,10 +109,6 @@ class QmpMonitor:
     async def _send_descriptor(self, descriptor: int) -> None:
         self._client.send_fd_scm(descriptor)
 
-    def _serve(self) -> None:
-        leave_signals_to_main_thread()
-        self._loop.run_forever()
-
     def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
         # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
         # thread of the client hangs.
@@ -181,6 +140,65 @@ class QmpMonitor:
                     answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
             raise
         return answers[0]()
+
+
+class QmpMonitor(SharedQmp):
+    """QEMU's monitors through one QMP socket.
+
+    Use `connect_qmp` to get one.
+    """
+
+    def __init__(self, address: str) -> None:
+        # Not at module level: gdb's own Python may lack the package.
+        try:
+            from qemu.qmp import QMPClient  # noqa: PLC0415
+        except ImportError as error:
+            message, hint = missing_package("QMP", "qemu.qmp")
+            raise ConnectError(message, hint=hint) from error
+        super().__init__(QMPClient("qemu-dump"), asyncio.new_event_loop())
+        # What it logs is in the exceptions as well, and these become one line.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+        self._address = address
+        self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
+
+    def connect(self) -> None:
+        """Connect and negotiate.
+
+        Raises:
+            ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
+        """
+        target = tcp_address(self._address) or self._address
+        with uninterrupted():
+            self._thread.start()
+        try:
+            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
+        except TimeoutError as error:
+            raise ConnectError(
+                f"QMP socket {self._address} is busy, or no QMP socket:"
+                f" no greeting in {_GREETING_SECONDS:.0f} s",
+                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
+            ) from error
+        except (self._qmp_error, OSError) as error:
+            raise ConnectError(
+                f"cannot connect to QMP socket {self._address}: {_reason(error)}",
+                hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
+            ) from error
+
+    def close(self) -> None:
+        """Disconnect; harmless when repeated."""
+        if self._loop.is_closed():
+            return
+        with uninterrupted():
+            if self._thread.is_alive():
+                with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
+                    self._run(self._client.disconnect, _GREETING_SECONDS)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+            self._loop.close()
+
+    def _serve(self) -> None:
+        leave_signals_to_main_thread()
+        self._loop.run_forever()
 
 
 def _raise(error: BaseException) -> NoReturn:
