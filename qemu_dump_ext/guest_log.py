@@ -29,10 +29,12 @@ class GuestLog:
     Attributes:
         records: Oldest first.
         remarks: Where the kernel's own description came from, if it had to be searched for.
+        vmcoreinfo: That description: the text of VMCOREINFO.
     """
 
     records: Sequence[LogRecord]
     remarks: Sequence[str]
+    vmcoreinfo: bytes
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class _Guest:
         records = read_kernel_log(
             vmcoreinfo, kernel_memory.read, byte_order, kernel_memory.word_size
         )
-        return GuestLog(tuple(records), remarks)
+        return GuestLog(tuple(records), remarks, vmcoreinfo)
 
 
 def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> GuestLog:
@@ -75,7 +77,7 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
     """
     with stopped(access.monitor):
         found = probe_guest(access)
-        context = SourceContext(access.monitor, access.stub, found.ram_blocks)
+        context = SourceContext(access.monitor, access.stub, found.ram_blocks, access.addresses)
         core = found.architecture.select_core(found.vcpus, found.ram_blocks, MENDED, found.machine)
         with open_memory(memory, context) as opened:
             guest = _Guest(found.architecture, core, opened.memory, found.ram_blocks, found.vcpus)
