@@ -42,17 +42,25 @@ def tcp_address(address: str) -> tuple[str, int] | None:
 class SharedQmp:
     """QEMU's monitors through a QMP client that lives in an event loop of another thread."""
 
-    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self,
+        client: QMPClient,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        answer_seconds: float = _ANSWER_SECONDS,
+    ) -> None:
         """Use a client.
 
         Args:
             client: Connected by whoever owns it.
             loop: In which it lives; runs in another thread than this one.
+            answer_seconds: How long QEMU may take for a command.
         """
         from qemu.qmp import QMPError, qmp_client  # noqa: PLC0415 - gdb's own Python may lack it
 
         self._client = client
         self._loop = loop
+        self._answer_seconds = answer_seconds
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
 
@@ -64,12 +72,12 @@ class SharedQmp:
             SourceError: The connection is lost, or QEMU does not answer.
         """
         try:
-            return self._run(lambda: self._client.execute(command, arguments), _ANSWER_SECONDS)
+            return self._run(lambda: self._client.execute(command, arguments), self._answer_seconds)
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
         except TimeoutError as error:
             raise SourceError(
-                f"QEMU does not answer {command} in {_ANSWER_SECONDS:.0f} s"
+                f"QEMU does not answer {command} in {self._answer_seconds:.0f} s"
             ) from error
         except (self._qmp_error, OSError, EOFError) as error:
             raise SourceError("the guest is gone: QEMU closed the QMP connection") from error
@@ -96,7 +104,7 @@ class SharedQmp:
             content = os.memfd_create("qemu-dump-notes")
             stack.callback(os.close, content)
             try:
-                self._run(lambda: self._send_descriptor(content), _ANSWER_SECONDS)
+                self._run(lambda: self._send_descriptor(content), self._answer_seconds)
             except (self._qmp_error, OSError, ValueError):
                 return dump_byte_through_file(self, gpa)  # such as TCP
             self.qmp("getfd", {"fdname": "qemu-dump-notes"})

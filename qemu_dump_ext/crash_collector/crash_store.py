@@ -105,6 +105,10 @@ class CrashStore:
         """Make a private directory for a crash that is under way."""
         return Path(tempfile.mkdtemp(prefix=f"{guest}-", dir=self.path / _INCOMING))
 
+    def discard(self, incoming: Path) -> None:
+        """Remove what is not to be committed."""
+        shutil.rmtree(incoming, ignore_errors=True)
+
     def remove_incoming(self) -> list[str]:
         """Remove what was under way when the agent ended; nothing may be under way now."""
         found = sorted((self.path / _INCOMING).iterdir())
