@@ -15,10 +15,10 @@ from enum import IntEnum
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dump_plan import phys_base
+from qemu_dump_ext.elf_notes import encode_note
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.guest_tables import TableReader, page_table_roots
-from qemu_dump_ext.notes import encode_note
 from qemu_dump_ext.page_pipeline import populated_ranges
 from qemu_dump_ext.page_table_walk import translate
 from qemu_dump_ext.vmcoreinfo import (
@@ -229,7 +229,7 @@ class NoteSearch:
 
     @staticmethod
     def _is_start(head: bytes) -> bool:
-        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME + b"\0\0"
+        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
 
     def _read(self, gpa: int, size: int) -> bytes:
         data = bytearray(size)
