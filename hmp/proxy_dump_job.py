@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +27,7 @@ from qemu_dump_ext.dump_sink import Sink, open_sink
 from qemu_dump_ext.errors import (
     DumpError,
     DumpWriteError,
+    NotDumpedByQemuError,
     RequestError,
     SourceError,
     UnsupportedTargetError,
@@ -196,7 +197,7 @@ class DumpJob:
         return wait
 
     def run(self, request: DumpRequest, target: DumpTarget, memory: str) -> DumpReport:
-        """Take the dump, in a thread.
+        """Take the dump, in a thread; one that QEMU itself refuses is not as QEMU would write it.
 
         Raises:
             DumpError: With what QEMU would say, where QEMU would say it.
@@ -204,14 +205,18 @@ class DumpJob:
         version = self._upstream.version
         with _opened(target, version, request) as sink:
             self.is_open = True
+            take = partial(
+                dump,
+                access=self._access(),
+                sink=sink,
+                memory=memory,
+                progress=_Meter(self),
+            )
             try:
-                return dump(
-                    request,
-                    self._access(),
-                    sink,
-                    memory=memory,
-                    progress=_Meter(self),
-                )
+                try:
+                    return take(request)
+                except NotDumpedByQemuError:
+                    return take(replace(request, exact=False))
             except DumpWriteError as error:
                 raise _in_words_of_qemu(error, sink, request) from error
 
