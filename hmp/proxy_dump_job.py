@@ -206,11 +206,7 @@ class DumpJob:
         with _opened(target, version, request) as sink:
             self.is_open = True
             take = partial(
-                dump,
-                access=self._access(),
-                sink=sink,
-                memory=memory,
-                progress=_Meter(self),
+                dump, access=self._access(), sink=sink, memory=memory, progress=_Meter(self)
             )
             try:
                 try:
