@@ -32,7 +32,6 @@ from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_v
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
-from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
@@ -138,7 +137,7 @@ def dump(
             guest = probe_guest(access)
             dialect = _native_dialect(guest) if request.exact else MENDED
             select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
-            context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
+            context = access.source_context(guest.ram_blocks)
             with open_memory(memory, context) as opened:
                 snapshot, remarks = _complete(guest, opened.memory, request)
                 plan = make_plan(snapshot, dialect, request)

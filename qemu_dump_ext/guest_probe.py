@@ -16,8 +16,9 @@ from qemu_dump_ext.architectures._declaration import (
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub, Vcpu
+from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub, Vcpu
 from qemu_dump_ext.guest_tables import TableReader
+from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
     has_device,
@@ -60,6 +61,7 @@ class GuestAccess:
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
         target_name: Returns QEMU's name of the target, such as `mipsel`, or None where it does
             not tell; None where the door cannot ask.
+        qmp: QEMU's QMP, or None.
     """
 
     monitor: Monitor
@@ -67,6 +69,11 @@ class GuestAccess:
     native_dump: Callable[[int], bytes]
     addresses: Sequence[str] = ()
     target_name: Callable[[], str | None] | None = None
+    qmp: DescriptorMonitor | None = None
+
+    def source_context(self, ram_blocks: Sequence[RamBlock]) -> SourceContext:
+        """Return what memory sources may use to get at `ram_blocks`."""
+        return SourceContext(self.monitor, self.stub, ram_blocks, self.addresses, self.qmp)
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
-from qemu_dump_ext.native_notes import dump_byte_through_file
+from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.third_party import missing_package
 
 _GREETING_SECONDS = 5.0
@@ -34,6 +34,55 @@ def tcp_address(address: str) -> tuple[str, int] | None:
     host, colon, port = address.rpartition(":")
     is_tcp = bool(colon) and port.isascii() and port.isdecimal() and "/" not in address
     return (host, int(port)) if is_tcp else None
+
+
+class _Question(Generic[ResultT]):
+    # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
+    # thread of the client hangs.
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Callable[[], Coroutine[Any, Any, ResultT]],
+        seconds: float,
+    ) -> None:
+        self._answered = threading.Lock()
+        self._answered.acquire()
+        self._answers: list[Callable[[], ResultT]] = []
+        asked = False
+        try:
+            with uninterrupted():
+                asyncio.run_coroutine_threadsafe(self._ask(work, seconds), loop)
+                asked = True
+        except KeyboardInterrupt:
+            if asked:
+                self._settle()
+            raise
+
+    async def _ask(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> None:
+        try:
+            result = await asyncio.wait_for(work(), seconds)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            self._answers.append(partial(_raise, error))
+        else:
+            self._answers.append(lambda: result)
+        self._answered.release()
+
+    def answer(self) -> ResultT:
+        """Wait for it."""
+        try:
+            while not self._answers:
+                # Woken now and then: gdb's handler of SIGINT does not end a wait.
+                self._answered.acquire(timeout=_WAKE_SECONDS)
+        except KeyboardInterrupt:
+            self._settle()
+            raise
+        return self._answers[0]()
+
+    def _settle(self) -> None:
+        # The next question is asked when this one has been answered.
+        with uninterrupted():
+            if not self._answers:
+                self._answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
 
 
 class QmpMonitor:
@@ -100,8 +149,20 @@ class QmpMonitor:
             MonitorAnswerError: QEMU refuses the command.
             SourceError: The connection is lost, or QEMU does not answer.
         """
+        return self.begin_qmp(command, arguments)()
+
+    def begin_qmp(
+        self, command: str, arguments: dict[str, object] | None = None
+    ) -> Callable[[], Any]:
+        """Have a QMP command executed; what is returned waits for what it returns."""
+        question: _Question[Any] = _Question(
+            self._loop, lambda: self._client.execute(command, arguments), _ANSWER_SECONDS
+        )
+        return partial(self._answer, command, question)
+
+    def _answer(self, command: str, question: _Question[Any]) -> Any:
         try:
-            return self._run(lambda: self._client.execute(command, arguments), _ANSWER_SECONDS)
+            return question.answer()
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
         except TimeoutError as error:
@@ -113,8 +174,12 @@ class QmpMonitor:
 
     def execute(self, command: str) -> str:
         """Execute a command of the human monitor."""
-        answer = self.qmp("human-monitor-command", {"command-line": command})
-        return str(answer).replace("\r\n", "\n")
+        return self.begin(command)()
+
+    def begin(self, command: str) -> Callable[[], str]:
+        """Have a command of the human monitor executed; what is returned waits for its answer."""
+        answer = self.begin_qmp("human-monitor-command", {"command-line": command})
+        return lambda: str(answer()).replace("\r\n", "\n")
 
     def target_name(self) -> str | None:
         """Return QEMU's name of the target, such as `mipsel`, or None where it does not tell."""
@@ -129,19 +194,25 @@ class QmpMonitor:
         Raises:
             SourceError: QEMU refuses, or is elsewhere.
         """
-        with contextlib.ExitStack() as stack:
-            content = os.memfd_create("qemu-dump-notes")
-            stack.callback(os.close, content)
-            try:
-                self._run(lambda: self._send_descriptor(content), _ANSWER_SECONDS)
-            except (self._qmp_error, OSError, ValueError):
-                return dump_byte_through_file(self, gpa)  # such as TCP
-            self.qmp("getfd", {"fdname": "qemu-dump-notes"})
-            self.qmp(
-                "dump-guest-memory",
-                {"paging": False, "protocol": "fd:qemu-dump-notes", "begin": gpa, "length": 1},
+        if tcp_address(self._address):
+            return dump_byte_through_file(self, gpa)
+        return dump_byte_through_descriptor(self, gpa)
+
+    def hand_over(self, descriptor: int, name: str) -> None:
+        """Give QEMU a descriptor, which a command can ask for by `name`; ours stays open.
+
+        Raises:
+            SourceError: The socket passes none.
+        """
+        if tcp_address(self._address):
+            raise SourceError(
+                "a QMP socket of TCP passes no descriptors", hint="a unix socket does"
             )
-            return os.pread(content, os.fstat(content).st_size, 0)
+        try:
+            self._run(lambda: self._send_descriptor(descriptor), _ANSWER_SECONDS)
+        except (self._qmp_error, OSError) as error:
+            raise SourceError(f"the QMP socket passes no descriptor: {_reason(error)}") from error
+        self.qmp("getfd", {"fdname": name})
 
     async def _send_descriptor(self, descriptor: int) -> None:
         self._client.send_fd_scm(descriptor)
@@ -151,36 +222,7 @@ class QmpMonitor:
         self._loop.run_forever()
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
-        # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
-        # thread of the client hangs.
-        answered = threading.Lock()
-        answered.acquire()
-        answers: list[Callable[[], ResultT]] = []
-        asked = False
-
-        async def ask() -> None:
-            try:
-                result = await asyncio.wait_for(work(), seconds)
-            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-                answers.append(partial(_raise, error))
-            else:
-                answers.append(lambda: result)
-            answered.release()
-
-        try:
-            with uninterrupted():
-                asyncio.run_coroutine_threadsafe(ask(), self._loop)
-                asked = True
-            while not answers:
-                # Woken now and then: gdb's handler of SIGINT does not end a wait.
-                answered.acquire(timeout=_WAKE_SECONDS)
-        except KeyboardInterrupt:
-            # The next question is asked when this one has been answered.
-            with uninterrupted():
-                if asked and not answers:
-                    answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
-            raise
-        return answers[0]()
+        return _Question(self._loop, work, seconds).answer()
 
 
 def _raise(error: BaseException) -> NoReturn:
