@@ -33,3 +33,11 @@ def qemu_hmp_proxy() -> int:
     from qemu_dump_ext.cli.hmp_proxy_command import main  # noqa: PLC0415 - behind the call above
 
     return main()
+
+
+def qemu_crash_collector() -> int:
+    """Run `qemu-crash-collector`; returns the exit status."""
+    _end_silently_when_interrupted()
+    from qemu_dump_ext.cli.crash_collector_command import main  # noqa: PLC0415 - behind the call
+
+    return main()

@@ -28,10 +28,12 @@ class GuestLog:
     Attributes:
         records: Oldest first.
         remarks: Where the kernel's own description came from, if it had to be searched for.
+        vmcoreinfo: That description: the text of VMCOREINFO.
     """
 
     records: Sequence[LogRecord]
     remarks: Sequence[str]
+    vmcoreinfo: bytes
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class _Guest:
         records = read_kernel_log(
             vmcoreinfo, kernel_memory.read, byte_order, kernel_memory.word_size
         )
-        return GuestLog(tuple(records), remarks)
+        return GuestLog(tuple(records), remarks, vmcoreinfo)
 
 
 def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> GuestLog:

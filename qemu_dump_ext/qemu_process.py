@@ -139,27 +139,45 @@ def _process_behind(address: str) -> int:
         if not _leads_to(connection, address):
             continue
         found_any = True
-        inodes = _peer_inodes(connection)
-        credentials = _peer_pid(connection)
-        if credentials and _holds(credentials, inodes):
-            return credentials
-        pids = [pid for pid in _all_pids() if _holds(pid, inodes)]
-        if len(pids) == 1:
-            return pids[0]
-        if len(pids) > 1:
-            raise SourceError(f"several processes have QEMU's end of {address}: {pids}")
-        if credentials:
-            try:
-                for link in Path(f"/proc/{credentials}/fd").iterdir():
-                    link.readlink()
-            except OSError as error:
-                raise refusal(credentials, error) from error
+        if pid := process_at_other_end(connection, address):
+            return pid
     if found_any:
         raise SourceError(
             f"no process here that we may look at has the other end of {address}: QEMU is on"
             " another host, in another namespace, or of another user"
         )
     raise SourceError(f"no connection of this process leads to {address}")
+
+
+def process_at_other_end(connection: socket.socket, address: str) -> int | None:
+    """Return the pid of the process at the other end of a connection of ours.
+
+    Args:
+        connection: To QEMU.
+        address: For the message.
+
+    Returns:
+        None if no process that we may look at is there.
+
+    Raises:
+        SourceError: Several are, or the one that is must not be looked at.
+    """
+    inodes = _peer_inodes(connection)
+    credentials = _peer_pid(connection)
+    if credentials and _holds(credentials, inodes):
+        return credentials
+    pids = [pid for pid in _all_pids() if _holds(pid, inodes)]
+    if len(pids) == 1:
+        return pids[0]
+    if len(pids) > 1:
+        raise SourceError(f"several processes have QEMU's end of {address}: {pids}")
+    if credentials:
+        try:
+            for link in Path(f"/proc/{credentials}/fd").iterdir():
+                link.readlink()
+        except OSError as error:
+            raise refusal(credentials, error) from error
+    return None
 
 
 def _own_connections() -> Iterator[socket.socket]:

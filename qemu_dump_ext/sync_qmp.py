@@ -14,12 +14,15 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.third_party import missing_package
+
+if TYPE_CHECKING:
+    from qemu.qmp import QMPClient
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
@@ -85,62 +88,33 @@ class _Question(Generic[ResultT]):
                 self._answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
 
 
-class QmpMonitor:
-    """QEMU's monitors through one QMP socket.
+class SharedQmp:
+    """QEMU's monitors through a QMP client that lives in an event loop of another thread."""
 
-    Use `connect_qmp` to get one.
-    """
+    def __init__(
+        self,
+        client: QMPClient,
+        loop: asyncio.AbstractEventLoop,
+        address: str,
+        *,
+        answer_seconds: float = _ANSWER_SECONDS,
+    ) -> None:
+        """Use a client.
 
-    def __init__(self, address: str) -> None:
-        # Not at module level: gdb's own Python may lack the package.
-        try:
-            from qemu.qmp import QMPClient, QMPError, qmp_client  # noqa: PLC0415
-        except ImportError as error:
-            message, hint = missing_package("QMP", "qemu.qmp")
-            raise ConnectError(message, hint=hint) from error
-        # What it logs is in the exceptions as well, and these become one line.
-        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+        Args:
+            client: Connected by whoever owns it.
+            loop: In which it lives; runs in another thread than this one.
+            address: Of the socket.
+            answer_seconds: How long QEMU may take for a command.
+        """
+        from qemu.qmp import QMPError, qmp_client  # noqa: PLC0415 - gdb's own Python may lack it
+
+        self._client = client
+        self._loop = loop
         self._address = address
+        self._answer_seconds = answer_seconds
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
-        self._client = QMPClient("qemu-dump")
-
-    def connect(self) -> None:
-        """Connect and negotiate.
-
-        Raises:
-            ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
-        """
-        target = tcp_address(self._address) or self._address
-        with uninterrupted():
-            self._thread.start()
-        try:
-            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
-        except TimeoutError as error:
-            raise ConnectError(
-                f"QMP socket {self._address} is busy, or no QMP socket:"
-                f" no greeting in {_GREETING_SECONDS:.0f} s",
-                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
-            ) from error
-        except (self._qmp_error, OSError) as error:
-            raise ConnectError(
-                f"cannot connect to QMP socket {self._address}: {_reason(error)}",
-                hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
-            ) from error
-
-    def close(self) -> None:
-        """Disconnect; harmless when repeated."""
-        if self._loop.is_closed():
-            return
-        with uninterrupted():
-            if self._thread.is_alive():
-                with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
-                    self._run(self._client.disconnect, _GREETING_SECONDS)
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
-            self._loop.close()
 
     def qmp(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Execute a QMP command and return what it returns.
@@ -156,7 +130,7 @@ class QmpMonitor:
     ) -> Callable[[], Any]:
         """Have a QMP command executed; what is returned waits for what it returns."""
         question: _Question[Any] = _Question(
-            self._loop, lambda: self._client.execute(command, arguments), _ANSWER_SECONDS
+            self._loop, lambda: self._client.execute(command, arguments), self._answer_seconds
         )
         return partial(self._answer, command, question)
 
@@ -167,7 +141,7 @@ class QmpMonitor:
             raise MonitorAnswerError(command, str(error)) from error
         except TimeoutError as error:
             raise SourceError(
-                f"QEMU does not answer {command} in {_ANSWER_SECONDS:.0f} s"
+                f"QEMU does not answer {command} in {self._answer_seconds:.0f} s"
             ) from error
         except (self._qmp_error, OSError, EOFError) as error:
             raise SourceError("the guest is gone: QEMU closed the QMP connection") from error
@@ -209,7 +183,7 @@ class QmpMonitor:
                 "a QMP socket of TCP passes no descriptors", hint="a unix socket does"
             )
         try:
-            self._run(lambda: self._send_descriptor(descriptor), _ANSWER_SECONDS)
+            self._run(lambda: self._send_descriptor(descriptor), self._answer_seconds)
         except (self._qmp_error, OSError) as error:
             raise SourceError(f"the QMP socket passes no descriptor: {_reason(error)}") from error
         self.qmp("getfd", {"fdname": name})
@@ -217,12 +191,66 @@ class QmpMonitor:
     async def _send_descriptor(self, descriptor: int) -> None:
         self._client.send_fd_scm(descriptor)
 
+    def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
+        return _Question(self._loop, work, seconds).answer()
+
+
+class QmpMonitor(SharedQmp):
+    """QEMU's monitors through one QMP socket.
+
+    Use `connect_qmp` to get one.
+    """
+
+    def __init__(self, address: str) -> None:
+        # Not at module level: gdb's own Python may lack the package.
+        try:
+            from qemu.qmp import QMPClient  # noqa: PLC0415
+        except ImportError as error:
+            message, hint = missing_package("QMP", "qemu.qmp")
+            raise ConnectError(message, hint=hint) from error
+        super().__init__(QMPClient("qemu-dump"), asyncio.new_event_loop(), address)
+        # What it logs is in the exceptions as well, and these become one line.
+        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+        self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
+
+    def connect(self) -> None:
+        """Connect and negotiate.
+
+        Raises:
+            ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
+        """
+        target = tcp_address(self._address) or self._address
+        with uninterrupted():
+            self._thread.start()
+        try:
+            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
+        except TimeoutError as error:
+            raise ConnectError(
+                f"QMP socket {self._address} is busy, or no QMP socket:"
+                f" no greeting in {_GREETING_SECONDS:.0f} s",
+                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
+            ) from error
+        except (self._qmp_error, OSError) as error:
+            raise ConnectError(
+                f"cannot connect to QMP socket {self._address}: {_reason(error)}",
+                hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
+            ) from error
+
+    def close(self) -> None:
+        """Disconnect; harmless when repeated."""
+        if self._loop.is_closed():
+            return
+        with uninterrupted():
+            if self._thread.is_alive():
+                with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
+                    self._run(self._client.disconnect, _GREETING_SECONDS)
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                self._thread.join()
+            self._loop.close()
+
     def _serve(self) -> None:
         leave_signals_to_main_thread()
         self._loop.run_forever()
-
-    def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
-        return _Question(self._loop, work, seconds).answer()
 
 
 def _raise(error: BaseException) -> NoReturn:

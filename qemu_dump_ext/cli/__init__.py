@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from types import FrameType
+from types import FrameType, ModuleType
 
 from qemu_dump_ext import __version__
 from qemu_dump_ext.cli import subcommands
@@ -46,18 +46,32 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of `qemu-dump`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="qemu-dump", description="Look at crash dumps, and at guests to take them from."
-    )
+def run_subcommand(
+    program: str, description: str, folder: ModuleType, argv: Sequence[str] | None
+) -> int:
+    """Run the subcommand that the command line names; returns the exit status.
+
+    Args:
+        program: What users call it.
+        description: One line.
+        folder: Has one file for each subcommand; `_` in its name is `-` in the word.
+        argv: Behind the program; None: of this process.
+    """
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("--version", action="version", version=__version__)
     choices = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
-    commands = collect(subcommands, "COMMAND", Subcommand)
-    for command in commands.values():
-        command.add_arguments(
-            choices.add_parser(command.name, help=command.help, description=command.help)
-        )
+    commands = {
+        name.replace("_", "-"): command
+        for name, command in collect(folder, "COMMAND", Subcommand).items()
+    }
+    for word, command in commands.items():
+        command.add_arguments(choices.add_parser(word, help=command.help, description=command.help))
     arguments = parser.parse_args(argv)
-    chosen = commands[arguments.subcommand]
-    return run_guarded(f"qemu-dump {chosen.name}", lambda: chosen.run(arguments))
+    word = arguments.subcommand
+    return run_guarded(f"{program} {word}", lambda: commands[word].run(arguments))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `qemu-dump`; returns the exit status."""
+    description = "Look at crash dumps, and at guests to take them from."
+    return run_subcommand("qemu-dump", description, subcommands, argv)

@@ -1,4 +1,4 @@
-"""What one file of `cli/subcommands/` must declare."""
+"""What one file of `cli/subcommands/` and of `cli/collector/` must declare."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Subcommand:
-    """One word behind `qemu-dump`.
+    """One word behind a program of several.
 
     Attributes:
-        name: The word; equal to the name of the file.
+        name: The name of the file: the word, with `_` for `-`.
         help: One line.
         add_arguments: Declares the options on the parser of this subcommand.
         run: Does the work and returns the exit status; `DumpError` becomes one line on stderr.

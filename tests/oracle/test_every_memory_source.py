@@ -21,8 +21,8 @@ from tests.support.raw_gdbstub import RawGdbstub
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 SOURCES = tuple(all_memory_sources())
-NEED_QMP = frozenset(("native_stream",))
-# There is no stub behind a QMP socket.
+# There is no stub behind a QMP socket, and no QMP behind a stub.
+SOURCES_BY_STUB = tuple(source for source in SOURCES if source != "native_stream")
 SOURCES_BY_QMP = tuple(source for source in SOURCES if source != "gdbstub")
 FORMATS = {"elf": (), "kdump-zlib": ("-z",)}
 
@@ -67,7 +67,7 @@ class Dumps:
 
 
 NAMES = [
-    *(("gdb", source, "elf") for source in SOURCES if source not in NEED_QMP),
+    *(("gdb", source, "elf") for source in SOURCES_BY_STUB),
     *(("gdb-with-qmp", source, "kdump-zlib") for source in SOURCES),
     *(("cli-by-qmp", source, "kdump-zlib") for source in SOURCES_BY_QMP),
     # What its gdb does was done by the other one: each start of a gdb costs a second.

@@ -1,0 +1,76 @@
+"""What the subcommands of `qemu-crash-collector` have in common."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.crash_collector.configuration import Configuration, load_configuration
+from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.errors import EXIT_SUCCESS
+
+_ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"
+_DEFAULT = "/etc/qemu-crash-collector.yaml"
+
+
+def add_configuration(parser: argparse.ArgumentParser) -> None:
+    """Declare where the configuration is."""
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        type=Path,
+        default=Path(os.environ.get(_ENVIRONMENT, _DEFAULT)),
+        help=f"the configuration; default: ${_ENVIRONMENT}, or {_DEFAULT}",
+    )
+
+
+def add_store(parser: argparse.ArgumentParser) -> None:
+    """Declare where the store is."""
+    add_configuration(parser)
+    parser.add_argument(
+        "--store", metavar="DIR", type=Path, help="the store, instead of the configuration's"
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Declare `--json`."""
+    parser.add_argument("--json", action="store_true", help="answer in JSON")
+
+
+def configuration_of(arguments: argparse.Namespace) -> Configuration:
+    """Return the configuration that the words ask for.
+
+    Raises:
+        RequestError: It cannot be read, or is wrong.
+    """
+    return load_configuration(arguments.config)
+
+
+def store_of(arguments: argparse.Namespace) -> CrashStore:
+    """Return the store that the words ask for.
+
+    Raises:
+        RequestError: The configuration cannot be read, or is wrong.
+    """
+    return CrashStore(arguments.store or configuration_of(arguments).store)
+
+
+def hold_command(name: str, description: str, *, held: bool) -> Subcommand:
+    """Return the subcommand that sets whether crashes are held."""
+
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        add_store(parser)
+        parser.add_argument("crashes", metavar="ID", nargs="+", help="as 'list' shows them")
+
+    def run(arguments: argparse.Namespace) -> int:
+        store = store_of(arguments)
+        with store.locked():
+            records = [store.record(crash_id) for crash_id in arguments.crashes]
+            for record in records:
+                store.update(replace(record, held=held))
+        return EXIT_SUCCESS
+
+    return Subcommand(name, description, add_arguments, run)

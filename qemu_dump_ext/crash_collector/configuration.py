@@ -1,0 +1,437 @@
+"""The configuration: YAML, with the line and the column of every mistake.
+
+Its words are the attributes of the classes below, from `Configuration` on; `defaults` has any of
+the `Settings`, and each entry of `guests`, too, beside what says which guests it is about.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+
+from qemu_dump_ext.crash_collector.crash_record import CauseKind
+from qemu_dump_ext.dump_arguments import codec_names
+from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.errors import CodecUnavailableError, RequestError
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.page_codecs import all_page_codecs
+
+_NO_MORE = ConfigDict(extra="forbid", frozen=True)
+_DURATION = re.compile(r"(\d+(?:\.\d+)?) *(ms|s|min|h|d)")
+_SECONDS_OF = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(B|KiB|MiB|GiB|TiB)")
+_BYTES_OF = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
+
+DEFAULT_CAUSES: tuple[CauseKind, ...] = (
+    "guest-panicked",
+    "crashloaded",
+    "watchdog",
+    "memory-failure",
+    "internal-error",
+    "io-error",
+    "console",
+    "no-progress",
+    "trigger",
+    "qemu-died",
+)
+"""All but `shutdown` and `reset`, which healthy guests do as well."""
+
+_CONSOLE_PATTERNS = (
+    r"Kernel panic",
+    r"Oops",
+    r"\bBUG:",
+    r"soft lockup",
+    r"rcu_\w+ self-detected stall",
+)
+
+
+def _parse_duration(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = _DURATION.fullmatch(value)
+    if match is None:
+        raise ValueError("a duration is a number of seconds, or one with ms, s, min, h or d")
+    return float(match[1]) * _SECONDS_OF[match[2]]
+
+
+def _parse_size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None:
+        raise ValueError("a size is a number of bytes, or one with B, KiB, MiB, GiB or TiB")
+    return int(float(match[1]) * _BYTES_OF[match[2]])
+
+
+def _template(*names: str) -> AfterValidator:
+    def check(text: str) -> str:
+        used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        if not used <= set(names):
+            known = ", ".join(f"{{{name}}}" for name in names)
+            raise ValueError(f"{{{min(used - set(names))}}} is not known here, but {known}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _parse_format(name: str) -> str:
+    codec = all_page_codecs().get(str(request_of_format(name).codec))
+    if codec is not None:
+        try:
+            codec.compressor()
+        except CodecUnavailableError as error:
+            raise ValueError(str(error)) from error
+    return name
+
+
+def _parse_memory(name: str) -> str:
+    known = (AUTO, *all_memory_sources())
+    if name not in known:
+        raise ValueError(f"memory is one of {', '.join(known)}")
+    return name
+
+
+def request_of_format(name: str, level: int | None = None) -> DumpRequest:
+    """Return the request for a format, by the name that QMP has for it.
+
+    Raises:
+        ValueError: There is no such format.
+    """
+    if name == "elf":
+        return DumpRequest()
+    codecs = codec_names()
+    for prefix, raw in (("kdump-raw-", True), ("kdump-", False)):
+        codec = name.removeprefix(prefix)
+        if name.startswith(prefix) and codec in codecs:
+            return DumpRequest(codec=codec, raw=raw, level=level)
+    raise ValueError(f"a format is elf, or kdump- or kdump-raw- and one of {', '.join(codecs)}")
+
+
+Seconds: TypeAlias = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0)]
+Size: TypeAlias = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
+GuestTemplate: TypeAlias = Annotated[str, _template("name", "stem", "directory")]
+KernelTemplate: TypeAlias = Annotated[str, _template("name", "stem", "directory", "release")]
+Count: TypeAlias = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """At most so many dumps of one guest in so many seconds.
+
+    More crashes are recorded without a dump, and above ten times as many only counted.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    dumps: Annotated[int, Field(ge=1)] = 6
+    per: Seconds = 3600.0
+
+
+@dataclass(frozen=True)
+class Heartbeat:
+    """How it is noticed that a guest makes no progress.
+
+    Attributes:
+        by: `program-counters`: the registers of all vCPUs are the same whenever they are looked
+            at; `guest-agent`: the agent in the guest, once it has answered, answers no more.
+        interval: How often it is looked at.
+        after: For how long nothing must have changed.
+        socket: Of the guest agent; `{name}`, `{stem}` and `{directory}` are those of the guest.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    by: Literal["program-counters", "guest-agent"]
+    interval: Seconds = 10.0
+    after: Seconds = 120.0
+    socket: GuestTemplate | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Heartbeat:
+        if (self.by == "guest-agent") != (self.socket is not None):
+            raise ValueError("`socket` belongs to `by: guest-agent`, and to nothing else")
+        return self
+
+
+@dataclass(frozen=True)
+class AfterCommand:
+    """Run a program when a crash is stored, with CRASH_DIRECTORY and others in its environment."""
+
+    __pydantic_config__ = _NO_MORE
+
+    command: Annotated[tuple[str, ...], Field(min_length=1)]
+    timeout: Seconds = 600.0
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """Where the guest kernel's symbols are; `{release}` is the kernel's release.
+
+    Attributes:
+        system_map: Names the functions at which vCPUs stand, where the log names none.
+        vmlinux: With DWARF, for crash and drgn.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    system_map: KernelTemplate | None = None
+    vmlinux: KernelTemplate | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What holds for a guest.
+
+    Attributes:
+        causes: What counts as a crash.
+        format: Of the dump, by the name that QMP has for it.
+        level: Of the page codec.
+        memory: Where guest memory comes from, as `--memory` has it.
+        console: File to which QEMU logs the console; `{name}`, `{stem}`, `{directory}`.
+        console_patterns: Regular expressions; a new line of the console with one is a crash.
+        heartbeat: How a guest is found that makes no progress; None: it is not looked for.
+        dumps_per_signature: How many dumps of crashes of the same signature are kept in the
+            store; of more, everything but the dump is stored.
+        rate: For each guest.
+        after: What is done with the guest when its crash is stored.
+        labels: Any words; stored with each crash.
+        symbols: Where the kernel's are.
+        verify_with: Readers that must open a dump too before it is called verified.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    causes: tuple[CauseKind, ...] = DEFAULT_CAUSES
+    format: Annotated[str, AfterValidator(_parse_format)] = "kdump-raw-zlib"
+    level: int | None = None
+    memory: Annotated[str, AfterValidator(_parse_memory)] = AUTO
+    console: GuestTemplate | None = None
+    console_patterns: tuple[re.Pattern[str], ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))
+    heartbeat: Heartbeat | None = None
+    dumps_per_signature: Count = 3
+    rate: Rate = field(default_factory=Rate)
+    after: Literal["leave", "resume", "reset", "quit"] | AfterCommand = "leave"
+    labels: dict[str, str] = field(default_factory=dict)
+    symbols: Symbols = field(default_factory=Symbols)
+    verify_with: tuple[Literal["crash", "drgn"], ...] = ()
+
+    @model_validator(mode="after")
+    def _check_level(self) -> Settings:
+        codec = all_page_codecs().get(str(request_of_format(self.format).codec))
+        if self.level is None:
+            return self
+        if codec is None or codec.tuned is None:
+            raise ValueError(f"{self.format} has no levels")
+        try:
+            codec.tuned(self.level)
+        except RequestError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
+@dataclass(frozen=True)
+class GuestEntry(Settings):
+    """One guest, or many; exactly one of the first three.
+
+    Attributes:
+        socket: Path of a QMP socket, or HOST:PORT.
+        glob: Pattern of paths of QMP sockets, which come and go.
+        directory: Every socket in it is a QMP socket.
+        name: Of the guest: `{stem}` is the name of the socket without what is behind its last
+            dot, `{directory}` that of the directory around it.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    socket: str | None = None
+    glob: str | None = None
+    directory: Path | None = None
+    name: Annotated[str, _template("stem", "directory")] = "{stem}"
+
+    @model_validator(mode="after")
+    def _check(self) -> GuestEntry:
+        if sum(place is not None for place in (self.socket, self.glob, self.directory)) != 1:
+            raise ValueError("a guest has one of `socket`, `glob` and `directory`")
+        return self
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the store may take; what goes first is said in `crash_limits`.
+
+    Attributes:
+        bytes: Of all crashes together; None: any.
+        count: Of crashes; None: any.
+        age: Of a crash, in seconds; None: any.
+        free: What the file system must have left, in bytes.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    bytes: Size | None = None
+    count: Annotated[int, Field(ge=1)] | None = 1000
+    age: Seconds | None = None
+    free: Size = 1 << 30
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """All of it.
+
+    Attributes:
+        store: Directory of the crashes.
+        guests: Which guests are watched.
+        control: Socket for people and scripts; None: `.control` in the store.
+        concurrent_dumps: How many are taken at the same time.
+        scan_interval: How often globs, directories and console logs are looked at.
+        answer_timeout: How long QEMU may take to answer a command.
+        retry_interval: Until a crash that could not be stored is collected again.
+        limits: What the store may take.
+        defaults: For guests that do not say otherwise.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    store: Path
+    guests: tuple[GuestEntry, ...] = ()
+    control: Path | None = None
+    concurrent_dumps: Annotated[int, Field(ge=1)] = 2
+    scan_interval: Seconds = 1.0
+    answer_timeout: Seconds = 60.0
+    retry_interval: Seconds = 60.0
+    limits: Limits = field(default_factory=Limits)
+    defaults: Settings = field(default_factory=Settings)
+
+    @property
+    def control_socket(self) -> Path:
+        """Where the agent listens for commands."""
+        return self.control or self.store / ".control"
+
+
+_CONFIGURATION = TypeAdapter(Configuration)
+
+
+def load_configuration(path: Path) -> Configuration:
+    """Read and check a configuration file.
+
+    Raises:
+        RequestError: It cannot be read, or is wrong; says where, and what would be right.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RequestError(f"cannot read {path}: {reason}") from error
+    return parse_configuration(text, str(path))
+
+
+def parse_configuration(text: str, name: str) -> Configuration:
+    """Check the text of a configuration.
+
+    Args:
+        text: YAML.
+        name: What messages call it.
+
+    Raises:
+        RequestError: It is wrong; says where (LINE:COLUMN, from 1), and what would be right.
+    """
+    import yaml
+
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _refuse_duplicates(node, name)
+        content = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RequestError(f"{name}{place}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # such as a control character
+        raise RequestError(f"{name}: {str(error).splitlines()[0]}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if not isinstance(content, dict):
+        raise RequestError(f"{name}: it is no mapping of words", hint="`store: DIRECTORY` at least")
+    try:
+        # Mistakes in the defaults are found there, and not in each guest.
+        _CONFIGURATION.validate_python(content | {"guests": ()})
+        return _CONFIGURATION.validate_python(_with_defaults(content))
+    except ValidationError as error:
+        raise RequestError("\n".join(_mistakes(error, node, name))) from error
+
+
+def _with_defaults(content: dict[Any, Any]) -> dict[Any, Any]:
+    defaults, guests = content.get("defaults"), content.get("guests")
+    if not isinstance(defaults, dict) or not isinstance(guests, list):
+        return content
+    merged = [defaults | guest if isinstance(guest, dict) else guest for guest in guests]
+    return content | {"guests": merged}
+
+
+def _mistakes(error: ValidationError, root: Any, name: str) -> list[str]:
+    lines = []
+    for found in error.errors(include_url=False):
+        path = [part for part in found["loc"] if part not in {"function-after", "AfterCommand"}]
+        mark, place = _locate(root, path)
+        message = found["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        lines.append(f"{name}:{mark.line + 1}:{mark.column + 1}: {place or 'here'}: {message}")
+    return list(dict.fromkeys(lines))
+
+
+def _locate(node: Any, path: Sequence[int | str]) -> tuple[Any, str]:
+    """Return the mark of the deepest node on the path, and the words that lead there."""
+    mark, words = node.start_mark, []
+    for part in path:
+        if isinstance(part, int):
+            children = node.value if node.id == "sequence" else []
+            if part >= len(children):
+                break
+            node = children[part]
+            mark = node.start_mark
+        else:
+            pairs = node.value if node.id == "mapping" else []
+            found = [pair for pair in pairs if pair[0].value == part]
+            if not found:
+                if part.isidentifier() and node.id == "mapping":
+                    words.append(part)
+                break
+            key, node = found[0]
+            mark = key.start_mark if node.id != "scalar" else node.start_mark
+        words.append(str(part))
+    return mark, ".".join(words)
+
+
+def _refuse_duplicates(node: Any, name: str) -> None:
+    if node is None or node.id == "scalar":
+        return
+    if node.id == "sequence":
+        for child in node.value:
+            _refuse_duplicates(child, name)
+        return
+    seen = set()
+    for key, child in node.value:
+        if key.value in seen and key.id == "scalar":
+            mark = key.start_mark
+            raise RequestError(
+                f"{name}:{mark.line + 1}:{mark.column + 1}: {key.value} is there twice"
+            )
+        if key.id == "scalar":
+            seen.add(key.value)
+        _refuse_duplicates(child, name)

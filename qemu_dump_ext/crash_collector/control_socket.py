@@ -1,0 +1,106 @@
+"""The agent's socket for people and scripts: one line of JSON in, one line of JSON out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from qemu_dump_ext.errors import ConnectError, DumpError, RequestError
+
+_LINE_MAX = 1 << 16
+_PATH_MAX = 107
+
+Answer = Mapping[str, Any]
+Handler = Callable[[Mapping[str, Any]], Awaitable[Answer]]
+
+
+class AgentRefusalError(DumpError):
+    """What the agent says to a request that it does not grant."""
+
+    def __init__(self, message: str, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+async def serve_control(path: Path, handle: Handler) -> asyncio.Server:
+    """Listen; only our own user may connect.
+
+    Args:
+        path: Of the socket; an old one is replaced.
+        handle: Answers a request; `DumpError` becomes the answer `error`.
+
+    Raises:
+        RequestError: There can be no such socket.
+    """
+    listening = _listen(path)
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            answer = await _answer(await reader.readline(), handle)
+            writer.write(json.dumps(answer).encode() + b"\n")
+            await writer.drain()
+        except (OSError, ValueError):
+            pass  # who asked is gone, or sent more than a line
+        finally:
+            writer.close()
+
+    return await asyncio.start_unix_server(serve, sock=listening, limit=_LINE_MAX)
+
+
+def _listen(path: Path) -> socket.socket:
+    if len(os.fsencode(path)) > _PATH_MAX:
+        raise RequestError(f"{path} is longer than a socket may have", hint="`control: PATH`")
+    listening = socket.socket(socket.AF_UNIX)
+    mask = os.umask(0o177)
+    try:
+        path.unlink(missing_ok=True)
+        listening.bind(str(path))
+    except OSError as error:
+        listening.close()
+        raise RequestError(f"cannot listen at {path}: {error.strerror}") from error
+    finally:
+        os.umask(mask)
+    return listening
+
+
+async def _answer(line: bytes, handle: Handler) -> Answer:
+    try:
+        request = json.loads(line)
+        if not isinstance(request, dict):
+            raise RequestError("a request is a JSON object")
+        return await handle(request)
+    except ValueError:
+        return {"error": "a request is a line of JSON", "exit_status": RequestError.exit_status}
+    except DumpError as error:
+        return {"error": str(error), "exit_status": error.exit_status}
+
+
+def ask_agent(path: Path, request: Mapping[str, object]) -> Answer:
+    """Ask the agent and wait for its answer, which may take as long as a dump.
+
+    Raises:
+        ConnectError: No agent listens.
+        AgentRefusalError: It refuses.
+    """
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.connect(str(path))
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as lines:
+                line = lines.readline()
+        except OSError as error:
+            raise ConnectError(
+                f"no agent listens at {path}: {error.strerror}",
+                hint="qemu-crash-collector run, or systemctl start qemu-crash-collector",
+            ) from error
+    if not line:
+        raise ConnectError("the agent ended before it answered")
+    answer: Answer = json.loads(line)
+    if "error" in answer:
+        raise AgentRefusalError(str(answer["error"]), int(answer["exit_status"]))
+    return answer

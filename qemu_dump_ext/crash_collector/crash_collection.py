@@ -1,0 +1,385 @@
+"""One crash: stop the guest, take everything, let it run, prove the dump, store it.
+
+Works in a thread of its own, through the one connection that there is to the guest. What cannot be
+had is said in the record; nothing that cannot be had keeps the rest from being stored.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from qemu_dump_ext.crash_collector.configuration import Settings, request_of_format
+from qemu_dump_ext.crash_collector.console_watch import read_tail
+from qemu_dump_ext.crash_collector.crash_readers import prove_open
+from qemu_dump_ext.crash_collector.crash_record import (
+    CrashCause,
+    CrashRecord,
+    DumpFacts,
+    QemuFacts,
+    Signature,
+)
+from qemu_dump_ext.crash_collector.crash_signature import make_signature
+from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
+from qemu_dump_ext.crash_collector.guest_watch import Guest
+from qemu_dump_ext.crash_collector.kernel_symbols import functions_at
+from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_sink import open_sink
+from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
+from qemu_dump_ext.guest_description import describe_guest
+from qemu_dump_ext.guest_log import GuestLog, log_of_guest
+from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread
+from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.sync_qmp import SharedQmp
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_value
+
+VERIFIER = "verify"
+_ROOM_EVERY_BYTES = 32 << 20
+_LOG_TEXT_MAX = 64 << 20
+# Large, and the same for every QEMU of this version.
+_DULL_QUERIES = frozenset(
+    (
+        "query-qmp-schema",
+        "query-commands",
+        "query-command-line-options",
+        "query-cpu-definitions",
+        "query-machines",
+        "query-dump-guest-memory-capability",
+    )
+)
+
+
+@dataclass(frozen=True)
+class CrashTask:
+    """What is to be collected.
+
+    Attributes:
+        guest: Whose crash.
+        cause: Why it counts.
+        time: When it happened, as in records.
+        facts: About its QEMU.
+        qmp: The connection; None: QEMU is gone.
+        gone: Why there is none.
+        also: What else happened meanwhile, and how often; still counts.
+    """
+
+    guest: Guest
+    cause: CrashCause
+    time: str
+    facts: QemuFacts
+    qmp: SharedQmp | None
+    gone: str
+    also: Mapping[str, int]
+
+
+@dataclass
+class _Found:
+    # What has been found so far.
+    log: Sequence[str] = ()
+    vmcoreinfo: bytes = b""
+    remarks: list[str] = field(default_factory=list)
+    stopped_seconds: float = 0.0
+    dump: DumpFacts | None = None
+    signature: Signature | None = None
+
+
+class _Meter(ProgressMeter):
+    # Where a dump is given up that would fill the disk.
+    def __init__(self, budget: DumpBudget) -> None:
+        super().__init__(None)
+        self._budget = budget
+        self._unseen = 0
+
+    def advance(self, size: int) -> None:
+        super().advance(size)
+        self._budget.check_ending()
+        self._unseen += size
+        if self._unseen >= _ROOM_EVERY_BYTES:
+            self._unseen = 0
+            self._budget.require_room()
+
+
+class CrashCollector:
+    """Collects one crash."""
+
+    def __init__(
+        self,
+        task: CrashTask,
+        store: CrashStore,
+        budget: DumpBudget,
+        *,
+        set_stopped: Callable[[bool], None],
+    ) -> None:
+        """Prepare.
+
+        Args:
+            task: What.
+            store: Where to.
+            budget: Says whether there may be a dump.
+            set_stopped: Remembers, on the disk, that we owe the guest to let it run again.
+        """
+        self._task = task
+        self._settings: Settings = task.guest.settings
+        self._store = store
+        self._budget = budget
+        self._set_stopped = set_stopped
+        self._found = _Found()
+        self._files: Path = Path()
+        self._allowance = DumpAllowance(budget)
+
+    def collect(self) -> CrashRecord:
+        """Do it; returns what was stored.
+
+        Raises:
+            DumpWriteError: It cannot be stored; the guest is as it was before.
+            CollectionGivenUpError: The agent ends; likewise.
+        """
+        leave_signals_to_main_thread()
+        self._files = self._store.new_incoming(self._task.guest.name)
+        try:
+            self._budget.check_ending()
+            with self._budget.collecting() as self._allowance:
+                self._take_everything()
+                return self._store.commit(self._files, self._record())
+        except BaseException:
+            self._store.discard(self._files)
+            raise
+
+    def _take_everything(self) -> None:
+        self._take_console()
+        try:
+            if self._task.qmp is None:
+                raise SourceError(self._task.gone)
+            with self._stopped(self._task.qmp):
+                self._take_from_qemu(self._task.qmp)
+        except DumpError as error:
+            if isinstance(error, DumpWriteError):
+                raise
+            self._without_dump(str(error))
+        self._found.signature = self._found.signature or self._sign(None)
+        if self._found.dump is not None and self._found.dump.file is not None:
+            self._found.dump = self._verified(self._found.dump)
+
+    @contextmanager
+    def _stopped(self, qmp: SharedQmp) -> Iterator[None]:
+        # What we stop is remembered before, and forgotten after it runs again.
+        if not qmp.qmp("query-status")["running"]:
+            yield
+            return
+        self._set_stopped(True)
+        started = time.monotonic()
+        try:
+            qmp.qmp("stop")
+            yield
+        finally:
+            # Also where `stop` was not answered: QEMU takes both in order, when it does.
+            qmp.qmp("cont")
+            self._found.stopped_seconds = time.monotonic() - started
+            self._set_stopped(False)
+
+    def _take_from_qemu(self, qmp: SharedQmp) -> None:
+        access = GuestAccess(
+            qmp, None, qmp.native_dump, (self._task.guest.address,), qmp.target_name, qmp
+        )
+        for take in (self._take_registers, self._take_queries):
+            take(qmp)
+        self._take_log(qmp, access)
+        self._found.signature = self._sign(access)
+        self._take_dump(qmp, access)
+
+    def _try(self, qmp: SharedQmp, what: str, work: Callable[[], Any]) -> Any:
+        # What one question does not give is a remark; that QEMU is gone ends everything.
+        try:
+            return work()
+        except DumpWriteError:
+            raise
+        except DumpError as error:
+            qmp.qmp("query-status")
+            self._found.remarks.append(f"{what}: {error}")
+            return None
+
+    def _take_registers(self, qmp: SharedQmp) -> None:
+        text = self._try(qmp, "registers", lambda: qmp.execute("info registers -a"))
+        if text is not None:
+            self._write("registers.txt", text.encode())
+
+    def _take_queries(self, qmp: SharedQmp) -> None:
+        commands = self._try(qmp, "queries", lambda: qmp.qmp("query-commands")) or []
+        answers = {}
+        for name in sorted(command["name"] for command in commands):
+            if name.startswith("query-") and name not in _DULL_QUERIES:
+                try:
+                    answers[name] = qmp.qmp(name)
+                except SourceError:
+                    qmp.qmp("query-status")  # it only wants arguments, or has nothing to tell
+        self._write("queries.json", json.dumps(answers, indent=1).encode())
+
+    def _take_log(self, qmp: SharedQmp, access: GuestAccess) -> None:
+        def read() -> GuestLog:
+            return log_of_guest(access, memory=self._settings.memory, kernel=None)
+
+        log = self._try(qmp, "kernel log", read)
+        if log is None:
+            return
+        self._found.vmcoreinfo = log.vmcoreinfo
+        self._found.remarks += log.remarks
+        text = "".join(f"{record.line()}\n" for record in log.records)[-_LOG_TEXT_MAX:]
+        self._found.log = text.splitlines()
+        self._write("dmesg.txt", text.encode("utf-8", "replace"))
+
+    def _take_console(self) -> None:
+        template = self._settings.console
+        if template is not None:
+            path = Path(self._task.guest.fill(template))
+            if (tail := read_tail(path)) is not None:
+                self._write("console.txt", tail)
+            else:
+                self._found.remarks.append(f"console: {path} cannot be read")
+        facts = self._task.facts
+        words = facts.command_line or ("the command line is not known",)
+        self._write(
+            "qemu.txt", "\n".join((f"QEMU {facts.version} {facts.target}", *words, "")).encode()
+        )
+
+    def _sign(self, access: GuestAccess | None) -> Signature:
+        log = self._found.log
+        if not log and (self._files / "console.txt").exists():
+            log = (self._files / "console.txt").read_text("utf-8", "replace").splitlines()
+        signature = make_signature(self._task.cause, log)
+        if signature.frames or access is None:
+            return signature
+        return make_signature(self._task.cause, log, self._functions(access))
+
+    def _functions(self, access: GuestAccess) -> Sequence[str]:
+        system_map = self._kernel_file(self._settings.symbols.system_map)
+        if system_map is None or not self._found.vmcoreinfo:
+            return ()
+        try:
+            counters = [vcpu.pc for vcpu in describe_guest(access).vcpus if vcpu.pc is not None]
+            return functions_at(system_map, self._found.vmcoreinfo, counters)
+        except DumpError as error:
+            self._found.remarks.append(f"symbols: {error}")
+            return ()
+
+    def _kernel_file(self, template: str | None) -> Path | None:
+        release = vmcoreinfo_value(self._found.vmcoreinfo, "OSRELEASE")
+        return kernel_file(self._task.guest, template, release)
+
+    def _take_dump(self, qmp: SharedQmp, access: GuestAccess) -> None:
+        signature, settings = self._found.signature, self._settings
+        if signature is None:
+            return
+        refusal = self._allowance.refusal(self._task.guest, signature.id)
+        if refusal is not None:
+            self._without_dump(refusal)
+            return
+        request = request_of_format(settings.format, settings.level)
+        name = "vmcore.elf" if request.codec is None else "vmcore.kdump"
+        meter = _Meter(self._budget)
+        try:
+            sink = open_sink(str(self._files / name), force=False, standard_output=None)
+            with sink:
+                report = dump(request, access, sink, memory=settings.memory, progress=meter)
+        except DumpError as error:
+            self._without_dump(str(error))
+            if not isinstance(error, DumpWriteError):
+                qmp.qmp("query-status")
+            return
+        left_out = tuple(
+            f"vCPU {index}: {', '.join(registers)} of note {note}"
+            for (note, index), registers in report.missing.items()
+        )
+        self._found.remarks += report.remarks
+        self._found.dump = DumpFacts(
+            name,
+            report.format,
+            bytes=(self._files / name).stat().st_size,
+            complete=not left_out,
+            left_out=left_out,
+        )
+
+    def _without_dump(self, reason: str) -> None:
+        if self._found.dump is None:
+            self._found.dump = DumpFacts(None, self._settings.format, reason=reason)
+        else:
+            self._found.remarks.append(reason)
+
+    def _verified(self, facts: DumpFacts) -> DumpFacts:
+        path = self._files / str(facts.file)
+        problems, verified_by, budget = [], [], self._budget
+        release = vmcoreinfo_value(self._found.vmcoreinfo, "OSRELEASE")
+        try:
+            with open_dump(path) as opened:
+                release = release or opened.vmcoreinfo_facts.get("OSRELEASE")
+                report = verify_dump(opened, progress=lambda _done, _all: budget.check_ending())
+            problems += report.problems[:1]
+        except DumpError as error:
+            problems.append(str(error))
+        if not problems:
+            verified_by.append(VERIFIER)
+        vmlinux = kernel_file(self._task.guest, self._settings.symbols.vmlinux, release)
+        for reader in self._settings.verify_with:
+            if (problem := prove_open(reader, path, vmlinux)) is None:
+                verified_by.append(reader)
+            else:
+                problems.append(f"{reader} {problem}")
+        return replace(
+            facts,
+            complete=facts.complete and VERIFIER in verified_by,
+            verified_by=tuple(verified_by),
+            reason="; ".join(problems) or None,
+        )
+
+    def _record(self) -> CrashRecord:
+        task, found = self._task, self._found
+        after = self._settings.after
+        also = [f"also, {count} times: {text}" for text, count in dict(task.also).items()]
+        return CrashRecord(
+            id="",
+            guest=task.guest.name,
+            labels=dict(self._settings.labels),
+            time=task.time,
+            cause=task.cause,
+            signature=found.signature or self._sign(None),
+            dump=found.dump or DumpFacts(None, self._settings.format, reason="not taken"),
+            qemu=task.facts,
+            guest_stopped_seconds=round(found.stopped_seconds, 6),
+            after_action=after if isinstance(after, str) else "command",
+            remarks=(*dict.fromkeys(found.remarks), *also),
+        )
+
+    def _write(self, name: str, content: bytes) -> None:
+        try:
+            with (self._files / name).open("xb") as file:
+                file.write(content)
+        except OSError as error:
+            raise DumpWriteError(f"cannot write {name}: {error.strerror}") from error
+
+
+def kernel_file(guest: Guest, template: str | None, release: str | None) -> Path | None:
+    """Return a file of the guest's kernel that the configuration names and that is there."""
+    if template is None or ("{release}" in template and (not release or "/" in release)):
+        return None
+    path = Path(guest.fill(template, release or ""))
+    return path if path.is_file() else None
+
+
+def crash_environment(record: CrashRecord, directory: Path) -> Mapping[str, str]:
+    """Return what an after-action's command finds in its environment."""
+    return {
+        "CRASH_DIRECTORY": str(directory),
+        "CRASH_ID": record.id,
+        "CRASH_GUEST": record.guest,
+        "CRASH_CAUSE": record.cause.kind,
+        "CRASH_SIGNATURE": record.signature.id,
+        "CRASH_DUMP": str(directory / record.dump.file) if record.dump.file else "",
+    }

@@ -1,0 +1,334 @@
+"""The directory where crashes are kept: complete or absent, private, with checksums.
+
+::
+
+    STORE/GUEST/TIME-SIGNATURE/   one crash: crash.json, SHA256SUMS, and what they name
+    STORE/.incoming/              under way; renamed when complete
+    STORE/.signatures.json        how often each signature was seen; survives what is removed
+    STORE/.lock                   held while any of this changes
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC
+from pathlib import Path
+
+from qemu_dump_ext.crash_collector.crash_record import (
+    CorruptRecordError,
+    CrashRecord,
+    FileFacts,
+    parse_record,
+)
+from qemu_dump_ext.errors import DumpWriteError, RequestError
+
+RECORD_FILE = "crash.json"
+CHECKSUM_FILE = "SHA256SUMS"
+_INCOMING = ".incoming"
+_SIGNATURES = ".signatures.json"
+_LOCK = ".lock"
+_TIME_FORMAT = "%Y%m%dT%H%M%S.%fZ"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
+_ID = re.compile(rf"{_NAME.pattern}/[0-9TZ.]+-[0-9a-f]{{16}}(\.\d+)?")
+_RECORD_BYTES_MAX = 16 << 20
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SignatureCount:
+    """How often a signature was seen, and when; times as in the records."""
+
+    message: str
+    count: int
+    first_seen: str
+    last_seen: str
+
+
+def is_guest_name(name: str) -> bool:
+    """Tell whether a guest of this name has a directory in a store."""
+    return _NAME.fullmatch(name) is not None
+
+
+class CrashStore:
+    """One directory of crashes, shared by the agent and the commands of people.
+
+    Attributes:
+        path: Of the directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def prepare(self) -> None:
+        """Make the directory if there is none.
+
+        Raises:
+            DumpWriteError: That is not possible.
+        """
+        try:
+            self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.path / _INCOMING).mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise DumpWriteError(f"cannot create {self.path}: {error.strerror}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep everybody else, of this and other processes, from changing the store.
+
+        Raises:
+            DumpWriteError: There is no such store, or it is not ours.
+        """
+        try:
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise DumpWriteError(f"cannot lock the store {self.path}: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def new_incoming(self, guest: str) -> Path:
+        """Make a private directory for a crash that is under way."""
+        return Path(tempfile.mkdtemp(prefix=f"{guest}-", dir=self.path / _INCOMING))
+
+    def discard(self, incoming: Path) -> None:
+        """Remove what is not to be committed."""
+        shutil.rmtree(incoming, ignore_errors=True)
+
+    def remove_incoming(self) -> list[str]:
+        """Remove what was under way when the agent ended; nothing may be under way now."""
+        found = sorted((self.path / _INCOMING).iterdir())
+        for directory in found:
+            shutil.rmtree(directory, ignore_errors=True)
+        return [directory.name for directory in found]
+
+    def commit(self, incoming: Path, record: CrashRecord) -> CrashRecord:
+        """Give a crash its name; it is complete and on the disk when it appears.
+
+        Args:
+            incoming: From `new_incoming`; has the files that belong to the record.
+            record: `id`, `occurrence` and `files` are filled in.
+
+        Raises:
+            DumpWriteError: It cannot be written; `incoming` is left.
+        """
+        try:
+            files = {
+                path.name: _file_facts(path)
+                for path in sorted(incoming.iterdir())
+                if path.name not in {RECORD_FILE, CHECKSUM_FILE}
+            }
+            with self.locked():
+                counts = self.signatures()
+                known = counts.get(record.signature.id)
+                record = replace(
+                    record,
+                    id=self._free_id(record),
+                    occurrence=known.count + 1 if known else 1,
+                    files=files,
+                )
+                _write_record(incoming, record)
+                _sync_directory(incoming)
+                final = self.directory(record.id)
+                final.parent.mkdir(mode=0o700, exist_ok=True)
+                incoming.rename(final)
+                for directory in (final.parent, self.path):
+                    _sync_directory(directory)
+                self._count(counts, record)
+        except OSError as error:
+            raise DumpWriteError(
+                f"cannot store a crash of {record.guest} in {self.path}: {error.strerror}"
+            ) from error
+        return record
+
+    def directory(self, crash_id: str) -> Path:
+        """Return the directory of a crash.
+
+        Raises:
+            RequestError: That is not the form of an id.
+        """
+        if not _ID.fullmatch(crash_id):
+            raise RequestError(
+                f"{crash_id!r} is no crash: GUEST/TIME-SIGNATURE, as 'list' shows it"
+            )
+        return self.path / crash_id
+
+    def directories(self) -> list[Path]:
+        """Return the directories of all crashes, the oldest of each guest first."""
+        return [
+            crash
+            for guest in sorted(self.path.glob("[!.]*"))
+            if guest.is_dir()
+            for crash in sorted(guest.glob("[!.]*"))
+        ]
+
+    def records(self) -> Iterator[CrashRecord]:
+        """Yield every crash; one that cannot be read is logged and passed over."""
+        for directory in self.directories():
+            try:
+                yield self._read(directory)
+            except FileNotFoundError:
+                continue  # removed meanwhile
+            except (CorruptRecordError, OSError) as error:
+                _logger.warning("%s is passed over: %s", directory, error)
+
+    def record(self, crash_id: str) -> CrashRecord:
+        """Return one crash.
+
+        Raises:
+            RequestError: There is none.
+            CorruptRecordError: Its record is damaged.
+        """
+        try:
+            return self._read(self.directory(crash_id))
+        except OSError as error:
+            raise RequestError(f"there is no crash {crash_id} in {self.path}") from error
+
+    def update(self, record: CrashRecord) -> None:
+        """Replace the record of a crash, and the list of checksums with it; hold the lock.
+
+        Raises:
+            DumpWriteError: It cannot be written.
+        """
+        directory = self.directory(record.id)
+        try:
+            _write_record(directory, record)
+            _sync_directory(directory)
+        except OSError as error:
+            raise DumpWriteError(f"cannot write {directory}: {error.strerror}") from error
+
+    def remove_dump(self, record: CrashRecord, reason: str) -> None:
+        """Remove the dump of a crash, and say in its record why; hold the lock."""
+        if record.dump.file is None:
+            return
+        files = dict(record.files)
+        files.pop(record.dump.file, None)
+        dump = replace(record.dump, file=None, bytes=0, reason=reason)
+        self.update(replace(record, dump=dump, files=files))
+        with contextlib.suppress(FileNotFoundError):
+            (self.directory(record.id) / record.dump.file).unlink()
+
+    def remove(self, record: CrashRecord) -> None:
+        """Remove a crash with all its files; hold the lock."""
+        directory = self.directory(record.id)
+        # Away at once, and not bit by bit.
+        doomed = self.path / _INCOMING / f"removed-{secrets.token_hex(8)}"
+        with contextlib.suppress(FileNotFoundError):
+            directory.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()
+
+    def dumps_of(self, signature_id: str) -> int:
+        """Return how many crashes of a signature have their dump here."""
+        found = self.path.glob(f"[!.]*/*-{signature_id}*/vmcore*")
+        return sum(1 for _ in found)
+
+    def signatures(self) -> dict[str, SignatureCount]:
+        """Return what was counted, by signature.
+
+        What is lost or damaged begins again with what the records say.
+        """
+        try:
+            content = json.loads((self.path / _SIGNATURES).read_bytes())
+            return {name: SignatureCount(**count) for name, count in content.items()}
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            _logger.warning("%s is counted anew: %s", self.path / _SIGNATURES, error)
+        counts: dict[str, SignatureCount] = {}
+        for record in sorted(self.records(), key=lambda record: record.time):
+            counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
+        return counts
+
+    def free_bytes(self) -> int:
+        """Return what the file system has left for us."""
+        room = os.statvfs(self.path)
+        return room.f_bavail * room.f_frsize
+
+    def _read(self, directory: Path) -> CrashRecord:
+        with (directory / RECORD_FILE).open("rb") as file:
+            record = parse_record(file.read(_RECORD_BYTES_MAX))
+        if record.id != f"{directory.parent.name}/{directory.name}":
+            raise CorruptRecordError(f"crash.json is that of {record.id}")
+        return record
+
+    def _free_id(self, record: CrashRecord) -> str:
+        stamp = record.moment.astimezone(UTC).strftime(_TIME_FORMAT)
+        name = f"{record.guest}/{stamp}-{record.signature.id}"
+        number = 1
+        while (self.path / name).exists():  # the clock was set back
+            number += 1
+            name = f"{record.guest}/{stamp}-{record.signature.id}.{number}"
+        return name
+
+    def _count(self, counts: dict[str, SignatureCount], record: CrashRecord) -> None:
+        counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
+        content = {name: asdict(count) for name, count in counts.items()}
+        _replace(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
+
+
+def _counted(known: SignatureCount | None, record: CrashRecord) -> SignatureCount:
+    if known is None:
+        return SignatureCount(
+            record.signature.message, max(1, record.occurrence), record.time, record.time
+        )
+    return SignatureCount(
+        record.signature.message,
+        max(known.count + 1, record.occurrence),
+        min(known.first_seen, record.time),
+        max(known.last_seen, record.time),
+    )
+
+
+def _file_facts(path: Path) -> FileFacts:
+    path.chmod(0o600)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return FileFacts(os.fstat(file.fileno()).st_size, digest)
+
+
+def _write_record(directory: Path, record: CrashRecord) -> None:
+    text = record.to_json().encode()
+    sums = {name: facts.sha256 for name, facts in record.files.items()}
+    sums[RECORD_FILE] = hashlib.sha256(text).hexdigest()
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+    _replace(directory / RECORD_FILE, text)
+    _replace(directory / CHECKSUM_FILE, "".join(lines).encode())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,153 @@
+"""Whether there may be a dump now: of a signature, of a guest, and for the disk."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+
+from qemu_dump_ext.crash_collector.configuration import Limits
+from qemu_dump_ext.crash_collector.crash_limits import Removal, choose_removals
+from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.guest_watch import Guest
+from qemu_dump_ext.errors import DumpWriteError
+
+_MIB = 1 << 20
+
+
+class CollectionGivenUpError(Exception):
+    """Not an error of the crash: nothing is stored, and it stays in the journal."""
+
+
+class DumpAllowance:
+    """The dumps of one collection.
+
+    Attributes:
+        signatures: Of those that were allowed.
+    """
+
+    def __init__(self, budget: DumpBudget) -> None:
+        self.signatures: Counter[str] = Counter()
+        self._budget = budget
+
+    def refusal(self, guest: Guest, signature_id: str) -> str | None:
+        """Return why there must be no dump of a crash of this signature, or None."""
+        return self._budget.allow(guest, signature_id, self.signatures)
+
+
+class DumpBudget:
+    """Shared by all collections of an agent; may be used by several threads.
+
+    Attributes:
+        limits: Of the store; may be replaced at any time.
+        ending: Set when the agent ends: what is under way is given up.
+    """
+
+    def __init__(
+        self,
+        store: CrashStore,
+        limits: Limits,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits = limits
+        self.ending = threading.Event()
+        self._store = store
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._under_way: Counter[str] = Counter()
+        self._recent: defaultdict[str, deque[float]] = defaultdict(deque)
+
+    @contextmanager
+    def collecting(self) -> Iterator[DumpAllowance]:
+        """Collect one crash; its dump counts from being allowed until it is in the store."""
+        allowance = DumpAllowance(self)
+        try:
+            yield allowance
+        finally:
+            with self._lock:
+                self._under_way.subtract(allowance.signatures)
+
+    def allow(self, guest: Guest, signature_id: str, allowed: Counter[str]) -> str | None:
+        """Let a dump be taken, unless there must be none; `DumpAllowance` asks.
+
+        Args:
+            guest: Whose crash.
+            signature_id: Of the crash.
+            allowed: Is told of a dump that may be taken.
+
+        Returns:
+            Why there must be none, or None.
+        """
+        with self._lock:
+            refusal = self._refusal(guest, signature_id)
+            if refusal is None:
+                self._under_way[signature_id] += 1
+                allowed[signature_id] += 1
+                self._recent[guest.name].append(self._clock())
+        return refusal
+
+    def check_ending(self) -> None:
+        """Give a collection up when the agent ends.
+
+        Raises:
+            CollectionGivenUpError: It ends.
+        """
+        if self.ending.is_set():
+            raise CollectionGivenUpError("the agent ends; the next one takes the crash up again")
+
+    def require_room(self) -> None:
+        """Check that the file system has left what it must.
+
+        Raises:
+            DumpWriteError: It has not.
+        """
+        if (free := self._store.free_bytes()) < self.limits.free:
+            raise DumpWriteError(
+                f"given up: the file system has {free // _MIB} MiB left, and"
+                f" {self.limits.free // _MIB} MiB are kept free"
+            )
+
+    def _refusal(self, guest: Guest, signature_id: str) -> str | None:
+        most = guest.settings.dumps_per_signature
+        if self._store.dumps_of(signature_id) + self._under_way[signature_id] >= most:
+            return f"{most} dumps of this signature are kept (dumps_per_signature)"
+        rate, recent = guest.settings.rate, self._recent[guest.name]
+        while recent and self._clock() - recent[0] > rate.per:
+            recent.popleft()
+        if len(recent) >= rate.dumps:
+            return f"{rate.dumps} dumps of this guest in {rate.per:g} s (rate)"
+        if self._store.free_bytes() < self.limits.free:
+            prune(self._store, self.limits)
+        try:
+            self.require_room()
+        except DumpWriteError as error:
+            return str(error)
+        return None
+
+
+def prune(
+    store: CrashStore, limits: Limits, *, now: datetime | None = None, needs_upload: bool = False
+) -> list[Removal]:
+    """Remove what the limits do not allow; returns what was removed.
+
+    Raises:
+        DumpWriteError: The store cannot be changed.
+    """
+    with store.locked():
+        removals = choose_removals(
+            list(store.records()),
+            limits,
+            now=now or datetime.now(UTC),
+            free_bytes=store.free_bytes(),
+            needs_upload=needs_upload,
+        )
+        for removal in removals:
+            if removal.whole:
+                store.remove(removal.record)
+            else:
+                store.remove_dump(removal.record, f"removed by the limits: {removal.reason}")
+    return removals

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+from dataclasses import replace
+
+import pytest
+
+from qemu_dump_ext.crash_collector.crash_record import CorruptRecordError, parse_record
+from qemu_dump_ext.errors import DumpWriteError, RequestError
+from tests.support.crashes import commit, make_record, make_store
+
+
+def test_record_is_read_back_as_written():
+    record = make_record()
+    assert parse_record(record.to_json()) == record
+    keys = set(json.loads(record.to_json()))
+    assert {"schema_version", "signature", "dump", "uploaded", "held", "files"} <= keys
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema_version: Input should be 1"),
+        ({"cause": {"kind": "bad", "detail": "", "event": None}}, "cause.kind: "),
+        ({"more": 1}, "more: Unexpected keyword argument"),
+        ({"occurrence": "1"}, "occurrence: Input should be a valid integer"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
+)
+def test_record_of_another_form_is_refused(change, message):
+    content = json.loads(make_record().to_json()) | change
+    with pytest.raises(CorruptRecordError, match=message):
+        parse_record(json.dumps(content))
+
+
+def test_stored_crash_is_private_and_sha256sum_accepts_it(tmp_path):
+    store = make_store(tmp_path)
+    record = commit(store, make_record())
+    assert record.id == "web1/20260131T120000.000001Z-0123456789abcdef"
+    directory = store.directory(record.id)
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=directory, check=True)
+    listed = (directory / "SHA256SUMS").read_text().split()[1::2]
+    assert sorted(listed) == ["crash.json", "dmesg.txt", "vmcore.kdump"]
+    for path in directory.iterdir():
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    for path in (store.path, directory.parent, directory):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert store.record(record.id) == record
+    assert list(store.records()) == [record]
+    assert not list((store.path / ".incoming").iterdir())
+
+
+def test_same_moment_twice_makes_two_crashes(tmp_path):
+    store = make_store(tmp_path)
+    first, second = (commit(store, make_record()) for _ in range(2))
+    assert second.id == f"{first.id}.2"
+    assert (first.occurrence, second.occurrence) == (1, 2)
+    assert store.record(second.id) == second
+    assert store.dumps_of(first.signature.id) == 2
+
+
+def test_counts_survive_what_is_removed_and_begin_with_the_records_when_lost(tmp_path):
+    store = make_store(tmp_path)
+    first = commit(store, make_record(time="2026-01-31T12:00:00.000000+00:00"))
+    second = commit(store, make_record(time="2026-02-01T12:00:00.000000+00:00"))
+    with store.locked():
+        store.remove(first)
+    assert [record.id for record in store.records()] == [second.id]
+    (count,) = store.signatures().values()
+    assert (count.count, count.first_seen) == (2, first.time)
+    (store.path / ".signatures.json").write_text("{")
+    (count,) = store.signatures().values()
+    assert (count.count, count.first_seen, count.last_seen) == (2, second.time, second.time)
+
+
+def test_removed_dump_leaves_the_rest_with_the_reason(tmp_path):
+    store = make_store(tmp_path)
+    record = commit(store, make_record())
+    with store.locked():
+        store.remove_dump(record, "room was needed")
+    left = store.record(record.id)
+    assert (left.dump.file, left.dump.reason) == (None, "room was needed")
+    assert set(left.files) == {"dmesg.txt"}
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=store.directory(record.id), check=True)
+    assert store.dumps_of(record.signature.id) == 0
+
+
+def test_damaged_record_is_passed_over_and_said(tmp_path, caplog):
+    store = make_store(tmp_path)
+    good, bad = commit(store, make_record()), commit(store, make_record("web2"))
+    (store.directory(bad.id) / "crash.json").write_text("{}")
+    assert list(store.records()) == [good]
+    assert "web2" in caplog.text
+    with pytest.raises(CorruptRecordError):
+        store.record(bad.id)
+
+
+def test_crash_that_cannot_be_written_does_not_appear(tmp_path):
+    store = make_store(tmp_path)
+    incoming = store.new_incoming("web1")
+    (incoming / "gone").symlink_to("/nonexistent")
+    with pytest.raises(DumpWriteError, match="cannot store a crash of web1"):
+        store.commit(incoming, make_record())
+    assert list(store.records()) == []
+    assert store.remove_incoming() == [incoming.name]
+    assert not incoming.exists()
+
+
+@pytest.mark.parametrize("crash_id", ["../x", "web1", "/etc/passwd", "web1/../../x", ""])
+def test_id_never_leads_out_of_the_store(tmp_path, crash_id):
+    with pytest.raises(RequestError, match="is no crash"):
+        make_store(tmp_path).record(crash_id)
+
+
+def test_store_is_shared_by_one_at_a_time(tmp_path):
+    store = make_store(tmp_path)
+    code = "import fcntl,sys;fcntl.flock(open(sys.argv[1],'a'),fcntl.LOCK_EX|fcntl.LOCK_NB)"
+    argv = ["python3", "-c", code, os.fspath(store.path / ".lock")]
+    with store.locked():
+        assert subprocess.run(argv, check=False, stderr=subprocess.PIPE).returncode
+    assert not subprocess.run(argv, check=False).returncode
+
+
+def test_update_keeps_the_checksums_true(tmp_path):
+    store = make_store(tmp_path)
+    record = commit(store, make_record())
+    with store.locked():
+        store.update(replace(record, held=True))
+    assert store.record(record.id).held
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=store.directory(record.id), check=True)
