@@ -6,8 +6,13 @@ import re
 from pathlib import Path
 
 from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.cli import collector
+from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.dump_command import dump_parser
 from qemu_dump_ext.cli.subcommands.targets import table_of_targets
+from qemu_dump_ext.crash_collector.configuration import parse_configuration
+from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
+from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.guest_images.manifest import load_manifest
 from qemu_dump_ext.memory_sources import all_memory_sources
 
@@ -28,6 +33,23 @@ def test_every_option_is_described():
     }
     described = set(re.findall(r"(?<![\w-])--?[a-zA-Z][a-z-]*", README))
     assert options <= described
+
+
+def test_every_word_of_the_crash_collector_is_described():
+    commands = {name.replace("_", "-") for name in collect(collector, "COMMAND", Subcommand)}
+    for word in (*commands, *CAUSE_KINDS):
+        assert re.search(rf"`{word}( [A-Z]+)?`", README), word
+
+
+def test_configuration_of_the_crash_collector_is_right():
+    text = README.partition("    store: /var/crash/guests  ")
+    block = (text[1] + text[2]).partition("\n\n")[0]
+    configuration = parse_configuration(block, "README.md")
+    assert configuration.guests[0].after == "reset"
+    assert configuration.guests[0].labels == {"farm": "north"}
+    short = re.search(r"printf '(.*)' >", README)
+    assert short is not None
+    assert parse_configuration(short[1].replace("\\n", "\n"), "README.md").guests[0].glob
 
 
 def test_every_memory_source_has_a_row():
