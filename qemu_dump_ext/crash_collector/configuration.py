@@ -266,6 +266,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """Where crashes are copied to once they are in the store.
+
+    Attributes:
+        url: Any that fsspec knows; `{host}` is the name of this host.
+        options: What fsspec takes besides, for such URLs: `key`, `username`, `endpoint_url`, ...
+        confirm: `content`: what arrived is read back and compared; `size`: only its size is.
+        keep_dump: False: the dump is removed here when the upload is confirmed; the rest stays.
+        retry: How soon it is tried again; after each failure twice as late.
+        retry_max: How late at most.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    url: Annotated[str, _template("host"), Field(pattern="^[a-z][a-z0-9+.-]*://")]
+    options: dict[str, Any] = field(default_factory=dict)
+    confirm: Literal["content", "size"] = "content"
+    keep_dump: bool = True
+    retry: Seconds = 5.0
+    retry_max: Seconds = 900.0
+
+
+@dataclass(frozen=True)
 class Configuration:
     """All of it.
 
@@ -277,6 +300,7 @@ class Configuration:
         scan_interval: How often globs, directories and console logs are looked at.
         answer_timeout: How long QEMU may take to answer a command.
         limits: What the store may take.
+        upload: Where crashes are copied to; None: nowhere.
         defaults: For guests that do not say otherwise.
     """
 
@@ -289,6 +313,7 @@ class Configuration:
     scan_interval: Seconds = 1.0
     answer_timeout: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
+    upload: Upload | None = None
     defaults: Settings = field(default_factory=Settings)
 
     @property

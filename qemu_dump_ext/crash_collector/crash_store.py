@@ -303,13 +303,18 @@ def _file_facts(path: Path) -> FileFacts:
         return FileFacts(os.fstat(file.fileno()).st_size, digest)
 
 
-def _write_record(directory: Path, record: CrashRecord) -> None:
+def record_files(record: CrashRecord) -> dict[str, bytes]:
+    """Return the content of `crash.json`, and of the checksums of it and of all other files."""
     text = record.to_json().encode()
     sums = {name: facts.sha256 for name, facts in record.files.items()}
     sums[RECORD_FILE] = hashlib.sha256(text).hexdigest()
     lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    _replace(directory / RECORD_FILE, text)
-    _replace(directory / CHECKSUM_FILE, "".join(lines).encode())
+    return {RECORD_FILE: text, CHECKSUM_FILE: "".join(lines).encode()}
+
+
+def _write_record(directory: Path, record: CrashRecord) -> None:
+    for name, content in record_files(record).items():
+        _replace(directory / name, content)
 
 
 def _replace(path: Path, content: bytes) -> None:
