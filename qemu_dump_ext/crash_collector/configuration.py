@@ -301,6 +301,7 @@ class Configuration:
         answer_timeout: How long QEMU may take to answer a command.
         limits: What the store may take.
         upload: Where crashes are copied to; None: nowhere.
+        report: File of the report in HTML, written anew after each crash; None: only when asked.
         defaults: For guests that do not say otherwise.
     """
 
@@ -314,6 +315,7 @@ class Configuration:
     answer_timeout: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None
+    report: Path | None = None
     defaults: Settings = field(default_factory=Settings)
 
     @property

@@ -279,7 +279,7 @@ class CrashStore:
     def _count(self, counts: dict[str, SignatureCount], record: CrashRecord) -> None:
         counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
         content = {name: asdict(count) for name, count in counts.items()}
-        _replace(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
+        replace_file(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
 
 
 def _counted(known: SignatureCount | None, record: CrashRecord) -> SignatureCount:
@@ -314,10 +314,11 @@ def record_files(record: CrashRecord) -> dict[str, bytes]:
 
 def _write_record(directory: Path, record: CrashRecord) -> None:
     for name, content in record_files(record).items():
-        _replace(directory / name, content)
+        replace_file(directory / name, content)
 
 
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file for its owner alone: the old one, or all of the new one, is on the disk."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("xb") as file:
