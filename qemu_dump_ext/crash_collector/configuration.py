@@ -123,7 +123,10 @@ Count: TypeAlias = Annotated[int, Field(ge=0)]
 
 @dataclass(frozen=True)
 class Rate:
-    """At most so many dumps of one guest in so many seconds; more are recorded without."""
+    """At most so many dumps of one guest in so many seconds.
+
+    More crashes are recorded without a dump, and above ten times as many only counted.
+    """
 
     __pydantic_config__ = _NO_MORE
 

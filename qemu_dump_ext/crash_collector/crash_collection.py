@@ -69,7 +69,7 @@ class CrashTask:
         facts: About its QEMU.
         qmp: The connection; None: QEMU is gone.
         gone: Why there is none.
-        also: Told what else happened meanwhile.
+        also: What else happened meanwhile, and how often; still counts.
     """
 
     guest: Guest
@@ -78,7 +78,7 @@ class CrashTask:
     facts: QemuFacts
     qmp: SharedQmp | None
     gone: str
-    also: Sequence[str]
+    also: Mapping[str, int]
 
 
 @dataclass
@@ -340,6 +340,7 @@ class CrashCollector:
     def _record(self) -> CrashRecord:
         task, found = self._task, self._found
         after = self._settings.after
+        also = [f"also, {count} times: {text}" for text, count in dict(task.also).items()]
         return CrashRecord(
             id="",
             guest=task.guest.name,
@@ -351,7 +352,7 @@ class CrashCollector:
             qemu=task.facts,
             guest_stopped_seconds=round(found.stopped_seconds, 6),
             after_action=after if isinstance(after, str) else "command",
-            remarks=(*dict.fromkeys(found.remarks), *(f"also: {text}" for text in task.also)),
+            remarks=(*dict.fromkeys(found.remarks), *also),
         )
 
     def _write(self, name: str, content: bytes) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import signal
+from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -46,6 +47,8 @@ _STOP_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
 _STORE_RETRY_SECONDS = 60.0
 _OUTPUT_MAX = 2000
+_ALSO_MAX = 20
+_RECORDS_PER_DUMP = 10
 _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 
 _logger = logging.getLogger(__name__)
@@ -90,7 +93,9 @@ class WatchedGuest:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._collection: asyncio.Task[CrashRecord] | None = None
         self._cause: CrashCause | None = None
-        self._also: list[str] = []
+        self._also: Counter[str] = Counter()
+        self._recent: deque[float] = deque()
+        self._only_counted = 0
         self._has_stopped = asyncio.Event()
         self._superseded = asyncio.Event()
         self._shut_down = False
@@ -266,15 +271,32 @@ class WatchedGuest:
 
     def _crash(self, cause: CrashCause, *, waits: bool = False, settle: bool = False) -> None:
         if cause.kind not in self.guest.settings.causes:
-            _logger.info("not a crash here: %s", cause.detail, extra=self._extra())
+            _logger.debug("not a crash here: %s", cause.detail, extra=self._extra())
         elif not self.is_collecting:
+            if self._is_too_many():
+                return
             self._begin(cause, waits=waits, settle=settle)
         elif self._cause is not None and self._cause.kind == "console" and not settle:
-            self._also.append(f"{self._cause.kind}: {self._cause.detail}")
+            self._also[f"{self._cause.kind}: {self._cause.detail}"] += 1
             self._cause = cause
             self._superseded.set()
+        elif len(self._also) < _ALSO_MAX:
+            self._also[f"{cause.kind}: {cause.detail}"] += 1
         else:
-            self._also.append(f"{cause.kind}: {cause.detail}")
+            self._also["more, only counted"] += 1
+
+    def _is_too_many(self) -> bool:
+        # A guest must not fill the store, nor push the crashes of others out of it.
+        rate, now = self.guest.settings.rate, asyncio.get_running_loop().time()
+        while self._recent and now - self._recent[0] > rate.per:
+            self._recent.popleft()
+        if len(self._recent) < _RECORDS_PER_DUMP * rate.dumps:
+            self._recent.append(now)
+            return False
+        if not self._only_counted:
+            _logger.error("crashes too often: more are only counted", extra=self._extra())
+        self._only_counted += 1
+        return True
 
     def _begin(
         self,
@@ -286,7 +308,10 @@ class WatchedGuest:
         gone: str | None = None,
     ) -> None:
         _logger.error("crash: %s", cause.detail, extra=self._extra(cause=cause.kind))
-        self._cause, self._also = cause, []
+        self._cause, self._also = cause, Counter()
+        if self._only_counted:
+            self._also["crashed too often: only counted"] = self._only_counted
+            self._only_counted = 0
         self._superseded.clear()
         self._has_stopped.clear()
         time = time or utc_text(self._services.now())
