@@ -26,6 +26,7 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
 
 _COMES_BACK_SECONDS = 10.0
 _PRUNE_SECONDS = 600.0
+_FIXED = ("store", "control", "concurrent_dumps", "answer_timeout", "retry_interval")
 
 _logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class Agent:
             budget,
             pool,
             self._configuration.answer_timeout,
+            self._configuration.retry_interval,
             self._now,
             self._stop,
         )
@@ -141,7 +143,13 @@ class Agent:
         except DumpError as error:
             _logger.error("the configuration stays as it was: %s", error)  # noqa: TRY400
         else:
-            for name in ("store", "control", "concurrent_dumps", "answer_timeout"):
+            for name in (
+                "store",
+                "control",
+                "concurrent_dumps",
+                "answer_timeout",
+                "retry_interval",
+            ):
                 if getattr(configuration, name) != getattr(self._configuration, name):
                     _logger.warning("`%s` changes when the agent is started again", name)
                     kept = {name: getattr(self._configuration, name)}

@@ -24,8 +24,9 @@ from pydantic import (
 )
 
 from qemu_dump_ext.crash_collector.crash_record import CauseKind
+from qemu_dump_ext.dump_arguments import codec_names
 from qemu_dump_ext.dump_request import DumpRequest
-from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.errors import CodecUnavailableError, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import all_page_codecs
 
@@ -88,7 +89,12 @@ def _template(*names: str) -> AfterValidator:
 
 
 def _parse_format(name: str) -> str:
-    request_of_format(name)
+    codec = all_page_codecs().get(str(request_of_format(name).codec))
+    if codec is not None:
+        try:
+            codec.compressor()
+        except CodecUnavailableError as error:
+            raise ValueError(str(error)) from error
     return name
 
 
@@ -107,10 +113,11 @@ def request_of_format(name: str, level: int | None = None) -> DumpRequest:
     """
     if name == "elf":
         return DumpRequest()
-    codecs = all_page_codecs()
+    codecs = codec_names()
     for prefix, raw in (("kdump-raw-", True), ("kdump-", False)):
-        if name.removeprefix(prefix) in codecs:
-            return DumpRequest(codec=name.removeprefix(prefix), raw=raw, level=level)
+        codec = name.removeprefix(prefix)
+        if name.startswith(prefix) and codec in codecs:
+            return DumpRequest(codec=codec, raw=raw, level=level)
     raise ValueError(f"a format is elf, or kdump- or kdump-raw- and one of {', '.join(codecs)}")
 
 
@@ -222,6 +229,19 @@ class Settings:
     symbols: Symbols = field(default_factory=Symbols)
     verify_with: tuple[Literal["crash", "drgn"], ...] = ()
 
+    @model_validator(mode="after")
+    def _check_level(self) -> Settings:
+        codec = all_page_codecs().get(str(request_of_format(self.format).codec))
+        if self.level is None:
+            return self
+        if codec is None or codec.tuned is None:
+            raise ValueError(f"{self.format} has no levels")
+        try:
+            codec.tuned(self.level)
+        except RequestError as error:
+            raise ValueError(str(error)) from error
+        return self
+
 
 @dataclass(frozen=True)
 class GuestEntry(Settings):
@@ -302,6 +322,7 @@ class Configuration:
         concurrent_dumps: How many are taken at the same time.
         scan_interval: How often globs, directories and console logs are looked at.
         answer_timeout: How long QEMU may take to answer a command.
+        retry_interval: Until a crash that could not be stored is collected again.
         limits: What the store may take.
         upload: Where crashes are copied to; None: nowhere.
         report: File of the report in HTML, written anew after each crash; None: only when asked.
@@ -316,6 +337,7 @@ class Configuration:
     concurrent_dumps: Annotated[int, Field(ge=1)] = 2
     scan_interval: Seconds = 1.0
     answer_timeout: Seconds = 60.0
+    retry_interval: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None
     report: Path | None = None
@@ -356,8 +378,9 @@ def parse_configuration(text: str, name: str) -> Configuration:
     """
     import yaml
 
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         _refuse_duplicates(node, name)
         content = loader.construct_document(node) if node is not None else None
@@ -368,7 +391,8 @@ def parse_configuration(text: str, name: str) -> Configuration:
     except yaml.YAMLError as error:  # such as a control character
         raise RequestError(f"{name}: {str(error).splitlines()[0]}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
     if not isinstance(content, dict):
         raise RequestError(f"{name}: it is no mapping of words", hint="`store: DIRECTORY` at least")
     try:

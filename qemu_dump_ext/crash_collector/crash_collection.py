@@ -26,7 +26,7 @@ from qemu_dump_ext.crash_collector.crash_record import (
 )
 from qemu_dump_ext.crash_collector.crash_signature import make_signature
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
-from qemu_dump_ext.crash_collector.dump_budget import DumpBudget
+from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.kernel_symbols import functions_at
 from qemu_dump_ext.dump_engine import dump
@@ -134,6 +134,7 @@ class CrashCollector:
         self._set_stopped = set_stopped
         self._found = _Found()
         self._files: Path = Path()
+        self._allowance = DumpAllowance(budget)
 
     def collect(self) -> CrashRecord:
         """Do it; returns what was stored.
@@ -146,8 +147,9 @@ class CrashCollector:
         self._files = self._store.new_incoming(self._task.guest.name)
         try:
             self._budget.check_ending()
-            self._take_everything()
-            return self._store.commit(self._files, self._record())
+            with self._budget.collecting() as self._allowance:
+                self._take_everything()
+                return self._store.commit(self._files, self._record())
         except BaseException:
             self._store.discard(self._files)
             raise
@@ -276,34 +278,34 @@ class CrashCollector:
         signature, settings = self._found.signature, self._settings
         if signature is None:
             return
-        with self._budget.dump_of(self._task.guest, signature.id) as refusal:
-            if refusal is not None:
-                self._without_dump(refusal)
-                return
-            request = request_of_format(settings.format, settings.level)
-            name = "vmcore.elf" if request.codec is None else "vmcore.kdump"
-            meter = _Meter(self._budget)
-            try:
-                sink = open_sink(str(self._files / name), force=False, standard_output=None)
-                with sink:
-                    report = dump(request, access, sink, memory=settings.memory, progress=meter)
-            except DumpError as error:
-                self._without_dump(str(error))
-                if not isinstance(error, DumpWriteError):
-                    qmp.qmp("query-status")
-                return
-            left_out = tuple(
-                f"vCPU {index}: {', '.join(registers)} of note {note}"
-                for (note, index), registers in report.missing.items()
-            )
-            self._found.remarks += report.remarks
-            self._found.dump = DumpFacts(
-                name,
-                report.format,
-                bytes=(self._files / name).stat().st_size,
-                complete=not left_out,
-                left_out=left_out,
-            )
+        refusal = self._allowance.refusal(self._task.guest, signature.id)
+        if refusal is not None:
+            self._without_dump(refusal)
+            return
+        request = request_of_format(settings.format, settings.level)
+        name = "vmcore.elf" if request.codec is None else "vmcore.kdump"
+        meter = _Meter(self._budget)
+        try:
+            sink = open_sink(str(self._files / name), force=False, standard_output=None)
+            with sink:
+                report = dump(request, access, sink, memory=settings.memory, progress=meter)
+        except DumpError as error:
+            self._without_dump(str(error))
+            if not isinstance(error, DumpWriteError):
+                qmp.qmp("query-status")
+            return
+        left_out = tuple(
+            f"vCPU {index}: {', '.join(registers)} of note {note}"
+            for (note, index), registers in report.missing.items()
+        )
+        self._found.remarks += report.remarks
+        self._found.dump = DumpFacts(
+            name,
+            report.format,
+            bytes=(self._files / name).stat().st_size,
+            complete=not left_out,
+            left_out=left_out,
+        )
 
     def _without_dump(self, reason: str) -> None:
         if self._found.dump is None:

@@ -2,7 +2,8 @@
 
 1. Whole crashes that are older than the age, then, above the count, the oldest.
 2. Above the bytes, or below the free space: the oldest dumps of signatures that have more than one
-   (everything else of the crash stays); then the oldest dumps at all; then the oldest crashes.
+   (everything else of the crash stays), then the oldest dumps at all.
+3. Above the bytes: the oldest crashes. What else fills the disk takes no more than the dumps.
 
 What is held, and what is not uploaded yet where it shall be, never goes.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 
 from qemu_dump_ext.crash_collector.configuration import Limits
@@ -47,7 +48,7 @@ def choose_removals(
     ordered = sorted(records, key=lambda record: record.moment)
     removals: list[Removal] = []
     movable = [r for r in ordered if not r.held and (r.uploaded or not needs_upload)]
-    gone = set()
+    gone: set[str] = set()
     if limits.age is not None:
         for record in movable:
             if (now - record.moment).total_seconds() > limits.age:
@@ -60,34 +61,37 @@ def choose_removals(
             gone.add(record.id)
     left = [r for r in ordered if r.id not in gone]
     freed = sum(_size(r) for r in ordered if r.id in gone)
-    excess = limits.free - free_bytes - freed
-    if limits.bytes is not None:
-        excess = max(excess, sum(map(_size, left)) - limits.bytes)
-    for removal, size in _by_bytes(left, {r.id for r in movable}):
-        if excess <= 0:
+    short = limits.free - free_bytes - freed
+    above = 0 if limits.bytes is None else sum(map(_size, left)) - limits.bytes
+    without: set[str] = set()
+    for record in _dumps_in_order(left, {r.id for r in movable}):
+        if max(short, above) <= 0:
             break
-        removals.append(removal)
-        excess -= size
+        removals.append(Removal(record, whole=False, reason="free" if above <= 0 else "bytes"))
+        without.add(record.id)
+        short, above = short - record.dump.bytes, above - record.dump.bytes
+    for record in movable:
+        if above <= 0:
+            break
+        if record.id not in gone:
+            removals.append(Removal(record, whole=True, reason="bytes"))
+            above -= _size(record) - (record.dump.bytes if record.id in without else 0)
     return removals
 
 
-def _by_bytes(records: Sequence[CrashRecord], movable: set[str]) -> Iterator[tuple[Removal, int]]:
+def _dumps_in_order(records: Sequence[CrashRecord], movable: set[str]) -> Iterator[CrashRecord]:
     dumps = Counter(r.signature.id for r in records if r.dump.file)
-    without: dict[str, CrashRecord] = {}
+    gone: set[str] = set()
     for at_least in (2, 1):
         for record in records:
-            counted = dumps[record.signature.id] >= at_least
-            if record.dump.file and record.id in movable and record.id not in without and counted:
+            if (
+                record.dump.file
+                and record.id in movable - gone
+                and dumps[record.signature.id] >= at_least
+            ):
                 dumps[record.signature.id] -= 1
-                without[record.id] = replace(record, dump=replace(record.dump, file=None, bytes=0))
-                yield Removal(record, whole=False, reason="bytes"), record.dump.bytes
-    for record in records:
-        if record.id in movable:
-            rest = without.get(record.id, record)
-            yield (
-                Removal(record, whole=True, reason="bytes"),
-                _size(record) - (record.dump.bytes - rest.dump.bytes),
-            )
+                gone.add(record.id)
+                yield record
 
 
 def _size(record: CrashRecord) -> int:

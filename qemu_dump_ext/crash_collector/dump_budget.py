@@ -22,6 +22,22 @@ class CollectionGivenUpError(Exception):
     """Not an error of the crash: nothing is stored, and it stays in the journal."""
 
 
+class DumpAllowance:
+    """The dumps of one collection.
+
+    Attributes:
+        signatures: Of those that were allowed.
+    """
+
+    def __init__(self, budget: DumpBudget) -> None:
+        self.signatures: Counter[str] = Counter()
+        self._budget = budget
+
+    def refusal(self, guest: Guest, signature_id: str) -> str | None:
+        """Return why there must be no dump of a crash of this signature, or None."""
+        return self._budget.allow(guest, signature_id, self.signatures)
+
+
 class DumpBudget:
     """Shared by all collections of an agent; may be used by several threads.
 
@@ -46,22 +62,33 @@ class DumpBudget:
         self._recent: defaultdict[str, deque[float]] = defaultdict(deque)
 
     @contextmanager
-    def dump_of(self, guest: Guest, signature_id: str) -> Iterator[str | None]:
-        """Take one dump of a crash of this signature, if there may be one.
+    def collecting(self) -> Iterator[DumpAllowance]:
+        """Collect one crash; its dump counts from being allowed until it is in the store."""
+        allowance = DumpAllowance(self)
+        try:
+            yield allowance
+        finally:
+            with self._lock:
+                self._under_way.subtract(allowance.signatures)
 
-        Yields:
+    def allow(self, guest: Guest, signature_id: str, allowed: Counter[str]) -> str | None:
+        """Let a dump be taken, unless there must be none; `DumpAllowance` asks.
+
+        Args:
+            guest: Whose crash.
+            signature_id: Of the crash.
+            allowed: Is told of a dump that may be taken.
+
+        Returns:
             Why there must be none, or None.
         """
         with self._lock:
             refusal = self._refusal(guest, signature_id)
             if refusal is None:
                 self._under_way[signature_id] += 1
+                allowed[signature_id] += 1
                 self._recent[guest.name].append(self._clock())
-        try:
-            yield refusal
-        finally:
-            if refusal is None:
-                self._begun_is_over(signature_id)
+        return refusal
 
     def check_ending(self) -> None:
         """Give a collection up when the agent ends.
@@ -83,10 +110,6 @@ class DumpBudget:
                 f"given up: the file system has {free // _MIB} MiB left, and"
                 f" {self.limits.free // _MIB} MiB are kept free"
             )
-
-    def _begun_is_over(self, signature_id: str) -> None:
-        with self._lock:
-            self._under_way[signature_id] -= 1
 
     def _refusal(self, guest: Guest, signature_id: str) -> str | None:
         most = guest.settings.dumps_per_signature

@@ -45,7 +45,6 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError, Source
 
 _STOP_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
-_STORE_RETRY_SECONDS = 60.0
 _OUTPUT_MAX = 2000
 _ALSO_MAX = 20
 _RECORDS_PER_DUMP = 10
@@ -64,6 +63,7 @@ class Services:
         budget: Whether there may be a dump.
         pool: Threads that collect: as many as there may be dumps at the same time.
         answer_seconds: How long QEMU may take to answer.
+        retry_seconds: Until a crash that could not be stored is collected again.
         now: The clock of the records.
         ending: Set when the agent ends.
     """
@@ -73,6 +73,7 @@ class Services:
     budget: DumpBudget
     pool: Executor
     answer_seconds: float
+    retry_seconds: float
     now: Callable[[], datetime]
     ending: asyncio.Event
 
@@ -385,7 +386,7 @@ class WatchedGuest:
                     await self._note(cause=None)
                     raise
                 _logger.error("%s; tried again later", error, extra=self._extra())  # noqa: TRY400
-            await _at_most(_STORE_RETRY_SECONDS, self._services.ending)
+            await _at_most(self._services.retry_seconds, self._services.ending)
             self._services.budget.check_ending()
 
     def _set_stopped(self, stopped: bool) -> None:
@@ -412,7 +413,12 @@ class WatchedGuest:
             status = await self.session.status() if self.session.contact else "gone"
         await self._note(stored=None, handled=status if status in STOPPED_BY_QEMU else None)
         try:
-            await asyncio.to_thread(prune, self._services.store, self._services.budget.limits)
+            await asyncio.to_thread(
+                prune,
+                self._services.store,
+                self._services.budget.limits,
+                now=self._services.now(),
+            )
         except DumpWriteError as error:
             _logger.error("%s", error, extra=self._extra())  # noqa: TRY400
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import yaml
 
+from qemu_dump_ext.crash_collector.control_socket import ask_agent
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.errors import ConnectError
 from tests.support.doors import child_environment
 
 _MAIN = "import sys; from qemu_dump_ext.entry import qemu_crash_collector as run; sys.exit(run())"
@@ -98,8 +100,12 @@ class CrashAgent:
 
     def guests(self) -> list[dict[str, Any]] | None:
         """Return what `guests` shows, or None: nobody answers."""
-        done = run_collector("guests", "--json", "--config", self.config)
-        return json.loads(done.stdout) if done.returncode == 0 else None
+        try:
+            answer = ask_agent(self.store.path / ".control", {"command": "guests"})
+        except ConnectError:
+            return None
+        guests: list[dict[str, Any]] = answer["guests"]
+        return guests
 
     def wait_connected(self, count: int = 1) -> None:
         """Wait until so many guests are connected."""
