@@ -326,6 +326,7 @@ class Configuration:
         limits: What the store may take.
         upload: Where crashes are copied to; None: nowhere.
         report: File of the report in HTML, written anew after each crash; None: only when asked.
+        metrics_port: Where Prometheus finds the metrics on 127.0.0.1; None: nowhere.
         defaults: For guests that do not say otherwise.
     """
 
@@ -341,6 +342,7 @@ class Configuration:
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None
     report: Path | None = None
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     defaults: Settings = field(default_factory=Settings)
 
     @property
