@@ -114,7 +114,7 @@ class DumpBudget:
         if (free := self._store.free_bytes()) < self.limits.free:
             raise DumpWriteError(
                 f"given up: the file system has {free // _MIB} MiB left, and"
-                f" {self.limits.free // _MIB} MiB are kept (free)"
+                f" {self.limits.free // _MIB} MiB are kept free (free)"
             )
 
     def _refusal(self, guest: Guest, signature_id: str) -> str | None:
