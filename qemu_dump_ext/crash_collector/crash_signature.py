@@ -16,12 +16,15 @@ from qemu_dump_ext.crash_collector.crash_record import CrashCause, Signature
 _FRAMES_COUNTED = 6
 _FRAMES_KEPT = 32
 _REPORT_LINES_MAX = 400
+_REPORT_HEAD_LINES = 12
+_REPORT_HEAD_SECONDS = 1.0
 _MESSAGE_MAX = 300
 
 _PANIC = re.compile(r"Kernel panic - not syncing: (?P<why>.*)")
 # Says only that something went wrong before, which has a report of its own.
 _SECONDARY = re.compile(
-    r"Fatal exception|softlockup: hung|hung_task: blocked|\w+_on_\w+ set|RCU Stall|Hard LOCKUP"
+    r"(?:Oops: )?Fatal exception|softlockup: hung|hung_task: blocked|\w+_on_\w+ set|RCU Stall"
+    r"|Hard LOCKUP"
 )
 _REPORT = re.compile(
     r"BUG: |kernel BUG at |Oops|general protection fault|double fault|Unable to handle kernel"
@@ -50,7 +53,7 @@ _MACHINERY = re.compile(
 )
 _COMPILER_SUFFIX = re.compile(r"\.(?:isra|constprop|part|cold|llvm|lto_priv)(?:\.\d+)?\b.*")
 
-_STAMP = re.compile(r"^(?:<\d+>)?\[\s*\d+\.\d+\](?:\[\s*[TC]\d+\])? ?")
+_STAMP = re.compile(r"^(?:<\d+>)?\[\s*(\d+\.\d+)\](?:\[\s*[TC]\d+\])? ?")
 _CHANGES = (
     (re.compile(r"\b(comm|COMM|Comm): ?\S+"), r"\1: ?"),
     (re.compile(r"\b(PID|pid|Pid|CPU|cpu|UID)([:#]? ?)\d+"), r"\1\2N"),
@@ -113,14 +116,22 @@ def _find_report(log: Sequence[str]) -> int | None:
 
 
 def _last_report(log: Sequence[str], end: int) -> int | None:
+    # A report has several such lines, the first of which says most.
     found = None
     for index in range(end - 1, max(-1, end - 1 - _REPORT_LINES_MAX), -1):
         if _REPORT.search(log[index]):
-            # "BUG: ..." comes some lines before its "Oops: ...".
-            if found is not None and found - index > 12:
+            if found is not None and not _is_of_one_report(log, index, found):
                 break
             found = index
     return found
+
+
+def _is_of_one_report(log: Sequence[str], first: int, second: int) -> bool:
+    moments = [
+        float(stamp[1]) for line in (log[first], log[second]) if (stamp := _STAMP.match(line))
+    ]
+    apart = max(moments, default=0.0) - min(moments, default=0.0)
+    return second - first <= _REPORT_HEAD_LINES and apart <= _REPORT_HEAD_SECONDS
 
 
 def _message(line: str) -> str:

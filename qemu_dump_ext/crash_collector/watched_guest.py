@@ -247,18 +247,21 @@ class WatchedGuest:
 
     async def _require_pause(self, facts: QemuFacts) -> None:
         action = panic_action(facts.command_line or ())
-        if action in {"pause", "none"} and facts.command_line:
+        if action == "none":
             return
         try:
+            # Also where QEMU was started so: somebody may have changed it since.
             await self.session.qmp("set-action", {"panic": "pause"})
         except SourceError as error:
-            _logger.warning(
-                "a panic ends this guest before it can be dumped: start QEMU with"
-                " -action panic=pause (%s)",
-                error,
-                extra=self._extra(),
-            )
-        else:
+            if action != "pause":
+                _logger.warning(
+                    "a panic ends this guest before it can be dumped: start QEMU with"
+                    " -action panic=pause (%s)",
+                    error,
+                    extra=self._extra(),
+                )
+            return
+        if action != "pause":
             _logger.warning(
                 "QEMU was to %s on a panic; it pauses the guest now: start it with"
                 " -action panic=pause",

@@ -1,0 +1,138 @@
+"""Linux guests that panic: what is collected opens in the readers, and tells the truth."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import drgn
+import pytest
+from drgn.helpers.linux.printk import get_dmesg
+
+from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.guest_images.machine import BootedGuest
+from qemu_dump_ext.guest_images.manifest import default_cache, find_image
+from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.crash_agent import CrashAgent, run_collector, wait_until
+from tests.support.doors import guest_status
+from tests.support.raw_qmp import RawQmp
+
+pytestmark = [pytest.mark.guest, pytest.mark.qemu]
+
+# Zeros over the program that init runs.
+KILL_INIT = (
+    "m=$(grep -m1 r-xp /proc/1/maps); "
+    "dd if=/dev/zero of=/proc/1/mem bs=4096 seek=$((0x${m%%-*} / 4096)) count=200\n"
+)
+# What is typed, in this order, each after a reset; the message that is expected.
+CRASHES = {
+    "sysrq": ("echo c >/proc/sysrq-trigger\n", "sysrq triggered crash"),
+    "sysrq again": ("echo c >/proc/sysrq-trigger\n", "sysrq triggered crash"),
+    "init": (KILL_INIT, "Attempted to kill init! exitcode=0x?"),
+}
+
+
+@dataclass(frozen=True)
+class Collected:
+    agent: CrashAgent
+    guest: BootedGuest
+    vmlinux: Path
+    records: dict[str, CrashRecord]
+
+    def dump(self, name: str) -> Path:
+        return self.agent.store.directory(self.records[name].id) / "vmcore.kdump"
+
+
+@pytest.fixture(scope="module")
+def collected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collected]:
+    """One guest that crashes three times; the agent resets it after each."""
+    directory = tmp_path_factory.mktemp("collector")
+    image = find_image("x86_64")
+    store = ImageStore(default_cache())
+    files = store.fetch(image, debug_symbols=True)
+    assert files.vmlinux is not None
+    records: dict[str, CrashRecord] = {}
+    with BootedGuest(image, files) as guest:
+        # As QEMU is started by most: it would shut down on a panic.
+        with RawQmp(guest.qmp_sockets[1]) as qmp:
+            qmp.execute("set-action", panic="shutdown")
+            qmp.execute("set-action", reboot="reset")
+        entry = {
+            "socket": str(guest.qmp_sockets[0]),
+            "name": "linux",
+            "console": str(guest.console_log),
+            "after": "reset",
+            "verify_with": ["crash", "drgn"],
+            "symbols": {"vmlinux": str(files.vmlinux)},
+        }
+        agent = CrashAgent(directory, guests=[entry])
+        with agent.running():
+            agent.wait_connected()
+            for number, (name, (keys, _)) in enumerate(CRASHES.items(), 1):
+                booted = re.compile(rf"(?s)({image.marker}.*){{{number}}}")
+                guest.wait_for_console(booted, timeout_seconds=image.timeout_seconds)
+                guest.send_console(keys)
+                agent.wait_records(number, seconds=120)
+                records[name] = agent.records()[-1]
+            wait_until(lambda: guest_status(guest) == "running", "it is reset")
+            yield Collected(agent, guest, files.vmlinux, records)
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_panic_is_recorded_as_it_was(collected, name):
+    record = collected.records[name]
+    assert record.cause.kind == "guest-panicked"
+    assert record.signature.message == CRASHES[name][1]
+    assert record.dump.complete
+    assert record.dump.verified_by == ("verify", "crash", "drgn"), record.dump.reason
+    assert record.after_action == "reset"
+    log = (collected.agent.store.directory(record.id) / "dmesg.txt").read_text()
+    assert "Kernel panic - not syncing: " in log
+    assert "Linux version" in log
+    console = (collected.agent.store.directory(record.id) / "console.txt").read_bytes()
+    assert b"Kernel panic" in console
+
+
+def test_same_crash_has_the_same_signature_and_another_kind_another(collected):
+    first, second, other = (record.signature for record in collected.records.values())
+    assert first == second
+    assert first.id != other.id
+    assert first.frames[:2] == ("sysrq_handle_crash", "__handle_sysrq")
+    assert "do_exit" in other.frames
+    assert [record.occurrence for record in collected.records.values()] == [1, 2, 1]
+
+
+def test_drgn_knows_the_log_and_who_panicked(collected):
+    program = drgn.Program()
+    program.set_core_dump(collected.dump("sysrq"))
+    program.load_debug_info([collected.vmlinux])
+    assert b"Kernel panic - not syncing: sysrq triggered crash" in get_dmesg(program)
+    cpu = program["panic_cpu"].counter.value_()
+    trace = program.stack_trace(program.crashed_thread().object)
+    assert cpu in range(2)
+    assert "sysrq_handle_crash" in {frame.name for frame in trace}
+
+
+def test_crash_shows_the_panic_task_and_its_message(collected):
+    done = subprocess.run(
+        ["crash", "-s", collected.vmlinux, collected.dump("init")],
+        input="sys\nbt\nquit\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert 'PANIC: "Kernel panic - not syncing: Attempted to kill init!' in done.stdout
+    assert re.search(r"PID: 1 .*COMMAND: \"init\"", done.stdout), done.stdout
+    assert "panic at" in done.stdout
+
+
+def test_open_starts_the_reader_with_the_right_files(collected):
+    words = ("--config", collected.agent.config, collected.records["sysrq"].id)
+    done = run_collector("open", "--reader", "crash", *words, input="sys\nquit\n")
+    assert "sysrq triggered crash" in done.stdout, done.stderr
+    done = run_collector("open", "--reader", "drgn", *words, input="print(prog['jiffies'].type_)\n")
+    assert "unsigned long" in done.stdout, done.stderr
