@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -26,6 +26,8 @@ from qemu_dump_ext.crash_collector.upload import Uploader, check_upload, without
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store
 
+_STEPS = 7
+_EARLIER = "2026-01-31T12:00:00.000001+00:00"
 _LATER = "2026-02-01T12:00:00.000001+00:00"
 
 
@@ -35,6 +37,10 @@ class _RefusingFileSystem(LocalFileSystem):  # type: ignore[misc]
     protocol = "refusing"
     failing: ClassVar[list[Exception | None]] = []
     operations: ClassVar[list[str]] = []
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.operations.append("connect")
 
     def _maybe_fail(self, operation: str) -> None:
         self.operations.append(operation)
@@ -103,7 +109,7 @@ def test_crash_is_copied_whole_and_private(tmp_path):
     assert _accepted_by_sha256sum(store.directory(record.id))
 
 
-@pytest.mark.parametrize("step", range(6))
+@pytest.mark.parametrize("step", range(_STEPS))
 def test_whatever_is_refused_is_complete_or_absent_and_arrives_in_the_end(tmp_path, refusing, step):
     store = make_store(tmp_path)
     record = commit(store, make_record())
@@ -134,9 +140,21 @@ def test_whatever_is_refused_is_complete_or_absent_and_arrives_in_the_end(tmp_pa
 
 def test_steps_are_as_many_as_the_test_above_refuses(tmp_path, refusing):
     store = make_store(tmp_path)
-    commit(store, make_record())
+    for time_of_crash in (_EARLIER, _LATER):
+        commit(store, make_record(time=time_of_crash))
     _uploader(store, f"refusing://{tmp_path}/remote").upload_due()
-    assert refusing.operations == ["makedirs", *["put_file"] * 2, *["pipe_file", "mv"] * 2][:7]
+    one = ["makedirs", *["put_file"] * 2, *["pipe_file", "mv"] * 2]
+    assert refusing.operations == ["connect", *one, *one]
+    assert len(one) == _STEPS
+
+
+def test_connection_that_failed_is_not_used_again(tmp_path, refusing):
+    store = make_store(tmp_path)
+    for time_of_crash in (_EARLIER, _LATER):
+        commit(store, make_record(time=time_of_crash))
+    refusing.failing[:] = [OSError("lost")]
+    _uploader(store, f"refusing://{tmp_path}/remote").upload_due()
+    assert refusing.operations[:4] == ["connect", "makedirs", "connect", "makedirs"]
 
 
 def test_attempts_become_rarer_but_never_end(tmp_path, refusing):
@@ -202,7 +220,7 @@ def test_what_has_arrived_is_not_sent_twice(tmp_path, refusing):
         store.update(replace(store.record(record.id), uploaded=None))
     refusing.operations.clear()
     assert _uploader(store, f"refusing://{tmp_path}/remote").upload_due() is None
-    assert refusing.operations == ["makedirs"]
+    assert refusing.operations == ["connect", "makedirs"]
     there = parse_record((tmp_path / "remote" / record.id / "crash.json").read_bytes())
     assert store.record(record.id) == there
 
