@@ -179,5 +179,10 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
             _require_qemu(stub)
             addresses = (qmp, *stub.addresses())
             yield GuestAccess(
-                qmp_monitor, stub, qmp_monitor.native_dump, addresses, qmp_monitor.target_name
+                qmp_monitor,
+                stub,
+                qmp_monitor.native_dump,
+                addresses,
+                qmp_monitor.target_name,
+                qmp_monitor,
             )

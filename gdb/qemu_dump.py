@@ -45,16 +45,18 @@ def _load() -> None:
     for directory in (here.parent, root):
         if str(directory) not in sys.path:
             sys.path.insert(0, str(directory))
-    foreign = []
+    own, foreign = [], []
     for environment in _environments(root):
         directory = environment / "lib" / _python_name() / "site-packages"
         if directory.is_dir():
+            own.append(str(environment))
             if str(directory) not in sys.path:
                 sys.path.append(str(directory))
         elif environment.is_dir():
             foreign.append(str(environment))
     third_party = importlib.import_module("qemu_dump_ext.third_party")
     third_party.foreign_environments[:] = foreign
+    third_party.own_environments[:] = own
     for script in sorted(here.parent.glob("*_command.py")):
         importlib.import_module(script.stem)
 

@@ -12,10 +12,12 @@ import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from proxy_qmp_upstream import QmpUpstream
 from proxy_upstream import Event, Upstream
 
 from qemu_dump_ext.dialect import QemuVersion
@@ -25,11 +27,13 @@ from qemu_dump_ext.dump_sink import Sink, open_sink
 from qemu_dump_ext.errors import (
     DumpError,
     DumpWriteError,
+    NotDumpedByQemuError,
     RequestError,
     SourceError,
     UnsupportedTargetError,
 )
 from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.progress import ProgressMeter
 
 IN_PROCESS = "There is a dump in process, please wait."
@@ -94,14 +98,32 @@ class _ThreadMonitor:
 
     def execute(self, command: str) -> str:
         """Return the answer with plain line ends."""
+        return self.begin(command)()
+
+    def begin(self, command: str) -> Callable[[], str]:
+        """Have a command executed; what is returned waits for its answer."""
         if command.startswith("pmemsave"):
             self._job.check_cancelled()
-        answer = self._job.wait_for(self._upstream.execute_hmp(command), command)
-        return answer.replace("\r\n", "\n")
+        answer = self._job.begin_work(self._upstream.execute_hmp(command), command)
+        return lambda: answer().replace("\r\n", "\n")
 
-    def native_dump(self, gpa: int) -> bytes:
-        """Let QEMU dump one byte."""
-        return self._job.wait_for(self._upstream.native_dump(gpa), "dump-guest-memory")
+
+class _ThreadQmp:
+    """QMP for the engine, likewise."""
+
+    def __init__(self, job: DumpJob, upstream: QmpUpstream) -> None:
+        self._job = job
+        self._upstream = upstream
+
+    def begin_qmp(
+        self, command: str, arguments: dict[str, object] | None = None
+    ) -> Callable[[], Any]:
+        """Have a QMP command executed; what is returned waits for what it returns."""
+        return self._job.begin_work(self._upstream.call(command, arguments), command)
+
+    def hand_over(self, descriptor: int, name: str) -> None:
+        """Give QEMU a descriptor."""
+        self._job.wait_for(self._upstream.hand_over(descriptor, name), "getfd")
 
 
 class DumpJob:
@@ -157,37 +179,52 @@ class DumpJob:
         Raises:
             SourceError: QEMU does not answer.
         """
+        return self.begin_work(work, what)()
+
+    def begin_work(self, work: Coroutine[Any, Any, ResultT], what: str) -> Callable[[], ResultT]:
+        """Run `work` in the loop; what is returned waits for it in this thread."""
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
-        try:
-            return future.result(_MONITOR_SECONDS)
-        except TimeoutError as error:
-            future.cancel()
-            raise SourceError(
-                f"QEMU does not answer {what.split(maxsplit=1)[0]} in {_MONITOR_SECONDS:.0f} s"
-            ) from error
+
+        def wait() -> ResultT:
+            try:
+                return future.result(_MONITOR_SECONDS)
+            except TimeoutError as error:
+                future.cancel()
+                raise SourceError(
+                    f"QEMU does not answer {what.split(maxsplit=1)[0]} in {_MONITOR_SECONDS:.0f} s"
+                ) from error
+
+        return wait
 
     def run(self, request: DumpRequest, target: DumpTarget, memory: str) -> DumpReport:
-        """Take the dump, in a thread.
+        """Take the dump, in a thread; one that QEMU itself refuses is not as QEMU would write it.
 
         Raises:
             DumpError: With what QEMU would say, where QEMU would say it.
         """
-        monitor = _ThreadMonitor(self, self._upstream)
         version = self._upstream.version
         with _opened(target, version, request) as sink:
             self.is_open = True
+            take = partial(
+                dump, access=self._access(), sink=sink, memory=memory, progress=_Meter(self)
+            )
             try:
-                return dump(
-                    request,
-                    GuestAccess(
-                        monitor, None, monitor.native_dump, addresses=(self._upstream.address,)
-                    ),
-                    sink,
-                    memory=memory,
-                    progress=_Meter(self),
-                )
+                try:
+                    return take(request)
+                except NotDumpedByQemuError:
+                    return take(replace(request, exact=False))
             except DumpWriteError as error:
                 raise _in_words_of_qemu(error, sink, request) from error
+
+    def _access(self) -> GuestAccess:
+        monitor = _ThreadMonitor(self, self._upstream)
+        addresses = (self._upstream.address,)
+        if not isinstance(self._upstream, QmpUpstream):
+            native_dump = partial(dump_byte_through_file, monitor)
+            return GuestAccess(monitor, None, native_dump, addresses)
+        qmp = _ThreadQmp(self, self._upstream)
+        native_dump = partial(dump_byte_through_descriptor, qmp)
+        return GuestAccess(monitor, None, native_dump, addresses, qmp=qmp)
 
     def end(self, report: DumpReport | None, error: DumpError | None) -> None:
         """Be over."""

@@ -21,7 +21,6 @@ from proxy_listener import split_host
 from proxy_upstream import Upstream
 
 from qemu_dump_ext.errors import ConnectError, SourceError
-from qemu_dump_ext.native_notes import dump_byte_through_file
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
@@ -30,18 +29,6 @@ _READ_SIZE = 1 << 16
 _BANNER = re.compile(rb"QEMU (\d+)\.(\d+)\.(\d+)\S* monitor - type 'help' for more information")
 _ASKS_FOR_PASSWORD = re.compile(r"\s*change\s+vnc\s+passw(or)?d\s*")
 _CPU_DEFAULT = 0
-
-
-class _BlockingMonitor:
-    # dump_byte_through_file asks synchronously, in a thread.
-    def __init__(self, upstream: HmpUpstream, loop: asyncio.AbstractEventLoop) -> None:
-        self._upstream = upstream
-        self._loop = loop
-
-    def execute(self, command: str) -> str:
-        """Return the answer with plain line ends."""
-        work = asyncio.run_coroutine_threadsafe(self._upstream.execute_hmp(command), self._loop)
-        return work.result(_ANSWER_SECONDS).replace("\r\n", "\n")
 
 
 class HmpUpstream(Upstream):
@@ -70,11 +57,6 @@ class HmpUpstream(Upstream):
                 await self._exchange(f"cpu {index}".encode())
                 self._cpu_index = index
             return (await self._exchange(_one_line(line))).decode("utf-8", "replace")
-
-    async def native_dump(self, gpa: int) -> bytes:
-        """Let QEMU dump the byte at `gpa` through a file."""
-        monitor = _BlockingMonitor(self, asyncio.get_running_loop())
-        return await asyncio.to_thread(dump_byte_through_file, monitor, gpa)
 
     async def close(self) -> None:
         """Disconnect."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
-_FD_NAME = "qemu-dump-notes"
+_DUMP = "dump-guest-memory"
 _UCRED = struct.Struct("3i")
 
 Reply = dict[str, Any]
@@ -103,10 +102,14 @@ class QmpUpstream(Upstream):
                 future.set_result(reply)
 
         self.post({"execute": command, "arguments": dict(arguments or {})}, answered)
+        if command == _DUMP:
+            self._hidden_dumps += 1  # its event is ours alone
         reply = await future
         if reply is None:
             raise self._gone()
         if "error" in reply:
+            if command == _DUMP:
+                self._hidden_dumps = max(0, self._hidden_dumps - 1)
             raise MonitorAnswerError(command, str(reply["error"].get("desc")))
         return reply.get("return")
 
@@ -117,23 +120,15 @@ class QmpUpstream(Upstream):
             arguments["cpu-index"] = cpu_index
         return str(await self.call("human-monitor-command", arguments))
 
-    async def native_dump(self, gpa: int) -> bytes:
-        """Let QEMU dump the byte at `gpa` through a descriptor of ours."""
-        content = os.memfd_create(_FD_NAME)
-        try:
-            # Its event is ours alone.
-            self._hidden_dumps += 1
-            async with self.descriptor_lock:
-                self.send_descriptor(content)
-                await self.call("getfd", {"fdname": _FD_NAME})
-            await self.call(
-                "dump-guest-memory",
-                {"paging": False, "protocol": f"fd:{_FD_NAME}", "begin": gpa, "length": 1},
-            )
-            return os.pread(content, os.fstat(content).st_size, 0)
-        finally:
-            self._hidden_dumps -= 1
-            os.close(content)
+    async def hand_over(self, descriptor: int, name: str) -> None:
+        """Give QEMU a descriptor, which a command can ask for by `name`.
+
+        Raises:
+            SourceError: The socket passes none.
+        """
+        async with self.descriptor_lock:
+            self.send_descriptor(descriptor)
+            await self.call("getfd", {"fdname": name})
 
     def send_descriptor(self, descriptor: int) -> None:
         """Send a descriptor; the next getfd or add-fd takes it.
@@ -158,7 +153,9 @@ class QmpUpstream(Upstream):
     def _route(self, message: Message) -> None:
         content = dict(message)
         if "event" in content:
-            if not (self._hidden_dumps and content["event"] == "DUMP_COMPLETED"):
+            if self._hidden_dumps and content["event"] == "DUMP_COMPLETED":
+                self._hidden_dumps -= 1
+            else:
                 self.on_event(Event(content))
             return
         identifier = content.get("id")
@@ -170,6 +167,7 @@ class QmpUpstream(Upstream):
 
     async def _connect(self) -> None:
         self._client = _Client(self._route)
+        self._hidden_dumps = 0
         host, colon, port = self.address.rpartition(":")
         is_tcp = bool(colon) and port.isdecimal() and "/" not in self.address
         target: str | tuple[str, int] = (host, int(port)) if is_tcp else self.address

@@ -96,14 +96,6 @@ class Upstream(ABC):
         """
 
     @abstractmethod
-    async def native_dump(self, gpa: int) -> bytes:
-        """Let QEMU dump the byte at `gpa` as ELF, unseen by clients.
-
-        Raises:
-            SourceError: It does not.
-        """
-
-    @abstractmethod
     async def close(self) -> None:
         """Disconnect."""
 

@@ -9,16 +9,22 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
 from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.dialect import MENDED, qemu_dialect
+from qemu_dump_ext.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, phys_base, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
-from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, PauseLimitError
+from qemu_dump_ext.errors import (
+    EXIT_INCOMPLETE,
+    EXIT_SUCCESS,
+    NotDumpedByQemuError,
+    PauseLimitError,
+)
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.guest_probe import (
     GuestAccess,
     ProbedGuest,
+    check_undisturbed,
     probe_guest,
     read_utsname,
 )
@@ -26,9 +32,8 @@ from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_v
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
-from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.run_state import stopped, undisturbed
+from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
@@ -118,6 +123,7 @@ def dump(
 
     Raises:
         RequestError: The request is impossible.
+        NotDumpedByQemuError: It is to be exact, and QEMU refuses the target; nothing was written.
         SourceError: The guest cannot be reached, or was lost.
         DumpWriteError: The dump cannot be written.
     """
@@ -126,12 +132,12 @@ def dump(
     started = time.monotonic()
     copied: CopiedMemory | None = None
     with ExitStack() as copies:
-        with stopped(access.monitor), undisturbed(access.monitor):
+        with stopped(access.monitor):
             pause = _Pause(request)
             guest = probe_guest(access)
-            dialect = qemu_dialect(guest.version) if request.exact else MENDED
+            dialect = _native_dialect(guest) if request.exact else MENDED
             select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
-            context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
+            context = access.source_context(guest.ram_blocks)
             with open_memory(memory, context) as opened:
                 snapshot, remarks = _complete(guest, opened.memory, request)
                 plan = make_plan(snapshot, dialect, request)
@@ -149,6 +155,7 @@ def dump(
                         progress.advance(size)
 
                     dump_format.write(request, plan, opened.memory, sink, advance)
+            check_undisturbed(access.monitor, guest)
         stopped_seconds = pause.seconds()
         if copied is not None:
             remarks.append(f"{copied.size >> 20} MiB of guest memory were copied {copied.where}")
@@ -167,6 +174,17 @@ def dump(
         missing=plan.missing,
         remarks=(*remarks, *plan.remarks),
     )
+
+
+def _native_dialect(guest: ProbedGuest) -> Dialect:
+    dialect = qemu_dialect(guest.version)
+    since = guest.architecture.dumped_by_qemu_since
+    if since is None or guest.version < since:
+        raise NotDumpedByQemuError(
+            f"--exact: {dialect.name} itself does not dump {guest.architecture.name} guests",
+            hint="without --exact, they are dumped as their Linux does it",
+        )
+    return dialect
 
 
 def _map_memory(

@@ -16,6 +16,7 @@ import signal
 import stat
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -42,6 +43,7 @@ class Sink:
         self.seekable = False
         self.bytes_written = 0
         self._descriptor = -1
+        self._counting = threading.Lock()
 
     def _open(self) -> int:
         """Return a descriptor to write to."""
@@ -56,15 +58,13 @@ class Sink:
         view = memoryview(data)
         try:
             while view:
-                written = os.write(self._descriptor, view)
-                view = view[written:]
-                self.bytes_written += written
-            self._advance(len(data))
+                view = view[os.write(self._descriptor, view) :]
+            self._count(len(data))
         except OSError as error:
             raise self._write_error(error) from error
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
-        """Write `data` at `offset`, in bytes from the start of the dump.
+        """Write `data` at `offset`, in bytes from the start of the dump; from any thread.
 
         Raises:
             DumpWriteError: With the operating system's reason.
@@ -75,8 +75,7 @@ class Sink:
                 written = os.pwrite(self._descriptor, view, offset)
                 view = view[written:]
                 offset += written
-                self.bytes_written += written
-            self._advance(len(data))
+            self._count(len(data))
         except OSError as error:
             raise self._write_error(error) from error
 
@@ -128,8 +127,13 @@ class Sink:
             return DumpWriteError(f"cannot write {self.name}: its reader has gone away")
         return DumpWriteError(f"cannot write {self.name}: {_reason(error)}")
 
+    def _count(self, size: int) -> None:
+        with self._counting:
+            self.bytes_written += size
+            self._advance(size)
+
     def _advance(self, size: int) -> None:
-        """Count what was written."""
+        """Hear how many bytes were written; one thread at a time."""
 
     def commit(self) -> None:
         """Make the dump final."""

@@ -6,6 +6,7 @@
      +- RequestError                 2  asked for something impossible
      |   +- CodecUnavailableError       .package
      |   +- UnsupportedTargetError
+     |   +- NotDumpedByQemuError        QEMU refuses what is to be like its own
      |   +- PauseLimitError             the guest would stand still for too long
      +- SourceError                  3  cannot get at the guest
      |   +- ConnectError
@@ -58,6 +59,10 @@ class CodecUnavailableError(RequestError):
 
 class UnsupportedTargetError(RequestError):
     """No architecture file describes this guest."""
+
+
+class NotDumpedByQemuError(RequestError):
+    """The attached QEMU does not dump this target: no dump can be like its own."""
 
 
 class PauseLimitError(RequestError):

@@ -5,9 +5,9 @@ The protocols live here, with their user; memory sources, QMP and gdb implement 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,38 @@ class Monitor(Protocol):
 
         Raises:
             SourceError: The monitor cannot be reached.
+        """
+
+
+@runtime_checkable
+class AsyncMonitor(Monitor, Protocol):
+    """A monitor that need not be waited for.
+
+    Optional: other work is done one after the other.
+    """
+
+    def begin(self, command: str) -> Callable[[], str]:
+        """Have a command executed; what is returned waits for its answer, as `execute` does."""
+
+
+class DescriptorMonitor(Protocol):
+    """QEMU's QMP, through a socket that passes descriptors."""
+
+    def begin_qmp(
+        self, command: str, arguments: dict[str, object] | None = None
+    ) -> Callable[[], Any]:
+        """Have a QMP command executed.
+
+        Returns:
+            Waits for its answer, and returns that; raises MonitorAnswerError where QEMU refuses
+            the command, SourceError where the monitor cannot be reached.
+        """
+
+    def hand_over(self, descriptor: int, name: str) -> None:
+        """Give QEMU a descriptor, which a command can ask for by `name`; ours stays open.
+
+        Raises:
+            SourceError: It cannot be passed this way.
         """
 
 

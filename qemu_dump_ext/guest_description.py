@@ -11,7 +11,6 @@ from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.guest import RamBlock
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
 from qemu_dump_ext.memory_sources import memory_source_states
-from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import UtsName, vmcoreinfo_text, vmcoreinfo_value
 
@@ -80,7 +79,7 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
     """
     with stopped(access.monitor):
         guest = probe_guest(access)
-        context = SourceContext(access.monitor, access.stub, guest.ram_blocks, access.addresses)
+        context = access.source_context(guest.ram_blocks)
         note = guest.guest_note or b""
         plan = make_plan(
             GuestSnapshot(

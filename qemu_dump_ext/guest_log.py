@@ -16,7 +16,6 @@ from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
 from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
 from qemu_dump_ext.kernel_memory import KernelMemory
 from qemu_dump_ext.memory_sources import open_memory
-from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
@@ -77,7 +76,7 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
     """
     with stopped(access.monitor):
         found = probe_guest(access)
-        context = SourceContext(access.monitor, access.stub, found.ram_blocks, access.addresses)
+        context = access.source_context(found.ram_blocks)
         core = found.architecture.select_core(found.vcpus, found.ram_blocks, MENDED, found.machine)
         with open_memory(memory, context) as opened:
             guest = _Guest(found.architecture, core, opened.memory, found.ram_blocks, found.vcpus)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
@@ -16,18 +16,22 @@ from qemu_dump_ext.architectures._declaration import (
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub, Vcpu
+from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub, Vcpu
 from qemu_dump_ext.guest_tables import TableReader
+from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
     has_device,
+    read_byte_order,
     read_property,
     read_register_texts,
 )
 from qemu_dump_ext.monitor_text import (
+    RUNNING,
     parse_flat_view,
     parse_named_values,
     parse_readable_ranges,
+    parse_status,
     parse_version,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
@@ -40,6 +44,9 @@ from qemu_dump_ext.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
+
+_ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
+"""From here on QMP's query-target may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,7 @@ class GuestAccess:
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
         target_name: Returns QEMU's name of the target, such as `mipsel`, or None where it does
             not tell; None where the door cannot ask.
+        qmp: QEMU's QMP, or None.
     """
 
     monitor: Monitor
@@ -61,6 +69,11 @@ class GuestAccess:
     native_dump: Callable[[int], bytes]
     addresses: Sequence[str] = ()
     target_name: Callable[[], str | None] | None = None
+    qmp: DescriptorMonitor | None = None
+
+    def source_context(self, ram_blocks: Sequence[RamBlock]) -> SourceContext:
+        """Return what memory sources may use to get at `ram_blocks`."""
+        return SourceContext(self.monitor, self.stub, ram_blocks, self.addresses, self.qmp)
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,7 @@ class ProbedGuest:
             though there is such a device.
         native_refusal: Why QEMU's own notes could not be had, or None.
         machine: QOM type of the machine.
+        shown_first: Registers of each vCPU by cpu_index, as the monitor showed them at first.
     """
 
     version: QemuVersion
@@ -87,6 +101,7 @@ class ProbedGuest:
     guest_note: bytes | None
     native_refusal: str | None
     machine: str = ""
+    shown_first: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
 def probe_guest(access: GuestAccess) -> ProbedGuest:
@@ -108,7 +123,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     clues = TargetClues(
         texts[min(texts)],
         vcpu_property,
-        access.target_name or (lambda: None),
+        _target_name(access, version),
+        lambda: read_byte_order(monitor, [block.gpa for block in ram_blocks]),
         lambda: read_g_packet(access.stub, min(texts)) if access.stub else b"",
     )
     architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
@@ -126,6 +142,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         for register in architecture.registers
         if register.qom and (number := _number(vcpu_property(register.qom))) is not None
     }
+    by_monitor = _parse_monitor_registers(architecture, texts)
     by_note = dict(zip(sorted(texts), native.vcpus, strict=False))
     vcpus = tuple(
         Vcpu(
@@ -134,7 +151,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
                 architecture,
                 VcpuReadings(
                     gdb=by_stub.get(index, {}),
-                    monitor=_parse_monitor_registers(architecture, texts[index]),
+                    monitor=by_monitor[index],
                     native=by_note.get(index, {}),
                     hardware_segments=hardware_segments,
                     native_byte_order=native.byte_order,
@@ -154,7 +171,31 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
         machine=objects.machine_type,
+        shown_first=by_monitor,
     )
+
+
+def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
+    """Notice when somebody else let the guest run, or reset it, since it was probed.
+
+    Only registers of notes are compared: others go on counting while the guest is stopped.
+
+    Raises:
+        SourceError: It runs, or a register changed: what was read does not fit together.
+    """
+    running = parse_status(monitor.execute("info status")) == RUNNING
+    texts = read_register_texts(monitor)
+    if running or _parse_monitor_registers(guest.architecture, texts) != guest.shown_first:
+        raise SourceError(
+            "somebody else let the guest run, or reset it, while it was dumped",
+            hint="dump it again, and keep other clients of QEMU from it meanwhile",
+        )
+
+
+def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str | None]:
+    if access.target_name is None or version >= _ONE_NAME_FOR_BOTH_BYTE_ORDERS:
+        return lambda: None
+    return access.target_name
 
 
 def merge_readings(architecture: Architecture, readings: VcpuReadings) -> Mapping[str, int]:
@@ -169,13 +210,16 @@ def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, in
     names = {register.gdb for register in architecture.registers if register.gdb}
     vcpus: dict[int, dict[str, int]] = {}
     for vcpu in read_stub_registers(stub, names, architecture.g_packet):
+        sent = vcpu.registers
+        if architecture.correct_stub is not None:
+            sent = architecture.correct_stub(sent)
         order = architecture.cores[0].byte_order
         if architecture.stub_byte_order is not None:
-            order = architecture.stub_byte_order(vcpu.registers)
+            order = architecture.stub_byte_order(sent)
         vcpus[vcpu.index] = {
-            register.name: int.from_bytes(vcpu.registers[register.gdb], order)
+            register.name: int.from_bytes(sent[register.gdb], order)
             for register in architecture.registers
-            if register.gdb is not None and register.gdb in vcpu.registers
+            if register.gdb is not None and register.gdb in sent
         }
     return vcpus
 
@@ -184,7 +228,13 @@ def _number(text: str | None) -> int | None:
     return int(text) if text and text.isdecimal() else None
 
 
-def _parse_monitor_registers(architecture: Architecture, text: str) -> dict[str, int]:
+def _parse_monitor_registers(
+    architecture: Architecture, texts: Mapping[int, str]
+) -> dict[int, dict[str, int]]:
+    return {index: _parse_registers(architecture, text) for index, text in texts.items()}
+
+
+def _parse_registers(architecture: Architecture, text: str) -> dict[str, int]:
     named = parse_named_values(text)
     values = {
         register.name: named[name]

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest import Monitor
 from qemu_dump_ext.monitor_text import parse_vcpu_list, split_vcpus
@@ -25,6 +26,9 @@ _LEAVES = frozenset(("irq", "memory-region", "qemu:memory-region", "clock", "or-
 _LIKELY = re.compile(r"unattached|soc|cpu|core|thread|hart|cluster|chip|mpu")
 _MAX_OBJECTS = 2000
 _VCPUS_AT_ONCE = 4
+# Kernels lie somewhere in the first megabytes.
+_WHERE_TO_LOOK = (0, *(1 << bit for bit in range(12, 25)))
+_WORDS = 32
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,31 @@ def read_property(monitor: Monitor, path: str, name: str) -> str | None:
     answer = monitor.execute(f"qom-get {path} {name}").strip()
     # QEMU before 5.1 has no such command.
     return None if not answer or answer.startswith(("Error", "unknown command")) else answer
+
+
+def read_byte_order(monitor: Monitor, addresses: Sequence[int]) -> ByteOrder | None:
+    """Return the byte order in which the monitor puts words of guest memory together.
+
+    Args:
+        monitor: Of a stopped guest.
+        addresses: Where memory begins; some of what is behind each is looked at.
+
+    Returns:
+        None where no word tells: it reads the same from both ends.
+    """
+    for address in addresses:
+        for offset in _WHERE_TO_LOOK:
+            words = _memory(monitor, f"xp /{_WORDS}xw {address + offset:#x}")
+            data = bytes(_memory(monitor, f"xp /{4 * _WORDS}xb {address + offset:#x}"))
+            for number, word in enumerate(words):
+                stored = data[4 * number : 4 * number + 4]
+                if stored != stored[::-1]:
+                    return "big" if int.from_bytes(stored, "big") == word else "little"
+    return None
+
+
+def _memory(monitor: Monitor, command: str) -> list[int]:
+    return [int(word, 16) for word in re.findall(r"\b0x([0-9a-f]+)\b", monitor.execute(command))]
 
 
 def read_register_texts(monitor: Monitor) -> Mapping[int, str]:

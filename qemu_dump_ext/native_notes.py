@@ -6,17 +6,22 @@ They have what no other interface shows: the hidden bits of segment caches, regi
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.c_struct import BoundStruct, ByteOrder
 from qemu_dump_ext.elf_structs import EHDR, ELFCLASS64, ELFDATA, elf_abi, phdr_layout
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
-from qemu_dump_ext.guest import Monitor
+from qemu_dump_ext.guest import DescriptorMonitor, Monitor
 from qemu_dump_ext.notes import decode_vcpu_registers, parse_notes
 from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
+
+LONGEST_EHDR = 64
+"""Bytes; that of ELFCLASS64."""
+_FD_NAME = "qemu-dump"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,57 @@ class NativeNotes:
     vcpus: Sequence[Mapping[str, int]]
     guest_note: bytes
     byte_order: ByteOrder | None = None
+
+
+def begin_dump_into(
+    qmp: DescriptorMonitor, descriptor: int, gpa: int, size: int
+) -> Callable[[], None]:
+    """Let QEMU write its ELF dump of a range, without paging, into a descriptor of ours.
+
+    Args:
+        qmp: Of the guest.
+        descriptor: Stays open here; QEMU closes its own.
+        gpa: First guest physical address.
+        size: Of the range, in bytes.
+
+    Returns:
+        Waits for the end of the dump; raises MonitorAnswerError where QEMU refuses.
+
+    Raises:
+        SourceError: Descriptors cannot be passed.
+    """
+    # Not detached: QEMU's thread would still clean up when the dump is over for all that can be
+    # asked, and its list of what forbids migration has no lock. A dump begun, or query-migrate
+    # asked, at that time crashes QEMU (seen with 7.2 and 11.1).
+    qmp.hand_over(descriptor, _FD_NAME)
+    answer = qmp.begin_qmp(
+        "dump-guest-memory",
+        {"paging": False, "protocol": f"fd:{_FD_NAME}", "begin": gpa, "length": size},
+    )
+
+    def wait() -> None:
+        try:
+            answer()
+        except MonitorAnswerError:
+            with contextlib.suppress(SourceError):  # QEMU may have taken it
+                qmp.begin_qmp("closefd", {"fdname": _FD_NAME})()
+            raise
+
+    return wait
+
+
+def dump_byte_through_descriptor(qmp: DescriptorMonitor, gpa: int) -> bytes:
+    """Let QEMU dump one byte at `gpa` into memory of ours, and return the ELF file.
+
+    Raises:
+        SourceError: QEMU refuses, or descriptors cannot be passed.
+    """
+    content = os.memfd_create("qemu-dump-notes")
+    try:
+        begin_dump_into(qmp, content, gpa, 1)()
+        return os.pread(content, os.fstat(content).st_size, 0)
+    finally:
+        os.close(content)
 
 
 def dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
@@ -58,19 +114,44 @@ def dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
     return content
 
 
+@dataclass(frozen=True)
+class ElfHead:
+    """What the beginning of QEMU's ELF dump tells.
+
+    Attributes:
+        header: Fields of the ELF header.
+        phdr: Form of a program header.
+        byte_order: Of both.
+    """
+
+    header: Mapping[str, int]
+    phdr: BoundStruct
+    byte_order: ByteOrder
+
+
+def parse_elf_head(content: bytes) -> ElfHead:
+    """Take the ELF header at the start of `content` apart.
+
+    Raises:
+        SourceError: It is cut.
+    """
+    word_size = 8 if content[4:5] == bytes((ELFCLASS64,)) else 4
+    byte_order: ByteOrder = "big" if content[5:6] == bytes((ELFDATA["big"],)) else "little"
+    abi = elf_abi(byte_order, word_size)
+    ehdr = EHDR.bind(abi)
+    if len(content) < ehdr.size:
+        raise SourceError("QEMU's dump of one byte is cut")
+    return ElfHead(ehdr.unpack_integers(content), phdr_layout(word_size).bind(abi), byte_order)
+
+
 def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: int) -> NativeNotes:
     """Take the notes of QEMU's own ELF dump apart.
 
     Raises:
         SourceError: It is no dump of this architecture.
     """
-    word_size = 8 if content[4:5] == bytes((ELFCLASS64,)) else 4
-    byte_order: ByteOrder = "big" if content[5:6] == bytes((ELFDATA["big"],)) else "little"
-    abi = elf_abi(byte_order, word_size)
-    ehdr, phdr = EHDR.bind(abi), phdr_layout(word_size).bind(abi)
-    if len(content) < ehdr.size:
-        raise SourceError("QEMU's dump of one byte is cut")
-    header = ehdr.unpack_integers(content)
+    head = parse_elf_head(content)
+    header, phdr, byte_order = head.header, head.phdr, head.byte_order
     if len(content) < header["e_phoff"] + phdr.size:
         raise SourceError("QEMU's dump of one byte is cut")
     segment = phdr.unpack_integers(content, header["e_phoff"])  # PT_NOTE is the first

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from qemu_dump_ext.guest import GuestMemory, RamBlock, SparseMemory
@@ -60,17 +60,30 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Buffer:
+    """Room for a piece.
+
+    Attributes:
+        view: Of the room.
+        offset: Of the room in a memory that several buffers share, in bytes.
+    """
+
+    view: memoryview
+    offset: int = 0
+
+
+@dataclass(frozen=True)
 class PieceWork(Generic[ResultT]):
     """What is done with pieces.
 
     Attributes:
-        pack: Runs in a worker. Gets a piece and its filled buffer; it may return parts of the
-            buffer, which are consumed before the buffer is used again.
+        pack: Runs in a worker. Gets a piece and its filled buffer, which it may change; it may
+            return parts of the buffer, which are consumed before the buffer is used again.
         zeros: Runs in the caller's thread. Gets a piece that is known to be zero.
         consume: Runs in the caller's thread, in the order of the pieces.
     """
 
-    pack: Callable[[Piece, memoryview], ResultT]
+    pack: Callable[[Piece, Buffer], ResultT]
     zeros: Callable[[Piece], ResultT]
     consume: Callable[[ResultT], None]
 
@@ -145,12 +158,19 @@ def worker_count() -> int:
     return len(os.sched_getaffinity(0))
 
 
+def buffer_count(workers: int) -> int:
+    """Return how many buffers keep this many workers busy."""
+    return 2 * workers + 1
+
+
 def read_through(
     memory: GuestMemory,
     pieces: Iterable[Piece],
     work: PieceWork[ResultT],
     progress: Callable[[int], None],
+    *,
     threads: int | None = None,
+    buffers: Sequence[Buffer] = (),
 ) -> None:
     """Read every piece, run `work` on it in a worker, and consume the results in order.
 
@@ -160,11 +180,14 @@ def read_through(
         work: What to do.
         progress: Gets the bytes of each piece that has been consumed.
         threads: Number of workers; None: `worker_count`.
+        buffers: Of PIECE_SIZE; none: memory of this process.
     """
     workers = threads or worker_count()
-    free = [bytearray(PIECE_SIZE) for _ in range(2 * workers + 1)]
+    free = list(buffers)
+    if not free:
+        free = [Buffer(memoryview(bytearray(PIECE_SIZE))) for _ in range(buffer_count(workers))]
     most_pending = 4 * len(free)
-    pending: deque[tuple[Future[ResultT], bytearray | None, int]] = deque()
+    pending: deque[tuple[Future[ResultT], Buffer | None, int]] = deque()
 
     def consume_oldest() -> None:
         future, buffer, size = pending.popleft()
@@ -190,10 +213,10 @@ def read_through(
                     pending.append((known, None, piece.size))
                     continue
                 buffer = free.pop()
-                view = memoryview(buffer)[: piece.size]
-                _fill(memory, piece, view)
+                filled = replace(buffer, view=buffer.view[: piece.size])
+                _fill(memory, piece, filled.view)
                 with uninterrupted():
-                    future = pool.submit(work.pack, piece, view)
+                    future = pool.submit(work.pack, piece, filled)
                 pending.append((future, buffer, piece.size))
             while pending:
                 consume_oldest()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest import Monitor
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.monitor_queries import read_register_texts
 from qemu_dump_ext.monitor_text import RUNNING, parse_status
 
 
@@ -38,28 +37,6 @@ def stopped(monitor: Monitor) -> Iterator[None]:
         yield
     finally:
         _resume(monitor)
-
-
-@contextmanager
-def undisturbed(monitor: Monitor) -> Iterator[None]:
-    """Notice when somebody else let the guest run, or reset it, inside the `with` block.
-
-    Raises:
-        SourceError: Its run state or a register changed: what was read does not fit together.
-    """
-    # Being read for the first time changes mideleg of RISC-V in QEMU 7.2.
-    read_register_texts(monitor)
-    before = _fingerprint(monitor)
-    yield
-    if _fingerprint(monitor) != before:
-        raise SourceError(
-            "somebody else let the guest run, or reset it, while it was dumped",
-            hint="dump it again, and keep other clients of QEMU from it meanwhile",
-        )
-
-
-def _fingerprint(monitor: Monitor) -> tuple[str, Mapping[int, str]]:
-    return parse_status(monitor.execute("info status")), read_register_texts(monitor)
 
 
 def _resume(monitor: Monitor) -> None:

@@ -14,11 +14,11 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
-from qemu_dump_ext.native_notes import dump_byte_through_file
+from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.third_party import missing_package
 
 if TYPE_CHECKING:
@@ -39,6 +39,55 @@ def tcp_address(address: str) -> tuple[str, int] | None:
     return (host, int(port)) if is_tcp else None
 
 
+class _Question(Generic[ResultT]):
+    # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
+    # thread of the client hangs.
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        work: Callable[[], Coroutine[Any, Any, ResultT]],
+        seconds: float,
+    ) -> None:
+        self._answered = threading.Lock()
+        self._answered.acquire()
+        self._answers: list[Callable[[], ResultT]] = []
+        asked = False
+        try:
+            with uninterrupted():
+                asyncio.run_coroutine_threadsafe(self._ask(work, seconds), loop)
+                asked = True
+        except KeyboardInterrupt:
+            if asked:
+                self._settle()
+            raise
+
+    async def _ask(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> None:
+        try:
+            result = await asyncio.wait_for(work(), seconds)
+        except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
+            self._answers.append(partial(_raise, error))
+        else:
+            self._answers.append(lambda: result)
+        self._answered.release()
+
+    def answer(self) -> ResultT:
+        """Wait for it."""
+        try:
+            while not self._answers:
+                # Woken now and then: gdb's handler of SIGINT does not end a wait.
+                self._answered.acquire(timeout=_WAKE_SECONDS)
+        except KeyboardInterrupt:
+            self._settle()
+            raise
+        return self._answers[0]()
+
+    def _settle(self) -> None:
+        # The next question is asked when this one has been answered.
+        with uninterrupted():
+            if not self._answers:
+                self._answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
+
+
 class SharedQmp:
     """QEMU's monitors through a QMP client that lives in an event loop of another thread."""
 
@@ -46,6 +95,7 @@ class SharedQmp:
         self,
         client: QMPClient,
         loop: asyncio.AbstractEventLoop,
+        address: str,
         *,
         answer_seconds: float = _ANSWER_SECONDS,
     ) -> None:
@@ -54,12 +104,14 @@ class SharedQmp:
         Args:
             client: Connected by whoever owns it.
             loop: In which it lives; runs in another thread than this one.
+            address: Of the socket.
             answer_seconds: How long QEMU may take for a command.
         """
         from qemu.qmp import QMPError, qmp_client  # noqa: PLC0415 - gdb's own Python may lack it
 
         self._client = client
         self._loop = loop
+        self._address = address
         self._answer_seconds = answer_seconds
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
@@ -71,8 +123,20 @@ class SharedQmp:
             MonitorAnswerError: QEMU refuses the command.
             SourceError: The connection is lost, or QEMU does not answer.
         """
+        return self.begin_qmp(command, arguments)()
+
+    def begin_qmp(
+        self, command: str, arguments: dict[str, object] | None = None
+    ) -> Callable[[], Any]:
+        """Have a QMP command executed; what is returned waits for what it returns."""
+        question: _Question[Any] = _Question(
+            self._loop, lambda: self._client.execute(command, arguments), self._answer_seconds
+        )
+        return partial(self._answer, command, question)
+
+    def _answer(self, command: str, question: _Question[Any]) -> Any:
         try:
-            return self._run(lambda: self._client.execute(command, arguments), self._answer_seconds)
+            return question.answer()
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
         except TimeoutError as error:
@@ -84,8 +148,12 @@ class SharedQmp:
 
     def execute(self, command: str) -> str:
         """Execute a command of the human monitor."""
-        answer = self.qmp("human-monitor-command", {"command-line": command})
-        return str(answer).replace("\r\n", "\n")
+        return self.begin(command)()
+
+    def begin(self, command: str) -> Callable[[], str]:
+        """Have a command of the human monitor executed; what is returned waits for its answer."""
+        answer = self.begin_qmp("human-monitor-command", {"command-line": command})
+        return lambda: str(answer()).replace("\r\n", "\n")
 
     def target_name(self) -> str | None:
         """Return QEMU's name of the target, such as `mipsel`, or None where it does not tell."""
@@ -100,54 +168,31 @@ class SharedQmp:
         Raises:
             SourceError: QEMU refuses, or is elsewhere.
         """
-        with contextlib.ExitStack() as stack:
-            content = os.memfd_create("qemu-dump-notes")
-            stack.callback(os.close, content)
-            try:
-                self._run(lambda: self._send_descriptor(content), self._answer_seconds)
-            except (self._qmp_error, OSError, ValueError):
-                return dump_byte_through_file(self, gpa)  # such as TCP
-            self.qmp("getfd", {"fdname": "qemu-dump-notes"})
-            self.qmp(
-                "dump-guest-memory",
-                {"paging": False, "protocol": "fd:qemu-dump-notes", "begin": gpa, "length": 1},
+        if tcp_address(self._address):
+            return dump_byte_through_file(self, gpa)
+        return dump_byte_through_descriptor(self, gpa)
+
+    def hand_over(self, descriptor: int, name: str) -> None:
+        """Give QEMU a descriptor, which a command can ask for by `name`; ours stays open.
+
+        Raises:
+            SourceError: The socket passes none.
+        """
+        if tcp_address(self._address):
+            raise SourceError(
+                "a QMP socket of TCP passes no descriptors", hint="a unix socket does"
             )
-            return os.pread(content, os.fstat(content).st_size, 0)
+        try:
+            self._run(lambda: self._send_descriptor(descriptor), self._answer_seconds)
+        except (self._qmp_error, OSError) as error:
+            raise SourceError(f"the QMP socket passes no descriptor: {_reason(error)}") from error
+        self.qmp("getfd", {"fdname": name})
 
     async def _send_descriptor(self, descriptor: int) -> None:
         self._client.send_fd_scm(descriptor)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
-        # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
-        # thread of the client hangs.
-        answered = threading.Lock()
-        answered.acquire()
-        answers: list[Callable[[], ResultT]] = []
-        asked = False
-
-        async def ask() -> None:
-            try:
-                result = await asyncio.wait_for(work(), seconds)
-            except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-                answers.append(partial(_raise, error))
-            else:
-                answers.append(lambda: result)
-            answered.release()
-
-        try:
-            with uninterrupted():
-                asyncio.run_coroutine_threadsafe(ask(), self._loop)
-                asked = True
-            while not answers:
-                # Woken now and then: gdb's handler of SIGINT does not end a wait.
-                answered.acquire(timeout=_WAKE_SECONDS)
-        except KeyboardInterrupt:
-            # The next question is asked when this one has been answered.
-            with uninterrupted():
-                if asked and not answers:
-                    answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
-            raise
-        return answers[0]()
+        return _Question(self._loop, work, seconds).answer()
 
 
 class QmpMonitor(SharedQmp):
@@ -163,10 +208,9 @@ class QmpMonitor(SharedQmp):
         except ImportError as error:
             message, hint = missing_package("QMP", "qemu.qmp")
             raise ConnectError(message, hint=hint) from error
-        super().__init__(QMPClient("qemu-dump"), asyncio.new_event_loop())
+        super().__init__(QMPClient("qemu-dump"), asyncio.new_event_loop(), address)
         # What it logs is in the exceptions as well, and these become one line.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
-        self._address = address
         self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
 
     def connect(self) -> None:

@@ -7,6 +7,15 @@ from collections.abc import Sequence
 
 foreign_environments: list[str] = []
 """Where the packages may well be, but for another version of Python; set by what loads us."""
+own_environments: list[str] = []
+"""Where the packages are that were added to those of this Python; set by what loads us."""
+
+
+def interpreter() -> str:
+    """Return a Python like this one for a process of our own; inside gdb, this one is gdb."""
+    for environment in own_environments:
+        return f"{environment}/bin/python"
+    return sys.executable
 
 
 def missing_package(purpose: str, package: str, needs: str = "") -> tuple[str, str]:

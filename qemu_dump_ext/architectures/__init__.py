@@ -39,7 +39,7 @@ def architecture_for_cpu_types(
     if passed_over:
         raise UnsupportedTargetError(
             f"the registers do not tell which target this is: {' or '.join(passed_over)}",
-            hint="QMP tells: add --qmp SOCKET",
+            hint="QMP tells, or the stub, or guest memory that is not all zero: add --qmp SOCKET",
         )
     raise UnsupportedTargetError(
         f"guests with CPUs of type {', '.join(types) or 'unknown'} cannot be dumped",

@@ -129,13 +129,17 @@ class TargetClues:
         register_text: `info registers` of the first vCPU.
         vcpu_property: Returns a QOM property of the first vCPU as text, or None where it has
             none of this name.
-        target_name: Returns QEMU's name of the target, or None where the door cannot ask.
+        target_name: Returns QEMU's name of the target, or None where the door cannot ask, or where
+            QEMU has one name for both byte orders.
+        memory_byte_order: Returns the byte order in which the monitor puts words of guest memory
+            together, or None where no word tells it.
         g_packet: Returns the stub's answer to `g` for the first vCPU; empty where there is none.
     """
 
     register_text: str
     vcpu_property: Callable[[str], str | None]
     target_name: Callable[[], str | None] = lambda: None
+    memory_byte_order: Callable[[], ByteOrder | None] = lambda: None
     g_packet: Callable[[], bytes] = lambda: b""
 
 
@@ -176,6 +180,8 @@ class Architecture:
             architectures as well.
         stub_byte_order: Of register values in the packets of the stub, where it depends on the
             registers themselves; None where it is that of the first core.
+        correct_stub: Puts what the stub sends under the right names, where a version of QEMU
+            describes other numbers than it answers to.
         g_packet: What a stub without target description sends for `g`, named as in the column
             `gdb`; each member as bytes.
         gdb_settings: What a gdb without symbols is to be told before it can connect.
@@ -201,5 +207,6 @@ class Architecture:
     pfn_from_phys_base: bool = False
     recognize: Callable[[TargetClues], bool] | None = None
     stub_byte_order: Callable[[Mapping[str, bytes]], ByteOrder] | None = None
+    correct_stub: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
     g_packet: StructLayout | None = None
     gdb_settings: tuple[str, ...] = ()

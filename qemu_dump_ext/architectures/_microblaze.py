@@ -9,9 +9,15 @@ Sources:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
-from qemu_dump_ext.architectures._declaration import Architecture, Core, Register, VcpuReadings
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Core,
+    Register,
+    TargetClues,
+    VcpuReadings,
+)
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import (
     g_packet,
@@ -41,10 +47,23 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
 
 
 def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
-    values = {**readings.monitor, **readings.gdb}
+    # The stub of QEMU 11 is big-endian for both byte orders.
+    values = {**readings.gdb, **readings.monitor}
     if "msr" in values:
         values["pt_mode"] = int(not values["msr"] & _MSR_UM)  # 1 in the kernel
     return values
+
+
+def _recognize_by(name: str, byte_order: ByteOrder) -> Callable[[TargetClues], bool]:
+    by_target = recognize_by_byte_order(name, byte_order, _G_BEGIN, _parse_monitor)
+
+    def recognize(clues: TargetClues) -> bool:
+        little = clues.vcpu_property("little-endian")  # one target for both byte orders
+        if little is None:
+            return by_target(clues)
+        return (little == "true") == (byte_order == "little")
+
+    return recognize
 
 
 def make_microblaze(name: str, byte_order: ByteOrder) -> Architecture:
@@ -69,7 +88,7 @@ def make_microblaze(name: str, byte_order: ByteOrder) -> Architecture:
         g_packet=_G_PACKET,
         parse_monitor=_parse_monitor,
         reconcile=_reconcile,
-        recognize=recognize_by_byte_order(name, byte_order, _G_BEGIN, _parse_monitor),
+        recognize=_recognize_by(name, byte_order),
         # Most have no MicroBlaze: any architecture with enough registers of 32 bits can connect.
         gdb_settings=("set architecture sh4", f"set endian {byte_order}"),
     )

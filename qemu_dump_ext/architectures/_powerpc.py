@@ -12,8 +12,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 
-from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register, VcpuReadings
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Core,
+    NoteLayout,
+    Register,
+    VcpuReadings,
+)
 from qemu_dump_ext.architectures._linux_notes import (
     numbered,
     parse_rows,
@@ -34,7 +41,9 @@ _NGREG = 48
 _PT_REGS = f"{_GPRS} nip msr orig_gpr3 ctr link xer ccr softe trap dar dsisr result"
 _UNUSED_GREGS = numbered("unused", _NGREG - len(_PT_REGS.split()))
 _SAME_NAME_IN_STUB = "msr ctr xer fpscr vscr vrsave lpcr hid0 pvr"
-_OPTIONAL = f"{_VMX} vscr vrsave {_VSX_LOW} {_SPE_HIGH} spe_acc spe_fscr"
+_BEHIND_FPSCR = f"{_VMX} vscr vrsave {_VSX_LOW}".split()
+_OPTIONAL = (*_BEHIND_FPSCR, *_SPE_HIGH.split(), "spe_acc", "spe_fscr")
+_VECTOR_SIZE = 16
 
 _MSR_ILE = 1 << 16
 _LPCR_ILE = 1 << 25
@@ -45,7 +54,7 @@ _MSR_LE_BYTE = 1
 _PSERIES = "pseries"
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
-REGISTERS = (
+_REGISTERS = (
     *(
         Register(name, gdb=name)
         for name in f"{_GPRS} {_FPRS} {_VMX} {_VSX_LOW} {_SPE_HIGH} {_SAME_NAME_IN_STUB}".split()
@@ -71,7 +80,7 @@ _MONITOR_NAMES = {
 }
 
 
-def make_cores(
+def _make_cores(
     e_machine: int, word_size: int, uname_machines: Mapping[ByteOrder, str]
 ) -> Mapping[tuple[ByteOrder, bool, bool], Core]:
     """Declare every form: by byte order, by QEMU's layouts or Linux's, with or without pid."""
@@ -122,7 +131,7 @@ def _notes(word_size: int, *, by_qemu: bool, without_pid: bool) -> tuple[NoteLay
     )
 
 
-def select_by(
+def _select_by(
     cores: Mapping[tuple[ByteOrder, bool, bool], Core],
 ) -> Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]:
     """Return the function that selects among `cores`."""
@@ -149,7 +158,7 @@ def _interrupts_little_endian(registers: Mapping[str, int], *, hypervisor: bool)
     return registers.get("hid0", 0) & (_HID0_HILE_POWER9 if isa_3 else _HID0_HILE) != 0
 
 
-def parse_monitor(text: str) -> Mapping[str, int]:
+def _parse_monitor(text: str) -> Mapping[str, int]:
     """Read rows (`GPR04 …`, `FPR04 …`) and pairs (`NIP …`) of `info registers`."""
     values = parse_rows(text, "GPR", "r", 32) | parse_rows(text, "FPR", "f", 32)
     for name, value in re.findall(r"\b([A-Z][A-Z0-9]+) +([0-9a-f]{8,16})\b", text):
@@ -164,7 +173,7 @@ def parse_monitor(text: str) -> Mapping[str, int]:
     return values
 
 
-def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
+def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     """Merge the sources; what the processor does not have is zero, and not missing."""
     values = {**readings.native, **readings.monitor, **readings.gdb}
     # The stub shows the low halves of these.
@@ -173,11 +182,30 @@ def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
             if name in wide and wide[name] & _U32 == values[name] & _U32:
                 values[name] = wide[name]
     if readings.gdb:
-        values = dict.fromkeys(_OPTIONAL.split(), 0) | values
+        absent = set(_OPTIONAL) - values.keys()
+        if "vr1" in values:
+            absent.discard("vr0")  # it is there, and the stub hides it
+        values |= dict.fromkeys(absent, 0)
     return values
 
 
-def stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
+def _correct_stub(registers: Mapping[str, bytes]) -> Mapping[str, bytes]:
+    """Undo that QEMU 11 answers each number from that of vr0 on with the register behind it.
+
+    Before them comes fpscr, which hides vr0: that one cannot be had.
+    """
+    if not 0 < len(registers.get("vr31", b"")) < _VECTOR_SIZE:
+        return registers
+    shifted = {
+        name: registers[before]
+        for before, name in pairwise(_BEHIND_FPSCR)
+        if name in registers and before in registers
+    }
+    kept = {name: value for name, value in registers.items() if name != "vr0"}
+    return kept | shifted
+
+
+def _stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
     """Tell the byte order of the stub's values: that of the vCPU's data at this moment.
 
     MSR.LE is the lowest bit of the last byte in big-endian order; sent little-endian, that is
@@ -185,3 +213,33 @@ def stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
     """
     msr = registers.get("msr", b"")
     return "little" if msr[:1] and msr[0] & _MSR_LE_BYTE else "big"
+
+
+def make_architecture(
+    name: str,
+    e_machine: int,
+    word_size: int,
+    *,
+    cpu_type_suffix: str,
+    kernel_map_base: int,
+    machine_page_sizes: Mapping[str, int] | None = None,
+) -> Architecture:
+    """Declare PowerPC of one word size; the arguments are attributes of Architecture and Core."""
+    cores = _make_cores(e_machine, word_size, {"big": name, "little": f"{name}le"})
+    return Architecture(
+        name=name,
+        cpu_type_suffix=cpu_type_suffix,
+        qemu_uname_machine="Unknown",
+        registers=_REGISTERS,
+        cores=tuple(cores.values()),
+        program_counter="nip",
+        page_size=4096,
+        phys_base_key=None,
+        kernel_map_base=kernel_map_base,
+        select_core=_select_by(cores),
+        parse_monitor=_parse_monitor,
+        reconcile=_reconcile,
+        machine_page_sizes=machine_page_sizes or {},
+        stub_byte_order=_stub_byte_order,
+        correct_stub=_correct_stub,
+    )

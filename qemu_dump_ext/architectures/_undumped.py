@@ -79,8 +79,8 @@ def recognize_by_byte_order(
 ) -> Callable[[TargetClues], bool]:
     """Return the function that tells two targets apart which differ in nothing but byte order.
 
-    QEMU's name of the target decides; without, the registers that the monitor shows as numbers
-    and the stub sends as bytes.
+    QEMU's name of the target decides; without, guest memory that the monitor shows as words and
+    as bytes, or the registers that the monitor shows as numbers and the stub sends as bytes.
 
     Args:
         name: Of the target.
@@ -93,9 +93,10 @@ def recognize_by_byte_order(
         target = clues.target_name()
         if target is not None:
             return target == name
-        return byte_order == _byte_order(
+        found = clues.memory_byte_order() or _byte_order(
             clues.g_packet(), layout, parse_monitor(clues.register_text)
         )
+        return found == byte_order
 
     return recognize
 

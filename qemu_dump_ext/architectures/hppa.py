@@ -29,19 +29,30 @@ _G_PACKET = (
     f" sr5 sr6 sr7 cr0 cr8 cr9 cr10 cr12 cr13 {numbered('cr', 7, first=24)} {numbered('fr', 64)}"
 )
 _MONITOR_NAMES = {"PSW": "psw", "IIR": "iir"}
+# Since QEMU 11.
+_MONITOR_NAMES |= {"RC": "cr0", "PID1": "cr8", "PID2": "cr9", "CCR": "cr10", "SAR": "sar"}
+_MONITOR_NAMES |= {"PID3": "cr12", "PID4": "cr13", "EIEM": "cr15", "ISR": "isr", "IOR": "ior"}
+_MONITOR_NAMES |= {"IPSW": "ipsw"} | {f"TR{index}": f"cr{24 + index}" for index in range(8)}
 _EFA_PARISC_1_1 = 0x210
 _PSW_C = 1 << 18
 _U32 = (1 << 32) - 1
 
 
 def _parse_monitor(text: str) -> Mapping[str, int]:
-    """Read `GR04 …`, `SR04 …`, `PSW  …`, and `IA_F …`: offset, and space where code has one."""
+    """Read `GR04 …`, `SR04 …`, `PSW  …`, and `IA_F …`: offset, and space where code has one.
+
+    QEMU 11 writes space and offset of `IA_F` apart, and all control registers.
+    """
     values: dict[str, int] = {}
     for kind, index, value in re.findall(r"\b(GR|SR)(\d\d) ([0-9a-f]{8})\b", text):
         if (name := f"{kind.lower()}{int(index)}") != "gr0":
             values[name] = int(value, 16)
-    for name, value in re.findall(r"\b(PSW|IIR) +([0-9a-f]{8})\b", text):
-        values[_MONITOR_NAMES[name]] = int(value, 16)
+    for name, value in re.findall(r"\b([A-Z]+\d?) +([0-9a-f]{8})\b", text):
+        if name in _MONITOR_NAMES:
+            values[_MONITOR_NAMES[name]] = int(value, 16)
+    for end, space, value in re.findall(r"\bIA_([FB]) ([0-9a-f]{8}):([0-9a-f]{8})\b", text):
+        values[f"iasq_{end.lower()}"] = int(space, 16)
+        values[f"iaoq_{end.lower()}"] = int(value, 16)
     for end, value in re.findall(r"\bIA_([FB]) +([0-9a-f]{16})\b", text):
         values[f"iaoq_{end.lower()}"] = int(value, 16) & _U32
         if values.get("psw", 0) & _PSW_C:

@@ -107,4 +107,6 @@ ARCHITECTURE = Architecture(
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
+    # Most have no LoongArch: any little-endian architecture with registers of 64 bits can connect.
+    gdb_settings=("set architecture alpha",),
 )

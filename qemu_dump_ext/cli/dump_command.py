@@ -71,6 +71,7 @@ def _run(words: Sequence[str]) -> int:
             native_dump=monitor.native_dump,
             addresses=(arguments.qmp,),
             target_name=monitor.target_name,
+            qmp=monitor,
         )
         report = dump(request, access, sink, memory=arguments.memory, progress=progress)
     if watched:

@@ -193,7 +193,7 @@ class CrashCollector:
 
     def _take_from_qemu(self, qmp: SharedQmp) -> None:
         access = GuestAccess(
-            qmp, None, qmp.native_dump, (self._task.guest.address,), qmp.target_name
+            qmp, None, qmp.native_dump, (self._task.guest.address,), qmp.target_name, qmp
         )
         for take in (self._take_registers, self._take_queries):
             take(qmp)

@@ -134,7 +134,9 @@ class GuestSession:
         if self.contact is None:
             raise SourceError(f"QEMU is gone: nothing answers at {self.address}")
         loop = asyncio.get_running_loop()
-        return SharedQmp(self.contact.client, loop, answer_seconds=self._answer_seconds)
+        return SharedQmp(
+            self.contact.client, loop, self.address, answer_seconds=self._answer_seconds
+        )
 
     async def _connect(self, on_event: Callable[[Event], None]) -> Contact:
         connection = await self._open_socket()

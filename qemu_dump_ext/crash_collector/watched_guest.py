@@ -100,6 +100,8 @@ class WatchedGuest:
         self._also: Counter[str] = Counter()
         self._recent: deque[float] = deque()
         self._only_counted = 0
+        self._is_stored = False
+        self._next: CrashCause | None = None
         self._has_stopped = asyncio.Event()
         self._superseded = asyncio.Event()
         self._shut_down = False
@@ -191,7 +193,10 @@ class WatchedGuest:
         elif name == "RESUME" and not self.is_collecting:
             self._spawn(self._note(handled=None, stopped=False))
         if (cause := cause_of_event(event)) is not None:
-            self._crash(cause, waits=waits_for_stop(event))
+            waits = waits_for_stop(event)
+            if waits:
+                self._has_stopped.clear()
+            self._crash(cause, waits=waits)
 
     async def _look_at_status(self) -> None:
         with suppress(SourceError):
@@ -280,9 +285,12 @@ class WatchedGuest:
         if cause.kind not in self.guest.settings.causes:
             _logger.debug("not a crash here: %s", cause.detail, extra=self._extra())
         elif not self.is_collecting:
-            if self._is_too_many():
-                return
-            self._begin(cause, waits=waits, settle=settle)
+            if not self._is_too_many():
+                self._begin(cause, waits=waits, settle=settle)
+        elif self._is_stored:
+            # Of the guest after what was done about its last crash.
+            if self._next is None and not self._is_too_many():
+                self._next = cause
         elif self._cause is not None and self._cause.kind == "console" and not settle:
             self._also[f"{self._cause.kind}: {self._cause.detail}"] += 1
             self._cause = cause
@@ -319,8 +327,8 @@ class WatchedGuest:
         if self._only_counted:
             self._also["crashed too often: only counted"] = self._only_counted
             self._only_counted = 0
+        self._is_stored = False
         self._superseded.clear()
-        self._has_stopped.clear()
         time = time or utc_text(self._services.now())
         self._collection = asyncio.create_task(
             self._collect(time, waits=waits, settle=settle, gone=gone)
@@ -335,7 +343,12 @@ class WatchedGuest:
 
     def _collection_ended(self, task: asyncio.Task[CrashRecord]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
+        if task.cancelled():
+            return
+        following, self._next = self._next, None
+        if following is not None and not self._services.ending.is_set():
+            self._begin(following, waits=waits_for_stop(following.event or {}))
+        if (error := task.exception()) is None:
             return
         if isinstance(error, (DumpError, CollectionGivenUpError)):
             _logger.error("not collected: %s", error, extra=self._extra())
@@ -355,6 +368,7 @@ class WatchedGuest:
         if settle:
             await _at_most(_SETTLE_SECONDS, self._superseded)
         record = await self._store_crash(time, gone)
+        self._is_stored = True
         await self._note(cause=None, stored=record.id)
         _logger.error(
             "collected: %s, %s",

@@ -7,7 +7,7 @@ write_elf_phdr_loads(), create_vmcore().
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -35,8 +35,10 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.page_pipeline import (
+    Buffer,
     Piece,
     PieceWork,
+    ResultT,
     pieces_of_blocks,
     populated_ranges,
     read_through,
@@ -152,8 +154,7 @@ def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, 
     offset, all bits set.
     """
     blocks = plan.ram_blocks
-    starts = [block.gpa for block in blocks]
-    offsets = list(accumulate((block.size for block in blocks), initial=memory_offset))
+    starts, offsets = _block_places(plan, memory_offset)
     for segment in plan.segments:
         index = bisect_right(starts, segment.gpa) - 1
         if index < 0 or segment.gpa >= blocks[index].end:
@@ -162,6 +163,13 @@ def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, 
         inside = segment.gpa - starts[index]
         size = min(segment.size, blocks[index].end - segment.gpa)
         yield segment, offsets[index] + inside, size
+
+
+def _block_places(plan: DumpPlan, memory_offset: int) -> tuple[list[int], list[int]]:
+    """Return first gpa and file offset of every RAM block."""
+    starts = [block.gpa for block in plan.ram_blocks]
+    sizes = (block.size for block in plan.ram_blocks)
+    return starts, list(accumulate(sizes, initial=memory_offset))
 
 
 def _check(request: DumpRequest, _sink: Sink) -> None:
@@ -185,68 +193,57 @@ def _write(
         )
         sink.require_room(layout.size - plan.memory_size + populated)
         sink.write_at(0, layout.head)
-        writer: _StreamWriter = _HoleWriter(sink, len(layout.head))
+        _read_all(memory, plan, _places_content(sink, plan, len(layout.head)), progress, request)
+        sink.write_at(layout.size - len(layout.tail), layout.tail)
+        sink.set_size(layout.size)
     else:
         sink.require_room(layout.size)
         sink.write(layout.head)
-        writer = _StreamWriter(sink)
+        _read_all(memory, plan, _writes_in_order(sink), progress, request)
+        sink.write(layout.tail)
+
+
+def _read_all(
+    memory: GuestMemory,
+    plan: DumpPlan,
+    work: PieceWork[ResultT],
+    progress: ProgressCallback,
+    request: DumpRequest,
+) -> None:
     pieces = pieces_of_blocks(memory, plan.ram_blocks)
-    read_through(memory, pieces, writer.work(), progress, request.threads)
-    writer.finish(layout)
+    read_through(memory, pieces, work, progress, threads=request.threads)
 
 
-@dataclass(frozen=True)
-class _Content:
-    # A piece, and the ranges of its buffer outside of which everything is zero.
-    size: int
-    view: memoryview
-    ranges: Sequence[tuple[int, int]]
-
-
-class _StreamWriter:
-    # Everything in order, for pipes.
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
-
-    def work(self) -> PieceWork[_Content]:
-        return PieceWork(
-            self._pack, lambda piece: _Content(piece.size, _NOTHING, ()), self._consume
-        )
-
-    def _pack(self, piece: Piece, view: memoryview) -> _Content:
-        return _Content(piece.size, view, ((0, piece.size),))
-
-    def _consume(self, content: _Content) -> None:
-        if content.ranges:
-            self._sink.write(content.view)
+def _writes_in_order(sink: Sink) -> PieceWork[tuple[int, memoryview]]:
+    # For pipes, and files that are to have no holes.
+    def consume(content: tuple[int, memoryview]) -> None:
+        left, view = content
+        if view:
+            sink.write(view)
             return
-        left = content.size
         while left:
             some = min(left, len(_ZEROS))
-            self._sink.write(_ZEROS[:some])
+            sink.write(_ZEROS[:some])
             left -= some
 
-    def finish(self, layout: ElfLayout) -> None:
-        self._sink.write(layout.tail)
+    return PieceWork(
+        lambda piece, buffer: (piece.size, buffer.view),
+        lambda piece: (piece.size, _NOTHING),
+        consume,
+    )
 
 
-class _HoleWriter(_StreamWriter):
-    # What is not zero, at its place in a new file.
-    def __init__(self, sink: Sink, offset: int) -> None:
-        super().__init__(sink)
-        self._offset = offset
+def _places_content(sink: Sink, plan: DumpPlan, memory_offset: int) -> PieceWork[None]:
+    # What is not zero, at its place in a new file. The workers write.
+    starts, offsets = _block_places(plan, memory_offset)
 
-    def _pack(self, piece: Piece, view: memoryview) -> _Content:
-        return _Content(piece.size, view, runs_with_content(view, _FILE_BLOCK, _SMALLEST_HOLE))
+    def write(piece: Piece, buffer: Buffer) -> None:
+        index = bisect_right(starts, piece.gpa) - 1
+        offset = offsets[index] + piece.gpa - starts[index]
+        for start, end in runs_with_content(buffer.view, _FILE_BLOCK, _SMALLEST_HOLE):
+            sink.write_at(offset + start, buffer.view[start:end])
 
-    def _consume(self, content: _Content) -> None:
-        for start, end in content.ranges:
-            self._sink.write_at(self._offset + start, content.view[start:end])
-        self._offset += content.size
-
-    def finish(self, layout: ElfLayout) -> None:
-        self._sink.write_at(self._offset, layout.tail)
-        self._sink.set_size(layout.size)
+    return PieceWork(write, lambda _: None, lambda _: None)
 
 
 FORMAT = DumpFormat("elf", _check, _write)

@@ -7,10 +7,9 @@ byte-identical as well; otherwise writes are large.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 
 from qemu_dump_ext.c_struct import Abi
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
@@ -28,14 +27,18 @@ from qemu_dump_ext.kdump_structs import (
     KDUMP_SUB_HEADER,
     PAGE_DESCRIPTOR,
 )
+from qemu_dump_ext.packing_processes import PackingProcesses
 from qemu_dump_ext.page_codecs import all_page_codecs
-from qemu_dump_ext.page_codecs._declaration import Compress, PageCodec
-from qemu_dump_ext.page_pipeline import Piece, cut, read_through
+from qemu_dump_ext.page_codecs._declaration import PageCodec
+from qemu_dump_ext.page_packing import Compression, Packer
+from qemu_dump_ext.page_pipeline import Piece, cut, read_through, worker_count
 
 UNCOMPRESSED = "none"
 """The word for a kdump whose pages are stored as they are."""
 _U32 = (1 << 32) - 1
 _DUMP_LEVEL = 1
+_WORTH_PROCESSES = 256 << 20
+"""Bytes of guest memory from which on starting them takes less time than they save."""
 
 
 @dataclass(frozen=True)
@@ -187,17 +190,20 @@ def _check(request: DumpRequest, sink: Sink) -> None:
         raise RequestError(
             f"{sink.name}: kdump-raw formats require a seekable file", hint="leave out -R"
         )
-    compressor = _compressor(request, codec)
-    if compressor is not None:
-        compressor()  # may need a package that is not there
+    _compression(request).compressor()  # may need a package that is not there
 
 
-def _compressor(request: DumpRequest, codec: PageCodec | None) -> Callable[[], Compress] | None:
-    if codec is None:
-        return None
-    if request.exact or codec.tuned is None:
-        return codec.compressor
-    return partial(codec.tuned, request.level)
+def _compression(request: DumpRequest) -> Compression:
+    codec = _codec(request)
+    return Compression(codec.name if codec else None, request.exact, request.level)
+
+
+def _packer(request: DumpRequest, page_size: int, memory_size: int) -> Packer:
+    workers = request.threads or worker_count()
+    compression = _compression(request)
+    if workers == 1 or compression.codec is None or memory_size < _WORTH_PROCESSES:
+        return Packer(page_size, compression)
+    return PackingProcesses(page_size, compression, workers)
 
 
 def _write(
@@ -212,12 +218,12 @@ def _write(
     form = PageForm(
         page_size=plan.page_size,
         descriptor=PAGE_DESCRIPTOR.bind(layout.abi),
-        compressor=_compressor(request, codec),
         page_flag=codec.page_flag if codec else 0,
         keep_zero_pages=not request.exclude_zero,
         pfn_base=plan.pfn_base,
     )
-    with _container(sink, raw=request.raw) as write_at:
+    with ExitStack() as stack:
+        write_at = stack.enter_context(_container(sink, raw=request.raw))
         write_at(0, layout.header)
         write_at(layout.sub_header_offset, layout.sub_header)
         write_at(layout.notes_offset, plan.notes)
@@ -228,14 +234,23 @@ def _write(
             most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
             data_offset = layout.descriptor_offset + most * form.descriptor.size
         make_writer = OrderedPageWriter if request.exact and not request.raw else BulkPageWriter
+        packer = stack.enter_context(_packer(request, plan.page_size, plan.memory_size))
         writer = make_writer(
             form,
+            packer,
             write_at,
             descriptor_offset=layout.descriptor_offset,
             data_offset=data_offset,
         )
         _write_bitmaps(layout, plan, write_at, both=not request.exclude_zero)
-        read_through(memory, pieces, writer.work(), progress, request.threads)
+        read_through(
+            memory,
+            pieces,
+            writer.work(),
+            progress,
+            threads=request.threads,
+            buffers=packer.buffers,
+        )
         writer.finish()
         if isinstance(writer, BulkPageWriter) and request.exclude_zero:
             _write_second_bitmap(layout, plan.page_size, writer.bitmap, write_at)

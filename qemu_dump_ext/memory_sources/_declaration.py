@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from qemu_dump_ext.guest import GuestMemory, Monitor, RamBlock, Stub
+from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub
 
 
 @dataclass(frozen=True)
@@ -18,12 +18,14 @@ class SourceContext:
         stub: The gdbstub, where the door has one.
         ram_blocks: Of the guest, by ascending gpa.
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
+        qmp: QEMU's QMP, where the door has one.
     """
 
     monitor: Monitor
     stub: Stub | None
     ram_blocks: Sequence[RamBlock]
     addresses: Sequence[str] = ()
+    qmp: DescriptorMonitor | None = None
 
 
 @dataclass(frozen=True)

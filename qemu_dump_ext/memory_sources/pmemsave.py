@@ -6,56 +6,71 @@ Needs only a monitor, and a directory that this process and QEMU share.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
-from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest import GuestMemory, Monitor
+from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
+from qemu_dump_ext.guest import AsyncMonitor, GuestMemory, Monitor
 from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
+from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
 from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
 
 
-class PmemsaveMemory:
-    """Guest memory by `pmemsave`."""
+class SavedPieces:
+    """Has QEMU save ranges."""
 
-    name = "pmemsave"
+    piece_size = 8 << 20  # /dev/shm of a container may have 64 MiB
 
     def __init__(self, monitor: Monitor, directory: Path) -> None:
         self._monitor = monitor
-        path = directory / "memory"
-        # The file exists before QEMU opens it: what QEMU on another host, or in another mount
-        # namespace, writes under this name does not appear in ours.
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        self._name_for_qemu = quote_for_monitor(path)
+        self._paths = [directory / f"memory{number}" for number in range(FILE_COUNT)]
+        # The files exist before QEMU opens them: what QEMU on another host, or in another mount
+        # namespace, writes under these names does not appear in ours.
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        self._files = [os.open(path, flags, 0o600) for path in self._paths]
 
-    def read_into(self, gpa: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `gpa` on."""
-        size = len(buffer)
-        os.ftruncate(self._descriptor, 0)
-        answer = self._monitor.execute(f"pmemsave {gpa:#x} {size:#x} {self._name_for_qemu}")
-        if answer.strip():
-            raise GuestMemoryFaultError(gpa, size, f"QEMU's pmemsave: {answer.strip()}")
-        received = os.preadv(self._descriptor, [buffer], 0)
-        if received != size:
-            raise GuestMemoryFaultError(
-                gpa,
-                size,
-                f"QEMU's file does not appear here ({received} bytes came):"
-                " QEMU is on another host or in another mount namespace",
-            )
+    @property
+    def is_async(self) -> bool:
+        """Tell whether QEMU writes while something else is done."""
+        return isinstance(self._monitor, AsyncMonitor)
+
+    def begin(self, file: int, gpa: int, size: int) -> Callable[[], FilePlace]:
+        """Ask for a range."""
+        descriptor = self._files[file]
+        os.ftruncate(descriptor, 0)
+        command = f"pmemsave {gpa:#x} {size:#x} {quote_for_monitor(self._paths[file])}"
+        if isinstance(self._monitor, AsyncMonitor):
+            answer = self._monitor.begin(command)
+        else:
+            answer = partial(self._monitor.execute, command)
+
+        def place() -> FilePlace:
+            text = answer().strip()
+            if text:
+                raise GuestMemoryFaultError(gpa, size, f"QEMU's pmemsave: {text}")
+            received = os.fstat(descriptor).st_size
+            if received != size:
+                raise SourceError(
+                    f"QEMU's file does not appear here ({received} of {size} bytes came):"
+                    " QEMU is on another host or in another mount namespace"
+                )
+            return FilePlace(descriptor, 0)
+
+        return place
 
     def close(self) -> None:
-        """Close the file."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        """Close the files."""
+        while self._files:
+            os.close(self._files.pop())
 
 
 @contextmanager
 def _open(context: SourceContext) -> Iterator[GuestMemory]:
     with shared_directory() as directory:
-        memory = PmemsaveMemory(context.monitor, directory)
+        pieces = SavedPieces(context.monitor, directory)
+        memory = PiecewiseMemory("pmemsave", context.ram_blocks, pieces)
         try:
             yield memory
         finally:

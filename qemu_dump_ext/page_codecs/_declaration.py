@@ -71,6 +71,29 @@ def bad_page(codec: str, reason: object) -> CorruptDumpError:
     return CorruptDumpError(f"{codec} page does not unpack: {reason}")
 
 
+def unpack_page(
+    codec: str, page_size: int, unpack: Callable[[], bytes], error: type[Exception]
+) -> bytes:
+    """Return what `unpack` returns: one page.
+
+    Args:
+        codec: For messages.
+        page_size: In bytes.
+        unpack: Calls the library.
+        error: What the library raises for damage; its cause, if any, says more.
+
+    Raises:
+        CorruptDumpError: It is damaged, or no page.
+    """
+    try:
+        page = unpack()
+    except error as damage:
+        raise bad_page(codec, damage.__cause__ or damage) from damage
+    if len(page) != page_size:
+        raise wrong_size(codec, len(page), page_size)
+    return page
+
+
 def wrong_size(codec: str, size: int | str, page_size: int) -> CorruptDumpError:
     """Return the error for a page that unpacks to another size than a page's, in bytes."""
     return bad_page(codec, f"it has {size} bytes instead of {page_size}")

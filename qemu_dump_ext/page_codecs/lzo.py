@@ -5,6 +5,7 @@ Source: QEMU dump/dump.c (lzo1x_1_compress); makedumpfile.c (lzo1x_decompress_sa
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_LZO
@@ -12,9 +13,8 @@ from qemu_dump_ext.page_codecs._declaration import (
     Compress,
     Decompress,
     PageCodec,
-    bad_page,
     import_package,
-    wrong_size,
+    unpack_page,
 )
 
 _PACKAGE = "python-lzo"
@@ -39,13 +39,8 @@ def _decompressor() -> Decompress:
     lzo = _import()
 
     def decompress(data: bytes | memoryview, page_size: int) -> bytes:
-        try:
-            page: bytes = lzo.decompress(bytes(data), False, page_size)
-        except lzo.error as error:
-            raise bad_page("lzo", error) from error
-        if len(page) != page_size:
-            raise wrong_size("lzo", len(page), page_size)
-        return page
+        unpack = partial(lzo.decompress, bytes(data), False, page_size)
+        return unpack_page("lzo", page_size, unpack, lzo.error)
 
     return decompress
 

@@ -5,6 +5,7 @@ Source: QEMU dump/dump.c (snappy_compress); snappy format_description.txt (lengt
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_SNAPPY
@@ -14,6 +15,7 @@ from qemu_dump_ext.page_codecs._declaration import (
     PageCodec,
     bad_page,
     import_package,
+    unpack_page,
     wrong_size,
 )
 
@@ -38,10 +40,7 @@ def _unpacked_size(data: bytes | memoryview) -> int:
 def _compressor() -> Compress:
     snappy = _import()
 
-    def compress(page: bytes | memoryview) -> bytes:
-        packed: bytes = snappy.compress(page)
-        return packed
-
+    compress: Compress = snappy.compress
     return compress
 
 
@@ -53,13 +52,8 @@ def _decompressor() -> Decompress:
         size = _unpacked_size(data)
         if size != page_size:
             raise wrong_size("snappy", size, page_size)
-        try:
-            page: bytes = snappy.uncompress(data)
-        except snappy.UncompressError as error:
-            raise bad_page("snappy", error.__cause__ or error) from error
-        if len(page) != page_size:
-            raise wrong_size("snappy", len(page), page_size)
-        return page
+        unpack = partial(snappy.uncompress, data)
+        return unpack_page("snappy", page_size, unpack, snappy.UncompressError)
 
     return decompress
 

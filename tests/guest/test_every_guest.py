@@ -18,6 +18,7 @@ from tests.support.doors import child_environment, run_cli, run_gdb
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
+from tests.support.user_mode import stop_in_user_mode
 
 pytestmark = [pytest.mark.guest, pytest.mark.qemu, pytest.mark.gdb]
 
@@ -28,12 +29,13 @@ NOT_BY_QEMU = ("mips64el", "mipsel")
 DUMPED_BY_QEMU = [name for name in IMAGES if name not in NOT_BY_QEMU]
 # QEMU 7.2 cannot load the kernel; the package has a QEMU that can.
 NEWER_QEMU = {"loongarch64": "qemu-system-misc"}
-# gdb 13 does not know the architecture at all.
+# gdb 13 does not know the architecture at all: it shows nothing of a core.
 NOT_BY_GDB = ("loongarch64",)
 # What a gdb without symbols has to be told of a target to show it; our commands need none of it.
 GDB_SETTINGS = {"s390x": ["set endian big"]}
 # What it has to be told to connect at all.
 BEFORE_CONNECTING = {
+    "loongarch64": ["set architecture alpha"],
     "mips64el": ["set architecture mips:isa64r2", "set endian little"],
     "mipsel": ["set architecture mips:isa32r2", "set endian little"],
 }
@@ -47,12 +49,6 @@ of_those_dumped_by_qemu = pytest.mark.parametrize(
 )
 of_those_that_gdb_knows = pytest.mark.parametrize(
     "guest", [name for name in IMAGES if name not in NOT_BY_GDB], indirect=True, scope="module"
-)
-of_those_that_qemu_and_gdb_know = pytest.mark.parametrize(
-    "guest",
-    [name for name in DUMPED_BY_QEMU if name not in NOT_BY_GDB],
-    indirect=True,
-    scope="module",
 )
 of_the_others = pytest.mark.parametrize("guest", NOT_BY_QEMU, indirect=True, scope="module")
 
@@ -77,12 +73,8 @@ def native(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Orac
 
 @pytest.fixture(scope="module")
 def core(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Our ELF core, by gdb and the stub alone where gdb can."""
+    """Our ELF core, by gdb and the stub alone."""
     path = tmp_path_factory.mktemp("ours") / "core"
-    if guest.image.name in NOT_BY_GDB:
-        done = run_cli("--qmp", guest.qmp_sockets[0], path)
-        assert done.returncode == 0, done.stderr
-        return path
     commands = [f"qemu-dump-guest-memory {path}", "print $_qemu_dump_status"]
     before = BEFORE_CONNECTING.get(guest.image.name, [])
     done = run_gdb(guest, commands, "gdb-multiarch", before=before)
@@ -102,10 +94,12 @@ def test_exact_dump_by_qmp_is_qemus(
     assert filecmp.cmp(ours, native.take(dump_format), shallow=False)
 
 
-@of_those_that_qemu_and_gdb_know
+@of_those_dumped_by_qemu
 def test_exact_dump_by_the_stub_is_qemus(guest: BootedGuest, native: OracleDumps, tmp_path: Path):
     ours = tmp_path / "ours"
-    done = run_gdb(guest, [f"qemu-dump-guest-memory --exact -z {ours}"], "gdb-multiarch")
+    command = f"qemu-dump-guest-memory --exact -z {ours}"
+    before = BEFORE_CONNECTING.get(guest.image.name, [])
+    done = run_gdb(guest, [command], "gdb-multiarch", before=before)
     assert filecmp.cmp(ours, native.take("kdump-zlib"), shallow=False), done.stdout + done.stderr
 
 
@@ -157,3 +151,59 @@ def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
         capture_output=True,
         env=child_environment(),
     )
+
+
+# From here on the vCPUs are in user mode, and stay there.
+
+
+@pytest.fixture(scope="module")
+def guest_in_user_mode(guest: BootedGuest) -> BootedGuest:
+    stop_in_user_mode(guest)
+    return guest
+
+
+@pytest.fixture(scope="module")
+def native_in_user_mode(
+    guest_in_user_mode: BootedGuest, tmp_path_factory: pytest.TempPathFactory
+) -> OracleDumps:
+    return OracleDumps(guest_in_user_mode, tmp_path_factory.mktemp("native"))
+
+
+@of_those_dumped_by_qemu
+def test_exact_dump_by_qmp_of_programs_is_qemus(
+    guest_in_user_mode: BootedGuest, native_in_user_mode: OracleDumps, tmp_path: Path
+):
+    ours = tmp_path / "ours"
+    done = run_cli("--qmp", guest_in_user_mode.qmp_sockets[0], "--exact", ours)
+    assert done.returncode == 0, done.stderr
+    assert filecmp.cmp(ours, native_in_user_mode.elf, shallow=False)
+
+
+@of_those_dumped_by_qemu
+def test_exact_dump_by_the_stub_of_programs_is_qemus(
+    guest_in_user_mode: BootedGuest, native_in_user_mode: OracleDumps, tmp_path: Path
+):
+    ours = tmp_path / "ours"
+    command = f"qemu-dump-guest-memory --exact {ours}"
+    before = BEFORE_CONNECTING.get(guest_in_user_mode.image.name, [])
+    done = run_gdb(guest_in_user_mode, [command], "gdb-multiarch", before=before)
+    assert filecmp.cmp(ours, native_in_user_mode.elf, shallow=False), done.stdout + done.stderr
+
+
+@of_the_others
+def test_gdb_shows_the_registers_of_programs(guest_in_user_mode: BootedGuest, tmp_path: Path):
+    guest, core = guest_in_user_mode, tmp_path / "core"
+    names = [*(f"r{index}" for index in range(1, 32)), "lo", "hi", "pc", "sr", "bad", "cause"]
+    values = ", ".join(f"${name}" for name in names)
+    show = f'thread apply all -ascending printf "vcpu{" %#lx" * len(names)}\\n", {values}'
+    before = BEFORE_CONNECTING[guest.image.name]
+    commands = [f"qemu-dump-guest-memory {core}", show]
+    # Without, gdb cuts addresses of a live guest to 32 bits.
+    before = [*before, "set mips abi n64"] if guest.image.name == "mips64el" else before
+    live = run_gdb(guest, commands, "gdb-multiarch", before=before)
+    done = run_gdb(None, [f"core-file {core}", show], "gdb-multiarch")
+    shown, expected = (
+        re.findall(r"^vcpu (.*)$", text, re.MULTILINE) for text in (done.stdout, live.stdout)
+    )
+    assert len(expected) == guest.image.cpus, live.stdout + live.stderr
+    assert shown == expected

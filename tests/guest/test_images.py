@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,10 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest_images.machine import BootedGuest, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.doors import run_cli, run_gdb
+from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
+from tests.support.user_mode import stop_in_user_mode
 
 _MIB = 1 << 20
 
@@ -45,6 +49,21 @@ def test_the_kernel_has_given_its_vmcoreinfo(x86_64_guest: BootedGuest, tmp_path
         qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{dump}", begin=0, length=1)
     assert b"VMCOREINFO\0" in dump.read_bytes()
     assert f"OSRELEASE={x86_64_guest.files.release}\n".encode() in dump.read_bytes()
+
+
+@pytest.mark.guest
+@pytest.mark.gdb
+def test_exact_dumps_of_programs_are_qemus(x86_64_guest: BootedGuest, tmp_path: Path):
+    stop_in_user_mode(x86_64_guest)
+    native = OracleDumps(x86_64_guest, tmp_path)
+    by_qmp, by_stub = tmp_path / "by-qmp", tmp_path / "by-stub"
+    done = run_cli("--qmp", x86_64_guest.qmp_sockets[0], "--exact", by_qmp)
+    assert done.returncode == 0, done.stderr
+    in_gdb = run_gdb(x86_64_guest, [f"qemu-dump-guest-memory --exact {by_stub}"])
+    assert filecmp.cmp(by_qmp, native.elf, shallow=False)
+    assert filecmp.cmp(by_stub, native.elf, shallow=False), in_gdb.stdout + in_gdb.stderr
+    with RawQmp(x86_64_guest.qmp_sockets[0]) as qmp:
+        qmp.execute("cont")
 
 
 @pytest.mark.guest

@@ -318,3 +318,19 @@ def test_proxy_ends_in_the_middle(slow: Bench, tmp_path: Path):
         assert second.stop()[0] == 130
     assert not path.exists()
     _assert_as_before(slow, tmp_path)
+
+
+def test_a_target_that_qemu_refuses_is_dumped(tmp_path: Path):
+    ours, native = tmp_path / "ours", tmp_path / "native"
+    command = "qemu-system-or1k"
+    if shutil.which(command) is None:
+        pytest.skip(f"{command} is not installed")
+    with (
+        stopped_machine([command]) as machine,
+        Proxy(tmp_path, "--qmp", machine.qmp_sockets[0]) as proxy,
+        HmpSocket(proxy.socket) as client,
+    ):
+        refusal = client.command(f"dump-guest-memory --native {native}")
+        assert refusal == "Error: this feature or command is not currently supported\n"
+        client.command(f"dump-guest-memory {ours}")
+        assert ours.read_bytes()[:4] == b"\x7fELF"

@@ -152,14 +152,14 @@ def test_an_unwritable_directory(stopped: QemuMachine, tmp_path: Path, door: str
 
 @pytest.mark.parametrize("door", DOORS)
 def test_force_replaces_also_behind_a_link(stopped: QemuMachine, folder: Path, door: str):
-    inode = (folder / "existing").stat().st_ino
     for name in ("existing", "link"):
+        inode = (folder / "existing").stat().st_ino
         (folder / "existing").write_text("precious")
         result = run_cli(*way_to(door, stopped), "--force", folder / name)
         assert result.returncode == 0, result.stderr
         assert (folder / "link").is_symlink()
         assert (folder / "existing").read_bytes()[:4] == b"\x7fELF"
-    assert (folder / "existing").stat().st_ino != inode
+        assert (folder / "existing").stat().st_ino != inode
 
 
 @pytest.mark.parametrize("door", DOORS)

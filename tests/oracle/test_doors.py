@@ -60,8 +60,9 @@ DOORS: dict[str, Door] = {
 SOURCES_OF_DOORS = [
     (door, source)
     for door in DOORS
-    for source in ("process", "pmemsave", "gdbstub")
-    if (door, source) != ("cli-by-qmp", "gdbstub")  # there is no stub behind a QMP socket
+    for source in ("process", "native_stream", "pmemsave", "gdbstub")
+    # There is no stub behind a QMP socket, and no QMP behind a stub.
+    if (door, source) not in {("cli-by-qmp", "gdbstub"), ("gdb-stub-only", "native_stream")}
 ]
 FORMATS = {
     "elf": (),

@@ -33,7 +33,7 @@ def pages_of(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize("flattened", [False, True])
-@pytest.mark.parametrize("source", ["process", "pmemsave"])
+@pytest.mark.parametrize("source", ["process", "native_stream", "pmemsave"])
 def test_pages(
     bare_machine: QemuMachine,
     bare_native: OracleDumps,

@@ -94,7 +94,7 @@ def machine(request: pytest.FixtureRequest) -> QemuMachine:
     return found
 
 
-@pytest.mark.parametrize("source", ["auto", "process", "pmemsave"])
+@pytest.mark.parametrize("source", ["auto", "process", "native_stream", "pmemsave"])
 @pytest.mark.parametrize(("dump_format", "words"), [("elf", ()), ("kdump_zlib", ("-z",))])
 def test_exact_dump_is_qemus(machine, tmp_path: Path, source, dump_format, words):
     # Ours first: QEMU's own dump touches all memory, and then nothing is unknown to the page map.
@@ -127,13 +127,14 @@ def test_memory_that_is_not_shared_is_in_no_file(private_file_machine, tmp_path:
 @contextmanager
 def opened(machine: QemuMachine, source: str) -> Iterator[tuple[GuestMemory, ProbedGuest]]:
     with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
-        guest = probe_guest(GuestAccess(monitor, None, monitor.native_dump))
-        context = SourceContext(monitor, None, guest.ram_blocks, (str(machine.qmp_sockets[0]),))
-        with open_memory(source, context) as chosen:
+        addresses = (str(machine.qmp_sockets[0]),)
+        access = GuestAccess(monitor, None, monitor.native_dump, addresses, qmp=monitor)
+        guest = probe_guest(access)
+        with open_memory(source, access.source_context(guest.ram_blocks)) as chosen:
             yield chosen.memory, guest
 
 
-SOURCES = ["backing_file", "process", "pmemsave"]
+SOURCES = ["backing_file", "process", "native_stream", "pmemsave"]
 
 
 @pytest.mark.parametrize("source", SOURCES)

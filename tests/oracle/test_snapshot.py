@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 @pytest.mark.qemu
-@pytest.mark.parametrize("source", ["process", "pmemsave"])
+@pytest.mark.parametrize("source", ["process", "native_stream", "pmemsave"])
 @pytest.mark.parametrize(("dump_format", "words"), [("elf", ()), ("kdump_zlib", ("-z",))])
 def test_a_dump_of_the_copy_is_qemus(
     bare_machine: QemuMachine,

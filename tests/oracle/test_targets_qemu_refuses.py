@@ -12,7 +12,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ import pytest
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.doors import child_environment, gdb_argv, run_cli, run_gdb
+from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
+_REFUSED = "not currently supported|not supported on this target"
 _BIOS_SIZE = 1 << 20
 _INCOMPLETE = re.compile(r"^incomplete: vCPU \d+ has zero for (.*) in its note", re.MULTILINE)
 
@@ -39,7 +41,7 @@ class Target:
     """One guest.
 
     Attributes:
-        name: Behind qemu-system-.
+        name: Of the architecture.
         arguments: Of QEMU.
         stub: Registers in the order of the stub's numbers; `-` is not planted, a trailing `=`
             is not either, but is compared.
@@ -57,6 +59,9 @@ class Target:
         flags: Bits that are set in registers which are not planted.
         missing: Registers that no source gives.
         missing_by_qmp: Registers that only the stub gives.
+        package: Which has a newer QEMU; empty: the machine's own.
+        emulator: Behind qemu-system-, where it is not the name.
+        stub_order: Byte order of the stub, where it is another one than the target's.
     """
 
     name: str
@@ -75,6 +80,9 @@ class Target:
     flags: dict[str, int] = field(default_factory=dict)
     missing: str = ""
     missing_by_qmp: str = ""
+    package: str = ""
+    emulator: str = ""
+    stub_order: ByteOrder | None = None
 
     @property
     def word(self) -> int:
@@ -275,6 +283,28 @@ TARGETS = (
 )
 
 
+_PACKAGES = dict.fromkeys(("mips", "mipsel", "mips64", "mips64el"), "qemu-system-mips")
+_PACKAGES |= {"sparc64": "qemu-system-sparc"}
+_OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
+    # The monitor shows all control registers.
+    "hppa": {"arguments": ("-M", "B160L", "-smp", "2"), "missing": "", "missing_by_qmp": ""},
+    "microblazeel": {
+        "arguments": ("-M", "petalogix-ml605"),
+        "emulator": "microblaze",
+        "stub_order": "big",
+    },
+}
+NEWER_TARGETS = tuple(
+    replace(
+        target,
+        package=_PACKAGES.get(target.name, "qemu-system-misc"),
+        **_OTHERWISE_IN_NEWER.get(target.name, {}),
+    )
+    for target in TARGETS
+)
+ALL_TARGETS = (*TARGETS, *NEWER_TARGETS)
+
+
 @dataclass(frozen=True)
 class Taken:
     """What was dumped of a target, and how.
@@ -292,8 +322,20 @@ class Taken:
     statuses: dict[str, int]
 
 
+def _plant_memory(machine: QemuMachine) -> None:
+    """Write what a newer QEMU needs to tell the byte order of some targets by QMP."""
+    with RawQmp(machine.qmp_sockets[0]) as qmp:
+        text = qmp.execute("human-monitor-command", **{"command-line": "info mtree -f"})
+    first = re.search(r"([0-9a-f]{16})-[0-9a-f]{16} \(prio \d+, ram\)", text)
+    assert first
+    with RawGdbstub(machine.gdb_socket) as stub:
+        assert stub.packet("Qqemu.PhyMemMode:1") == "OK"
+        assert stub.packet(f"M{int(first[1], 16):x},4:01020304") == "OK"
+        assert stub.packet("Qqemu.PhyMemMode:0") == "OK"
+
+
 def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
-    order: ByteOrder = "big" if target.big else "little"
+    order: ByteOrder = target.stub_order or ("big" if target.big else "little")
     shown = []
     with RawGdbstub(machine.gdb_socket) as stub:
         threads = []
@@ -303,8 +345,12 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
             answer = stub.packet("qsThreadInfo")
         for thread in threads:
             stub.packet(f"Hg{thread}")
-            data = bytearray.fromhex(stub.packet("g"))
             fields = _stub_fields(target)
+            end = max(offset for offset, _ in fields.values()) + target.word
+            data = bytearray.fromhex(stub.packet("g"))
+            if len(data) < end:
+                shown.append(_plant_one_by_one(stub, target, thread))
+                continue
             for name, (offset, planted) in fields.items():
                 if planted:
                     value = hashlib.shake_128(f"{thread} {name}".encode()).digest(target.word)
@@ -314,7 +360,6 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
                     number = int.from_bytes(held, order) | target.flags.get(name, 0)
                 data[offset : offset + target.word] = number.to_bytes(target.word, order)
             # What follows may be another name of the same registers.
-            end = max(offset for offset, _ in fields.values()) + target.word
             assert stub.packet(f"G{data[:end].hex()}") == "OK"
             data = bytearray.fromhex(stub.packet("g"))
             values = {
@@ -324,6 +369,22 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
             assert len(set(values.values())) > len(values) * 3 // 4
             assert all(values[name] & bits == bits for name, bits in target.flags.items())
             shown.append(values)
+    return shown
+
+
+def _plant_one_by_one(stub: RawGdbstub, target: Target, thread: str) -> dict[str, int]:
+    fields = _stub_fields(target)
+    shown = {}
+    for name, register, size in stub.described_registers():
+        if name in fields:
+            held = int(stub.packet(f"p{register:x}"), 16)
+            value = hashlib.shake_128(f"{thread} {name}".encode()).digest(size)
+            number = int.from_bytes(value, "big") & ~3
+            if not fields[name][1]:
+                number = held | target.flags.get(name, 0)
+            assert stub.packet(f"P{register:x}={number:0{2 * size}x}") == "OK"
+            shown[name] = int(stub.packet(f"p{register:x}"), 16)
+    assert len(set(shown.values())) > len(fields) * 3 // 4
     return shown
 
 
@@ -337,16 +398,17 @@ def _stub_fields(target: Target) -> dict[str, tuple[int, bool]]:
 
 
 def _of(targets: Iterable[Target]) -> pytest.MarkDecorator:
-    by_name = {target.name: target for target in targets}
+    by_name = {f"{'newer-' * bool(target.package)}{target.name}": target for target in targets}
     return pytest.mark.parametrize(
         "taken", by_name.values(), ids=by_name, indirect=True, scope="module"
     )
 
 
-of_all = _of(TARGETS)
-of_mips = _of(target for target in TARGETS if target.e_machine == 8)
+of_all = _of(ALL_TARGETS)
+of_those_of_the_machine = _of(TARGETS)
+of_mips = _of(target for target in ALL_TARGETS if target.e_machine == 8)
 of_mipsel = _of(target for target in TARGETS if target.name == "mipsel")
-of_those_gdb_takes = _of(target for target in TARGETS if target.shown)
+of_those_gdb_takes = _of(target for target in ALL_TARGETS if target.shown)
 
 
 @pytest.fixture(scope="module")
@@ -354,24 +416,30 @@ def taken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Taken]:
     target: Target = request.param
-    qemu = f"qemu-system-{target.name}"
-    if shutil.which(qemu) is None or shutil.which("gdb-multiarch") is None:
-        pytest.skip(f"{qemu} or gdb-multiarch is not installed")
+    emulator = target.emulator or target.name
+    command = [f"qemu-system-{emulator}"]
+    if target.package:
+        command = newer_qemu_command(emulator, target.package)
+    if shutil.which(command[0]) is None or shutil.which("gdb-multiarch") is None:
+        pytest.skip(f"{command[0]} or gdb-multiarch is not installed")
     folder = tmp_path_factory.mktemp(target.name)
     bios = folder / "bios"
     bios.write_bytes(bytes(_BIOS_SIZE))
     arguments = [str(bios) if word == "BIOS" else word for word in target.arguments]
-    with stopped_machine([qemu], arguments) as machine:
+    with stopped_machine(command, arguments) as machine:
+        _plant_memory(machine)
         registers = _plant(target, machine)
-        doors = {
-            "qmp": run_cli("--qmp", machine.qmp_sockets[0], folder / "qmp"),
-            "kdump": run_cli("--qmp", machine.qmp_sockets[0], "-z", "-R", folder / "kdump"),
-        }
+        by_qmp = ["--qmp", str(machine.qmp_sockets[0])]
+        doors = {"qmp": run_cli(*by_qmp, folder / "qmp")}
         if target.gdb:
-            command = f"qemu-dump-guest-memory {folder / 'gdb'}"
-            doors["gdb"] = run_gdb(machine, [command], "gdb-multiarch", before=target.gdb)
-            sockets = ("--gdb", machine.gdb_socket, "--qmp", machine.qmp_sockets[0])
-            doors["cli-gdb"] = run_cli(*sockets, folder / "cli-gdb")
+            words = f"qemu-dump-guest-memory {folder / 'gdb'}"
+            doors["gdb"] = run_gdb(machine, [words], "gdb-multiarch", before=target.gdb)
+        if not target.package:
+            doors["kdump"] = run_cli(*by_qmp, "-z", "-R", folder / "kdump")
+            doors["exact"] = run_cli(*by_qmp, "--exact", folder / "exact")
+        if target.gdb and not target.package:
+            by_gdb = ["--gdb", str(machine.gdb_socket), *by_qmp]
+            doors["cli-gdb"] = run_cli(*by_gdb, folder / "cli-gdb")
         said = {name: done.stdout + done.stderr for name, done in doors.items()}
         statuses = {name: done.returncode for name, done in doors.items()}
         yield Taken(target, machine, folder, registers, said, statuses)
@@ -401,13 +469,25 @@ def _notes(path: Path, target: Target) -> list[tuple[int, bytes]]:
 
 
 def _doors(taken: Taken) -> list[str]:
-    return ["qmp", "gdb", "cli-gdb"] if taken.target.gdb else ["qmp"]
+    return [door for door in taken.said if door not in {"kdump", "exact"}]
 
 
 @of_all
 def test_qemu_itself_refuses(taken: Taken):
-    with RawQmp(taken.machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match="not curr"):
+    with RawQmp(taken.machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match=_REFUSED):
         qmp.execute("dump-guest-memory", paging=False, protocol="file:/dev/null")
+
+
+@of_those_of_the_machine
+def test_there_is_nothing_to_be_exact_to(taken: Taken):
+    assert taken.statuses["exact"] == 2
+    line = (
+        rf"qemu-dump-guest-memory: --exact: QEMU \d+\.\d+\.\d+ itself does not dump"
+        rf" {taken.target.name} guests \(without --exact, they are dumped as their Linux does it"
+        r"\)\n"
+    )
+    assert re.fullmatch(line, taken.said["exact"])
+    assert not (taken.folder / "exact").exists()
 
 
 @of_all
@@ -446,7 +526,8 @@ def test_floating_point_of_mips(taken: Taken):
 
 @of_all
 def test_what_is_missing_is_told(taken: Taken):
-    for door, text in taken.said.items():
+    for door in set(taken.said) - {"exact"}:
+        text = taken.said[door]
         by_qmp = door in {"qmp", "kdump"} and taken.target.missing_by_qmp
         expected = by_qmp or taken.target.missing
         told = re.findall(
@@ -465,7 +546,7 @@ def test_readelf_has_nothing_to_say(taken: Taken):
         assert not done.stderr
 
 
-@of_all
+@of_those_of_the_machine
 def test_the_kdump_is_sound(taken: Taken):
     verify = "import sys; from qemu_dump_ext.cli import main; sys.exit(main())"
     done = subprocess.run(

@@ -9,11 +9,15 @@ from pathlib import Path
 import yaml
 
 from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.cli import collector
+from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.dump_command import dump_parser
 from qemu_dump_ext.cli.subcommands.targets import table_of_targets
 from qemu_dump_ext.crash_collector.configuration import parse_configuration
+from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.metrics import AgentState, Metrics
+from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.guest_images.manifest import load_manifest
 from qemu_dump_ext.memory_sources import all_memory_sources
 
@@ -36,6 +40,23 @@ def test_every_option_is_described():
     assert options <= described
 
 
+def test_every_word_of_the_crash_collector_is_described():
+    commands = {name.replace("_", "-") for name in collect(collector, "COMMAND", Subcommand)}
+    for word in (*commands, *CAUSE_KINDS):
+        assert re.search(rf"`{word}( [A-Z]+)?`", README), word
+
+
+def test_configuration_of_the_crash_collector_is_right():
+    text = README.partition("    store: /var/crash/guests  ")
+    block = (text[1] + text[2]).partition("\n\n")[0]
+    configuration = parse_configuration(block, "README.md")
+    assert configuration.guests[0].after == "reset"
+    assert configuration.guests[0].labels == {"farm": "north"}
+    short = re.search(r"printf '(.*)' >", README)
+    assert short is not None
+    assert parse_configuration(short[1].replace("\\n", "\n"), "README.md").guests[0].glob
+
+
 def test_every_memory_source_has_a_row():
     for name in all_memory_sources():
         assert f"| `{name}` |" in README
@@ -46,11 +67,12 @@ def test_every_guest_image_is_of_a_target_that_can_be_dumped():
     assert targets <= set(all_architectures())
 
 
-def test_every_configuration_of_the_crash_collector_is_right():
-    blocks = re.findall(r"(?:^    store: .*\n)(?:^    .*\n)*", README, re.MULTILINE)
-    assert blocks
-    for block in blocks:
-        assert parse_configuration(textwrap.dedent(block), "README.md").guests
+def test_where_crashes_go_is_a_right_configuration():
+    (block,) = re.findall(r"(?:^    upload:\n)(?:^    .*\n)*", README, re.MULTILINE)
+    configuration = parse_configuration("store: x\n" + textwrap.dedent(block), "README.md")
+    assert configuration.upload is not None
+    assert configuration.report is not None
+    assert configuration.metrics_port is not None
 
 
 def test_the_daemon_set_is_well_formed():

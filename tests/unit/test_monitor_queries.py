@@ -6,6 +6,7 @@ from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
     has_device,
+    read_byte_order,
     read_property,
     read_register_texts,
 )
@@ -46,6 +47,20 @@ def test_a_tree_without_a_cpu_is_an_error():
         find_machine_objects(
             _Monitor({"qom-list /machine": "soc (child<bcm2837>)\n"}), ("-arm-cpu",)
         )
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"), [("0x01020304", "big"), ("0x04030201", "little"), ("", None)]
+)
+def test_a_word_that_differs_from_both_ends_tells_the_byte_order(word: str, expected: str | None):
+    zeros = "00000000: 0x00000000 0x00000000\n"
+    answers = {
+        "xp /32xw 0x0": zeros,
+        "xp /128xb 0x0": "00000000: 0x00 0x00 0x00 0x00 0x00 0x00 0x00 0x00\n",
+        "xp /32xw 0x1000": f"00001000: 0x11222211 {word}\n",
+        "xp /128xb 0x1000": "00001000: 0x11 0x22 0x22 0x11 0x01 0x02 0x03 0x04\n",
+    }
+    assert read_byte_order(_Monitor(answers), [0]) == expected
 
 
 def test_what_is_only_called_a_cpu_is_passed_over():

@@ -85,7 +85,7 @@ def test_results_come_in_order_and_holes_are_not_read():
     seen: list[tuple[int, int | None]] = []
     total: list[int] = []
     work: PieceWork[tuple[int, int | None]] = PieceWork(
-        lambda piece, view: (piece.gpa, bytes(view).strip(b"\1").count(0)),
+        lambda piece, buffer: (piece.gpa, bytes(buffer.view).strip(b"\1").count(0)),
         lambda piece: (piece.gpa, None),
         seen.append,
     )

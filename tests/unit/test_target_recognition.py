@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
 from qemu_dump_ext.architectures._declaration import TargetClues, VcpuReadings
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.errors import UnsupportedTargetError
 from qemu_dump_ext.guest import Vcpu
@@ -16,7 +19,7 @@ _PC_OFFSET = 16 * 4
 
 
 def _clues(text: str, target: str | None = None, packet: bytes = b"") -> TargetClues:
-    return TargetClues(text, lambda _: None, lambda: target, lambda: packet)
+    return TargetClues(text, lambda _: None, lambda: target, g_packet=lambda: packet)
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,12 @@ def test_qemus_name_of_the_target_decides(name: str):
 def test_a_number_in_two_sources_tells_the_byte_order(pc: str, expected: str):
     packet = bytes(_PC_OFFSET) + bytes.fromhex(pc) + bytes(168)
     clues = _clues(_SH4_TEXT, packet=packet)
+    assert architecture_for_cpu_types({"sh7751r-superh-cpu"}, clues).name == expected
+
+
+@pytest.mark.parametrize(("order", "expected"), [("little", "sh4"), ("big", "sh4eb")])
+def test_memory_tells_where_qemu_has_one_name_for_both(order: ByteOrder, expected: str):
+    clues = replace(_clues(_SH4_TEXT), memory_byte_order=lambda: order)
     assert architecture_for_cpu_types({"sh7751r-superh-cpu"}, clues).name == expected
 
 

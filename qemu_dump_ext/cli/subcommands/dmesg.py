@@ -50,7 +50,7 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
             return log_of_dump(dump, kernel=arguments.kernel)
     with connect_qmp(arguments.qmp) as monitor:
         access = GuestAccess(
-            monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name
+            monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name, monitor
         )
         return log_of_guest(access, memory=arguments.memory, kernel=arguments.kernel)
 

@@ -22,7 +22,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     with connect_qmp(arguments.qmp) as monitor:
         description = describe_guest(
-            GuestAccess(monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name)
+            GuestAccess(
+                monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name, monitor
+            )
         )
     capabilities = query_capabilities()
     if arguments.json:

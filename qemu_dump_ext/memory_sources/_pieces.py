@@ -1,0 +1,151 @@
+"""Guest memory that QEMU writes into files of ours, in large pieces, one of them ahead.
+
+While the dump works on a piece, QEMU writes the next one. QEMU's monitor is busy for the time of
+one piece only, and no piece outlives its command: nothing has to be cancelled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
+from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.interrupts import uninterrupted
+
+FILE_COUNT = 2
+_SHORT = 256 << 10
+"""Bytes; a shorter read at another place is not the beginning of a long one."""
+
+
+@dataclass(frozen=True)
+class FilePlace:
+    """Where a piece is.
+
+    Attributes:
+        descriptor: Of the file.
+        offset: In it, in bytes.
+    """
+
+    descriptor: int
+    offset: int
+
+
+class PieceWriter(Protocol):
+    """Has QEMU write guest memory into files."""
+
+    @property
+    def piece_size(self) -> int:
+        """How much is asked for at a time, in bytes."""
+
+    @property
+    def is_async(self) -> bool:
+        """Tell whether QEMU writes as soon as it is asked, and not when it is waited for."""
+
+    def begin(self, file: int, gpa: int, size: int) -> Callable[[], FilePlace]:
+        """Ask for a range, in one RAM block, in the file of this number, below FILE_COUNT.
+
+        Returns:
+            Waits until it is there; raises SourceError where it does not come.
+
+        Raises:
+            SourceError: QEMU cannot be asked.
+        """
+
+    def close(self) -> None:
+        """Give back the files."""
+
+
+@dataclass(frozen=True)
+class _Piece:
+    gpa: int
+    end: int
+    file: int
+    wait: Callable[[], FilePlace]
+
+    def has(self, gpa: int) -> bool:
+        """Tell whether the piece has the byte at `gpa`."""
+        return self.gpa <= gpa < self.end
+
+
+class PiecewiseMemory:
+    """Guest memory by pieces."""
+
+    def __init__(self, name: str, ram_blocks: Sequence[RamBlock], writer: PieceWriter) -> None:
+        """Read `ram_blocks`, which go by ascending gpa."""
+        self.name = name
+        self._blocks = ram_blocks
+        self._starts = [block.gpa for block in ram_blocks]
+        self._writer = writer
+        self._here: tuple[_Piece, FilePlace] | None = None
+        self._ahead: _Piece | None = None
+        self._read_up_to = -1
+
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` from `gpa` on."""
+        index = bisect_right(self._starts, gpa) - 1
+        if index < 0 or gpa + len(buffer) > self._blocks[index].end:
+            raise GuestMemoryFaultError(gpa, len(buffer), "no RAM block is there")
+        while buffer:
+            piece, place = self._piece_at(index, gpa, len(buffer))
+            part = buffer[: piece.end - gpa]
+            _fill(part, place.descriptor, place.offset + gpa - piece.gpa, gpa)
+            gpa += len(part)
+            buffer = buffer[len(part) :]
+        self._read_up_to = gpa
+
+    def close(self) -> None:
+        """Wait for what QEMU is writing, and give back the files."""
+        with uninterrupted():
+            self._forget_ahead()
+            self._here = None
+            self._writer.close()
+
+    def _piece_at(self, index: int, gpa: int, size: int) -> tuple[_Piece, FilePlace]:
+        if self._here is not None and self._here[0].has(gpa):
+            return self._here
+        is_long = size >= _SHORT or gpa == self._read_up_to
+        self._here = None  # its file is written to, and an error leaves it so
+        if self._ahead is not None and self._ahead.has(gpa):
+            piece, self._ahead = self._ahead, None
+        else:
+            self._forget_ahead()
+            end = min(gpa + (self._writer.piece_size if is_long else size), self._blocks[index].end)
+            piece = self._ask(gpa, end, 0)
+        self._here = piece, piece.wait()
+        if is_long and self._writer.is_async:
+            self._ask_ahead(index, piece)
+        return self._here
+
+    def _ask_ahead(self, index: int, here: _Piece) -> None:
+        block = self._blocks[index]
+        gpa = here.end
+        if gpa == block.end:
+            if index + 1 == len(self._blocks):
+                return
+            block = self._blocks[index + 1]
+            gpa = block.gpa
+        self._ahead = self._ask(gpa, min(gpa + self._writer.piece_size, block.end), 1 - here.file)
+
+    def _ask(self, gpa: int, end: int, file: int) -> _Piece:
+        return _Piece(gpa, end, file, self._writer.begin(file, gpa, end - gpa))
+
+    def _forget_ahead(self) -> None:
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            with contextlib.suppress(SourceError):  # nobody wants it
+                ahead.wait()
+
+
+def _fill(buffer: memoryview, descriptor: int, offset: int, gpa: int) -> None:
+    size = len(buffer)
+    while buffer:
+        count = os.preadv(descriptor, [buffer], offset)
+        if not count:
+            raise GuestMemoryFaultError(gpa, size, "QEMU's file is too short")
+        offset += count
+        buffer = buffer[count:]

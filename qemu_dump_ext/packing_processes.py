@@ -1,0 +1,143 @@
+"""Pack pages in processes of our own, which no interpreter's lock makes wait for each other.
+
+A process shares the buffers of guest memory with us, and packs in place. Through its connection
+go numbers only: which bytes, and back the packed size of each page.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import struct
+import subprocess
+import sys
+from array import array
+from contextlib import suppress
+from dataclasses import asdict
+from multiprocessing.connection import Connection, Pipe
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.page_packing import PAGE_SIZES, Compression, Packer, pack_pages
+from qemu_dump_ext.page_pipeline import PIECE_SIZE, Buffer, buffer_count
+from qemu_dump_ext.third_party import interpreter
+
+_PROGRAM = (
+    "import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job.pop('path');"
+    " from qemu_dump_ext.packing_processes import serve; serve(**job)"
+)
+_ORDER = struct.Struct("=QQ")
+_READY = b"ready"
+
+
+class _PackingProcess:
+    def __init__(self, memory: int, page_size: int, compression: Compression) -> None:
+        self._connection, theirs = Pipe()
+        with theirs:
+            job = {
+                "path": [str(Path(__file__).parents[1]), *sys.path],
+                "connection": theirs.fileno(),
+                "memory": memory,
+                "page_size": page_size,
+                "compression": asdict(compression),
+            }
+            self._process = subprocess.Popen(
+                (interpreter(), "-S", "-c", _PROGRAM, json.dumps(job)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), memory),
+                start_new_session=True,  # Ctrl-C is ours
+            )
+        self._is_ready: bool | None = None
+
+    def is_ready(self) -> bool:
+        """Tell, once that is known, whether the process has all that it needs."""
+        if self._is_ready is None:
+            try:
+                self._is_ready = self._connection.recv_bytes() == _READY
+            except (EOFError, OSError):
+                self._is_ready = False
+        return self._is_ready
+
+    def pack(self, offset: int, size: int) -> array[int]:
+        sizes = array(PAGE_SIZES)
+        try:
+            self._connection.send_bytes(_ORDER.pack(offset, size))
+            sizes.frombytes(self._connection.recv_bytes())
+        except (EOFError, OSError) as error:
+            raise DumpWriteError(
+                f"a process that packed pages has ended with status {self._process.wait()}"
+            ) from error
+        return sizes
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        self._connection.close()
+
+
+class PackingProcesses(Packer):
+    """A pool of them."""
+
+    def __init__(self, page_size: int, compression: Compression, count: int) -> None:
+        super().__init__(page_size, compression)
+        self._processes: list[_PackingProcess] = []
+        self._idle: SimpleQueue[_PackingProcess] = SimpleQueue()
+        self._memory = os.memfd_create("guest-pages", os.MFD_CLOEXEC)
+        try:
+            size = buffer_count(count) * PIECE_SIZE
+            os.ftruncate(self._memory, size)
+            whole = memoryview(mmap.mmap(self._memory, size))
+            self.buffers = [
+                Buffer(whole[at : at + PIECE_SIZE], at) for at in range(0, size, PIECE_SIZE)
+            ]
+            for _ in range(count):
+                with uninterrupted():
+                    process = _PackingProcess(self._memory, page_size, compression)
+                    self._processes.append(process)
+                self._idle.put(process)
+        except BaseException:
+            self.close()
+            raise
+
+    def pack(self, buffer: Buffer) -> array[int]:
+        """Have a process pack it; where none came up, pack it here."""
+        process = self._idle.get()
+        try:
+            if process.is_ready():
+                return process.pack(buffer.offset, len(buffer.view))
+            return super().pack(buffer)
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        """End all processes, whatever they are doing."""
+        with uninterrupted():
+            for process in self._processes:
+                process.end()
+            self._processes.clear()
+            os.close(self._memory)
+
+
+def serve(connection: int, memory: int, page_size: int, compression: dict[str, Any]) -> None:
+    """Pack what is ordered until the other side goes: what a packing process does.
+
+    Args:
+        connection: Descriptor of the connection.
+        memory: Descriptor of the buffers.
+        page_size: In bytes.
+        compression: Fields of `Compression`.
+    """
+    compress = Compression(**compression).compressor()
+    whole = memoryview(mmap.mmap(memory, 0))
+    with Connection(connection) as orders, suppress(EOFError, ConnectionError):
+        orders.send_bytes(_READY)
+        while True:
+            offset, size = _ORDER.unpack(orders.recv_bytes())
+            view = whole[offset : offset + size]
+            orders.send_bytes(pack_pages(view, page_size, compress))

@@ -1,0 +1,110 @@
+"""Pack the pages of a buffer in place: one behind the other, compressed, without those of zeros."""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.page_codecs._declaration import Compress
+from qemu_dump_ext.page_pipeline import Buffer
+
+PAGE_SIZES = "I"
+"""Type code of the array of packed sizes."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the pages of a kdump are compressed.
+
+    Attributes:
+        codec: Name of it; None: not at all.
+        exact: As QEMU does it.
+        level: Of the codec; None: the best trade of time and size.
+    """
+
+    codec: str | None
+    exact: bool = False
+    level: int | None = None
+
+    def compressor(self) -> Compress | None:
+        """Return a compressor for one thread.
+
+        Raises:
+            CodecUnavailableError: A package cannot be imported.
+            RequestError: The codec has no such level.
+        """
+        if self.codec is None:
+            return None
+        codec = all_page_codecs()[self.codec]
+        if self.exact or codec.tuned is None:
+            return codec.compressor()
+        return codec.tuned(self.level)
+
+
+def pack_pages(view: memoryview, page_size: int, compress: Compress | None) -> array[int]:
+    """Pack in place.
+
+    Args:
+        view: A whole number of pages; afterwards the packed ones, then what is left of others.
+        page_size: In bytes.
+        compress: Packs one page; None: pages stay as they are.
+
+    Returns:
+        For each page its packed size in bytes: 0 for one of zeros, which is left out, and
+        `page_size` for one that compression would not make smaller, which stays as it is.
+    """
+    zeros = bytes(page_size)
+    content = view.tobytes()
+    sizes = array(PAGE_SIZES)
+    end = 0
+    for start in range(0, len(content), page_size):
+        if content.startswith(zeros, start):
+            sizes.append(0)
+            continue
+        page = content[start : start + page_size]
+        packed = page if compress is None else compress(page)
+        size = len(packed)
+        if size >= page_size:
+            packed, size = page, page_size
+        view[end : end + size] = packed
+        end += size
+        sizes.append(size)
+    return sizes
+
+
+class Packer:
+    """Packs buffers in the thread that asks.
+
+    Attributes:
+        buffers: What it can pack; none: any.
+    """
+
+    buffers: Sequence[Buffer] = ()
+
+    def __init__(self, page_size: int, compression: Compression) -> None:
+        self._page_size = page_size
+        self._compression = compression
+        self._local = threading.local()
+
+    def pack(self, buffer: Buffer) -> array[int]:
+        """Pack in place, as `pack_pages` does.
+
+        Raises:
+            DumpWriteError: What packs has gone.
+        """
+        if not hasattr(self._local, "compress"):
+            self._local.compress = self._compression.compressor()
+        return pack_pages(buffer.view, self._page_size, self._local.compress)
+
+    def close(self) -> None:
+        """End what packs."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

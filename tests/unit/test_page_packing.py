@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qemu_dump_ext import packing_processes
+from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.packing_processes import PackingProcesses
+from qemu_dump_ext.page_packing import Compression, Packer, pack_pages
+from qemu_dump_ext.page_pipeline import Buffer
+from tests.support.doors import child_environment
+from tests.support.traces import wait_until
+
+PAGE = 4096
+ZLIB = Compression("zlib", exact=True)
+
+
+def page_of(kind: str, number: int) -> bytes:
+    match kind:
+        case "zero":
+            return bytes(PAGE)
+        case "last":
+            return bytes(PAGE - 1) + b"\x01"
+        case "noise":
+            return hashlib.shake_128(bytes([number])).digest(PAGE)
+        case _:
+            return (b"page %d, " % number).ljust(PAGE, b"x")
+
+
+@given(
+    st.lists(st.sampled_from(["zero", "last", "noise", "text"]), min_size=1, max_size=12),
+    st.booleans(),
+)
+def test_pages_are_packed_in_place(kinds, compressed):
+    pages = [page_of(kind, number) for number, kind in enumerate(kinds)]
+    buffer = bytearray(b"".join(pages))
+    compress: Callable[[bytes | memoryview], bytes] | None = zlib.compress if compressed else None
+    sizes = pack_pages(memoryview(buffer), PAGE, compress)
+    assert len(sizes) == len(pages)
+    start = 0
+    for page, size in zip(pages, sizes, strict=True):
+        packed = bytes(buffer[start : start + size])
+        start += size
+        if not size:
+            assert page == bytes(PAGE)
+        elif size == PAGE:
+            assert packed == page
+            assert compress is None or len(zlib.compress(page)) >= PAGE
+        else:
+            assert compress is not None
+            assert zlib.decompress(packed) == page
+
+
+def fill(buffer: Buffer) -> Buffer:
+    pages = [
+        bytes(PAGE),
+        b"some text ".ljust(PAGE, b"."),
+        os.urandom(PAGE),
+        bytes(PAGE),
+        b"z" * PAGE,
+    ]
+    content = b"".join(pages)
+    buffer.view[: len(content)] = content
+    return Buffer(buffer.view[: len(content)], buffer.offset)
+
+
+def children(pid: int) -> set[int]:
+    words = Path(f"/proc/{pid}/task/{pid}/children").read_text("ascii").split()
+    return {int(word) for word in words}
+
+
+def test_processes_pack_what_this_one_would_and_end_with_their_pool():
+    before = children(os.getpid())
+    with PackingProcesses(PAGE, ZLIB, 2) as packer:
+        assert len(children(os.getpid()) - before) == 2
+        for room in packer.buffers:
+            buffer = fill(room)
+            twin = Buffer(memoryview(bytearray(buffer.view)))
+            sizes = packer.pack(buffer)
+            assert sizes == Packer(PAGE, ZLIB).pack(twin)
+            assert sizes.tolist().count(0) == 2
+            assert buffer.view[: sum(sizes)] == twin.view[: sum(sizes)]
+    assert children(os.getpid()) == before
+
+
+def test_a_killed_process_is_an_error():
+    before = children(os.getpid())
+    with PackingProcesses(PAGE, ZLIB, 2) as packer:
+        for room in packer.buffers[:2]:
+            packer.pack(fill(room))  # both have come up
+        for pid in children(os.getpid()) - before:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(DumpWriteError, match="packed pages has ended with status -9"):
+            packer.pack(fill(packer.buffers[0]))
+
+
+def test_without_processes_pages_are_packed_here(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing_processes, "interpreter", lambda: "/bin/false")
+    with PackingProcesses(PAGE, ZLIB, 1) as packer:
+        assert packer.pack(fill(packer.buffers[0])).tolist().count(0) == 2
+
+
+def test_no_process_outlives_a_killed_program():
+    program = (
+        "import os, time;"
+        " from qemu_dump_ext.page_packing import Compression;"
+        " from qemu_dump_ext.packing_processes import PackingProcesses;"
+        " packer = PackingProcesses(4096, Compression('zlib'), 2);"
+        " print(packer.pack(packer.buffers[0]).tolist().count(0), flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", program], env=child_environment(), stdout=subprocess.PIPE
+    )
+    try:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"1024\n"
+        left = children(parent.pid)
+        assert len(left) == 2
+    finally:
+        parent.kill()
+        parent.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in left), "they ended")
