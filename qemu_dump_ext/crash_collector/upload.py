@@ -45,6 +45,9 @@ _CHMOD_OF: dict[str, Callable[[Any], Callable[[str, int], None]]] = {
 }
 
 _logger = logging.getLogger(__name__)
+# What they log is in their exceptions as well.
+for _name in ("paramiko", "botocore", "aiobotocore"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 
 class Destination:
