@@ -22,7 +22,8 @@ from tests.support.raw_gdbstub import RawGdbstub
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 SOURCES = tuple(all_memory_sources())
-# There is no stub behind a QMP socket.
+# There is no stub behind a QMP socket, and no QMP behind a stub.
+SOURCES_BY_STUB = tuple(source for source in SOURCES if source != "native_stream")
 SOURCES_BY_QMP = tuple(source for source in SOURCES if source != "gdbstub")
 FORMATS = {"elf": (), "kdump-zlib": ("-z",)}
 
@@ -67,7 +68,7 @@ class Dumps:
 
 
 NAMES = [
-    *itertools.product(("gdb",), SOURCES, FORMATS),
+    *itertools.product(("gdb",), SOURCES_BY_STUB, FORMATS),
     *(("gdb-with-qmp", source, "kdump-zlib") for source in SOURCES),
     *(("cli-by-qmp", source, "kdump-zlib") for source in SOURCES_BY_QMP),
     *(("cli-by-gdb", source, "elf") for source in SOURCES),
