@@ -162,6 +162,9 @@ class GuestSession:
             raise
         try:
             facts = await self._ask_facts(client, pid)
+        except (KeyError, TypeError) as error:
+            await client.disconnect()
+            raise ConnectError(f"{self.address} is no QMP socket of QEMU") from error
         except BaseException:
             with contextlib.suppress(QMPError, OSError, EOFError):
                 await client.disconnect()

@@ -322,7 +322,7 @@ class WatchedGuest:
         settle: bool = False,
         gone: str | None = None,
     ) -> None:
-        _logger.error("crash: %s", cause.detail, extra=self._extra(cause=cause.kind))
+        _logger.warning("crash: %s", cause.detail, extra=self._extra(cause=cause.kind))
         self._cause, self._also = cause, Counter()
         if self._only_counted:
             self._also["crashed too often: only counted"] = self._only_counted
@@ -367,10 +367,12 @@ class WatchedGuest:
             await _at_most(_STOP_SECONDS, self._has_stopped)
         if settle:
             await _at_most(_SETTLE_SECONDS, self._superseded)
+        if self._console is not None and gone is None:
+            self._console.skip()  # it tells of this crash; what comes later, of another
         record = await self._store_crash(time, gone)
         self._is_stored = True
         await self._note(cause=None, stored=record.id)
-        _logger.error(
+        _logger.info(
             "collected: %s, %s",
             record.signature.message,
             record.dump.file or f"no dump: {record.dump.reason}",
@@ -379,8 +381,6 @@ class WatchedGuest:
         with suppress(SourceError):
             status = await self.session.status() if self.session.contact else "gone"
             await self._finish(record.id, status)
-        if self._console is not None:
-            self._console.skip()
         return record
 
     async def _store_crash(self, time: str, gone: str | None) -> CrashRecord:
