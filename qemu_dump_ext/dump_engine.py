@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 
@@ -146,7 +146,7 @@ def dump(
             select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
             context = access.source_context(guest.ram_blocks)
             with open_memory(memory, context) as opened:
-                snapshot, remarks = _complete(guest, opened.memory, request)
+                snapshot, remarks = _complete(guest, opened.memory, request, pause.check)
                 plan = make_plan(snapshot, dialect, request)
                 progress.start(plan.memory_size)
                 pause.check(0)
@@ -226,7 +226,11 @@ def _map_memory(
 
 
 def _kernel_note(
-    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, byte_order: ByteOrder
+    guest: ProbedGuest,
+    memory: GuestMemory,
+    request: DumpRequest,
+    byte_order: ByteOrder,
+    advance: Callable[[int], None],
 ) -> tuple[bytes, list[str]]:
     """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
     if not request.vmcoreinfo:
@@ -235,7 +239,9 @@ def _kernel_note(
     # With --exact, no note is what QEMU would have.
     if known is not None and request.kernel is None and (known or request.exact):
         return known, []
-    search = NoteSearch(guest.architecture, byte_order, memory, guest.ram_blocks, guest.vcpus)
+    search = NoteSearch(
+        guest.architecture, byte_order, memory, guest.ram_blocks, guest.vcpus, advance=advance
+    )
     result = search.find(request.kernel)
     remarks = list(result.remarks)
     if known is None:
@@ -263,12 +269,15 @@ class _Pause:
 
 
 def _complete(
-    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest
+    guest: ProbedGuest,
+    memory: GuestMemory,
+    request: DumpRequest,
+    advance: Callable[[int], None],
 ) -> tuple[GuestSnapshot, list[str]]:
     """Add what only guest memory tells: the kernel's note where QEMU's is out of reach, uname."""
     core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
     byte_order = core.byte_order
-    guest_note, remarks = _kernel_note(guest, memory, request, byte_order)
+    guest_note, remarks = _kernel_note(guest, memory, request, byte_order, advance)
     text = vmcoreinfo_text(guest_note, byte_order)
     mappings = None
     if request.paging:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.elf_notes import whole_notes
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import (
@@ -19,7 +20,7 @@ from qemu_dump_ext.memory_mapping import (
     unmapped_size,
 )
 from qemu_dump_ext.memory_range import blocks_within
-from qemu_dump_ext.notes import encode_vcpu_notes, parse_notes
+from qemu_dump_ext.vcpu_notes import encode_vcpu_notes
 from qemu_dump_ext.vmcoreinfo import (
     VMCOREINFO_NOTE_NAME,
     UtsName,
@@ -120,7 +121,7 @@ def make_plan(
     )
     notes = encoded.data + snapshot.guest_note
     span = None
-    for note in parse_notes(snapshot.guest_note, core.byte_order):
+    for note in whole_notes(snapshot.guest_note, core.byte_order):
         if note.name == VMCOREINFO_NOTE_NAME:
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""

@@ -8,17 +8,17 @@ of the kernel loaded for kdump, or made up by a hostile guest. The live one is t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.elf_notes import encode_note
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations, roots_of_vcpus
-from qemu_dump_ext.notes import encode_note
 from qemu_dump_ext.page_pipeline import populated_ranges
 from qemu_dump_ext.page_table_walk import PageTableRoot, Translation, translate, translate_by
 from qemu_dump_ext.vmcoreinfo import (
@@ -104,6 +104,8 @@ class NoteSearch:
         memory: GuestMemory,
         ram_blocks: Sequence[RamBlock],
         vcpus: Sequence[Vcpu] = (),
+        *,
+        advance: Callable[[int], None] = lambda _size: None,
     ) -> None:
         """Prepare.
 
@@ -113,6 +115,7 @@ class NoteSearch:
             memory: Of the guest.
             ram_blocks: Where it has memory.
             vcpus: Whose page tables tell which kernel is live; may be empty.
+            advance: Is told the bytes of each piece that is searched; may raise.
         """
         self._architecture = architecture
         self._byte_order = byte_order
@@ -126,6 +129,7 @@ class NoteSearch:
                 for root in roots_of_vcpus(architecture, vcpus, native=False)
                 if isinstance(root, PageTableRoot)
             ]
+        self._advance = advance
         self._incomplete = ""
 
     def find(self, wanted: str | None = None) -> SearchResult:
@@ -198,6 +202,7 @@ class NoteSearch:
                     yield from self._in_pieces(first, end)
                     continue
                 for gpa in range(first, end - _HEAD + 1, _PAGE):
+                    self._advance(_HEAD)
                     if self._is_start(self._read(gpa, _HEAD)):
                         yield gpa
                     if time.monotonic() - started > _SLOW_SECONDS:
@@ -216,6 +221,7 @@ class NoteSearch:
         buffer = memoryview(bytearray(min(_PIECE, max(end - first, 0))))
         for gpa in range(first, end, _PIECE):
             piece = buffer[: end - gpa]
+            self._advance(len(piece))
             try:
                 self._memory.read_into(gpa, piece)
             except GuestMemoryFaultError as error:
@@ -233,7 +239,7 @@ class NoteSearch:
 
     @staticmethod
     def _is_start(head: bytes) -> bool:
-        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME + b"\0\0"
+        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
 
     def _read(self, gpa: int, size: int) -> bytes:
         data = bytearray(size)

@@ -10,7 +10,7 @@ from pathlib import Path
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.crash_collector.configuration import Configuration, load_configuration
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
-from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 
 _ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"
 _DEFAULT = "/etc/qemu-crash-collector.yaml"
@@ -53,9 +53,12 @@ def store_of(arguments: argparse.Namespace) -> CrashStore:
     """Return the store that the words ask for.
 
     Raises:
-        RequestError: The configuration cannot be read, or is wrong.
+        RequestError: The configuration cannot be read, or is wrong, or there is no such store.
     """
-    return CrashStore(arguments.store or configuration_of(arguments).store)
+    store = CrashStore(arguments.store or configuration_of(arguments).store)
+    if not store.path.is_dir():
+        raise RequestError(f"there is no store {store.path}", hint="the agent makes it")
+    return store
 
 
 def hold_command(name: str, description: str, *, held: bool) -> Subcommand:

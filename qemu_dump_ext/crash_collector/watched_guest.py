@@ -29,6 +29,7 @@ from qemu_dump_ext.crash_collector.crash_events import (
     cause_of_status,
     waits_for_stop,
 )
+from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
     CrashRecord,
@@ -61,6 +62,7 @@ class Services:
         store: Where crashes go.
         journal: What is under way.
         budget: Whether there may be a dump.
+        outlets: Where a crash is shown once it is stored.
         pool: Threads that collect: as many as there may be dumps at the same time.
         answer_seconds: How long QEMU may take to answer.
         retry_seconds: Until a crash that could not be stored is collected again.
@@ -71,6 +73,7 @@ class Services:
     store: CrashStore
     journal: Journal
     budget: DumpBudget
+    outlets: CrashOutlets
     pool: Executor
     answer_seconds: float
     retry_seconds: float
@@ -97,6 +100,8 @@ class WatchedGuest:
         self._also: Counter[str] = Counter()
         self._recent: deque[float] = deque()
         self._only_counted = 0
+        self._is_stored = False
+        self._next: CrashCause | None = None
         self._has_stopped = asyncio.Event()
         self._superseded = asyncio.Event()
         self._shut_down = False
@@ -188,7 +193,10 @@ class WatchedGuest:
         elif name == "RESUME" and not self.is_collecting:
             self._spawn(self._note(handled=None, stopped=False))
         if (cause := cause_of_event(event)) is not None:
-            self._crash(cause, waits=waits_for_stop(event))
+            waits = waits_for_stop(event)
+            if waits:
+                self._has_stopped.clear()
+            self._crash(cause, waits=waits)
 
     async def _look_at_status(self) -> None:
         with suppress(SourceError):
@@ -277,9 +285,12 @@ class WatchedGuest:
         if cause.kind not in self.guest.settings.causes:
             _logger.debug("not a crash here: %s", cause.detail, extra=self._extra())
         elif not self.is_collecting:
-            if self._is_too_many():
-                return
-            self._begin(cause, waits=waits, settle=settle)
+            if not self._is_too_many():
+                self._begin(cause, waits=waits, settle=settle)
+        elif self._is_stored:
+            # Of the guest after what was done about its last crash.
+            if self._next is None and not self._is_too_many():
+                self._next = cause
         elif self._cause is not None and self._cause.kind == "console" and not settle:
             self._also[f"{self._cause.kind}: {self._cause.detail}"] += 1
             self._cause = cause
@@ -311,13 +322,13 @@ class WatchedGuest:
         settle: bool = False,
         gone: str | None = None,
     ) -> None:
-        _logger.error("crash: %s", cause.detail, extra=self._extra(cause=cause.kind))
+        _logger.warning("crash: %s", cause.detail, extra=self._extra(cause=cause.kind))
         self._cause, self._also = cause, Counter()
         if self._only_counted:
             self._also["crashed too often: only counted"] = self._only_counted
             self._only_counted = 0
+        self._is_stored = False
         self._superseded.clear()
-        self._has_stopped.clear()
         time = time or utc_text(self._services.now())
         self._collection = asyncio.create_task(
             self._collect(time, waits=waits, settle=settle, gone=gone)
@@ -332,7 +343,12 @@ class WatchedGuest:
 
     def _collection_ended(self, task: asyncio.Task[CrashRecord]) -> None:
         self._tasks.discard(task)
-        if task.cancelled() or (error := task.exception()) is None:
+        if task.cancelled():
+            return
+        following, self._next = self._next, None
+        if following is not None and not self._services.ending.is_set():
+            self._begin(following, waits=waits_for_stop(following.event or {}))
+        if (error := task.exception()) is None:
             return
         if isinstance(error, (DumpError, CollectionGivenUpError)):
             _logger.error("not collected: %s", error, extra=self._extra())
@@ -351,9 +367,12 @@ class WatchedGuest:
             await _at_most(_STOP_SECONDS, self._has_stopped)
         if settle:
             await _at_most(_SETTLE_SECONDS, self._superseded)
+        if self._console is not None and gone is None:
+            self._console.skip()  # it tells of this crash; what comes later, of another
         record = await self._store_crash(time, gone)
+        self._is_stored = True
         await self._note(cause=None, stored=record.id)
-        _logger.error(
+        _logger.info(
             "collected: %s, %s",
             record.signature.message,
             record.dump.file or f"no dump: {record.dump.reason}",
@@ -362,8 +381,6 @@ class WatchedGuest:
         with suppress(SourceError):
             status = await self.session.status() if self.session.contact else "gone"
             await self._finish(record.id, status)
-        if self._console is not None:
-            self._console.skip()
         return record
 
     async def _store_crash(self, time: str, gone: str | None) -> CrashRecord:
@@ -383,12 +400,16 @@ class WatchedGuest:
                 task, self._services.store, self._services.budget, set_stopped=self._set_stopped
             )
             try:
-                return await loop.run_in_executor(self._services.pool, collector.collect)
+                record = await loop.run_in_executor(self._services.pool, collector.collect)
             except DumpWriteError as error:
+                self._services.outlets.crash_not_stored()
                 if task.cause.kind == "trigger":
                     await self._note(cause=None)
                     raise
                 _logger.error("%s; tried again later", error, extra=self._extra())  # noqa: TRY400
+            else:
+                self._services.outlets.crash_stored(record, collector.dump_seconds)
+                return record
             await _at_most(self._services.retry_seconds, self._services.ending)
             self._services.budget.check_ending()
 
@@ -421,6 +442,7 @@ class WatchedGuest:
                 self._services.store,
                 self._services.budget.limits,
                 now=self._services.now(),
+                needs_upload=self._services.budget.needs_upload,
             )
         except DumpWriteError as error:
             _logger.error("%s", error, extra=self._extra())  # noqa: TRY400

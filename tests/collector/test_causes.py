@@ -145,6 +145,7 @@ def test_line_on_the_console_is_a_crash_unless_the_panic_follows(tmp_path):
         assert "BUG: unable to handle page fault for 0x?" in record.signature.message
         assert guest_status(machine) == "running"
         assert "all is well" in (agent.store.directory(record.id) / "console.txt").read_text()
+        agent.wait_logged("collected")
     with watched(tmp_path, "panic", console=str(console)) as (agent, machine):
         with console.open("a") as file:
             file.write("Kernel panic - not syncing: Attempted to kill init! exitcode=0x9\n")
