@@ -310,6 +310,9 @@ class _Walk:
         walker, geometry = self._walker, self._geometry
         level = geometry.levels[depth]
         gpa &= self._root.address_mask
+        codec = _table_codec(geometry, level.entry_count)
+        if not walker.memory.touches(gpa, codec.size):
+            return
         place = (geometry, depth, gpa)
         if place in walker._empty:  # noqa: SLF001 - the walker's own pass
             return
@@ -317,9 +320,6 @@ class _Walk:
             if (*place, base) in walker._seen:  # noqa: SLF001
                 return
             walker._seen.add((*place, base))  # noqa: SLF001
-        codec = _table_codec(geometry, level.entry_count)
-        if not walker.memory.touches(gpa, codec.size):
-            return
         walker.budget.take_table(geometry)
         found_before = self._found
         entries = codec.unpack(walker.read_table(gpa, codec.size))
