@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType, TracebackType
 from typing import Self
 
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dump_image import DumpImage
-from qemu_dump_ext.elf_structs import NHDR, NT_PRSTATUS, elf_abi
+from qemu_dump_ext.elf_notes import Note, parse_notes
 from qemu_dump_ext.errors import CorruptDumpError
 
 NOTES_SIZE_MAX = 256 << 20
@@ -22,62 +21,6 @@ _PRSTATUS64_SIZE_MIN = 300
 dump do not tell: 32-bit guests come in ELFCLASS64."""
 _PR_PID_OFFSET_32, _PR_PID_OFFSET_64 = 24, 32
 """Of pr_pid in struct elf_prstatus. Source: Linux include/linux/elfcore.h."""
-
-
-@dataclass(frozen=True)
-class Note:
-    """One note.
-
-    Attributes:
-        name: Without its NUL.
-        type: `NT_*`, whose meaning depends on the name.
-        descriptor: Without padding.
-        offset: Of the note's header in the dump, in bytes.
-    """
-
-    name: str
-    type: int
-    descriptor: bytes
-    offset: int
-
-    @property
-    def is_prstatus(self) -> bool:
-        """Whether it carries the registers of one vCPU."""
-        return self.name == "CORE" and self.type == NT_PRSTATUS
-
-
-def parse_notes(data: bytes, byte_order: ByteOrder, offset: int) -> Iterator[Note]:
-    """Yield the notes in `data`, which lies at `offset` of the dump.
-
-    Raises:
-        CorruptDumpError: A note reaches beyond the end.
-
-    Source:
-        System V gABI, "Note Section", with names and descriptors padded to 4 bytes in both
-        classes, as Linux and QEMU write them.
-    """
-    header = NHDR.bind(elf_abi(byte_order, 4))
-    position = 0
-    while position < len(data):
-        if position + header.size > len(data):
-            raise CorruptDumpError(f"note header at offset {offset + position:#x} is cut off")
-        name_size, descriptor_size, note_type = header.codec.unpack_from(data, position)
-        name_start = position + header.size
-        start = name_start + name_size + -name_size % 4
-        end = start + descriptor_size
-        if end > len(data):
-            raise CorruptDumpError(
-                f"note at offset {offset + position:#x} of {name_size} + {descriptor_size} bytes"
-                f" reaches beyond the notes' end at {offset + len(data):#x}"
-            )
-        name = bytes(data[name_start : name_start + name_size]).rstrip(b"\0")
-        yield Note(
-            name.decode("ascii", "backslashreplace"),
-            note_type,
-            bytes(data[start:end]),
-            offset + position,
-        )
-        position = end + -end % 4
 
 
 class DumpFile(ABC):

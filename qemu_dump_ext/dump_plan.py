@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.elf_notes import whole_notes
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import (
@@ -15,10 +16,11 @@ from qemu_dump_ext.memory_mapping import (
     filter_native,
     identity_segments,
     merge_within_blocks,
+    overlap_size,
     unmapped_size,
 )
 from qemu_dump_ext.memory_range import blocks_within
-from qemu_dump_ext.notes import encode_vcpu_notes, parse_notes
+from qemu_dump_ext.vcpu_notes import encode_vcpu_notes
 from qemu_dump_ext.vmcoreinfo import (
     VMCOREINFO_NOTE_NAME,
     UtsName,
@@ -119,7 +121,7 @@ def make_plan(
     )
     notes = encoded.data + snapshot.guest_note
     span = None
-    for note in parse_notes(snapshot.guest_note, core.byte_order):
+    for note in whole_notes(snapshot.guest_note, core.byte_order):
         if note.name == VMCOREINFO_NOTE_NAME:
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
@@ -131,6 +133,11 @@ def make_plan(
         remarks.append(
             f"{unmapped / (1 << 20):.1f} MiB of guest memory are mapped by no page table: they are"
             " in the file, and no segment leads to them"
+        )
+    if request.paging and not dialect.native_mappings and (overlap := overlap_size(segments)):
+        remarks.append(
+            f"{overlap / (1 << 20):.1f} MiB of virtual addresses are mapped differently by several"
+            " page tables: they have a segment for each, of which readers take one"
         )
     base = phys_base(architecture, text, is_hex=dialect.phys_base_is_hex)
     if base is None:

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.c_struct import BoundStruct, ByteOrder
+from qemu_dump_ext.elf_notes import whole_notes
 from qemu_dump_ext.elf_structs import EHDR, ELFCLASS64, ELFDATA, elf_abi, phdr_layout
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
 from qemu_dump_ext.guest import DescriptorMonitor, Monitor
-from qemu_dump_ext.notes import decode_vcpu_registers, parse_notes
 from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
+from qemu_dump_ext.vcpu_notes import decode_vcpu_registers
 
 LONGEST_EHDR = 64
 """Bytes; that of ELFCLASS64."""
@@ -156,7 +157,7 @@ def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: i
         raise SourceError("QEMU's dump of one byte is cut")
     segment = phdr.unpack_integers(content, header["e_phoff"])  # PT_NOTE is the first
     area = content[segment["p_offset"] :][: segment["p_filesz"]]
-    notes = list(parse_notes(area, byte_order))
+    notes = whole_notes(area, byte_order)
     for core in architecture.cores:
         if (core.e_machine, core.byte_order) != (header["e_machine"], byte_order):
             continue

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.kdump_structs import UTSNAME_FIELDS, UTSNAME_SIZE
 
-VMCOREINFO_NOTE_NAME = b"VMCOREINFO"
+VMCOREINFO_NOTE_NAME = "VMCOREINFO"
 UTSNAME_TOTAL_SIZE = UTSNAME_SIZE * len(UTSNAME_FIELDS)
 MAX_VMCOREINFO_SIZE = 1 << 16
 _NOTE_HEADER_SIZE = 12
-_NOTE_NAME_FIELD = VMCOREINFO_NOTE_NAME + b"\0\0"
+_NOTE_NAME_FIELD = VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
 
 
 def vmcoreinfo_value(text: bytes, key: str) -> str | None:

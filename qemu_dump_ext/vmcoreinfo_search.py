@@ -8,19 +8,19 @@ of the kernel loaded for kdump, or made up by a hostile guest. The live one is t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.dump_plan import phys_base
-from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
+from qemu_dump_ext.elf_notes import encode_note
+from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
-from qemu_dump_ext.guest_tables import TableReader, page_table_roots
-from qemu_dump_ext.notes import encode_note
+from qemu_dump_ext.guest_tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.page_pipeline import populated_ranges
-from qemu_dump_ext.page_table_walk import translate
+from qemu_dump_ext.page_table_walk import PageTableRoot, Translation, translate, translate_by
 from qemu_dump_ext.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
@@ -104,6 +104,8 @@ class NoteSearch:
         memory: GuestMemory,
         ram_blocks: Sequence[RamBlock],
         vcpus: Sequence[Vcpu] = (),
+        *,
+        advance: Callable[[int], None] = lambda _size: None,
     ) -> None:
         """Prepare.
 
@@ -113,15 +115,21 @@ class NoteSearch:
             memory: Of the guest.
             ram_blocks: Where it has memory.
             vcpus: Whose page tables tell which kernel is live; may be empty.
+            advance: Is told the bytes of each piece that is searched; may raise.
         """
         self._architecture = architecture
         self._byte_order = byte_order
         self._memory = memory
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
-        self._roots = [
-            root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=False)
-        ]
+        self._roots: list[Translation] = []
+        with suppress(SourceError):  # a register is missing: there is that much less evidence
+            self._roots = [
+                root
+                for root in roots_of_vcpus(architecture, vcpus, native=False)
+                if isinstance(root, PageTableRoot)
+            ]
+        self._advance = advance
         self._incomplete = ""
 
     def find(self, wanted: str | None = None) -> SearchResult:
@@ -194,6 +202,7 @@ class NoteSearch:
                     yield from self._in_pieces(first, end)
                     continue
                 for gpa in range(first, end - _HEAD + 1, _PAGE):
+                    self._advance(_HEAD)
                     if self._is_start(self._read(gpa, _HEAD)):
                         yield gpa
                     if time.monotonic() - started > _SLOW_SECONDS:
@@ -212,6 +221,7 @@ class NoteSearch:
         buffer = memoryview(bytearray(min(_PIECE, max(end - first, 0))))
         for gpa in range(first, end, _PIECE):
             piece = buffer[: end - gpa]
+            self._advance(len(piece))
             try:
                 self._memory.read_into(gpa, piece)
             except GuestMemoryFaultError as error:
@@ -229,7 +239,7 @@ class NoteSearch:
 
     @staticmethod
     def _is_start(head: bytes) -> bool:
-        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME + b"\0\0"
+        return head.startswith(_TEXT_START) or head[12:] == VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
 
     def _read(self, gpa: int, size: int) -> bytes:
         data = bytearray(size)
@@ -259,9 +269,8 @@ class NoteSearch:
             found = translate(root, self._tables, address)
             if found is not None and self._utsname(found[0]).release == release:
                 return Evidence.LIVE
-        tables = self._architecture.kernel_page_tables
-        own = tables(text, phys_base(self._architecture, text)) if tables else None
-        found = translate(own, self._tables, address) if own else None
+        own = kernel_translations(self._architecture, text, self._blocks)
+        found = translate_by(own, self._tables, address)
         if found is not None and self._utsname(found[0]).release == release:
             return Evidence.BANNER
         return Evidence.TEXT

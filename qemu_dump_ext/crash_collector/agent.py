@@ -16,10 +16,12 @@ from typing import Any
 
 from qemu_dump_ext.crash_collector.configuration import Configuration, GuestEntry
 from qemu_dump_ext.crash_collector.control_socket import Answer, serve_control
+from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import DumpBudget, prune
 from qemu_dump_ext.crash_collector.guest_watch import Guest, GuestFinder
 from qemu_dump_ext.crash_collector.journal import GuestState, Journal
+from qemu_dump_ext.crash_collector.metrics import AgentState
 from qemu_dump_ext.crash_collector.service_manager import keep_alive, notify, notify_reloading
 from qemu_dump_ext.crash_collector.watched_guest import Services, WatchedGuest
 from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
@@ -65,7 +67,9 @@ class Agent:
         self._store.prepare()
         lock = self._lock_store()
         try:
-            await self._serve()
+            outlets = CrashOutlets(self._configuration, self._store, self._state, self._now)
+            with outlets.running():
+                await self._serve(outlets)
         finally:
             os.close(lock)
 
@@ -87,16 +91,21 @@ class Agent:
             ) from error
         return descriptor
 
-    async def _serve(self) -> None:
+    async def _serve(self, outlets: CrashOutlets) -> None:
         for name in self._store.remove_incoming():
             _logger.warning("removed what was not complete: %s", name)
         journal = Journal(self._configuration.store / ".journal")
-        budget = DumpBudget(self._store, self._configuration.limits)
+        budget = DumpBudget(
+            self._store,
+            self._configuration.limits,
+            needs_upload=self._configuration.upload is not None,
+        )
         pool = ThreadPoolExecutor(self._configuration.concurrent_dumps, "collect")
         self._services = Services(
             self._store,
             journal,
             budget,
+            outlets,
             pool,
             self._configuration.answer_timeout,
             self._configuration.retry_interval,
@@ -149,6 +158,9 @@ class Agent:
                 "concurrent_dumps",
                 "answer_timeout",
                 "retry_interval",
+                "upload",
+                "report",
+                "metrics_port",
             ):
                 if getattr(configuration, name) != getattr(self._configuration, name):
                     _logger.warning("`%s` changes when the agent is started again", name)
@@ -193,7 +205,11 @@ class Agent:
         while True:
             try:
                 removals = await asyncio.to_thread(
-                    prune, self._store, self._configuration.limits, now=self._now()
+                    prune,
+                    self._store,
+                    self._configuration.limits,
+                    now=self._now(),
+                    needs_upload=self._configuration.upload is not None,
                 )
             except DumpWriteError as error:
                 _logger.error("%s", error)  # noqa: TRY400
@@ -214,6 +230,14 @@ class Agent:
                 watched = WatchedGuest(Guest(name, state.qemu, entry), self._services)
             if watched.session.contact is None:
                 watched.record_lost(state, "its QEMU was gone when the agent came back")
+
+    def _state(self) -> AgentState:
+        watched = list(self._watched.values())
+        return AgentState(
+            watched=len(watched),
+            connected=sum(one.session.contact is not None for one in watched),
+            collecting=sum(one.is_collecting for one in watched),
+        )
 
     async def _answer(self, request: Mapping[str, Any]) -> Answer:
         match request.get("command"):

@@ -289,6 +289,29 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Upload:
+    """Where crashes are copied to once they are in the store.
+
+    Attributes:
+        url: Any that fsspec knows; `{host}` is the name of this host.
+        options: What fsspec takes besides, for such URLs: `key`, `username`, `endpoint_url`, ...
+        confirm: `content`: what arrived is read back and compared; `size`: only its size is.
+        keep_dump: False: the dump is removed here when the upload is confirmed; the rest stays.
+        retry: How soon it is tried again; after each failure twice as late.
+        retry_max: How late at most.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    url: Annotated[str, _template("host"), Field(pattern="^[a-z][a-z0-9+.-]*://")]
+    options: dict[str, Any] = field(default_factory=dict)
+    confirm: Literal["content", "size"] = "content"
+    keep_dump: bool = True
+    retry: Seconds = 5.0
+    retry_max: Seconds = 900.0
+
+
+@dataclass(frozen=True)
 class Configuration:
     """All of it.
 
@@ -301,6 +324,9 @@ class Configuration:
         answer_timeout: How long QEMU may take to answer a command.
         retry_interval: Until a crash that could not be stored is collected again.
         limits: What the store may take.
+        upload: Where crashes are copied to; None: nowhere.
+        report: File of the report in HTML, written anew after each crash; None: only when asked.
+        metrics_port: Where Prometheus finds the metrics on 127.0.0.1; None: nowhere.
         defaults: For guests that do not say otherwise.
     """
 
@@ -314,6 +340,9 @@ class Configuration:
     answer_timeout: Seconds = 60.0
     retry_interval: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
+    upload: Upload | None = None
+    report: Path | None = None
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     defaults: Settings = field(default_factory=Settings)
 
     @property

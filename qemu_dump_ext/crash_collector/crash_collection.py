@@ -109,7 +109,11 @@ class _Meter(ProgressMeter):
 
 
 class CrashCollector:
-    """Collects one crash."""
+    """Collects one crash.
+
+    Attributes:
+        dump_seconds: How long the dump took, if one was written.
+    """
 
     def __init__(
         self,
@@ -133,6 +137,7 @@ class CrashCollector:
         self._budget = budget
         self._set_stopped = set_stopped
         self._found = _Found()
+        self.dump_seconds: float | None = None
         self._files: Path = Path()
         self._allowance = DumpAllowance(budget)
 
@@ -294,6 +299,7 @@ class CrashCollector:
             if not isinstance(error, DumpWriteError):
                 qmp.qmp("query-status")
             return
+        self.dump_seconds = report.seconds
         left_out = tuple(
             f"vCPU {index}: {', '.join(registers)} of note {note}"
             for (note, index), registers in report.missing.items()

@@ -279,7 +279,7 @@ class CrashStore:
     def _count(self, counts: dict[str, SignatureCount], record: CrashRecord) -> None:
         counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
         content = {name: asdict(count) for name, count in counts.items()}
-        _replace(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
+        replace_file(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
 
 
 def _counted(known: SignatureCount | None, record: CrashRecord) -> SignatureCount:
@@ -303,16 +303,22 @@ def _file_facts(path: Path) -> FileFacts:
         return FileFacts(os.fstat(file.fileno()).st_size, digest)
 
 
-def _write_record(directory: Path, record: CrashRecord) -> None:
+def record_files(record: CrashRecord) -> dict[str, bytes]:
+    """Return the content of `crash.json`, and of the checksums of it and of all other files."""
     text = record.to_json().encode()
     sums = {name: facts.sha256 for name, facts in record.files.items()}
     sums[RECORD_FILE] = hashlib.sha256(text).hexdigest()
     lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    _replace(directory / RECORD_FILE, text)
-    _replace(directory / CHECKSUM_FILE, "".join(lines).encode())
+    return {RECORD_FILE: text, CHECKSUM_FILE: "".join(lines).encode()}
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _write_record(directory: Path, record: CrashRecord) -> None:
+    for name, content in record_files(record).items():
+        replace_file(directory / name, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file for its owner alone: the old one, or all of the new one, is on the disk."""
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("xb") as file:

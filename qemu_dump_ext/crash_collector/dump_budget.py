@@ -18,6 +18,9 @@ from qemu_dump_ext.errors import DumpWriteError
 _MIB = 1 << 20
 
 
+_REFUSALS = ("dumps_per_signature", "rate", "free")
+
+
 class CollectionGivenUpError(Exception):
     """Not an error of the crash: nothing is stored, and it stays in the journal."""
 
@@ -44,6 +47,7 @@ class DumpBudget:
     Attributes:
         limits: Of the store; may be replaced at any time.
         ending: Set when the agent ends: what is under way is given up.
+        needs_upload: What is not uploaded yet is never removed.
     """
 
     def __init__(
@@ -51,9 +55,11 @@ class DumpBudget:
         store: CrashStore,
         limits: Limits,
         *,
+        needs_upload: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.limits = limits
+        self.needs_upload = needs_upload
         self.ending = threading.Event()
         self._store = store
         self._clock = clock
@@ -108,7 +114,7 @@ class DumpBudget:
         if (free := self._store.free_bytes()) < self.limits.free:
             raise DumpWriteError(
                 f"given up: the file system has {free // _MIB} MiB left, and"
-                f" {self.limits.free // _MIB} MiB are kept free"
+                f" {self.limits.free // _MIB} MiB are kept free (free)"
             )
 
     def _refusal(self, guest: Guest, signature_id: str) -> str | None:
@@ -121,12 +127,17 @@ class DumpBudget:
         if len(recent) >= rate.dumps:
             return f"{rate.dumps} dumps of this guest in {rate.per:g} s (rate)"
         if self._store.free_bytes() < self.limits.free:
-            prune(self._store, self.limits)
+            prune(self._store, self.limits, needs_upload=self.needs_upload)
         try:
             self.require_room()
         except DumpWriteError as error:
             return str(error)
         return None
+
+
+def kind_of_refusal(reason: str | None) -> str:
+    """Return the word of the configuration for which a crash has no dump, or `failed`."""
+    return next((word for word in _REFUSALS if reason and f"({word})" in reason), "failed")
 
 
 def prune(

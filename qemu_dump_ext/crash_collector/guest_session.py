@@ -201,7 +201,7 @@ class GuestSession:
             version=".".join(str(version.get(part)) for part in ("major", "minor", "micro")),
             target=str(target["arch"]),
             pid=pid,
-            command_line=None if pid is None else _command_line(pid),
+            command_line=None if pid is None else read_command_line(pid),
         )
 
     def _tell(self, message: str) -> None:
@@ -250,7 +250,8 @@ def _pid_of_peer(connection: socket.socket, address: str) -> int | None:
     return None
 
 
-def _command_line(pid: int) -> tuple[str, ...] | None:
+def read_command_line(pid: int) -> tuple[str, ...] | None:
+    """Return the command line of a process of this host, or None where it cannot be read."""
     try:
         with Path(f"/proc/{pid}/cmdline").open("rb") as file:
             text = file.read(_COMMAND_LINE_MAX)
@@ -290,7 +291,7 @@ def _is_zombie(pid: int) -> bool:
 def find_command_line(address: str) -> tuple[str, ...] | None:
     """Return the command line of the QEMU on this host that names a socket, or None."""
     for entry in Path("/proc").iterdir():
-        words = _command_line(int(entry.name)) if entry.name.isdecimal() else None
+        words = read_command_line(int(entry.name)) if entry.name.isdecimal() else None
         if words and any(address in word for word in words) and "qemu" in " ".join(words[:4]):
             return words
     return None

@@ -29,6 +29,7 @@ from qemu_dump_ext.crash_collector.crash_events import (
     cause_of_status,
     waits_for_stop,
 )
+from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
     CrashRecord,
@@ -61,6 +62,7 @@ class Services:
         store: Where crashes go.
         journal: What is under way.
         budget: Whether there may be a dump.
+        outlets: Where a crash is shown once it is stored.
         pool: Threads that collect: as many as there may be dumps at the same time.
         answer_seconds: How long QEMU may take to answer.
         retry_seconds: Until a crash that could not be stored is collected again.
@@ -71,6 +73,7 @@ class Services:
     store: CrashStore
     journal: Journal
     budget: DumpBudget
+    outlets: CrashOutlets
     pool: Executor
     answer_seconds: float
     retry_seconds: float
@@ -397,12 +400,16 @@ class WatchedGuest:
                 task, self._services.store, self._services.budget, set_stopped=self._set_stopped
             )
             try:
-                return await loop.run_in_executor(self._services.pool, collector.collect)
+                record = await loop.run_in_executor(self._services.pool, collector.collect)
             except DumpWriteError as error:
+                self._services.outlets.crash_not_stored()
                 if task.cause.kind == "trigger":
                     await self._note(cause=None)
                     raise
                 _logger.error("%s; tried again later", error, extra=self._extra())  # noqa: TRY400
+            else:
+                self._services.outlets.crash_stored(record, collector.dump_seconds)
+                return record
             await _at_most(self._services.retry_seconds, self._services.ending)
             self._services.budget.check_ending()
 
@@ -435,6 +442,7 @@ class WatchedGuest:
                 self._services.store,
                 self._services.budget.limits,
                 now=self._services.now(),
+                needs_upload=self._services.budget.needs_upload,
             )
         except DumpWriteError as error:
             _logger.error("%s", error, extra=self._extra())  # noqa: TRY400

@@ -48,6 +48,11 @@ class SavedPieces:
 
         def place() -> FilePlace:
             text = answer().strip()
+            if "Could not open" in text:
+                raise SourceError(
+                    f"QEMU's pmemsave: {text}",
+                    hint="QEMU is in another mount namespace, or of another user",
+                )
             if text:
                 raise GuestMemoryFaultError(gpa, size, f"QEMU's pmemsave: {text}")
             received = os.fstat(descriptor).st_size

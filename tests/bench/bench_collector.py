@@ -1,83 +1,157 @@
-"""How much the crash collector costs when nothing happens, and how fast it is when all crash.
+"""Measure the crash collector: what watching costs, and how soon a crash is dumped.
 
-    .venv/bin/python -m tests.bench.bench_collector [GUESTS]
+    .venv/bin/python -m tests.bench.bench_collector [--guests N] [--crashes N] [--seconds N]
 
-Real QEMUs of 2 MiB without an operating system. All panic at the end, one after the other; the
-time is from QEMU's event to the moment that the journal has it, behind which the guest is read.
+Starts N real QEMUs, all without a machine but a few that can panic, and an agent that watches them
+all. Prints a table in Markdown. The time to the dump is between two events of QEMU's own clock:
+GUEST_PANICKED, and STOP, from which on the guest stands still for its dump.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
-import resource
+import re
+import statistics
 import subprocess
-import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.support.bare_crashes import bare_machine
 from tests.support.crash_agent import CrashAgent, wait_until
 from tests.support.raw_qmp import RawQmp
 
-_IDLE_SECONDS = 30
+_CRASHING = 20
+_START_SECONDS = 600.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def main() -> int:
-    """Print the figures."""
-    guests = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, max(soft, 8 * guests)), hard))
+@contextmanager
+def idle_guests(directory: Path, count: int) -> Iterator[None]:
+    """Start QEMUs that do nothing but have a QMP socket in `directory`."""
+    argv = ["qemu-system-x86_64", "-machine", "none", "-nodefaults", "-display", "none", "-S"]
     with ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        machines = []
-        for number in range(guests):
-            place = directory / f"vm{number}.qmp"
-            machine = bare_machine(directory, "panic", "-m", "2", qmp_socket=place)
-            machines.append(stack.enter_context(machine))
-        limits = {"count": 10 * guests}
-        entry = {"glob": str(directory / "*.qmp")}
-        agent = CrashAgent(directory, guests=[entry], limits=limits, scan_interval=1.0)
-        stack.enter_context(agent.running())
-        started = time.monotonic()
-        wait_until(lambda: len(agent.guests() or ()) == guests, "found", 300)
-        agent.wait_connected(guests)
-        print(f"{guests} guests connected in {time.monotonic() - started:.1f} s")
-        before = _cpu_seconds(agent.pid)
-        time.sleep(_IDLE_SECONDS)
-        idle = (_cpu_seconds(agent.pid) - before) / _IDLE_SECONDS
-        print(f"idle: {100 * idle:.2f} % of one CPU, {_memory_mib(agent.pid):.0f} MiB")
-        started = time.monotonic()
-        for machine in machines:
-            with RawQmp(machine.qmp_sockets[1]) as qmp:
-                qmp.execute("cont")
-        agent.wait_records(guests, seconds=1200)
-        print(f"all collected {time.monotonic() - started:.1f} s after the first panic")
-        delays = sorted(
-            record.moment.timestamp() - stamp["seconds"] - stamp["microseconds"] / 1e6
-            for record in agent.records()
-            if (stamp := (record.cause.event or {}).get("timestamp"))
-        )
-        for share in (50, 99):
-            print(
-                f"seen after the event: {1000 * delays[len(delays) * share // 100]:.1f} ms"
-                f" ({share} %)"
+        for number in range(count):
+            path = directory / f"idle{number}.qmp"
+            qemu = stack.enter_context(
+                subprocess.Popen([*argv, "-qmp", f"unix:{path},server=on,wait=off"])
             )
-        subprocess.run(["du", "-sh", agent.store.path], check=True)
-    return 0
+            stack.callback(qemu.kill)
+        wait_until(
+            lambda: sum(1 for _ in directory.glob("idle*.qmp")) == count,
+            "sockets of all guests",
+            _START_SECONDS,
+        )
+        yield
 
 
-def _cpu_seconds(pid: int) -> float:
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time of a process so far."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
-def _memory_mib(pid: int) -> float:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:")) / 1024
+def memory_mib(pid: int, word: str) -> float:
+    """Return one line of a process's `status`, in MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.search(rf"^{word}:\s+(\d+) kB", status, re.MULTILINE)
+    return int(found[1]) / 1024 if found else 0.0
+
+
+def _moment(event: dict[str, dict[str, int]]) -> float:
+    stamp = event["timestamp"]
+    return stamp["seconds"] + stamp["microseconds"] / 1e6
+
+
+def crash_all(agent: CrashAgent, monitors: Sequence[RawQmp]) -> float:
+    """Let all guests panic at once; returns the seconds until all crashes are stored."""
+    known = len(list(agent.store.path.glob("[!.]*/*")))
+    started = time.monotonic()
+    for monitor in monitors:
+        monitor.execute("system_reset")
+    wait_until(
+        lambda: len(list(agent.store.path.glob("[!.]*/*"))) >= known + len(monitors),
+        "all are stored",
+        _START_SECONDS,
+    )
+    return time.monotonic() - started
+
+
+def crash_once(agent: CrashAgent, monitor: RawQmp) -> float:
+    """Let a guest panic; returns the seconds from the panic to its being stopped."""
+    known = len(list(agent.store.path.glob("[!.]*/*")))
+    monitor.events.clear()
+    monitor.execute("system_reset")
+    monitor.execute("cont")
+    panic = monitor.wait_for_event("GUEST_PANICKED")
+    stop = monitor.wait_for_event("STOP")
+    wait_until(lambda: len(list(agent.store.path.glob("[!.]*/*"))) > known, "it is stored")
+    monitor.wait_for_event("RESUME")
+    return _moment(stop) - _moment(panic)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--guests", type=int, default=500, help="that are watched")
+    parser.add_argument("--crashes", type=int, default=200, help="one after the other")
+    parser.add_argument("--seconds", type=float, default=60.0, help="of watching idle guests")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-") as name, ExitStack() as stack:
+        directory = Path(name)
+        sockets = directory / "qmp"
+        sockets.mkdir()
+        machines = [
+            stack.enter_context(
+                bare_machine(
+                    directory,
+                    "panic-spin",
+                    "-action",
+                    "panic=none",
+                    qmp_socket=sockets / f"crash{number}.qmp",
+                )
+            )
+            for number in range(_CRASHING)
+        ]
+        stack.enter_context(idle_guests(sockets, arguments.guests - _CRASHING))
+        agent = CrashAgent(
+            directory,
+            guests=[{"directory": str(sockets)}],
+            defaults={"dumps_per_signature": 10000, "rate": {"dumps": 10000, "per": 1}},
+            scan_interval=1,
+        )
+        started = time.monotonic()
+        stack.enter_context(agent.running())
+        agent.wait_connected(arguments.guests)
+        print(f"{arguments.guests} guests connected in {time.monotonic() - started:.1f} s\n")
+        time.sleep(5)
+        before, begun = cpu_seconds(agent.pid), time.monotonic()
+        time.sleep(arguments.seconds)
+        share = (cpu_seconds(agent.pid) - before) / (time.monotonic() - begun)
+        idle_mib = memory_mib(agent.pid, "VmRSS")
+        monitors = [stack.enter_context(RawQmp(machine.qmp_sockets[1])) for machine in machines]
+        delays = sorted(
+            crash_once(agent, monitors[number % _CRASHING]) for number in range(arguments.crashes)
+        )
+        percentile = delays[min(len(delays) - 1, int(0.99 * len(delays)))]
+        storm = crash_all(agent, monitors)
+        print(
+            "| guests | CPU, idle | memory, idle | at most | panic to dump, median | 99 %"
+            f" | {_CRASHING} panics at once are stored in |"
+        )
+        print("|---|---|---|---|---|---|---|")
+        print(
+            f"| {arguments.guests} | {100 * share:.1f} % of one core | {idle_mib:.0f} MiB"
+            f" | {memory_mib(agent.pid, 'VmHWM'):.0f} MiB"
+            f" | {1000 * statistics.median(delays):.0f} ms | {1000 * percentile:.0f} ms"
+            f" | {storm:.1f} s |"
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,8 +1,10 @@
 """Measure our dumps against QEMU's own, in turn, on one stopped Linux guest with real content.
 
     .venv/bin/python -m tests.bench.bench_dump [--memory MIB] [--fill MIB] [--rounds N] [--json]
+    .venv/bin/python -m tests.bench.bench_dump --sparse [--memory MIB] [--fill MIB] ...
 
 Prints a table in Markdown: medians, and ratios in which more than 1 means that ours is better.
+`--sparse` measures a guest that has touched little of much memory; it never runs.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine
+from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import GDB_SCRIPT, child_environment, cli_argv, gdb_argv
@@ -51,27 +53,45 @@ class Measurement:
     growth: int
 
 
+Dump = Callable[[QemuMachine, Path], Measurement]
+
+
 @dataclass(frozen=True)
 class Case:
     """What is compared.
 
     Attributes:
         name: Of the row.
-        native_format: QEMU's dump that it is compared with.
+        native: Takes what it is compared with into a file: QEMU's own dump, or gdb's.
         run: Takes our dump into a file.
     """
 
     name: str
-    native_format: str
-    run: Callable[[QemuMachine, Path], Measurement]
+    native: Dump
+    run: Dump
 
 
-def native_dump(machine: QemuMachine, dump_format: str, path: Path) -> Measurement:
+def by_qemu(dump_format: str, *, paging: bool = False) -> Dump:
     """Let QEMU dump; the guest stands still meanwhile."""
+
+    def run(machine: QemuMachine, path: Path) -> Measurement:
+        return _native_dump(machine, dump_format, path, paging=paging)
+
+    return run
+
+
+def _native_dump(
+    machine: QemuMachine, dump_format: str, path: Path, *, paging: bool
+) -> Measurement:
     with RawQmp(machine.qmp_sockets[1], timeout_seconds=600) as qmp:
         before, used = memory_of(machine.pid), cpu_seconds_of(machine.pid)
         started = time.perf_counter()
-        qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{path}", format=dump_format)
+        qmp.execute(
+            "dump-guest-memory",
+            paging=paging,
+            protocol=f"file:{path}",
+            format=dump_format,
+        )
         seconds = time.perf_counter() - started
     used = cpu_seconds_of(machine.pid) - used
     growth = memory_of(machine.pid) - before
@@ -119,14 +139,14 @@ def our_dump(machine: QemuMachine, argv: Sequence[str], path: Path) -> Measureme
     )
 
 
-def by_cli(*words: str) -> Callable[[QemuMachine, Path], Measurement]:
+def by_cli(*words: str) -> Dump:
     """Dump by QMP."""
     return lambda machine, path: our_dump(
         machine, cli_argv("--qmp", machine.qmp_sockets[0], "--json", *words, path), path
     )
 
 
-def by_gdb(*words: str) -> Callable[[QemuMachine, Path], Measurement]:
+def by_gdb(*words: str) -> Dump:
     """Dump inside gdb, by the stub alone."""
 
     def run(machine: QemuMachine, path: Path) -> Measurement:
@@ -137,19 +157,50 @@ def by_gdb(*words: str) -> Callable[[QemuMachine, Path], Measurement]:
     return run
 
 
-CASES = (
-    Case("elf", "elf", by_cli()),
-    Case("elf --exact", "elf", by_cli("--exact")),
-    Case("kdump-zlib", "kdump-zlib", by_cli("-z")),
-    Case("kdump-zlib --level 0", "kdump-zlib", by_cli("-z", "--level", "0")),
-    Case("kdump-zlib --snapshot", "kdump-zlib", by_cli("-z", "--snapshot")),
-    Case("kdump-zlib --exact", "kdump-zlib", by_cli("-z", "--exact")),
-    Case("kdump-raw-zlib", "kdump-zlib", by_cli("-z", "-R")),
-    Case("kdump-lzo", "kdump-zlib", by_cli("-l")),
-    Case("kdump-snappy", "kdump-zlib", by_cli("-s")),
-    Case("kdump-zstd", "kdump-zlib", by_cli("-z", "zstd")),
-    Case("kdump-zlib in gdb", "kdump-zlib", by_gdb("-z")),
-    Case("elf in gdb", "elf", by_gdb()),
+def by_gdbs_own(machine: QemuMachine, path: Path) -> Measurement:
+    """Dump a range with gdb's own command, in the physical memory mode of the stub."""
+    session = [
+        f"target remote {machine.gdb_socket}",
+        "maintenance packet Qqemu.PhyMemMode:1",
+        f"dump binary memory {path} 0 {_STUB_RANGE:#x}",
+        'echo {"stopped_seconds": 0}\\n',
+        "maintenance packet Qqemu.PhyMemMode:0",
+        "disconnect",
+    ]
+    return our_dump(machine, gdb_argv(session), path)
+
+
+_STUB_RANGE = 64 * MIB
+CASES: Sequence[Case] = (
+    Case("elf", by_qemu("elf"), by_cli()),
+    Case("elf --exact", by_qemu("elf"), by_cli("--exact")),
+    Case("elf -p", by_qemu("elf", paging=True), by_cli("-p")),
+    Case("elf -p --exact", by_qemu("elf", paging=True), by_cli("-p", "--exact")),
+    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
+    Case("kdump-zlib --level 0", by_qemu("kdump-zlib"), by_cli("-z", "--level", "0")),
+    Case("kdump-zlib --snapshot", by_qemu("kdump-zlib"), by_cli("-z", "--snapshot")),
+    Case("kdump-zlib --exact", by_qemu("kdump-zlib"), by_cli("-z", "--exact")),
+    Case("kdump-raw-zlib", by_qemu("kdump-zlib"), by_cli("-z", "-R")),
+    Case("kdump-lzo", by_qemu("kdump-zlib"), by_cli("-l")),
+    Case("kdump-snappy", by_qemu("kdump-zlib"), by_cli("-s")),
+    Case("kdump-zstd", by_qemu("kdump-zlib"), by_cli("-z", "zstd")),
+    Case("kdump-zlib in gdb", by_qemu("kdump-zlib"), by_gdb("-z")),
+    Case("elf in gdb", by_qemu("elf"), by_gdb()),
+    Case(
+        "kdump-zlib by native_stream",
+        by_qemu("kdump-zlib"),
+        by_cli("-z", "--memory", "native_stream"),
+    ),
+    Case("kdump-zlib by pmemsave", by_qemu("kdump-zlib"), by_cli("-z", "--memory", "pmemsave")),
+    Case(
+        "64 MiB by gdbstub, against gdb's dump binary memory",
+        by_gdbs_own,
+        by_gdb("--memory", "gdbstub", "--no-vmcoreinfo", "--range", "0", f"{_STUB_RANGE:#x}"),
+    ),
+)
+SPARSE_CASES: Sequence[Case] = (
+    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
+    Case("kdump-zlib --exclude-zero", by_qemu("kdump-zlib"), by_cli("-z", "--exclude-zero")),
 )
 
 
@@ -178,7 +229,7 @@ def measure(case: Case, machine: QemuMachine, rounds: int, directory: Path) -> R
         # Ours first: QEMU's own dump leaves page tables for all of its memory behind.
         ours.append(case.run(machine, path))
         path.unlink()
-        native.append(native_dump(machine, case.native_format, path))
+        native.append(case.native(machine, path))
         path.unlink()
     return Row(case.name, median_of(native), median_of(ours))
 
@@ -187,9 +238,9 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     """Write rows in Markdown."""
     yield (
         "| dump | QEMU's own | ours | faster | CPU time, QEMU's/ours | file, ours/QEMU's"
-        " | guest pause | peak memory | QEMU grew |"
+        " | guest pause | peak memory | QEMU grew: by its own | by ours |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         native, ours = row.native, row.ours
         yield (
@@ -197,7 +248,8 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             f" | {native.seconds / ours.seconds:.1f} x"
             f" | {native.cpu_seconds / max(ours.cpu_seconds, 0.01):.1f}"
             f" | {ours.size / native.size:.2f} | {ours.stopped_seconds:.2f} s"
-            f" | {ours.peak_rss / MIB:.0f} MiB | {ours.growth / MIB:.0f} MiB |"
+            f" | {ours.peak_rss / MIB:.0f} MiB | {native.growth / MIB:.0f} MiB"
+            f" | {ours.growth / MIB:.0f} MiB |"
         )
 
 
@@ -218,24 +270,48 @@ def stopped_guest(memory_mib: int, fill_mib: int) -> Iterator[BootedGuest]:
         yield guest
 
 
+@contextmanager
+def sparse_guest(memory_mib: int, fill_mib: int) -> Iterator[QemuMachine]:
+    """Start a machine whose memory has file content at its beginning and was not touched behind."""
+    content = ImageStore(default_cache()).fill_disk(fill_mib)
+    with tempfile.NamedTemporaryFile() as part:
+        with content.open("rb") as source:
+            for _ in range(fill_mib):  # peak memory of ours counts for children, too
+                part.write(source.read(MIB))
+        part.flush()
+        loader = f"loader,file={part.name},addr={4 * MIB:#x},force-raw=on"
+        # Without reserve=off the kernel refuses more than it has.
+        backend = f"memory-backend-ram,id=ram,size={memory_mib}M,reserve=off"
+        arguments = ["-M", "q35,memory-backend=ram", "-m", str(memory_mib), "-object", backend]
+        arguments += ["-device", loader]
+        with stopped_machine(["qemu-system-x86_64"], arguments) as machine:
+            yield machine
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--memory", type=int, default=2048, metavar="MIB")
-    parser.add_argument("--fill", type=int, default=850, metavar="MIB")
+    parser.add_argument("--memory", type=int, metavar="MIB", help="2048; 65536 with --sparse")
+    parser.add_argument("--fill", type=int, metavar="MIB", help="850; 300 with --sparse")
+    parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--directory", type=Path, help="where the dumps are written")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
+    cases = SPARSE_CASES if arguments.sparse else CASES
+    memory = arguments.memory or (65536 if arguments.sparse else 2048)
+    fill = arguments.fill or (300 if arguments.sparse else 850)
+    started: AbstractContextManager[QemuMachine]
+    started = sparse_guest(memory, fill) if arguments.sparse else stopped_guest(memory, fill)
     with (
-        stopped_guest(arguments.memory, arguments.fill) as guest,
+        started as guest,
         tempfile.TemporaryDirectory(dir=arguments.directory) as directory,
     ):
         rows = []
-        for case in CASES:
+        for case in cases:
             if arguments.only in case.name:
                 print(case.name, file=sys.stderr)
                 rows.append(measure(case, guest, arguments.rounds, Path(directory)))

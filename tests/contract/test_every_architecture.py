@@ -13,8 +13,9 @@ from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLay
 from qemu_dump_ext.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.dump_formats.kdump import lay_out
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
+from qemu_dump_ext.elf_notes import parse_notes
 from qemu_dump_ext.guest import RamBlock, Vcpu
-from qemu_dump_ext.notes import decode_vcpu_registers, encode_vcpu_notes, parse_notes
+from qemu_dump_ext.vcpu_notes import decode_vcpu_registers, encode_vcpu_notes
 from qemu_dump_ext.vmcoreinfo import UtsName
 
 _QEMU_7_2 = qemu_dialect((7, 2, 22))
@@ -60,6 +61,7 @@ ONLY_BY_LINUX = {
     "or1k": [(1, 212)],
     "sh4": [(1, 168)],
     "sh4eb": [(1, 168)],
+    "sparc": [(1, 228), (2, 396)],
     "sparc64": [(1, 408)],
     "xtensa": [(1, 588)],
     "xtensaeb": [(1, 588)],
@@ -83,6 +85,7 @@ E_MACHINE = {
     "or1k": 92,
     "sh4": 42,
     "sh4eb": 42,
+    "sparc": 2,
     "sparc64": 43,
     "xtensa": 94,
     "xtensaeb": 94,

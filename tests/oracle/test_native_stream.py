@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
+from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
 from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
@@ -207,6 +207,17 @@ def test_a_target_that_qemu_cannot_dump_is_named(tmp_path: Path):
         assert "native_stream: monitor command 'dump-guest-memory'" in done.stderr
         assert "not currently supported" in done.stderr
         assert not list(tmp_path.iterdir())
+        assert descriptors_of(machine.pid) == before
+
+
+def test_a_descriptor_that_qemu_did_not_take_is_taken_back():
+    with stopped_machine([QEMU], [*NEVER_RAN, "-incoming", "defer"]) as machine:
+        before = descriptors_of(machine.pid)
+        with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
+            dumps = NativeDumps(monitor)
+            with pytest.raises(MonitorAnswerError, match="not allowed during incoming migration"):
+                dumps.begin(0, 0, 8)()
+            dumps.close()
         assert descriptors_of(machine.pid) == before
 
 

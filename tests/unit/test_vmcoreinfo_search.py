@@ -5,7 +5,7 @@ import random
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.errors import PauseLimitError, RequestError
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import Evidence, NoteSearch
 from tests.support.fake_kernel import (
@@ -137,3 +137,21 @@ def test_memory_that_was_never_touched_is_not_read():
     memory.populated = lambda _gpa, _size: [(2 * MIB, 3 * MIB)]  # type: ignore[attr-defined]
     assert search(memory, live).find("6.1.0").chosen is not None
     assert memory.reads < 10
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_search_can_be_given_up(*, is_slow: bool):
+    memory = FlatMemory(64 * MIB)
+    memory.is_slow = is_slow  # type: ignore[attr-defined]
+    searched = 0
+
+    def advance(size: int) -> None:
+        nonlocal searched
+        searched += size
+        if searched >= 12 << 10:
+            raise PauseLimitError("for too long")
+
+    given_up = NoteSearch(X86_64, "little", memory, memory.blocks, advance=advance)
+    with pytest.raises(PauseLimitError):
+        given_up.find()
+    assert memory.reads < 1024

@@ -9,6 +9,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector_arguments import add_configuration, add_json, configuration_of
 from qemu_dump_ext.crash_collector.guest_session import find_command_line, panic_action
 from qemu_dump_ext.crash_collector.guest_watch import GuestFinder
+from qemu_dump_ext.crash_collector.upload import check_upload
 from qemu_dump_ext.errors import EXIT_SUCCESS
 
 
@@ -19,6 +20,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     configuration = configuration_of(arguments)
+    if configuration.upload is not None:
+        check_upload(configuration.upload)
     guests = []
     for guest in GuestFinder().find(configuration).values():
         command_line = find_command_line(guest.address)

@@ -25,7 +25,11 @@ def _run(arguments: argparse.Namespace) -> int:
             "what": "crash" if removal.whole else "dump",
             "reason": removal.reason,
         }
-        for removal in prune(CrashStore(configuration.store), configuration.limits)
+        for removal in prune(
+            CrashStore(configuration.store),
+            configuration.limits,
+            needs_upload=configuration.upload is not None,
+        )
     ]
     if arguments.json:
         print(json.dumps(removed))

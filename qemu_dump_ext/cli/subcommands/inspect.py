@@ -29,9 +29,10 @@ from itertools import islice
 from typing import Any
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_file import DumpFile, Note
+from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.dump_reader import open_dump
 from qemu_dump_ext.elf_core_reader import ElfCoreFile
+from qemu_dump_ext.elf_notes import Note
 from qemu_dump_ext.elf_structs import NT_QEMU
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 from qemu_dump_ext.kdump_reader import KdumpFile

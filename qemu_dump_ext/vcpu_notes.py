@@ -1,39 +1,20 @@
-"""Encode and decode the notes area of a dump. Pure: registers in, bytes out, and back.
+"""Encode and decode the notes of vCPUs. Pure: registers in, bytes out, and back.
 
-Source: System V gABI, Note Section; QEMU dump/dump.c write_elf_notes() for the order.
+Source: QEMU dump/dump.c write_elf_notes() for the order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout
-from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder
-from qemu_dump_ext.elf_structs import NHDR
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.elf_notes import Note, encode_note
 from qemu_dump_ext.guest import Vcpu
 
 QEMU_NOTE_SIZE_WITHOUT_KERNEL_GS_BASE = 432
 _PID = "pr_pid"
-
-
-@dataclass(frozen=True)
-class Note:
-    """One note.
-
-    Attributes:
-        name: Without the terminating NUL.
-        type: n_type.
-        descriptor: Its bytes, unpadded.
-        descriptor_offset: Of the descriptor, from the start of the notes area, in bytes.
-        offset: Of the whole note, likewise.
-    """
-
-    name: bytes
-    type: int
-    descriptor: bytes
-    descriptor_offset: int
-    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,40 +28,6 @@ class EncodedNotes:
 
     data: bytes
     missing: Mapping[tuple[str, int], Sequence[str]]
-
-
-def note_header(byte_order: ByteOrder) -> BoundStruct:
-    """Return the header in front of each note: three 32-bit words in every class."""
-    return NHDR.bind(Abi(byte_order, word_size=4, max_align=4))
-
-
-def encode_note(name: bytes, note_type: int, descriptor: bytes, byte_order: ByteOrder) -> bytes:
-    """Encode one note, name and descriptor padded to 4 bytes."""
-    owner = name + b"\0"
-    header = note_header(byte_order).pack(
-        n_namesz=len(owner), n_descsz=len(descriptor), n_type=note_type
-    )
-    return header + _padded(owner) + _padded(descriptor)
-
-
-def _padded(data: bytes) -> bytes:
-    return data + b"\0" * (-len(data) % 4)
-
-
-def parse_notes(data: bytes, byte_order: ByteOrder) -> Iterator[Note]:
-    """Walk a notes area; stops silently where a note would leave `data`."""
-    header = note_header(byte_order)
-    offset = 0
-    while offset + header.size <= len(data):
-        sizes = header.unpack_integers(data, offset)
-        name_start = offset + header.size
-        start = name_start + sizes["n_namesz"] + -sizes["n_namesz"] % 4
-        end = start + sizes["n_descsz"]
-        if end > len(data):
-            return
-        name = data[name_start : name_start + sizes["n_namesz"]].rstrip(b"\0")
-        yield Note(name, sizes["n_type"], data[start:end], start, offset)
-        offset = end + -end % 4
 
 
 def encode_vcpu_notes(
@@ -113,9 +60,7 @@ def encode_vcpu_notes(
                         missing[key] = sorted({*missing.get(key, ()), *absent})
                     if layout.owner == "QEMU" and not kernel_gs_base:
                         descriptor = _shorten_qemu_note(descriptor)
-                    data += encode_note(
-                        layout.owner.encode(), layout.type, descriptor, core.byte_order
-                    )
+                    data += encode_note(layout.owner, layout.type, descriptor, core.byte_order)
     return EncodedNotes(bytes(data), missing)
 
 
@@ -192,7 +137,7 @@ def _decode_note(
     layout: NoteLayout, byte_order: ByteOrder, notes: Sequence[Note]
 ) -> Mapping[str, int] | None:
     for note in notes:
-        if (note.name, note.type) == (layout.owner.encode(), layout.type):
+        if (note.name, note.type) == (layout.owner, layout.type):
             structure = layout.bind_of_size(len(note.descriptor), byte_order)
             if structure is not None:
                 return structure.unpack_integers(note.descriptor)

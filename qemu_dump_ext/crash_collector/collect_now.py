@@ -1,0 +1,122 @@
+"""`collect_crash`: what the agent stores of a crash, for whoever needs it once: a failing test."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+
+from qemu_dump_ext.crash_collector.configuration import GuestEntry, Limits, request_of_format
+from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
+from qemu_dump_ext.crash_collector.crash_events import cause_of_status
+from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
+from qemu_dump_ext.crash_collector.crash_store import CrashStore, is_guest_name
+from qemu_dump_ext.crash_collector.dump_budget import DumpBudget
+from qemu_dump_ext.crash_collector.guest_session import find_command_line, read_command_line
+from qemu_dump_ext.crash_collector.guest_watch import Guest
+from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.qemu_process import find_qemu_process
+from qemu_dump_ext.sync_qmp import SharedQmp, connect_qmp
+
+_UNKNOWN = QemuFacts("unknown", "unknown", None, None)
+_ANY_NUMBER = 1 << 30
+_NO_LABELS: Mapping[str, str] = MappingProxyType({})
+
+
+def collect_crash(
+    qmp_socket: str | Path,
+    directory: str | Path,
+    *,
+    name: str | None = None,
+    console: str | Path | None = None,
+    detail: str = "somebody said so",
+    labels: Mapping[str, str] = _NO_LABELS,
+    dump_format: str = "kdump-raw-zlib",
+) -> Path:
+    """Store a guest's dump, log, registers and console; the guest is afterwards as it was before.
+
+    Args:
+        qmp_socket: Path or HOST:PORT; nobody else may be connected to it.
+        directory: A store; made if there is none, and added to if there is.
+        name: Of the guest; default: that of the socket without what is behind its last dot.
+        console: File to which QEMU logs the console.
+        detail: One line that says why.
+        labels: Any words; stored with it.
+        dump_format: By the name that QMP has for it.
+
+    Returns:
+        The directory of the crash, complete: `crash.json` says what is in it, and what could not
+        be had. Where QEMU is gone, that is all but the console.
+
+    Raises:
+        RequestError: `name` is no name for a directory, or the format is unknown.
+        DumpWriteError: It cannot be stored.
+    """
+    address = str(qmp_socket)
+    guest_name = Path(address).stem if name is None else name
+    if not is_guest_name(guest_name):
+        raise RequestError(f"{guest_name!r} is no name for a directory", hint="give a `name`")
+    try:
+        request_of_format(dump_format)
+    except ValueError as error:
+        raise RequestError(str(error)) from error
+    settings = GuestEntry(
+        socket=address,
+        format=dump_format,
+        console=None if console is None else _literal(str(console)),
+        labels=dict(labels),
+        dumps_per_signature=_ANY_NUMBER,
+    )
+    guest = Guest(guest_name, address, settings)
+    store = CrashStore(Path(directory))
+    store.prepare()
+    with contextlib.ExitStack() as stack:
+        monitor: SharedQmp | None = None
+        facts, gone = _UNKNOWN, ""
+        try:
+            monitor = stack.enter_context(connect_qmp(address))
+            facts = _facts(monitor, address)
+            status = str(monitor.qmp("query-status")["status"])
+            cause = cause_of_status(status) or CrashCause("trigger", detail)
+        except SourceError as error:
+            gone = str(error)
+            died = find_command_line(address) is None
+            cause = CrashCause("qemu-died" if died else "trigger", detail)
+        task = CrashTask(
+            guest, cause, utc_text(datetime.now(UTC)), facts, None if gone else monitor, gone, {}
+        )
+        record = _collect(task, store)
+    return store.directory(record.id)
+
+
+def _collect(task: CrashTask, store: CrashStore) -> CrashRecord:
+    budget = DumpBudget(store, Limits())
+    collector = CrashCollector(task, store, budget, set_stopped=lambda _stopped: None)
+    # Which leaves signals to this thread; an interrupt gives up, and lets the guest run again.
+    with ThreadPoolExecutor(1) as pool:
+        collected = pool.submit(collector.collect)
+        try:
+            return collected.result()
+        except BaseException:
+            budget.ending.set()
+            raise
+
+
+def _facts(monitor: SharedQmp, address: str) -> QemuFacts:
+    version = monitor.qmp("query-version")["qemu"]
+    pid = None
+    with contextlib.suppress(SourceError):
+        pid = find_qemu_process((address,))
+    return QemuFacts(
+        ".".join(str(version[part]) for part in ("major", "minor", "micro")),
+        monitor.target_name() or "unknown",
+        pid,
+        None if pid is None else read_command_line(pid),
+    )
+
+
+def _literal(text: str) -> str:
+    return text.replace("{", "{{").replace("}", "}}")

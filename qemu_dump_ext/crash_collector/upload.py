@@ -1,0 +1,291 @@
+"""Copies crashes to where an fsspec URL leads: object stores, sftp, another file system.
+
+A crash is at `URL/GUEST/TIME-SIGNATURE/`, and complete there exactly when it has its `crash.json`,
+which comes last and under another name first, when everything else has been confirmed. The store
+says what is not uploaded yet, so that nothing is forgotten when the agent ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+from urllib.parse import urlsplit
+
+from qemu_dump_ext.crash_collector.configuration import Upload
+from qemu_dump_ext.crash_collector.crash_record import (
+    CrashRecord,
+    FileFacts,
+    UploadFacts,
+    parse_record,
+    utc_text,
+)
+from qemu_dump_ext.crash_collector.crash_store import (
+    CHECKSUM_FILE,
+    RECORD_FILE,
+    CrashStore,
+    record_files,
+)
+from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
+
+_BLOCK = 1 << 20
+_RECORD_BYTES_MAX = 16 << 20
+_STOP_SECONDS = 2.0
+# Where directories have permissions; object stores have rules of their own.
+_CHMOD_OF: dict[str, Callable[[Any], Callable[[str, int], None]]] = {
+    "file": lambda files: files.chmod,
+    "sftp": lambda files: files.ftp.chmod,
+}
+
+_logger = logging.getLogger(__name__)
+# What they log is in their exceptions as well.
+for _name in ("paramiko", "botocore", "aiobotocore"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
+
+
+class Destination:
+    """Where an upload goes.
+
+    Attributes:
+        url: As records show it: without a password.
+    """
+
+    def __init__(self, settings: Upload) -> None:
+        """Connect.
+
+        Raises:
+            RequestError: No package for such URLs is installed.
+        """
+        check_upload(settings)
+        import fsspec  # noqa: PLC0415 - an extra, and slow to import
+
+        url = settings.url.format(host=socket.gethostname()).rstrip("/")
+        # A connection that was lost must not be found again in a cache.
+        filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True, **settings.options)
+        self._files: Any = filesystem
+        self._root = root.rstrip("/")
+        self.url = without_password(url)
+        self._confirms_content = settings.confirm == "content"
+
+    def put(self, store: CrashStore, record: CrashRecord) -> UploadFacts:
+        """Copy a crash; what is there already is not copied again.
+
+        Raises:
+            DumpWriteError: It did not arrive as it is here, or the name is taken.
+        """
+        remote = f"{self._root}/{record.id}"
+        local = store.directory(record.id)
+        existing = self._record_at(remote)
+        if existing is not None and existing.files != record.files:
+            raise DumpWriteError(f"{self.url}/{record.id} is another crash")
+        self._files.makedirs(remote, exist_ok=True)
+        self._make_private(remote)
+        for name, facts in record.files.items():
+            path = f"{remote}/{name}"
+            if not self._is_there(path, facts):
+                self._files.put_file(str(local / name), path)
+                if not self._is_there(path, facts):
+                    raise DumpWriteError(f"{self.url}/{record.id}/{name} is not what was sent")
+        if existing is not None and existing.uploaded is not None:
+            return existing.uploaded
+        uploaded = UploadFacts(f"{self.url}/{record.id}", utc_text(datetime.now(UTC)))
+        contents = record_files(replace(record, uploaded=uploaded))
+        self._put_small(f"{remote}/{CHECKSUM_FILE}", contents[CHECKSUM_FILE])
+        self._put_small(f"{remote}/{RECORD_FILE}", contents[RECORD_FILE])
+        return uploaded
+
+    def _record_at(self, remote: str) -> CrashRecord | None:
+        path = f"{remote}/{RECORD_FILE}"
+        self._files.invalidate_cache()
+        if not self._files.exists(path):
+            return None
+        return parse_record(self._files.cat_file(path, end=_RECORD_BYTES_MAX))
+
+    def _make_private(self, remote: str) -> None:
+        # While it is empty.
+        protocol = self._files.protocol
+        chmod = _CHMOD_OF.get(protocol if isinstance(protocol, str) else protocol[0])
+        if chmod is not None:
+            chmod(self._files)(remote, 0o700)
+
+    def _is_there(self, path: str, facts: FileFacts) -> bool:
+        self._files.invalidate_cache()
+        try:
+            if self._files.info(path)["size"] != facts.bytes:
+                return False
+            if not self._confirms_content:
+                return True
+            digest = hashlib.sha256()
+            with self._files.open(path, "rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        except FileNotFoundError:
+            return False
+        return digest.hexdigest() == facts.sha256
+
+    def _put_small(self, path: str, content: bytes) -> None:
+        self._files.pipe_file(f"{path}.part", content)
+        if self._files.cat_file(f"{path}.part") != content:
+            raise DumpWriteError(f"{self.url}: {path} is not what was sent")
+        self._files.mv(f"{path}.part", path)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    times: int
+    due: float
+
+
+class Uploader:
+    """Uploads what the store has, in a thread of its own that may be left behind at any moment.
+
+    Attributes:
+        backlog: How many crashes are not uploaded yet.
+        uploaded: How many were, since the start.
+        failures: How many attempts failed, since the start.
+    """
+
+    def __init__(
+        self,
+        store: CrashStore,
+        settings: Upload,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        """Look at the settings.
+
+        Args:
+            store: Whose crashes.
+            settings: Where to.
+            clock: Seconds.
+            jitter: From 0 to 1; hosts that were refused at once must not come back at once.
+
+        Raises:
+            RequestError: No package for such URLs is installed.
+        """
+        check_upload(settings)
+        self._store = store
+        self._settings = settings
+        self._clock = clock
+        self._jitter = jitter
+        self._failed: dict[str, _Failure] = {}
+        self._woken = threading.Event()
+        self._ending = False
+        # Not waited for by the interpreter: a server that says nothing keeps nobody up.
+        self._thread = threading.Thread(target=self._work, name="upload", daemon=True)
+        self.backlog = 0
+        self.uploaded = 0
+        self.failures = 0
+
+    def start(self) -> None:
+        """Begin with what an earlier agent left."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Look at the store: there is a new crash."""
+        self._woken.set()
+
+    def stop(self) -> None:
+        """End; what is under way is begun again by the next agent, if it does not end soon."""
+        self._ending = True
+        self._woken.set()
+        if self._thread.is_alive():
+            self._thread.join(_STOP_SECONDS)
+
+    def upload_due(self) -> float | None:
+        """Upload every crash whose time has come, the oldest first.
+
+        Returns:
+            Seconds until the next one is tried again; None: none is left.
+        """
+        pending = [record for record in self._store.records() if record.uploaded is None]
+        pending.sort(key=lambda record: record.time)
+        self.backlog = len(pending)
+        self._failed = {r.id: self._failed[r.id] for r in pending if r.id in self._failed}
+        destination: Destination | None = None
+        for record in pending:
+            if self._ending:
+                return None
+            if record.id in self._failed and self._failed[record.id].due > self._clock():
+                continue
+            try:
+                destination = destination or Destination(self._settings)
+                self._upload(destination, record)
+            except Exception as error:  # noqa: BLE001 - each kind of URL has errors of its own
+                destination = None
+                self._fail(record, error)
+            else:
+                self._failed.pop(record.id, None)
+                self.backlog -= 1
+        if not self._failed:
+            return None
+        return max(0.0, min(failure.due for failure in self._failed.values()) - self._clock())
+
+    def _upload(self, destination: Destination, record: CrashRecord) -> None:
+        facts = destination.put(self._store, record)
+        with self._store.locked():
+            # As it is now: people may have held it meanwhile.
+            record = replace(self._store.record(record.id), uploaded=facts)
+            self._store.update(record)
+            if not self._settings.keep_dump and not record.held:
+                self._store.remove_dump(record, f"uploaded to {facts.url}")
+        self.uploaded += 1
+        _logger.info("%s is uploaded to %s", record.id, facts.url)
+
+    def _fail(self, record: CrashRecord, error: Exception) -> None:
+        known = self._failed.get(record.id)
+        times = known.times + 1 if known else 1
+        longest = min(self._settings.retry * 2.0 ** min(times - 1, 32), self._settings.retry_max)
+        delay = longest * (1 + self._jitter()) / 2
+        self._failed[record.id] = _Failure(times, self._clock() + delay)
+        self.failures += 1
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        _logger.warning(
+            "%s is not uploaded, and tried again in %.0f s: %s", record.id, delay, reason
+        )
+
+    def _work(self) -> None:
+        while not self._ending:
+            self._woken.clear()
+            try:
+                pause = self.upload_due()
+            except (DumpError, OSError) as error:
+                _logger.warning("the store cannot be looked at: %s", error)
+                pause = self._settings.retry
+            self._woken.wait(pause)
+
+
+def check_upload(settings: Upload) -> None:
+    """Look whether there is a package for such URLs; nobody is asked.
+
+    Raises:
+        RequestError: There is none; says which one would be.
+    """
+    try:
+        import fsspec  # noqa: PLC0415 - an extra, and slow to import
+    except ImportError as error:
+        raise RequestError(
+            "upload needs the Python package fsspec", hint="pip install 'qemu_dump_ext[upload]'"
+        ) from error
+    scheme = urlsplit(settings.url).scheme
+    try:
+        fsspec.get_filesystem_class(scheme)
+    except (ImportError, ValueError) as error:
+        raise RequestError(f"cannot upload to {scheme}://: {error}") from error
+
+
+def without_password(url: str) -> str:
+    """Return a URL as it may be shown."""
+    parts = urlsplit(url)
+    if parts.password is None:
+        return url
+    shown = parts.netloc.replace(f":{parts.password}@", "@", 1)
+    return parts._replace(netloc=shown).geturl()
