@@ -15,6 +15,7 @@ from qemu_dump_ext.dump_arguments import (
     add_file_arguments,
     codec_names,
     parse_dump_arguments,
+    read_registers,
     request_of,
 )
 from qemu_dump_ext.dump_engine import dump
@@ -41,6 +42,7 @@ def _run(words: Sequence[str]) -> int:
     progress = ProgressMeter(show_line if watched else None)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=None)
     with guest_access(arguments.qmp) as access, sink:
+        read_registers(arguments, access.monitor)
         report = dump(
             request_of(arguments), access, sink, memory=arguments.memory, progress=progress
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from qemu_dump_ext.errors import (
     RequestError,
     UnsupportedTargetError,
 )
-from qemu_dump_ext.hmp_expression import parse_expressions
+from qemu_dump_ext.hmp_expression import parse_expressions, registers_in, with_register
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 
 _RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
@@ -38,7 +37,6 @@ _HELP_NAMES = frozenset(("help", "?"))
 _QUIT_NAMES = frozenset(("quit", "q"))
 _CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
 _QUIT_SECONDS = 2.0
-_REGISTER = re.compile(r"\$[\w.]*", re.ASCII)
 _STATUS_OF_OURS = "VM status: paused"
 
 
@@ -252,12 +250,12 @@ class Interpreter:
         )
 
     async def _with_registers(self, text: str, client: HmpClient) -> str:
-        for register in set(_REGISTER.findall(text)):
+        for register in registers_in(text):
             answer = await self.upstream.execute_hmp(f"print {register}", client.cpu_index)
-            value = answer.strip()
-            if not re.fullmatch(r"(0x)?[0-9a-f]+", value):
-                raise _QemuRefusesError
-            text = re.sub(re.escape(register) + r"(?![\w.])", value, text)
+            try:
+                text = with_register(text, register, answer)
+            except RequestError as error:
+                raise _QemuRefusesError from error
         return text
 
 

@@ -9,7 +9,13 @@ from typing import NoReturn
 from qemu_dump_ext.dump_formats.kdump import UNCOMPRESSED
 from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.hmp_expression import is_expression, parse_expressions
+from qemu_dump_ext.guest import Monitor
+from qemu_dump_ext.hmp_expression import (
+    is_expression,
+    parse_expressions,
+    registers_in,
+    with_register,
+)
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import all_page_codecs
 
@@ -186,8 +192,25 @@ def _with_explicit_codec(words: Sequence[str]) -> list[str]:
     return explicit
 
 
+def names_registers(arguments: argparse.Namespace) -> bool:
+    """Tell whether BEGIN or LENGTH names a register, which the guest must be asked for."""
+    return any(registers_in(word) for word in (*arguments.bounds, *(arguments.range or ())))
+
+
+def read_registers(arguments: argparse.Namespace, monitor: Monitor) -> None:
+    """Put values where BEGIN and LENGTH name registers.
+
+    Raises:
+        RequestError: QEMU's monitor knows no such register.
+        SourceError: It does not answer.
+    """
+    arguments.bounds = [_with_registers(word, monitor) for word in arguments.bounds]
+    if arguments.range is not None:
+        arguments.range = [_with_registers(word, monitor) for word in arguments.range]
+
+
 def request_of(arguments: argparse.Namespace) -> DumpRequest:
-    """Return what the options ask for.
+    """Return what the options ask for; registers have been read.
 
     Raises:
         RequestError: They contradict each other.
@@ -227,6 +250,12 @@ def _range_of(arguments: argparse.Namespace) -> MemoryRange | None:
         raise RequestError("Parameter 'length' is missing")
     begin, length = values
     return MemoryRange(begin, length)
+
+
+def _with_registers(text: str, monitor: Monitor) -> str:
+    for register in registers_in(text):
+        text = with_register(text, register, monitor.execute(f"print {register}"))
+    return text
 
 
 def _positive(word: str) -> int:

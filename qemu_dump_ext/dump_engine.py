@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, phys_base, select_blocks
+from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import (
@@ -19,6 +19,7 @@ from qemu_dump_ext.errors import (
     EXIT_SUCCESS,
     NotDumpedByQemuError,
     PauseLimitError,
+    SourceError,
 )
 from qemu_dump_ext.guest import GuestMemory
 from qemu_dump_ext.guest_probe import (
@@ -28,10 +29,16 @@ from qemu_dump_ext.guest_probe import (
     probe_guest,
     read_utsname,
 )
-from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
+from qemu_dump_ext.guest_tables import (
+    TableReader,
+    collect_mappings,
+    kernel_translations,
+    roots_of_vcpus,
+)
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
+from qemu_dump_ext.page_table_walk import Translation
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
@@ -191,15 +198,26 @@ def _map_memory(
     guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, vmcoreinfo: bytes
 ) -> tuple[list[Segment] | None, list[str]]:
     """Return what the page tables map, and remarks."""
-    architecture, native, remarks = guest.architecture, request.exact, []
-    roots = roots_of_vcpus(architecture, guest.vcpus, native=native)
-    if not roots and not native and architecture.kernel_page_tables is not None:
-        base = phys_base(architecture, vmcoreinfo)
-        if kernel := architecture.kernel_page_tables(vmcoreinfo, base):
-            roots = [kernel]
-            remarks.append("the kernel's own page tables were walked, and none of a process")
+    architecture, native = guest.architecture, request.exact
+    roots: list[Translation] = []
+    remarks: list[str] = []
+    try:
+        roots += roots_of_vcpus(architecture, guest.vcpus, native=native)
+    except SourceError as error:
+        if native:
+            raise
+        remarks.append(f"{error}: the page tables of processes are left out")
+    if not native:
+        # A vCPU that runs a process may have tables without the kernel in them.
+        roots += kernel_translations(architecture, vmcoreinfo, guest.ram_blocks)
+        if architecture.page_table_roots is None and roots:
+            remarks.append(
+                f"of {architecture.name}, only the kernel's own addresses are known: those of"
+                " processes are left out"
+            )
     if not roots:
-        return None, ["no vCPU uses paging that we know: virtual addresses are physical ones"]
+        remarks.append("no vCPU uses paging that we know: virtual addresses are physical ones")
+        return None, remarks
     ranges = [(block.gpa, block.end) for block in guest.ram_blocks]
     if native:
         ranges = list(guest.readable_ranges)

@@ -16,6 +16,7 @@ from qemu_dump_ext.memory_mapping import (
     filter_native,
     identity_segments,
     merge_within_blocks,
+    overlap_size,
     unmapped_size,
 )
 from qemu_dump_ext.memory_range import blocks_within
@@ -132,6 +133,11 @@ def make_plan(
         remarks.append(
             f"{unmapped / (1 << 20):.1f} MiB of guest memory are mapped by no page table: they are"
             " in the file, and no segment leads to them"
+        )
+    if request.paging and not dialect.native_mappings and (overlap := overlap_size(segments)):
+        remarks.append(
+            f"{overlap / (1 << 20):.1f} MiB of virtual addresses are mapped differently by several"
+            " page tables: they have a segment for each, of which readers take one"
         )
     base = phys_base(architecture, text, is_hex=dialect.phys_base_is_hex)
     if base is None:

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass
 
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
+from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest import RamBlock
-from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
-from qemu_dump_ext.memory_sources import memory_source_states
+from qemu_dump_ext.guest_probe import GuestAccess, ProbedGuest, probe_guest
+from qemu_dump_ext.memory_sources import AUTO, memory_source_states, open_memory
+from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import UtsName, vmcoreinfo_text, vmcoreinfo_value
+from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
 _MIB = 1 << 20
 
@@ -33,10 +36,11 @@ class GuestDescription:
     Attributes:
         qemu_version: As a string.
         architecture: Name of the architecture file.
-        osrelease: Kernel release from the vmcoreinfo device, or None.
+        osrelease: Kernel release as VMCOREINFO has it, or None.
         ram_blocks: What would be dumped.
         vcpus: By ascending cpu_index.
         memory_sources: Name, and why it cannot be used or None; the fastest first.
+        vmcoreinfo: Where the kernel's VMCOREINFO is, or why there is none.
     """
 
     qemu_version: str
@@ -45,6 +49,7 @@ class GuestDescription:
     ram_blocks: Sequence[RamBlock]
     vcpus: Sequence[VcpuLine]
     memory_sources: Sequence[tuple[str, str | None]]
+    vmcoreinfo: Sequence[str]
 
     def lines(self) -> list[str]:
         """Say it in words."""
@@ -62,6 +67,7 @@ class GuestDescription:
             where = "unknown" if vcpu.pc is None else f"{vcpu.pc:#x}"
             missing = f"  missing: {', '.join(vcpu.missing)}" if vcpu.missing else ""
             lines.append(f"  {vcpu.index}: pc {where}{missing}")
+        lines += self.vmcoreinfo
         lines.append("memory sources, the fastest first:")
         lines += [f"  {name}: {reason or 'usable'}" for name, reason in self.memory_sources]
         return lines
@@ -80,7 +86,7 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
     with stopped(access.monitor):
         guest = probe_guest(access)
         context = access.source_context(guest.ram_blocks)
-        note = guest.guest_note or b""
+        note, vmcoreinfo = _find_vmcoreinfo(guest, context)
         plan = make_plan(
             GuestSnapshot(
                 guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName(), guest.machine
@@ -105,4 +111,20 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
             for vcpu in guest.vcpus
         ),
         memory_sources=sources,
+        vmcoreinfo=vmcoreinfo,
     )
+
+
+def _find_vmcoreinfo(guest: ProbedGuest, context: SourceContext) -> tuple[bytes, Sequence[str]]:
+    """Return the note as a dump would have it, and where it is."""
+    if guest.guest_note:
+        return guest.guest_note, ("VMCOREINFO is known to QEMU, by its vmcoreinfo device",)
+    core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
+    try:
+        with open_memory(AUTO, context) as opened:
+            result = NoteSearch(
+                guest.architecture, core.byte_order, opened.memory, guest.ram_blocks, guest.vcpus
+            ).find()
+    except SourceError as error:
+        return b"", (f"VMCOREINFO was not looked for: {error}",)
+    return (result.chosen.note if result.chosen else b""), result.remarks

@@ -9,16 +9,19 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_file import DumpFile
-from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
-from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
+from qemu_dump_ext.guest_probe import GuestAccess, probe_guest, read_utsname
+from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
 from qemu_dump_ext.kernel_memory import KernelMemory
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
+
+_UNKNOWN = "Unknown"
+"""The machine in a kdump by QEMU of all but x86, and since 9.2 of every target."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,23 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
 
 
 class _DumpMemory:
-    """A dump as guest memory."""
+    """A dump as guest memory; it begins at the gpa that the dump counts as 0."""
 
     name = "dump"
 
-    def __init__(self, dump: DumpFile) -> None:
+    def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
         self._dump = dump
+        self._first = 0
+        ranges = list(dump.memory_ranges())
+        if architecture.pfn_from_phys_base and isinstance(dump, KdumpFile) and ranges:
+            # QEMU's own dumps count from 0 nevertheless.
+            base = dump.sub_header["phys_base"]
+            self._first = base if ranges[0][0] < base else 0
+        self.blocks = [RamBlock(self._first + gpa, size, "", 0) for gpa, size in ranges]
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""
-        self._dump.read_into(gpa, buffer)
+        self._dump.read_into(gpa - self._first, buffer)
 
     def close(self) -> None:
         """Leave the dump to its owner."""
@@ -108,8 +118,8 @@ def log_of_dump(dump: DumpFile, *, kernel: str | None) -> GuestLog:
         CorruptDumpError: The dump is damaged.
     """
     architecture, core = _architecture_of(dump)
-    blocks = [RamBlock(gpa, size, "", 0) for gpa, size in dump.memory_ranges()]
-    guest = _Guest(architecture, core, _DumpMemory(dump), blocks)
+    memory = _DumpMemory(dump, architecture)
+    guest = _Guest(architecture, core, memory, memory.blocks)
     return guest.log(dump.vmcoreinfo or b"", kernel)
 
 
@@ -123,15 +133,15 @@ def _architecture_of(dump: DumpFile) -> tuple[Architecture, Core]:
         and architecture.kernel_page_tables is not None
     ]
     for architecture, core in fitting:
-        if machine in {core.e_machine, core.uname_machine, architecture.qemu_uname_machine}:
+        if machine in {core.e_machine, core.uname_machine, architecture.qemu_uname_machine} - {
+            _UNKNOWN
+        }:
             return architecture, core
-    if machine in {"Unknown", ""}:  # QEMU since 9.2 names no machine in a kdump
+    if machine in {_UNKNOWN, ""}:
+        # The kernel's own name is found only where addresses are translated rightly.
         for architecture, core in fitting:
-            if _describes(architecture, dump.vmcoreinfo or b""):
+            memory = _DumpMemory(dump, architecture)
+            name = read_utsname(memory, architecture, memory.blocks, dump.vmcoreinfo or b"")
+            if name.machine and name.machine == core.uname_machine:
                 return architecture, core
     raise UnsupportedTargetError(f"the kernel's log of a guest of machine {machine!r} is not read")
-
-
-def _describes(architecture: Architecture, vmcoreinfo: bytes) -> bool:
-    tables = architecture.kernel_page_tables
-    return bool(tables and tables(vmcoreinfo, phys_base(architecture, vmcoreinfo)))

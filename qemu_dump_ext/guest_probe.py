@@ -14,10 +14,9 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.dialect import QemuVersion
-from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub, Vcpu
-from qemu_dump_ext.guest_tables import TableReader
+from qemu_dump_ext.guest_tables import TableReader, kernel_translations
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
@@ -35,7 +34,7 @@ from qemu_dump_ext.monitor_text import (
     parse_version,
 )
 from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
-from qemu_dump_ext.page_table_walk import translate
+from qemu_dump_ext.page_table_walk import translate_by
 from qemu_dump_ext.stub_registers import read_g_packet, read_stub_registers
 from qemu_dump_ext.vmcoreinfo import (
     UTSNAME_TOTAL_SIZE,
@@ -265,16 +264,11 @@ def read_utsname(
     if address is None:
         return UtsName()
     address += vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
-    base = phys_base(architecture, vmcoreinfo)
-    tables = architecture.kernel_page_tables
-    root = tables(vmcoreinfo, base) if tables else None
-    if root is not None:
-        found = translate(root, TableReader(memory, ram_blocks), address)
-        gpa = found[0] if found else -1
-    elif base is not None and architecture.kernel_map_base is not None:
-        gpa = (address - architecture.kernel_map_base + base) & (1 << 64) - 1
-    else:
+    translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
+    found = translate_by(translations, TableReader(memory, ram_blocks), address)
+    if found is None:
         return UtsName()
+    gpa = found[0]
     if not any(b.gpa <= gpa and gpa + UTSNAME_TOTAL_SIZE <= b.end for b in ram_blocks):
         return UtsName()
     buffer = bytearray(UTSNAME_TOTAL_SIZE)

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 
 from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment
-from qemu_dump_ext.page_table_walk import MemoryMap, PageTableRoot, PageTableWalker, WalkBudget
+from qemu_dump_ext.page_table_walk import (
+    AddressWindow,
+    MemoryMap,
+    PageTableRoot,
+    PageTableWalker,
+    Translation,
+    WalkBudget,
+)
 
 _CHUNK = 1 << 16
 _CHUNKS_KEPT = 512
@@ -58,33 +67,53 @@ class TableReader:
         return found
 
 
-def page_table_roots(
-    architecture: Architecture, vcpu: Vcpu, *, native: bool
-) -> Sequence[PageTableRoot]:
-    """Return where the page tables of a vCPU begin; empty where it uses none.
+def roots_of_vcpus(
+    architecture: Architecture, vcpus: Sequence[Vcpu], *, native: bool
+) -> list[Translation]:
+    """Return where the page tables of all vCPUs begin, in the order of QEMU's walk.
+
+    Args:
+        architecture: Of the guest.
+        vcpus: Of the guest.
+        native: As QEMU's dump-guest-memory reads them, for what it does at all.
 
     Raises:
         SourceError: No source gives a register that tells.
     """
-    if architecture.page_table_roots is None:
+    tables = architecture.page_table_roots
+    if tables is None or (native and not architecture.paged_by_qemu):
+        return []
+    roots: list[Translation] = []
+    for vcpu in vcpus:
+        try:
+            roots += tables(vcpu.registers, native)
+        except KeyError as error:
+            raise SourceError(
+                f"vCPU {vcpu.index}: no source gives {error}, which paging needs"
+            ) from error
+    return roots
+
+
+def kernel_translations(
+    architecture: Architecture, vmcoreinfo: bytes, ram_blocks: Sequence[RamBlock]
+) -> Sequence[Translation]:
+    """Return how a Linux kernel's own addresses are translated; empty where it is not known.
+
+    Args:
+        architecture: Of the guest.
+        vmcoreinfo: What the kernel says of itself; untrusted.
+        ram_blocks: Where the guest has memory, by ascending gpa.
+    """
+    if architecture.kernel_page_tables is None:
         return ()
-    try:
-        return architecture.page_table_roots(vcpu.registers, native)
-    except KeyError as error:
-        raise SourceError(
-            f"vCPU {vcpu.index}: no source gives {error}, which paging needs"
-        ) from error
-
-
-def roots_of_vcpus(
-    architecture: Architecture, vcpus: Sequence[Vcpu], *, native: bool
-) -> list[PageTableRoot]:
-    """Return the page tables of all vCPUs, in the order of QEMU's walk."""
-    return [root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=native)]
+    base = phys_base(architecture, vmcoreinfo)
+    if base is None and architecture.phys_base_is_lowest and ram_blocks:
+        base = ram_blocks[0].gpa
+    return architecture.kernel_page_tables(vmcoreinfo, base)
 
 
 def collect_mappings(
-    roots: Sequence[PageTableRoot],
+    roots: Sequence[Translation],
     reader: TableReader,
     memory_ranges: Sequence[tuple[int, int]],
     *,
@@ -94,7 +123,7 @@ def collect_mappings(
     """Walk page tables.
 
     Args:
-        roots: Where they begin.
+        roots: Where they begin, and what is mapped without any.
         reader: Of tables.
         memory_ranges: Where pages count: (first, end), ascending.
         native: Collect QEMU's list of mappings, not what is right.
@@ -119,9 +148,21 @@ def collect_mappings(
     if native:
         mappings = NativeMappingList()
         for root in roots:
-            walker.walk(root, mappings.add_run)
+            if isinstance(root, PageTableRoot):
+                walker.walk(root, mappings.add_run)
         return mappings.segments()
-    runs: list[Segment] = []
+    segments: list[Segment] = []
     for root in roots:
-        walker.walk(root, lambda gva, gpa, size, _: runs.append(Segment(gva, gpa, size)))
-    return runs
+        if isinstance(root, AddressWindow):
+            segments.append(Segment(root.gva, root.gpa, root.size))
+            continue
+        runs: list[tuple[int, int, int]] = []
+        walker.walk(root, partial(_append, runs))
+        segments += [Segment(*part) for run in runs for part in root.parts(*run)]
+    return segments
+
+
+def _append(
+    runs: list[tuple[int, int, int]], gva: int, gpa: int, size: int, _page_size: int
+) -> None:
+    runs.append((gva, gpa, size))

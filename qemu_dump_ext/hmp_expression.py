@@ -1,5 +1,7 @@
 """Numbers as QEMU's human monitor reads them: C-like expressions of signed 64-bit integers.
 
+Registers (`$pc`) are for QEMU to tell: which there are depends on the target.
+
 Source: QEMU monitor/hmp.c expr_unary(), expr_prod(), expr_logic(), expr_sum(), get_expr(). Its
 precedence is kept: `* / %` binds tightest, then `& | ^`, then `+ -`. The messages are QEMU's.
 """
@@ -13,6 +15,8 @@ from collections.abc import Callable
 from qemu_dump_ext.errors import RequestError
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
+_REGISTER = re.compile(r"\$[\w.]+", re.ASCII)
+_REGISTER_VALUE = re.compile(r"(0x)?[0-9a-f]+")
 _U64 = (1 << 64) - 1
 _NESTING_MAX = 64
 _OPERATORS: tuple[dict[str, Callable[[int, int], int]], ...] = (
@@ -43,10 +47,35 @@ def parse_expressions(text: str, command: str, most: int) -> list[int]:
     return values
 
 
+def registers_in(text: str) -> set[str]:
+    """Return the registers that expressions name, each as `$name`."""
+    return set(_REGISTER.findall(text))
+
+
+def with_register(text: str, register: str, answer: str) -> str:
+    """Return expressions with the value of a register instead of its name.
+
+    Args:
+        text: The expressions.
+        register: One of `registers_in`.
+        answer: What QEMU's monitor answers to `print REGISTER`.
+
+    Raises:
+        RequestError: With what QEMU says: it knows no such register.
+    """
+    value = answer.strip()
+    if not _REGISTER_VALUE.fullmatch(value):
+        raise RequestError(
+            value.partition("\n")[0].strip() or "unknown register",
+            hint="QEMU's monitor knows no such register of this target: give the number",
+        )
+    return re.sub(re.escape(register) + r"(?![\w.])", value, text)
+
+
 def is_expression(text: str) -> bool:
     """Tell whether `text` is one expression and nothing else."""
     try:
-        return len(parse_expressions(text, "", 1)) == 1
+        return len(parse_expressions(_REGISTER.sub("0", text), "", 1)) == 1
     except RequestError:
         return False
 
@@ -113,9 +142,7 @@ class _Parser:
         if sign == "'":
             return self._character()
         if sign == "$":
-            raise RequestError(
-                "unknown register", hint="registers are not read here: give the number"
-            )
+            raise RequestError("unknown register")
         return self._number()
 
     def _character(self) -> int:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock
-from qemu_dump_ext.guest_tables import TableReader
-from qemu_dump_ext.page_table_walk import PageTableRoot, translate
+from qemu_dump_ext.guest_tables import TableReader, kernel_translations
+from qemu_dump_ext.page_table_walk import translate_by
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _U64 = (1 << 64) - 1
-_32_BITS = 32
+_TWO_POINTERS_OF_32_BITS = 8
 
 
 class KernelMemory:
@@ -43,17 +43,14 @@ class KernelMemory:
         self._memory = memory
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
-        self._root: PageTableRoot | None = None
-        if architecture.kernel_page_tables is not None:
-            self._root = architecture.kernel_page_tables(
-                vmcoreinfo, phys_base(architecture, vmcoreinfo)
-            )
-        if self._root is None:
+        self._translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
+        if not self._translations:
             raise SourceError(
                 f"kernel addresses of {architecture.name} cannot be translated:"
                 " VMCOREINFO does not say where the kernel's page tables are"
             )
-        self.word_size = 4 if self._root.geometry.address_bits <= _32_BITS else 8
+        pointers = vmcoreinfo_number(vmcoreinfo, "SIZE(list_head)")
+        self.word_size = 4 if pointers == _TWO_POINTERS_OF_32_BITS else 8
 
     def read(self, gva: int, size: int) -> bytes:
         """Return `size` bytes at a kernel address; `size` is the caller's to bound.
@@ -71,7 +68,7 @@ class KernelMemory:
         return bytes(data)
 
     def _translate(self, gva: int) -> tuple[int, int]:
-        found = translate(self._root, self._tables, gva) if self._root else None
+        found = translate_by(self._translations, self._tables, gva)
         if found is None:
             raise SourceError(f"kernel address {gva:#x} is not mapped")
         return found

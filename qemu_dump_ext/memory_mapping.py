@@ -215,6 +215,20 @@ def merge_within_blocks(runs: Iterable[Segment], blocks: Sequence[RamBlock]) -> 
     return segments
 
 
+def overlap_size(segments: Iterable[Segment]) -> int:
+    """Return how many bytes of virtual addresses are in more than one segment.
+
+    Args:
+        segments: By ascending gva.
+    """
+    overlap = end = 0
+    for segment in segments:
+        behind = segment.gva + segment.size
+        overlap += max(0, min(end, behind) - segment.gva)
+        end = max(end, behind)
+    return overlap
+
+
 def unmapped_size(segments: Iterable[Segment], blocks: Sequence[RamBlock]) -> int:
     """Return how many bytes of the blocks are in no segment."""
     covered = end = 0

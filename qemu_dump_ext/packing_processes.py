@@ -30,6 +30,8 @@ _PROGRAM = (
     "import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job.pop('path');"
     " from qemu_dump_ext.packing_processes import serve; serve(**job)"
 )
+_NO_INTERPRETER = "false"
+"""Ends at once, so that pages are packed here."""
 _ORDER = struct.Struct("=QQ")
 _READY = b"ready"
 
@@ -46,7 +48,7 @@ class _PackingProcess:
                 "compression": asdict(compression),
             }
             self._process = subprocess.Popen(
-                (interpreter(), "-S", "-c", _PROGRAM, json.dumps(job)),
+                (interpreter() or _NO_INTERPRETER, "-S", "-c", _PROGRAM, json.dumps(job)),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -8,7 +8,7 @@ of mapped ranges are bounded.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from struct import Struct
@@ -41,6 +41,21 @@ class LeafTest:
 
 
 @dataclass(frozen=True)
+class LargeLeaf:
+    """A page that a group of equal entries maps, each the part at its own virtual address.
+
+    Attributes:
+        test: Which leaves are of such a page.
+        shift: log2 of its size, in bytes.
+        masks: As `TableLevel.leaf_masks`.
+    """
+
+    test: LeafTest
+    shift: int
+    masks: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
 class TableLevel:
     """The tables of one level.
 
@@ -52,6 +67,7 @@ class TableLevel:
         leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
         address_shift: To the left, of `table_mask`'s bits.
         present: What an entry must pass as well to count, beside the test of all levels.
+        large: Leaves of pages that are larger than what one entry maps.
     """
 
     shift: int
@@ -61,6 +77,16 @@ class TableLevel:
     leaf_masks: tuple[tuple[int, int], ...]
     address_shift: int = 0
     present: LeafTest | None = None
+    large: LargeLeaf | None = None
+
+    def leaf_gpa(self, entry: int, gva: int) -> int:
+        """Return where a leaf leads; `gva` is the first virtual address of it."""
+        masks, gpa = self.leaf_masks, 0
+        if self.large is not None and _passes(entry, self.large.test.mask, self.large.test.wanted):
+            masks, gpa = self.large.masks, gva & (1 << self.large.shift) - (1 << self.shift)
+        for mask, left in masks:
+            gpa |= (entry & mask) << left
+        return gpa
 
 
 ALWAYS_LEAF = LeafTest(0, 0)
@@ -75,8 +101,8 @@ class PageTableGeometry:
         entry_size: In bytes.
         levels: From the root to the pages.
         present: An entry counts only if it is so.
-        high_half: Bits of an address above those that the tables translate: `sign`: as the
-            highest of these, `ones`, or `zeros`.
+        above: What an address has above the bits that the tables translate; `sign`: all as the
+            highest of these.
         byte_order: Of the entries.
     """
 
@@ -84,7 +110,7 @@ class PageTableGeometry:
     entry_size: int
     levels: tuple[TableLevel, ...]
     present: LeafTest
-    high_half: Literal["sign", "ones", "zeros"]
+    above: Literal["sign"] | int
     byte_order: ByteOrder = "little"
 
     @property
@@ -92,6 +118,12 @@ class PageTableGeometry:
         """How many bits of a virtual address the tables translate."""
         top = self.levels[0]
         return top.shift + (top.entry_count - 1).bit_length()
+
+    def extended(self, bits: int) -> int:
+        """Return the virtual address of which the tables translate `bits`."""
+        if self.above == "sign":
+            return bits | (ones_above(self.address_bits) if bits >> self.address_bits - 1 else 0)
+        return bits | self.above
 
 
 @dataclass(frozen=True)
@@ -102,11 +134,58 @@ class PageTableRoot:
         geometry: Of the tables.
         gpa: Of the root table.
         address_mask: Is applied to the gpa of every entry that is read.
+        first: The first virtual address that is translated by them,
+        last: and the last one; other tables translate the others.
+        exchanged: (gpa, size): guest physical memory there, and as much at 0, are exchanged for
+            what the tables map, but not for the tables.
     """
 
     geometry: PageTableGeometry
     gpa: int
     address_mask: int = _U64
+    first: int = 0
+    last: int = _U64
+    exchanged: tuple[int, int] | None = None
+
+    def parts(self, gva: int, gpa: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Yield what is left of a run of pages as (gva, gpa, size)."""
+        if self.first == 0 and self.last == _U64 and self.exchanged is None:
+            yield gva, gpa, size
+            return
+        start, end = max(gva, self.first), min(gva + size, self.last + 1)
+        while start < end:
+            address = gpa + start - gva
+            step, target = end - start, address
+            if self.exchanged is not None:
+                other, length = self.exchanged
+                for there, here in ((0, other), (other, 0)):
+                    if there <= address < there + length:
+                        step = min(step, there + length - address)
+                        target = address - there + here
+                        break
+                    if address < there:
+                        step = min(step, there - address)
+            yield start, target, step
+            start += step
+
+
+@dataclass(frozen=True)
+class AddressWindow:
+    """Virtual addresses that the processor, or the kernel for good, maps without tables.
+
+    Attributes:
+        gva: First virtual address.
+        size: In bytes.
+        gpa: Guest physical address behind the first one.
+    """
+
+    gva: int
+    size: int
+    gpa: int
+
+
+Translation = PageTableRoot | AddressWindow
+"""One way from virtual addresses to guest physical ones."""
 
 
 @dataclass
@@ -241,6 +320,8 @@ class _Walk:
         walker.budget.take_table(geometry)
         found_before = self._found
         codec = _table_codec(geometry, level.entry_count)
+        if not walker.memory.touches(gpa, codec.size):
+            return
         entries = codec.unpack(walker.read_table(gpa, codec.size))
         if level.leaf is ALWAYS_LEAF:
             self._pages(level, entries, base)
@@ -254,7 +335,7 @@ class _Walk:
         for index, entry in enumerate(entries):
             if not entry or not _is_present(self._geometry, level, entry):
                 continue
-            gva = base | self._top(index) if not depth else base | index << level.shift
+            gva = base | index << level.shift if depth else self._top(index)
             if leaf is not None and _passes(entry, leaf.mask, leaf.wanted):
                 self._page(level, entry, gva)
             else:
@@ -263,18 +344,13 @@ class _Walk:
 
     def _top(self, index: int) -> int:
         """Return the virtual address of an entry of the root."""
-        geometry = self._geometry
-        top = geometry.levels[0]
-        gva = index << top.shift
-        bits = geometry.address_bits
-        if geometry.high_half == "ones" or (geometry.high_half == "sign" and gva >> bits - 1):
-            gva |= -1 << bits & _U64
-        return gva
+        return self._geometry.extended(index << self._geometry.levels[0].shift)
 
     def _pages(self, level: TableLevel, entries: Sequence[int], base: int) -> None:
         """Take a table of the last level, where nearly all entries are."""
         present = level.present or self._geometry.present
-        if len(level.leaf_masks) > 1 or len(self._geometry.levels) == 1 or present.wanted is None:
+        is_simple = len(level.leaf_masks) == 1 and level.large is None
+        if not is_simple or len(self._geometry.levels) == 1 or present.wanted is None:
             for index, entry in enumerate(entries):
                 if entry and _is_present(self._geometry, level, entry):
                     at_root = len(self._geometry.levels) == 1
@@ -309,9 +385,7 @@ class _Walk:
         self._run = (gva, gpa, end - gpa, page)
 
     def _page(self, level: TableLevel, entry: int, gva: int) -> None:
-        gpa = 0
-        for mask, left in level.leaf_masks:
-            gpa |= (entry & mask) << left
+        gpa = level.leaf_gpa(entry, gva)
         size = 1 << level.shift
         walker = self._walker
         if not self._span[0] <= gpa < self._span[1]:
@@ -347,34 +421,48 @@ def _table_codec(geometry: PageTableGeometry, entry_count: int) -> Struct:
     return Struct(f"{order}{entry_count}{_ENTRY_CODES[geometry.entry_size]}")
 
 
-def translate(root: PageTableRoot, read_table: ReadTable, gva: int) -> tuple[int, int] | None:
+def translate(translation: Translation, read_table: ReadTable, gva: int) -> tuple[int, int] | None:
     """Translate one virtual address.
 
     Returns:
         The gpa, and how many bytes from there on are on the same page; None if it is not mapped.
     """
-    geometry = root.geometry
+    if isinstance(translation, AddressWindow):
+        offset = gva - translation.gva
+        inside = 0 <= offset < translation.size
+        return (translation.gpa + offset, translation.size - offset) if inside else None
+    geometry = translation.geometry
     inner = gva & (1 << geometry.address_bits) - 1
-    above = gva >> geometry.address_bits
-    ones = (1 << 64 - geometry.address_bits) - 1
-    sign = inner >> geometry.address_bits - 1
-    expected = {"ones": ones, "zeros": 0, "sign": ones if sign else 0}[geometry.high_half]
-    if above != expected:
+    if geometry.extended(inner) != gva:
         return None
-    table = root.gpa
+    table = translation.gpa
     code = "<" if geometry.byte_order == "little" else ">"
     codec = Struct(code + _ENTRY_CODES[geometry.entry_size])
     for level in geometry.levels:
-        index = inner >> level.shift & level.entry_count - 1
-        place = (table & root.address_mask) + index * geometry.entry_size
+        index = inner >> level.shift & (1 << (level.entry_count - 1).bit_length()) - 1
+        if index >= level.entry_count:
+            return None
+        place = (table & translation.address_mask) + index * geometry.entry_size
         (entry,) = codec.unpack(read_table(place, codec.size))
         if not _is_present(geometry, level, entry):
             return None
         if level.leaf is not None and _passes(entry, level.leaf.mask, level.leaf.wanted):
-            gpa = 0
-            for mask, left in level.leaf_masks:
-                gpa |= (entry & mask) << left
             offset = inner & (1 << level.shift) - 1
-            return gpa + offset, (1 << level.shift) - offset
+            gpa = level.leaf_gpa(entry, gva - offset) + offset
+            parts = translation.parts(gva, gpa, (1 << level.shift) - offset)
+            return next(((part[1], part[2]) for part in parts if part[0] == gva), None)
         table = (entry & level.table_mask) << level.address_shift
     return None
+
+
+def translate_by(
+    translations: Iterable[Translation], read_table: ReadTable, gva: int
+) -> tuple[int, int] | None:
+    """Translate one virtual address by the first that maps it; returns as `translate`."""
+    found = (translate(one, read_table, gva) for one in translations)
+    return next((result for result in found if result is not None), None)
+
+
+def ones_above(bits: int) -> int:
+    """Return an address of 64 bits that has ones above the lowest `bits`."""
+    return _U64 & -1 << bits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -11,11 +12,15 @@ own_environments: list[str] = []
 """Where the packages are that were added to those of this Python; set by what loads us."""
 
 
-def interpreter() -> str:
-    """Return a Python like this one for a process of our own; inside gdb, this one is gdb."""
-    for environment in own_environments:
-        return f"{environment}/bin/python"
-    return sys.executable
+def interpreter() -> str | None:
+    """Return a Python like this one for a process of our own, or None where none is found.
+
+    Inside gdb, this one is gdb, whose sys.executable need not exist.
+    """
+    version = "python{}.{}".format(*sys.version_info)
+    programs = [f"{environment}/bin/python" for environment in own_environments]
+    programs += [sys.executable, f"{sys.base_prefix}/bin/{version}"]
+    return next((program for program in programs if os.access(program, os.X_OK)), None)
 
 
 def missing_package(purpose: str, package: str, needs: str = "") -> tuple[str, str]:

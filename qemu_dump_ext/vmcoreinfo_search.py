@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.elf_notes import encode_note
-from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
+from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
-from qemu_dump_ext.guest_tables import TableReader, page_table_roots
+from qemu_dump_ext.guest_tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.page_pipeline import populated_ranges
-from qemu_dump_ext.page_table_walk import translate
+from qemu_dump_ext.page_table_walk import PageTableRoot, Translation, translate, translate_by
 from qemu_dump_ext.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
     UTSNAME_TOTAL_SIZE,
@@ -122,9 +122,13 @@ class NoteSearch:
         self._memory = memory
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
-        self._roots = [
-            root for vcpu in vcpus for root in page_table_roots(architecture, vcpu, native=False)
-        ]
+        self._roots: list[Translation] = []
+        with suppress(SourceError):  # a register is missing: there is that much less evidence
+            self._roots = [
+                root
+                for root in roots_of_vcpus(architecture, vcpus, native=False)
+                if isinstance(root, PageTableRoot)
+            ]
         self._advance = advance
         self._incomplete = ""
 
@@ -265,9 +269,8 @@ class NoteSearch:
             found = translate(root, self._tables, address)
             if found is not None and self._utsname(found[0]).release == release:
                 return Evidence.LIVE
-        tables = self._architecture.kernel_page_tables
-        own = tables(text, phys_base(self._architecture, text)) if tables else None
-        found = translate(own, self._tables, address) if own else None
+        own = kernel_translations(self._architecture, text, self._blocks)
+        found = translate_by(own, self._tables, address)
         if found is not None and self._utsname(found[0]).release == release:
             return Evidence.BANNER
         return Evidence.TEXT

@@ -14,7 +14,7 @@ from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
 
-pytest_plugins = ["pytester", "tests.support.native_dumps"]
+pytest_plugins = ["pytester", "tests.support.linux_guests", "tests.support.native_dumps"]
 
 
 @pytest.hookimpl(hookwrapper=True)

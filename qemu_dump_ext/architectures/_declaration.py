@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.dialect import Dialect, QemuVersion
 from qemu_dump_ext.guest import RamBlock, Vcpu
-from qemu_dump_ext.page_table_walk import PageTableRoot
+from qemu_dump_ext.page_table_walk import Translation
 
 
 @dataclass(frozen=True)
@@ -167,11 +167,13 @@ class Architecture:
             left out.
         page_table_roots: Tells from the registers of a vCPU where its page tables begin; empty
             where it uses none. Gets True where they are to be read as QEMU's dump-guest-memory
-            does, with what is wrong in it. A KeyError names a register that no source gave. None
-            where the tables are unknown, as in QEMU for all but x86: virtual addresses are then
-            physical ones.
-        kernel_page_tables: Tells from VMCOREINFO's text and phys_base where the kernel's own page
-            tables (swapper_pg_dir) begin, or None where they do not tell. None where unknown.
+            does, with what is wrong in it; see `paged_by_qemu`. A KeyError names what no source
+            gave. None where it is unknown.
+        paged_by_qemu: QEMU's own dump follows page tables; for all others, virtual addresses are
+            physical ones in it.
+        kernel_page_tables: Tells from VMCOREINFO's text and phys_base how kernel addresses are
+            translated, by the kernel's own page tables (swapper_pg_dir) or without any; empty
+            where they do not tell. None where unknown.
         dumped_by_qemu_since: The version of QEMU that first dumps this target itself; None: none.
         machine_page_sizes: `page_size` of machines whose type begins like this.
         phys_base_is_lowest: Where VMCOREINFO does not tell it, phys_base is the lowest gpa.
@@ -199,8 +201,9 @@ class Architecture:
     select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
-    page_table_roots: Callable[[Mapping[str, int], bool], Sequence[PageTableRoot]] | None = None
-    kernel_page_tables: Callable[[bytes, int | None], PageTableRoot | None] | None = None
+    page_table_roots: Callable[[Mapping[str, int], bool], Sequence[Translation]] | None = None
+    paged_by_qemu: bool = False
+    kernel_page_tables: Callable[[bytes, int | None], Sequence[Translation]] | None = None
     dumped_by_qemu_since: QemuVersion | None = (0, 0, 0)
     machine_page_sizes: Mapping[str, int] = field(default_factory=dict)
     phys_base_is_lowest: bool = False

@@ -3,7 +3,8 @@
 Sources:
     Linux arch/mips/include/uapi/asm/reg.h (MIPS32_EF_*, MIPS64_EF_*), arch/mips/kernel/ptrace.c
     (fpr_get: 64-bit registers, FCSR, FIR); QEMU target/mips/gdbstub.c, target/mips/cpu.c
-    mips_cpu_dump_state(); MIPS ABI supplement and binutils include/elf/mips.h (e_flags).
+    mips_cpu_dump_state(); MIPS ABI supplement and binutils include/elf/mips.h (e_flags); MIPS
+    architecture, volume III, "Virtual Memory" (segments that no TLB translates).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from qemu_dump_ext.c_struct import ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_MIPS, NT_PRFPREG
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import AddressWindow, ones_above
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)
@@ -48,6 +51,25 @@ _FLOATING_POINT = NoteLayout(
     max_align=8,
 )
 _FP_VALID = {"pr_fpvalid": 1}
+
+
+_SEGMENT_SIZE = 1 << 29
+_WINDOWS_32 = tuple(AddressWindow(gva, _SEGMENT_SIZE, 0) for gva in (0x80000000, 0xA0000000))
+"""KSEG0 and KSEG1."""
+_WINDOWS_64 = (
+    *(AddressWindow(ones_above(32) | window.gva, _SEGMENT_SIZE, 0) for window in _WINDOWS_32),
+    # XKPHYS: uncached, cached, and cached coherently.
+    *(AddressWindow(1 << 63 | kind << 59, 1 << 59, 0) for kind in (2, 3, 5)),
+)
+
+
+def _linux_windows(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[AddressWindow]:
+    """Return how the kernel sees memory without its TLB, which its code alone fills."""
+    start = vmcoreinfo_number(vmcoreinfo, "SYMBOL(_stext)", 16)
+    for windows in (_WINDOWS_32, _WINDOWS_64):
+        if start is not None and windows[0].gva <= start < windows[0].gva + _SEGMENT_SIZE:
+            return windows
+    return ()
 
 
 def _core32(byte_order: ByteOrder) -> Core:
@@ -143,6 +165,7 @@ def make_architecture(name: str, word_size: int, byte_order: ByteOrder) -> Archi
         reconcile=_reconcile,
         recognize=_recognize_by(byte_order),
         g_packet=g_packet((word_size, f"{_IN_STUB} zero_fp")),
+        kernel_page_tables=_linux_windows,
         gdb_settings=(
             f"set architecture mips:isa{8 * word_size}r2",
             f"set endian {byte_order}",

@@ -19,10 +19,12 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._riscv_tables import roots_by_satp
 from qemu_dump_ext.c_struct import fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_RISCV
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import Translation
 
 _ABI_NAMES = "ra sp gp tp t0 t1 t2 fp s1 a0 a1 a2 a3 a4 a5 a6 a7 s2 s3 s4 s5 s6 s7 s8 s9 s10 s11"
 _ABI_NAMES = f"{_ABI_NAMES} t3 t4 t5 t6"
@@ -40,7 +42,7 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
     values = {
         name.partition("/")[0]: int(value, 16)
         for name, value in re.findall(
-            r"(?:^|\s)(pc|mstatus|x\d+/\w+) +([0-9a-f]{8,16})\b", text, re.MULTILINE
+            r"(?:^|\s)(pc|mstatus|satp|x\d+/\w+) +([0-9a-f]{8,16})\b", text, re.MULTILINE
         )
     }
     values.pop("x0", None)
@@ -79,6 +81,9 @@ def make_architecture(word_size: int, *, kernel_map_base: int | None) -> Archite
         pattern = rf"^ pc +[0-9a-f]{{{digits}}}\s*$"
         return re.search(pattern, clues.register_text, re.MULTILINE) is not None
 
+    def page_table_roots(registers: Mapping[str, int], _native: bool) -> Sequence[Translation]:
+        return roots_by_satp(registers, word_size)
+
     return Architecture(
         name=f"riscv{bits}",
         cpu_type_suffix="-riscv-cpu",
@@ -90,6 +95,7 @@ def make_architecture(word_size: int, *, kernel_map_base: int | None) -> Archite
                 for name, abi_name in zip(_GPRS.split(), _ABI_NAMES.split(), strict=True)
             ),
             Register("mstatus", gdb="mstatus"),
+            Register("satp", gdb="satp"),
         ),
         cores=(little, big),
         program_counter="pc",
@@ -100,4 +106,5 @@ def make_architecture(word_size: int, *, kernel_map_base: int | None) -> Archite
         parse_monitor=_parse_monitor,
         reconcile=_reconcile,
         recognize=recognize,
+        page_table_roots=page_table_roots,
     )

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qemu_dump_ext.architectures._arm import BIG_ENDIAN, BYTE_ORDER_REGISTERS, byte_order
+from qemu_dump_ext.architectures._arm_tables import linux_tables_of_aarch64, roots_of_aarch64
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
@@ -23,7 +24,6 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
-from qemu_dump_ext.architectures._linux_tables import arm64_kernel_tables
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
@@ -169,6 +169,7 @@ ARCHITECTURE = Architecture(
         *(Register(name) for name in ("sve_vl", "sve_max_vl", "sve_size", "sve_max_size")),
         Register("sve_max_vq", qom="sve-max-vq"),
         *BYTE_ORDER_REGISTERS,
+        *(Register(name, gdb=name.upper()) for name in ("tcr_el1", "ttbr0_el1", "ttbr1_el1")),
     ),
     cores=(_LITTLE, _BIG),
     program_counter="pc",
@@ -180,5 +181,6 @@ ARCHITECTURE = Architecture(
     reconcile=_reconcile,
     phys_base_is_lowest=True,
     recognize=_recognize,
-    kernel_page_tables=arm64_kernel_tables,
+    page_table_roots=roots_of_aarch64,
+    kernel_page_tables=linux_tables_of_aarch64,
 )

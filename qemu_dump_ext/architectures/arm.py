@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qemu_dump_ext.architectures._arm import BIG_ENDIAN, BYTE_ORDER_REGISTERS, byte_order
+from qemu_dump_ext.architectures._arm_tables import linux_tables_of_arm, roots_of_arm
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
@@ -94,6 +95,8 @@ ARCHITECTURE = Architecture(
         Register("fpscr", gdb="fpscr"),
         Register("has_vfp"),
         *BYTE_ORDER_REGISTERS,
+        *(Register(name, gdb=name.upper()) for name in ("ttbcr", "ttbr0", "ttbr1")),
+        *(Register(f"ttbr{index}_32", gdb=f"TTBR{index}_EL1") for index in range(2)),
     ),
     cores=(_LITTLE, _BIG),
     program_counter="r15",
@@ -106,4 +109,6 @@ ARCHITECTURE = Architecture(
     phys_base_is_lowest=True,
     pfn_from_phys_base=True,
     recognize=_recognize,
+    page_table_roots=roots_of_arm,
+    kernel_page_tables=linux_tables_of_arm,
 )

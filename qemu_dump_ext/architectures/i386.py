@@ -7,7 +7,7 @@ Sources:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from qemu_dump_ext.architectures import x86_64
@@ -28,13 +28,13 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return {**x86_64.reconcile(readings), **dict.fromkeys(_LONG_MODE_ONLY, 0)}
 
 
-def _kernel_page_tables(vmcoreinfo: bytes, _phys_base: int | None) -> PageTableRoot | None:
+def _kernel_page_tables(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[PageTableRoot]:
     table = vmcoreinfo_number(vmcoreinfo, "SYMBOL(swapper_pg_dir)", 16)
     if table is None or not _PAGE_OFFSET <= table < 1 << 32:
-        return None
+        return ()
     pae = vmcoreinfo_value(vmcoreinfo, "CONFIG_X86_PAE") == "y"
     tables = x86_64.pae_tables(native=False) if pae else x86_64.legacy_tables(large_pages=True)
-    return PageTableRoot(tables, table - _PAGE_OFFSET)
+    return (PageTableRoot(tables, table - _PAGE_OFFSET),)
 
 
 ARCHITECTURE = replace(

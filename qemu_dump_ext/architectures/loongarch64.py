@@ -2,13 +2,17 @@
 
 Sources:
     Linux arch/loongarch/include/uapi/asm/ptrace.h (user_pt_regs, user_fp_state), asm/elf.h
-    (ELF_NGREG 45); QEMU target/loongarch/arch_dump.c (since 9.2), gdb-xml/loongarch-*.xml.
+    (ELF_NGREG 45); QEMU target/loongarch/arch_dump.c (since 9.2), gdb-xml/loongarch-*.xml;
+    LoongArch Reference Manual, volume 1, "Virtual Memory and Multi-level Page Table", "Direct
+    Mapping Configuration Window", PWCL and PWCH; Linux Documentation/arch/loongarch/
+    introduction.rst (the windows that it uses).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -22,6 +26,17 @@ from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_LOONGARCH, NT_PRFPREG
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import (
+    ALWAYS_LEAF,
+    AddressWindow,
+    LeafTest,
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+    Translation,
+    ones_above,
+)
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)
@@ -65,6 +80,69 @@ def _select_core(
     return _BY_QEMU if dialect.qemu_note_layouts else _MENDED
 
 
+_PAGING = "pgdl pgdh pwcl pwch dmw0 dmw1 dmw2 dmw3"
+_CRMD_PG = 1 << 4
+_ADDRESS = (1 << 48) - (1 << 12)
+_VALID = LeafTest(mask=1, wanted=1)
+_HUGE = LeafTest(mask=1 << 6, wanted=1 << 6)
+_WINDOW_SIZE = 1 << 48
+_LINUX_WINDOWS = (0x8000000000000000, 0x9000000000000000)
+
+
+@cache
+def page_tables(pwcl: int, pwch: int, *, kernel_half: bool) -> PageTableGeometry | None:
+    """Return the tables that PWCL and PWCH describe; None where they describe none."""
+    fields = ((pwcl, 5), (pwcl >> 10, 5), (pwcl >> 20, 5), (pwch, 6), (pwch >> 12, 6))
+    used = [(value & (1 << size) - 1, value >> size & (1 << size) - 1) for value, size in fields]
+    used = [(shift, bits) for shift, bits in used if bits]
+    ends = [shift + bits for shift, bits in used]
+    if not used or used[0][0] < 12 or ends[-1] > 63 or max(bits for _, bits in used) > 16:
+        return None
+    if any(end != shift for end, (shift, _) in zip(ends, used[1:], strict=False)):
+        return None
+    levels = [
+        TableLevel(
+            shift,
+            entry_count=1 << bits,
+            leaf=_HUGE if index else ALWAYS_LEAF,
+            table_mask=_ADDRESS,
+            leaf_masks=((_ADDRESS & -1 << shift, 0),),
+            present=None if index else _VALID,
+        )
+        for index, (shift, bits) in enumerate(used)
+    ]
+    return PageTableGeometry(
+        f"LoongArch, {len(levels)} levels, {ends[-1]} bits",
+        entry_size=8,
+        levels=tuple(reversed(levels)),
+        present=LeafTest(0, 0),
+        above=ones_above(ends[-1]) if kernel_half else 0,
+    )
+
+
+def _page_table_roots(registers: Mapping[str, int], _native: bool) -> Sequence[Translation]:
+    if not registers["crmd"] & _CRMD_PG:
+        return ()
+    translations: list[Translation] = [
+        AddressWindow(window >> 60 << 60, _WINDOW_SIZE, 0)
+        for window in (registers[f"dmw{index}"] for index in range(4))
+        if window & 0xF  # privilege levels that may use it
+    ]
+    for kernel_half, name in enumerate(("pgdl", "pgdh")):
+        tables = page_tables(registers["pwcl"], registers["pwch"], kernel_half=bool(kernel_half))
+        if tables is not None:
+            translations.append(PageTableRoot(tables, registers[name] & _ADDRESS))
+    return translations
+
+
+def _linux_windows(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[Translation]:
+    """Return how a kernel that runs in a window sees all memory; its tables map nothing of it."""
+    start = vmcoreinfo_number(vmcoreinfo, "SYMBOL(_stext)", 16)
+    if start is None or start >> 60 << 60 not in _LINUX_WINDOWS:
+        return ()
+    return tuple(AddressWindow(gva, _WINDOW_SIZE, 0) for gva in _LINUX_WINDOWS)
+
+
 def _parse_monitor(text: str) -> Mapping[str, int]:
     """Read ` GPR04: r4 0000… r5 …`, ` f4 0000…`, `FCSR0 0x…`, `ERA=0000…`, `CRMD   b0`."""
     values = {
@@ -72,7 +150,7 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
         for name, value in re.findall(r"\b([rf]\d{1,2}) ([0-9a-f]{16})\b", text)
     }
     for name, value in re.findall(r"\b([A-Z][A-Z0-9]+)(?:=| +0x| +)([0-9a-f]{1,16})\b", text):
-        if name.lower() in {"fcsr0", "era", "badv", *_CONTROL.split()}:
+        if name.lower() in {"fcsr0", "era", "badv", *_CONTROL.split(), *_PAGING.split()}:
             values["fcsr" if name == "FCSR0" else name.lower()] = int(value, 16)
     return values
 
@@ -96,7 +174,7 @@ ARCHITECTURE = Architecture(
         *(Register(name, gdb=name) for name in _CONDITION_FLAGS),
         Register("pc", gdb="pc", monitor=("PC",)),
         Register("era"),
-        *(Register(name) for name in _CONTROL.split()),
+        *(Register(name) for name in f"{_CONTROL} {_PAGING}".split()),
     ),
     cores=(_MENDED, _BY_QEMU),
     program_counter="pc",
@@ -107,6 +185,8 @@ ARCHITECTURE = Architecture(
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
+    page_table_roots=_page_table_roots,
+    kernel_page_tables=_linux_windows,
     # Most have no LoongArch: any little-endian architecture with registers of 64 bits can connect.
     gdb_settings=("set architecture alpha",),
 )

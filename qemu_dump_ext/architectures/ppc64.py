@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qemu_dump_ext.architectures._powerpc import make_architecture
+from qemu_dump_ext.architectures._powerpc_tables import linux_translations
 from qemu_dump_ext.elf_structs import EM_PPC64
 
-ARCHITECTURE = make_architecture(
-    "ppc64",
-    EM_PPC64,
-    8,
-    cpu_type_suffix="-powerpc64-cpu",
-    kernel_map_base=0xC000000000000000,
-    machine_page_sizes={"pseries": 65536},
+ARCHITECTURE = replace(
+    make_architecture(
+        "ppc64",
+        EM_PPC64,
+        8,
+        cpu_type_suffix="-powerpc64-cpu",
+        kernel_map_base=0xC000000000000000,
+        machine_page_sizes={"pseries": 65536},
+    ),
+    kernel_page_tables=linux_translations,
 )

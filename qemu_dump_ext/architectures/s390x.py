@@ -2,13 +2,16 @@
 
 Sources:
     Linux arch/s390/include/uapi/asm/ptrace.h (s390_regs, s390_fp_regs), asm/elf.h,
-    arch/s390/kernel/ptrace.c (regsets behind the notes); QEMU target/s390x/arch_dump.c.
+    arch/s390/kernel/ptrace.c (regsets behind the notes); QEMU target/s390x/arch_dump.c;
+    z/Architecture Principles of Operation, "Dynamic Address Translation", "Prefixing"; Linux
+    arch/s390/include/asm/page.h (__pa), arch/s390/kernel/machine_kexec.c (VMCOREINFO).
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -33,6 +36,14 @@ from qemu_dump_ext.elf_structs import (
     NT_S390_VXRS_LOW,
 )
 from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.page_table_walk import (
+    ALWAYS_LEAF,
+    LeafTest,
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+)
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 16)
 _ACCESS = numbered("acr", 16)
@@ -96,6 +107,81 @@ _HOST_ORDER_PID = Field("pr_pid", "wide_le", 4)
 _MENDED = _core("psw_mask", _PID)
 _BY_QEMU = _core("psw_mask_as_stored", _PID)
 _BY_QEMU_BEFORE_9_1 = _core("psw_mask_as_stored", _HOST_ORDER_PID)
+
+
+_PSW_DAT = 1 << 58
+_ASCE_REAL_SPACE = 1 << 5
+_ORIGIN = (1 << 64) - (1 << 12)
+_PAGE_TABLE_ORIGIN = (1 << 64) - (1 << 11)
+_LARGE = LeafTest(mask=1 << 10, wanted=1 << 10)
+_PREFIX_SIZE = 1 << 13
+_INVALID, _TABLE_TYPE = 1 << 5, 3 << 2
+_SEGMENT, _REGION_3, _REGION_2, _REGION_1 = range(4)
+_SHIFTS = {_SEGMENT: 20, _REGION_3: 31, _REGION_2: 42, _REGION_1: 53}
+_PAGE_TABLE = TableLevel(
+    12, 256, ALWAYS_LEAF, 0, ((_ORIGIN, 0),), present=LeafTest(mask=3 << 10, wanted=0)
+)
+
+
+@cache
+def page_tables(top: int, quarters: int) -> PageTableGeometry:
+    """Return the tables from that of the type `top` on.
+
+    Inner tables count as complete, as they are in Linux.
+
+    Args:
+        top: The designation type of the address space.
+        quarters: The length of the table there, in fourths of 2048 entries.
+    """
+    levels = [
+        TableLevel(
+            _SHIFTS[kind],
+            512 * quarters if kind == top else 2048,
+            leaf=_LARGE if kind <= _REGION_3 else None,
+            table_mask=_ORIGIN if kind else _PAGE_TABLE_ORIGIN,
+            leaf_masks=((_ORIGIN & -1 << _SHIFTS[kind], 0),),
+            # An entry says of which type of table it is.
+            present=LeafTest(_INVALID | _TABLE_TYPE, kind << 2),
+        )
+        for kind in range(top, -1, -1)
+    ]
+    return PageTableGeometry(
+        f"s390x, {len(levels) + 1} levels",
+        entry_size=8,
+        levels=(*levels, _PAGE_TABLE),
+        present=LeafTest(0, 0),
+        above=0,
+        byte_order="big",
+    )
+
+
+def _page_table_roots(registers: Mapping[str, int], _native: bool) -> Sequence[PageTableRoot]:
+    """Return the home space, which is the kernel's, and the primary one."""
+    if not registers["psw_mask"] & _PSW_DAT:
+        return ()
+    roots = []
+    prefix = registers["prefix"]
+    for control in dict.fromkeys((registers["cr13"], registers["cr1"])):
+        if not control & _ASCE_REAL_SPACE:
+            tables = page_tables(control >> 2 & 3, (control & 3) + 1)
+            exchanged = (prefix, _PREFIX_SIZE) if prefix else None
+            roots.append(PageTableRoot(tables, control & _ORIGIN, exchanged=exchanged))
+    return roots
+
+
+def _linux_tables(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[PageTableRoot]:
+    table = vmcoreinfo_number(vmcoreinfo, "SYMBOL(swapper_pg_dir)", 16)
+    if table is None:
+        return ()
+    if vmcoreinfo_number(vmcoreinfo, "IDENTITYBASE", 16) is not None:
+        # Since Linux 6.10 the kernel's image is apart from what it maps one to one.
+        start = vmcoreinfo_number(vmcoreinfo, "KERNELOFFSET", 16)
+        behind = vmcoreinfo_number(vmcoreinfo, "KERNELOFFPHYS", 16)
+        if start is None or behind is None:
+            return ()
+        table = table - start + behind
+    # Entries say of which type they are: in a table taken for another, nothing is found.
+    return tuple(PageTableRoot(page_tables(top, 4), table) for top in (_REGION_3, _REGION_2))
 
 
 def _select_core(
@@ -169,4 +255,6 @@ ARCHITECTURE = Architecture(
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
+    page_table_roots=_page_table_roots,
+    kernel_page_tables=_linux_tables,
 )

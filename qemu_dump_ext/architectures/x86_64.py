@@ -31,6 +31,7 @@ from qemu_dump_ext.page_table_walk import (
     PageTableGeometry,
     PageTableRoot,
     TableLevel,
+    ones_above,
 )
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
@@ -230,7 +231,7 @@ def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
         entry_size=8,
         levels=_long_levels(count, native=native),
         present=_PRESENT,
-        high_half="ones" if native else "sign",
+        above=ones_above(12 + 9 * count) if native else "sign",
     )
 
 
@@ -244,7 +245,7 @@ def pae_tables(*, native: bool) -> PageTableGeometry:
         entry_size=8,
         levels=(directory_pointers, *_long_levels(4, native=native)[2:]),
         present=_PRESENT,
-        high_half="zeros",
+        above=0,
     )
 
 
@@ -261,7 +262,7 @@ def legacy_tables(*, large_pages: bool) -> PageTableGeometry:
     )
     table = TableLevel(12, 1024, ALWAYS_LEAF, 0, ((0xFFFFF000, 0),))
     return PageTableGeometry(
-        "x86, 32-bit", entry_size=4, levels=(directory, table), present=_PRESENT, high_half="zeros"
+        "x86, 32-bit", entry_size=4, levels=(directory, table), present=_PRESENT, above=0
     )
 
 
@@ -281,13 +282,13 @@ def _page_table_roots(registers: Mapping[str, int], native: bool) -> Sequence[Pa
     return (PageTableRoot(tables, cr3 & _ADDRESS, address_mask),)
 
 
-def _kernel_page_tables(vmcoreinfo: bytes, phys_base: int | None) -> PageTableRoot | None:
+def _kernel_page_tables(vmcoreinfo: bytes, phys_base: int | None) -> Sequence[PageTableRoot]:
     table = vmcoreinfo_number(vmcoreinfo, "SYMBOL(swapper_pg_dir)", 16)
     if table is None or phys_base is None:
-        return None
+        return ()
     five = vmcoreinfo_number(vmcoreinfo, "NUMBER(pgtable_l5_enabled)") == 1
     gpa = (table - _KERNEL_MAP_BASE + phys_base) & _ADDRESS
-    return PageTableRoot(_long_mode_tables(5 if five else 4, native=False), gpa)
+    return (PageTableRoot(_long_mode_tables(5 if five else 4, native=False), gpa),)
 
 
 def _gpr(name: str) -> Register:
@@ -331,6 +332,7 @@ ARCHITECTURE = Architecture(
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     page_table_roots=_page_table_roots,
+    paged_by_qemu=True,
     kernel_page_tables=_kernel_page_tables,
     reconcile=reconcile,
 )

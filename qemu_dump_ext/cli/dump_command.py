@@ -12,7 +12,9 @@ from qemu_dump_ext.dump_arguments import (
     OneLineParser,
     add_dump_arguments,
     add_file_arguments,
+    names_registers,
     parse_dump_arguments,
+    read_registers,
     request_of,
 )
 from qemu_dump_ext.dump_engine import dump
@@ -58,13 +60,17 @@ def _run(words: Sequence[str]) -> int:
         return dump_through_gdb(arguments)
     if arguments.qmp is None:
         raise RequestError("which guest?", hint="--qmp SOCKET or --gdb ADDRESS")
-    request = request_of(arguments)
+    # What can be refused is refused before the guest is asked.
+    request = None if names_registers(arguments) else request_of(arguments)
     watched = (
         sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
     )
     progress = ProgressMeter(_show_line if watched else None)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT)
     with connect_qmp(arguments.qmp) as monitor, sink:
+        if request is None:
+            read_registers(arguments, monitor)
+            request = request_of(arguments)
         access = GuestAccess(
             monitor,
             stub=None,

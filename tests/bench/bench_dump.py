@@ -20,7 +20,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
@@ -72,16 +71,27 @@ class Case:
     run: Dump
 
 
-def by_qemu(dump_format: str) -> Dump:
+def by_qemu(dump_format: str, *, paging: bool = False) -> Dump:
     """Let QEMU dump; the guest stands still meanwhile."""
-    return partial(_native_dump, dump_format)
+
+    def run(machine: QemuMachine, path: Path) -> Measurement:
+        return _native_dump(machine, dump_format, path, paging=paging)
+
+    return run
 
 
-def _native_dump(dump_format: str, machine: QemuMachine, path: Path) -> Measurement:
+def _native_dump(
+    machine: QemuMachine, dump_format: str, path: Path, *, paging: bool
+) -> Measurement:
     with RawQmp(machine.qmp_sockets[1], timeout_seconds=600) as qmp:
         before, used = memory_of(machine.pid), cpu_seconds_of(machine.pid)
         started = time.perf_counter()
-        qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{path}", format=dump_format)
+        qmp.execute(
+            "dump-guest-memory",
+            paging=paging,
+            protocol=f"file:{path}",
+            format=dump_format,
+        )
         seconds = time.perf_counter() - started
     used = cpu_seconds_of(machine.pid) - used
     growth = memory_of(machine.pid) - before
@@ -164,6 +174,8 @@ _STUB_RANGE = 64 * MIB
 CASES: Sequence[Case] = (
     Case("elf", by_qemu("elf"), by_cli()),
     Case("elf --exact", by_qemu("elf"), by_cli("--exact")),
+    Case("elf -p", by_qemu("elf", paging=True), by_cli("-p")),
+    Case("elf -p --exact", by_qemu("elf", paging=True), by_cli("-p", "--exact")),
     Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
     Case("kdump-zlib --level 0", by_qemu("kdump-zlib"), by_cli("-z", "--level", "0")),
     Case("kdump-zlib --snapshot", by_qemu("kdump-zlib"), by_cli("-z", "--snapshot")),

@@ -1,4 +1,7 @@
-"""Linux of every target in the manifest: QEMU's own dump and the readers decide."""
+"""Linux of every target in the manifest: QEMU's own dump and the readers decide.
+
+x86_64 has test_doors.py and test_readers.py.
+"""
 
 from __future__ import annotations
 
@@ -6,64 +9,34 @@ import filecmp
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
-from qemu_dump_ext.guest_images.manifest import default_cache, load_manifest
-from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import child_environment, run_cli, run_gdb
-from tests.support.newer_qemu import newer_qemu_command
+from tests.support.linux_guests import BEFORE_CONNECTING, IMAGES, NOT_BY_GDB, of_guests
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
-from tests.support.user_mode import stop_in_user_mode
 
 pytestmark = [pytest.mark.guest, pytest.mark.qemu, pytest.mark.gdb]
 
-# x86_64 has test_doors.py and test_readers.py.
-IMAGES = {name: image for name, image in load_manifest().items() if name != "x86_64"}
 # QEMU answers "this feature or command is not currently supported".
 NOT_BY_QEMU = ("mips64el", "mipsel")
 DUMPED_BY_QEMU = [name for name in IMAGES if name not in NOT_BY_QEMU]
-# QEMU 7.2 cannot load the kernel; the package has a QEMU that can.
-NEWER_QEMU = {"loongarch64": "qemu-system-misc"}
-# gdb 13 does not know the architecture at all: it shows nothing of a core.
-NOT_BY_GDB = ("loongarch64",)
 # What a gdb without symbols has to be told of a target to show it; our commands need none of it.
 GDB_SETTINGS = {"s390x": ["set endian big"]}
-# What it has to be told to connect at all.
-BEFORE_CONNECTING = {
-    "loongarch64": ["set architecture alpha"],
-    "mips64el": ["set architecture mips:isa64r2", "set endian little"],
-    "mipsel": ["set architecture mips:isa32r2", "set endian little"],
-}
 # Only the stub shows these: `qemu-dump-guest-memory --qmp` says that they are missing.
 INCOMPLETE = re.compile(r"^incomplete: vCPU 0 has zero for (.*) in its note", re.MULTILINE)
 ONLY_BY_STUB = {"mips64el": "badvaddr", "mipsel": "badvaddr"}
 
-of_all = pytest.mark.parametrize("guest", IMAGES, indirect=True, scope="module")
-of_those_dumped_by_qemu = pytest.mark.parametrize(
-    "guest", DUMPED_BY_QEMU, indirect=True, scope="module"
+of_all = of_guests(*IMAGES)
+of_those_dumped_by_qemu = of_guests(*DUMPED_BY_QEMU)
+of_those_that_gdb_knows = of_guests(*(name for name in IMAGES if name not in NOT_BY_GDB))
+of_those_that_qemu_and_gdb_know = of_guests(
+    *(name for name in DUMPED_BY_QEMU if name not in NOT_BY_GDB)
 )
-of_those_that_gdb_knows = pytest.mark.parametrize(
-    "guest", [name for name in IMAGES if name not in NOT_BY_GDB], indirect=True, scope="module"
-)
-of_the_others = pytest.mark.parametrize("guest", NOT_BY_QEMU, indirect=True, scope="module")
-
-
-@pytest.fixture(scope="module")
-def guest(request: pytest.FixtureRequest) -> Iterator[BootedGuest]:
-    """A stopped guest, one target after the other."""
-    image = IMAGES[request.param]
-    newer = NEWER_QEMU.get(image.name)
-    command = newer_qemu_command(image.target, newer) if newer else None
-    files = ImageStore(default_cache()).fetch(image)
-    with BootedGuest(image, files, command=command) as booted:
-        with RawQmp(booted.qmp_sockets[1]) as qmp:
-            qmp.execute("stop")
-        yield booted
+of_the_others = of_guests(*NOT_BY_QEMU)
 
 
 @pytest.fixture(scope="module")
@@ -151,59 +124,3 @@ def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
         capture_output=True,
         env=child_environment(),
     )
-
-
-# From here on the vCPUs are in user mode, and stay there.
-
-
-@pytest.fixture(scope="module")
-def guest_in_user_mode(guest: BootedGuest) -> BootedGuest:
-    stop_in_user_mode(guest)
-    return guest
-
-
-@pytest.fixture(scope="module")
-def native_in_user_mode(
-    guest_in_user_mode: BootedGuest, tmp_path_factory: pytest.TempPathFactory
-) -> OracleDumps:
-    return OracleDumps(guest_in_user_mode, tmp_path_factory.mktemp("native"))
-
-
-@of_those_dumped_by_qemu
-def test_exact_dump_by_qmp_of_programs_is_qemus(
-    guest_in_user_mode: BootedGuest, native_in_user_mode: OracleDumps, tmp_path: Path
-):
-    ours = tmp_path / "ours"
-    done = run_cli("--qmp", guest_in_user_mode.qmp_sockets[0], "--exact", ours)
-    assert done.returncode == 0, done.stderr
-    assert filecmp.cmp(ours, native_in_user_mode.elf, shallow=False)
-
-
-@of_those_dumped_by_qemu
-def test_exact_dump_by_the_stub_of_programs_is_qemus(
-    guest_in_user_mode: BootedGuest, native_in_user_mode: OracleDumps, tmp_path: Path
-):
-    ours = tmp_path / "ours"
-    command = f"qemu-dump-guest-memory --exact {ours}"
-    before = BEFORE_CONNECTING.get(guest_in_user_mode.image.name, [])
-    done = run_gdb(guest_in_user_mode, [command], "gdb-multiarch", before=before)
-    assert filecmp.cmp(ours, native_in_user_mode.elf, shallow=False), done.stdout + done.stderr
-
-
-@of_the_others
-def test_gdb_shows_the_registers_of_programs(guest_in_user_mode: BootedGuest, tmp_path: Path):
-    guest, core = guest_in_user_mode, tmp_path / "core"
-    names = [*(f"r{index}" for index in range(1, 32)), "lo", "hi", "pc", "sr", "bad", "cause"]
-    values = ", ".join(f"${name}" for name in names)
-    show = f'thread apply all -ascending printf "vcpu{" %#lx" * len(names)}\\n", {values}'
-    before = BEFORE_CONNECTING[guest.image.name]
-    commands = [f"qemu-dump-guest-memory {core}", show]
-    # Without, gdb cuts addresses of a live guest to 32 bits.
-    before = [*before, "set mips abi n64"] if guest.image.name == "mips64el" else before
-    live = run_gdb(guest, commands, "gdb-multiarch", before=before)
-    done = run_gdb(None, [f"core-file {core}", show], "gdb-multiarch")
-    shown, expected = (
-        re.findall(r"^vcpu (.*)$", text, re.MULTILINE) for text in (done.stdout, live.stdout)
-    )
-    assert len(expected) == guest.image.cpus, live.stdout + live.stderr
-    assert shown == expected

@@ -91,6 +91,23 @@ def test_the_stub_alone_finds_it_as_well(deviceless, tmp_path):
         assert opened.vmcoreinfo_facts["OSRELEASE"] == deviceless.files.release
 
 
+def test_info_tells_where_the_note_is(deviceless, paused_linux, capsys):
+    release = deviceless.files.release
+    assert qemu_dump(["info", "--qmp", str(deviceless.qmp_sockets[0])]) == 0
+    told = capsys.readouterr().out
+    assert f"kernel {release}\n" in told
+    assert f"VMCOREINFO of kernel {release} was found in guest memory at 0x" in told
+    done = run_gdb(deviceless, ["qemu-info-guest"])
+    assert f"VMCOREINFO of kernel {release} was found in guest memory at 0x" in done.stdout
+    assert qemu_dump(["info", "--qmp", str(paused_linux.qmp_sockets[0])]) == 0
+    assert "VMCOREINFO is known to QEMU, by its vmcoreinfo device" in capsys.readouterr().out
+
+
+def test_info_of_a_machine_without_kernel(bare_machine, capsys):
+    assert qemu_dump(["info", "--qmp", str(bare_machine.qmp_sockets[0])]) == 0
+    assert "VMCOREINFO was not found in guest memory" in capsys.readouterr().out
+
+
 def test_a_kernel_that_is_not_there_is_refused(deviceless, tmp_path, capsys):
     socket = str(deviceless.qmp_sockets[0])
     words = ["--qmp", socket, "--kernel", "9.9.9", str(tmp_path / "x")]

@@ -66,6 +66,27 @@ def test_in_gdb_the_words_are_those_of_the_monitor(bare_machine, tmp_path):
     assert filecmp.cmp(tmp_path / "ours", theirs, shallow=False), done.stdout + done.stderr
 
 
+WITH_REGISTERS = ("$pc-0x1ff0 $eax + 0x1000", "($cs*16 & 0xff000)+ $eip - 0xfff0 0x1023")
+
+
+@pytest.mark.gdb
+@pytest.mark.parametrize("words", WITH_REGISTERS)
+def test_registers_are_those_of_the_monitor(bare_machine, tmp_path, words):
+    with RawQmp(bare_machine.qmp_sockets[1]) as qmp:
+        line = f"dump-guest-memory {tmp_path}/native {words}"
+        assert qmp.execute("human-monitor-command", **{"command-line": line}) == ""
+    assert ours(bare_machine, tmp_path / "ours", "--exact", words.split()) == 0
+    assert filecmp.cmp(tmp_path / "ours", tmp_path / "native", shallow=False)
+    done = run_gdb(bare_machine, [f"qemu-dump-guest-memory --exact {tmp_path}/gdb {words}"])
+    assert filecmp.cmp(tmp_path / "gdb", tmp_path / "native", shallow=False), done.stderr
+
+
+def test_a_register_that_the_monitor_does_not_know_is_refused(bare_machine, tmp_path, capsys):
+    assert ours(bare_machine, tmp_path / "ours", ["$nosuch", "1"]) == 2
+    assert "unknown register" in capsys.readouterr().err
+    assert not (tmp_path / "ours").exists()
+
+
 REFUSED = {
     "length-0": ((PLANTED_AT, 0), {}),
     "wholly-outside": ((1 << 40, 0x1000), {}),

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.doors import child_environment, gdb_argv, run_cli, run_gdb
@@ -187,6 +188,17 @@ TARGETS = (
         flags={"state": 0x5A << 32 | 0x80 << 24},  # CCR, ASI
     ),
     _narrow(
+        "sparc",
+        "-M",
+        "SS-5",  # those of several vCPUs have a ROM beyond 4 GiB, so ELFCLASS64
+        stub=f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {_FPRS}"
+        " y psr= - - pc npc fsr",
+        pr_reg=f"{' '.join(_names(x, 8) for x in 'goli')} psr pc npc y",
+        e_machine=2,
+        size=228,
+        gdb=("set architecture sparc", "set endian big"),
+    ),
+    _narrow(
         "m68k",
         "-M",
         "none",
@@ -284,7 +296,7 @@ TARGETS = (
 
 
 _PACKAGES = dict.fromkeys(("mips", "mipsel", "mips64", "mips64el"), "qemu-system-mips")
-_PACKAGES |= {"sparc64": "qemu-system-sparc"}
+_PACKAGES |= {"sparc": "qemu-system-sparc", "sparc64": "qemu-system-sparc"}
 _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
     # The monitor shows all control registers.
     "hppa": {"arguments": ("-M", "B160L", "-smp", "2"), "missing": "", "missing_by_qmp": ""},
@@ -407,6 +419,7 @@ def _of(targets: Iterable[Target]) -> pytest.MarkDecorator:
 of_all = _of(ALL_TARGETS)
 of_those_of_the_machine = _of(TARGETS)
 of_mips = _of(target for target in ALL_TARGETS if target.e_machine == 8)
+of_sparc = _of(target for target in TARGETS if target.name == "sparc")
 of_mipsel = _of(target for target in TARGETS if target.name == "mipsel")
 of_those_gdb_takes = _of(target for target in ALL_TARGETS if target.shown)
 
@@ -472,6 +485,13 @@ def _doors(taken: Taken) -> list[str]:
     return [door for door in taken.said if door not in {"kdump", "exact"}]
 
 
+def test_no_target_is_left_out():
+    refused = {
+        name for name, known in all_architectures().items() if not known.dumped_by_qemu_since
+    }
+    assert {target.name for target in TARGETS} == refused
+
+
 @of_all
 def test_qemu_itself_refuses(taken: Taken):
     with RawQmp(taken.machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match=_REFUSED):
@@ -522,6 +542,17 @@ def test_floating_point_of_mips(taken: Taken):
                 values = [value for even, odd in pairs for value in (odd << 32 | even, 0)]
             control = [registers[name] & 0xFFFFFFFF for name in ("fsr", "fir")]
             assert stored == (*values, *control), door
+
+
+@of_sparc
+def test_floating_point_of_sparc(taken: Taken):
+    for door in _doors(taken):
+        notes = [note for kind, note in _notes(taken.folder / door, taken.target) if kind == 2]
+        for note, registers in zip(notes, taken.registers, strict=True):
+            stored = struct.unpack_from(">34I4B", note)
+            names = [*(f"f{index}" for index in range(32)), "fsr"]
+            assert stored[:32] + stored[33:34] == tuple(registers[name] for name in names), door
+            assert stored[34:] == (0, 8, 1, 0)
 
 
 @of_all

@@ -16,7 +16,7 @@ from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import RamBlock, Vcpu
-from qemu_dump_ext.memory_mapping import NativeMappingList, Segment, unmapped_size
+from qemu_dump_ext.memory_mapping import NativeMappingList, Segment, overlap_size, unmapped_size
 from qemu_dump_ext.memory_range import blocks_within
 from qemu_dump_ext.vmcoreinfo import UtsName
 from tests.support.oracle import elf_facts
@@ -207,3 +207,9 @@ def test_section_header_of_many_segments_is_behind_the_program_headers(tmp_path,
         shoff = int.from_bytes(header[40:48], "little")
         assert (phnum, shoff) == (65535, 64 + 56 * (count + 1))
         assert int.from_bytes(header[shoff + 44 : shoff + 48], "little") == count + 1
+
+
+def test_virtual_addresses_in_several_segments():
+    segments = [Segment(0, 0x9000, 0x4000), Segment(0x1000, 0, 0x1000), Segment(0x3000, 0, 0x2000)]
+    assert overlap_size(segments) == 0x2000
+    assert overlap_size([Segment(0, 0, 0x1000), Segment(0x1000, 0, 0x1000)]) == 0

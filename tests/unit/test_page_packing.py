@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_dump_ext import packing_processes
+from qemu_dump_ext import packing_processes, third_party
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.packing_processes import PackingProcesses
 from qemu_dump_ext.page_packing import Compression, Packer, pack_pages
@@ -104,8 +104,18 @@ def test_a_killed_process_is_an_error():
             packer.pack(fill(packer.buffers[0]))
 
 
-def test_without_processes_pages_are_packed_here(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(packing_processes, "interpreter", lambda: "/bin/false")
+def test_an_interpreter_is_found_where_its_name_is_wrong(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")  # as in gdb
+    program = third_party.interpreter()
+    assert program is not None
+    assert os.access(program, os.X_OK)
+
+
+@pytest.mark.parametrize("program", [None, "/bin/false"])
+def test_without_processes_pages_are_packed_here(
+    monkeypatch: pytest.MonkeyPatch, program: str | None
+):
+    monkeypatch.setattr(packing_processes, "interpreter", lambda: program)
     with PackingProcesses(PAGE, ZLIB, 1) as packer:
         assert packer.pack(fill(packer.buffers[0])).tolist().count(0) == 2
 

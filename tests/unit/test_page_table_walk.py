@@ -9,14 +9,23 @@ from collections.abc import Callable
 
 import pytest
 
-from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures import all_architectures, loongarch64, s390x
+from qemu_dump_ext.architectures._arm_tables import long_tables, short_tables
 from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.architectures._linux_tables import arm64_tables, riscv64_tables
+from qemu_dump_ext.architectures._powerpc_tables import radix_tables
+from qemu_dump_ext.architectures._riscv_tables import riscv_tables
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest import Vcpu
 from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
 from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.page_table_walk import PageTableRoot, WalkBudget, translate
+from qemu_dump_ext.page_table_walk import (
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+    WalkBudget,
+    ones_above,
+    translate,
+)
 from tests.support.fake_kernel import FlatMemory
 
 X86_64: Architecture = all_architectures()["x86_64"]
@@ -64,6 +73,142 @@ def long_way_to_nothing(memory: FlatMemory) -> None:
     for level in range(1, 5):
         memory.put_entries(level << 12, dict.fromkeys(range(512), (level + 1) << 12 | 1))
     memory.put_entries(5 << 12, {3: 0x40000001})
+
+
+ROOT = 0x10000
+"""Of all but x86; aligned for every table, the largest of which is 64 KiB."""
+OTHERS: dict[str, PageTableRoot] = {
+    "aarch64-4k": PageTableRoot(long_tables(12, 48, above=0), ROOT),
+    "aarch64-16k": PageTableRoot(long_tables(14, 48, above=0), ROOT),
+    "aarch64-64k": PageTableRoot(long_tables(16, 52, above=0), ROOT),
+    "arm-long": PageTableRoot(long_tables(12, 32, above=0, address_bits=40), ROOT),
+    "arm-short": PageTableRoot(short_tables(0), ROOT),
+    "riscv-sv32": PageTableRoot(riscv_tables(32), ROOT),
+    "riscv-sv57": PageTableRoot(riscv_tables(57), ROOT),
+    "s390x-region-1": PageTableRoot(s390x.page_tables(3, 4), ROOT, exchanged=(0x30000, 0x2000)),
+    "s390x-segment": PageTableRoot(s390x.page_tables(0, 4), ROOT),
+    "ppc64-4k": PageTableRoot(radix_tables(12), ROOT),
+    "ppc64-64k": PageTableRoot(radix_tables(16), ROOT),
+}
+
+
+def tables_of_loongarch(pwcl: int, pwch: int) -> PageTableRoot:
+    tables = loongarch64.page_tables(pwcl, pwch, kernel_half=True)
+    assert tables is not None
+    return PageTableRoot(tables, ROOT)
+
+
+OTHERS["loongarch64-16k"] = tables_of_loongarch(0x5E56E, 0x2E4)
+OTHERS["loongarch64-4k"] = tables_of_loongarch(
+    9 << 25 | 30 << 20 | 9 << 15 | 21 << 10 | 9 << 5 | 12, 9 << 6 | 39
+)
+
+
+def pointing(tables: PageTableGeometry, gpa: int) -> list[int]:
+    """Return, for each level but the last, an entry that leads to the table at `gpa`."""
+    return [
+        gpa >> level.address_shift | (geometry_bits(tables, level)) for level in tables.levels[:-1]
+    ]
+
+
+def geometry_bits(tables: PageTableGeometry, level: TableLevel) -> int:
+    tests = [test for test in (tables.present, level.present) if test is not None]
+    bits = 0
+    for test in tests:
+        bits |= test.mask & -test.mask if test.wanted is None else test.wanted
+    leaf = level.leaf
+    if leaf is not None and leaf.wanted is not None and bits & leaf.mask == leaf.wanted:
+        bits |= leaf.mask & ~leaf.wanted
+    return bits
+
+
+def put_words(memory: FlatMemory, tables: PageTableGeometry, gpa: int, words: list[int]) -> None:
+    order = "<" if tables.byte_order == "little" else ">"
+    code = {4: "I", 8: "Q"}[tables.entry_size]
+    memory.put(gpa, struct.pack(f"{order}{len(words)}{code}", *words))
+
+
+def all_lead_to_the_root(memory: FlatMemory, tables: PageTableGeometry) -> None:
+    (first, *_) = pointing(tables, ROOT)
+    size = tables.entry_size
+    put_words(memory, tables, 0, [first] * (len(memory.data) // size))
+
+
+def all_outside_memory(memory: FlatMemory, tables: PageTableGeometry) -> None:
+    (first, *_) = pointing(tables, 0x7000000)
+    put_words(memory, tables, 0, [first] * (len(memory.data) // tables.entry_size))
+
+
+def random_bytes(memory: FlatMemory, _tables: PageTableGeometry) -> None:
+    garbage(memory)
+
+
+def random_entries(memory: FlatMemory, tables: PageTableGeometry) -> None:
+    pick = random.Random(3)  # noqa: S311
+    known = pointing(tables, 0)
+    left = tables.levels[0].address_shift
+    words = [
+        pick.choice(known) | (pick.randrange(len(memory.data)) & ~0xFFFF) >> left
+        for _ in range(len(memory.data) // tables.entry_size)
+    ]
+    put_words(memory, tables, 0, words)
+
+
+def every_bit(memory: FlatMemory, _tables: PageTableGeometry) -> None:
+    all_ones(memory)
+
+
+@pytest.mark.parametrize(
+    "fill", [all_lead_to_the_root, all_outside_memory, random_bytes, random_entries, every_bit]
+)
+@pytest.mark.parametrize("name", OTHERS)
+def test_hostile_tables_of_others_end_soon(
+    fill: Callable[[FlatMemory, PageTableGeometry], None], name: str
+):
+    memory = FlatMemory(8 * MIB)
+    root = OTHERS[name]
+    fill(memory, root.geometry)
+    reader = TableReader(memory, memory.blocks)
+    started = time.process_time()
+    try:
+        found = collect_mappings(
+            [root],
+            reader,
+            [(0, 8 * MIB)],
+            native=False,
+            budget=WalkBudget(tables=1 << 12, runs=1 << 14),
+        )
+    except RequestError as error:
+        assert "more" in error.message  # noqa: PT017
+        assert error.hint == "dump without -p"  # noqa: PT017
+        assert fill is not all_outside_memory
+    else:
+        assert len(found) < 1 << 16
+        if fill is all_outside_memory:
+            assert found == []
+        for segment in found[:: max(1, len(found) // 50)]:
+            assert translate(root, reader, segment.gva)[0] == segment.gpa  # type: ignore[index]
+    assert time.process_time() - started < 20
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_entry_that_leads_on_is_followed(name: str):
+    """So that the hostile tables are walked at all."""
+    memory = FlatMemory(8 * MIB)
+    root = OTHERS[name]
+    tables = root.geometry
+    gpa = ROOT
+    for entry in pointing(tables, 0):
+        following = gpa + 0x20000
+        put_words(memory, tables, gpa, [entry | following >> tables.levels[0].address_shift])
+        gpa = following
+    last = tables.levels[-1]
+    page = 0x400000 >> last.leaf_masks[0][1] | geometry_bits(tables, last)
+    put_words(memory, tables, gpa, [page])
+    (found,) = collect_mappings(
+        [root], TableReader(memory, memory.blocks), [(0, 8 * MIB)], native=False
+    )[:1]
+    assert found.gpa == 0x400000
 
 
 @pytest.mark.parametrize("native", [False, True])
@@ -166,21 +311,21 @@ def test_translate(gva: int, expected: tuple[int, int] | None):
 )
 def test_geometry_of_arm64(granule: int, va_bits: int, shifts: list[int], top_entries: int):
     """Numbers of the Arm ARM, table of translation granules."""
-    tables = arm64_tables(granule, va_bits)
+    tables = long_tables(granule, va_bits, above=0)
     assert [level.shift for level in tables.levels] == shifts
     assert tables.levels[0].entry_count == top_entries
     assert tables.address_bits == va_bits
 
 
-@pytest.mark.parametrize(("va_bits", "levels"), [(39, 3), (48, 4), (57, 5)])
-def test_geometry_of_riscv64(va_bits: int, levels: int):
-    tables = riscv64_tables(va_bits)
+@pytest.mark.parametrize(("va_bits", "levels"), [(32, 2), (39, 3), (48, 4), (57, 5)])
+def test_geometry_of_riscv(va_bits: int, levels: int):
+    tables = riscv_tables(va_bits)
     assert (len(tables.levels), tables.address_bits) == (levels, va_bits)
 
 
 def test_pages_of_arm64():
     memory = FlatMemory(8 * MIB)
-    tables = arm64_tables(12, 39)
+    tables = long_tables(12, 39, above=ones_above(39))
     memory.put_entries(0x1000, {0: 0x2003, 5: 0x40000000 | 1})  # a table; a block outside memory
     memory.put_entries(0x2000, {1: 0x200000 | 0x0060000000000701, 2: 0x3003})
     memory.put_entries(0x3000, {7: 0x555003, 8: 0x556003, 9: 0x557001, 10: 0x558002})
@@ -202,7 +347,7 @@ def test_pages_of_riscv64():
     memory.put_entries(0x3000, {0: 3 << 61 | 0x777000 >> 2 | 0x4B, 1: 0x778000 >> 2 | 1})
     reader = TableReader(memory, memory.blocks)
     found = collect_mappings(
-        [PageTableRoot(riscv64_tables(39), 0x1000)], reader, [(0, 8 * MIB)], native=False
+        [PageTableRoot(riscv_tables(39), 0x1000)], reader, [(0, 8 * MIB)], native=False
     )
     assert found == [
         Segment(base + offset, gpa, size)

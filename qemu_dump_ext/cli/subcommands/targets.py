@@ -41,7 +41,7 @@ def table_of_targets() -> Iterator[str]:
                 ", ".join(str(8 * size) for size in _sorted(architecture, "word_size")),
                 ", ".join(_sorted(architecture, "byte_order")),
                 "yes",
-                "yes" if architecture.page_table_roots else "physical",
+                _paging(architecture),
                 "gdb, QMP",
                 _oracle(architecture),
                 ", ".join(images.get(name, ())) or "-",
@@ -51,6 +51,12 @@ def table_of_targets() -> Iterator[str]:
 
 def _sorted(architecture: Architecture, attribute: str) -> list[str]:
     return sorted({getattr(core, attribute) for core in architecture.cores})
+
+
+def _paging(architecture: Architecture) -> str:
+    if architecture.page_table_roots is not None:
+        return "yes"
+    return "physical" if architecture.kernel_page_tables is None else "kernel"
 
 
 def _oracle(architecture: Architecture) -> str:
