@@ -317,11 +317,11 @@ class _Walk:
             if (*place, base) in walker._seen:  # noqa: SLF001
                 return
             walker._seen.add((*place, base))  # noqa: SLF001
-        walker.budget.take_table(geometry)
-        found_before = self._found
         codec = _table_codec(geometry, level.entry_count)
         if not walker.memory.touches(gpa, codec.size):
             return
+        walker.budget.take_table(geometry)
+        found_before = self._found
         entries = codec.unpack(walker.read_table(gpa, codec.size))
         if level.leaf is ALWAYS_LEAF:
             self._pages(level, entries, base)
