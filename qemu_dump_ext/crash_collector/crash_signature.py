@@ -20,7 +20,7 @@ _REPORT_HEAD_LINES = 12
 _REPORT_HEAD_SECONDS = 1.0
 _MESSAGE_MAX = 300
 
-_PANIC = re.compile(r"Kernel panic - not syncing: (?P<why>.*)")
+_PANIC = re.compile(r"(?<!---\[ end )Kernel panic - not syncing: (?P<why>.*)")
 # Says only that something went wrong before, which has a report of its own.
 _SECONDARY = re.compile(
     r"(?:Oops: )?Fatal exception|softlockup: hung|hung_task: blocked|\w+_on_\w+ set|RCU Stall"

@@ -110,7 +110,7 @@ def main() -> None:
             stack.enter_context(
                 bare_machine(
                     directory,
-                    "panic-spin",
+                    "panic",
                     "-action",
                     "panic=none",
                     qmp_socket=sockets / f"crash{number}.qmp",

@@ -65,6 +65,7 @@ S390X = """\
 [    7.4]  [<00000000b1c1f2a0>] panic+0x128/0x340
 [    7.5]  [<00000000b17a9c2e>] sysrq_handle_crash+0x2e/0x30
 [    7.6]  [<00000000b17aa3c8>] __handle_sysrq+0x108/0x270
+[    7.7] ---[ end Kernel panic - not syncing: sysrq triggered crash ]---
 """
 
 
