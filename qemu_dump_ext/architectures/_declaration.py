@@ -156,8 +156,6 @@ class Architecture:
         program_counter: Name of the register that tells where a vCPU is.
         page_size: Of kdump blocks, in bytes.
         phys_base_key: Line of VMCOREINFO that tells phys_base; None where none does.
-        kernel_map_base: Virtual address at which the kernel image is mapped; its physical
-            address is gva - kernel_map_base + phys_base. None where unknown.
         select_core: Decides which of `cores` the guest needs from its vCPUs, its RAM blocks, the
             dialect, and the QOM type of its machine.
         parse_monitor: Turns `info registers` of one vCPU into values by register name, for what
@@ -197,7 +195,6 @@ class Architecture:
     program_counter: str
     page_size: int
     phys_base_key: str | None
-    kernel_map_base: int | None
     select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None

@@ -159,7 +159,6 @@ def make_architecture(name: str, word_size: int, byte_order: ByteOrder) -> Archi
         page_size=4096,
         phys_base_key=None,
         dumped_by_qemu_since=None,
-        kernel_map_base=None,
         select_core=select_core,
         parse_monitor=_parse_monitor,
         reconcile=_reconcile,

@@ -221,7 +221,6 @@ def make_architecture(
     word_size: int,
     *,
     cpu_type_suffix: str,
-    kernel_map_base: int,
     machine_page_sizes: Mapping[str, int] | None = None,
 ) -> Architecture:
     """Declare PowerPC of one word size; the arguments are attributes of Architecture and Core."""
@@ -235,7 +234,6 @@ def make_architecture(
         program_counter="nip",
         page_size=4096,
         phys_base_key=None,
-        kernel_map_base=kernel_map_base,
         select_core=_select_by(cores),
         parse_monitor=_parse_monitor,
         reconcile=_reconcile,

@@ -58,7 +58,7 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
-def make_architecture(word_size: int, *, kernel_map_base: int | None) -> Architecture:
+def make_architecture(word_size: int) -> Architecture:
     """Declare RISC-V of one word size."""
     bits = 8 * word_size
     word = f"u{bits}"
@@ -101,7 +101,6 @@ def make_architecture(word_size: int, *, kernel_map_base: int | None) -> Archite
         program_counter="pc",
         page_size=4096,
         phys_base_key=None,
-        kernel_map_base=kernel_map_base,
         select_core=select_core,
         parse_monitor=_parse_monitor,
         reconcile=_reconcile,

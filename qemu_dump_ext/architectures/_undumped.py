@@ -60,7 +60,6 @@ def make_architecture(
         program_counter=program_counter,
         page_size=page_size,
         phys_base_key=None,
-        kernel_map_base=None,
         select_core=select_core,
         parse_monitor=parse_monitor,
         reconcile=reconcile,

@@ -175,7 +175,6 @@ ARCHITECTURE = Architecture(
     program_counter="pc",
     page_size=65536,
     phys_base_key="NUMBER(PHYS_OFFSET)",
-    kernel_map_base=None,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,

@@ -102,7 +102,6 @@ ARCHITECTURE = Architecture(
     program_counter="r15",
     page_size=4096,
     phys_base_key=None,
-    kernel_map_base=0xC0000000,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,

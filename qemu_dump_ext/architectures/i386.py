@@ -48,7 +48,6 @@ ARCHITECTURE = replace(
     ),
     cores=(x86_64.LEGACY_64, x86_64.LEGACY_32),
     phys_base_key=None,
-    kernel_map_base=_PAGE_OFFSET,
     reconcile=_reconcile,
     kernel_page_tables=_kernel_page_tables,
 )

@@ -181,7 +181,6 @@ ARCHITECTURE = Architecture(
     dumped_by_qemu_since=(9, 2, 0),
     page_size=4096,
     phys_base_key=None,
-    kernel_map_base=None,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,

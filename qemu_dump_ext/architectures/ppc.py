@@ -5,6 +5,4 @@ from __future__ import annotations
 from qemu_dump_ext.architectures._powerpc import make_architecture
 from qemu_dump_ext.elf_structs import EM_PPC
 
-ARCHITECTURE = make_architecture(
-    "ppc", EM_PPC, 4, cpu_type_suffix="-powerpc-cpu", kernel_map_base=0xC0000000
-)
+ARCHITECTURE = make_architecture("ppc", EM_PPC, 4, cpu_type_suffix="-powerpc-cpu")

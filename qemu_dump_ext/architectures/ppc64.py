@@ -14,7 +14,6 @@ ARCHITECTURE = replace(
         EM_PPC64,
         8,
         cpu_type_suffix="-powerpc64-cpu",
-        kernel_map_base=0xC000000000000000,
         machine_page_sizes={"pseries": 65536},
     ),
     kernel_page_tables=linux_translations,

@@ -7,4 +7,4 @@ from __future__ import annotations
 
 from qemu_dump_ext.architectures._riscv import make_architecture
 
-ARCHITECTURE = make_architecture(4, kernel_map_base=None)
+ARCHITECTURE = make_architecture(4)

@@ -10,4 +10,4 @@ from dataclasses import replace
 from qemu_dump_ext.architectures._riscv import make_architecture
 from qemu_dump_ext.architectures._riscv_tables import linux_tables
 
-ARCHITECTURE = replace(make_architecture(8, kernel_map_base=None), kernel_page_tables=linux_tables)
+ARCHITECTURE = replace(make_architecture(8), kernel_page_tables=linux_tables)

@@ -251,7 +251,6 @@ ARCHITECTURE = Architecture(
     program_counter="psw_addr",
     page_size=4096,
     phys_base_key=None,
-    kernel_map_base=None,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,

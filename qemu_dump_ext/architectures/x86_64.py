@@ -328,7 +328,6 @@ ARCHITECTURE = Architecture(
     program_counter="rip",
     page_size=4096,
     phys_base_key="NUMBER(phys_base)",
-    kernel_map_base=_KERNEL_MAP_BASE,
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     page_table_roots=_page_table_roots,
