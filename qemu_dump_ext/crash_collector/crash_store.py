@@ -43,6 +43,8 @@ _TIME_FORMAT = "%Y%m%dT%H%M%S.%fZ"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
 _ID = re.compile(rf"{_NAME.pattern}/[0-9TZ.]+-[0-9a-f]{{16}}(\.\d+)?")
 _RECORD_BYTES_MAX = 16 << 20
+_SIGNATURES_MAX = 10_000
+"""A guest that makes up a message for every crash pushes out what was seen longest ago."""
 
 _logger = logging.getLogger(__name__)
 
@@ -278,6 +280,8 @@ class CrashStore:
 
     def _count(self, counts: dict[str, SignatureCount], record: CrashRecord) -> None:
         counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
+        while len(counts) > _SIGNATURES_MAX:
+            del counts[min(counts, key=lambda name: counts[name].last_seen)]
         content = {name: asdict(count) for name, count in counts.items()}
         replace_file(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from qemu_dump_ext.crash_collector import crash_store
 from qemu_dump_ext.crash_collector.crash_record import CorruptRecordError, parse_record
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from tests.support.crashes import commit, make_record, make_store
@@ -74,6 +75,15 @@ def test_counts_survive_what_is_removed_and_begin_with_the_records_when_lost(tmp
     (store.path / ".signatures.json").write_text("{")
     (count,) = store.signatures().values()
     assert (count.count, count.first_seen, count.last_seen) == (2, second.time, second.time)
+
+
+def test_what_was_seen_longest_ago_is_not_counted_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(crash_store, "_SIGNATURES_MAX", 2)
+    store = make_store(tmp_path)
+    for number in range(3):
+        time = f"2026-01-31T12:00:0{number}.000000+00:00"
+        commit(store, make_record(signature=f"{number:016x}", time=time))
+    assert sorted(store.signatures()) == [f"{1:016x}", f"{2:016x}"]
 
 
 def test_removed_dump_leaves_the_rest_with_the_reason(tmp_path):
