@@ -33,6 +33,8 @@ CRASHES = {
     "sysrq again": ("echo c >/proc/sysrq-trigger\n", "sysrq triggered crash"),
     "init": (KILL_INIT, "Attempted to kill init! exitcode=0x?"),
 }
+# Where x86_64 has the kernel itself, wherever KASLR puts it; modules are above.
+KERNEL_IMAGE = range(0xFFFFFFFF80000000, 0xFFFFFFFFC0000000)
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,32 @@ def test_open_starts_the_reader_with_the_right_files(collected):
     assert "sysrq triggered crash" in done.stdout, done.stderr
     done = run_collector("open", "--reader", "drgn", *words, input="print(prog['jiffies'].type_)\n")
     assert "unsigned long" in done.stdout, done.stderr
+
+
+def test_functions_of_a_guest_that_runs_are_those_that_drgn_names(linux_guest, tmp_path):
+    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
+    entry = {
+        "socket": str(linux_guest.qmp_sockets[0]),
+        "name": "linux",
+        "symbols": {"system_map": str(files.system_map)},
+    }
+    agent = CrashAgent(tmp_path, guests=[entry])
+    with agent.running():
+        agent.wait_connected()
+        done = run_collector("trigger", "linux", "--config", agent.config)
+        assert done.returncode == 0, done.stderr
+    (record,) = agent.records()
+    directory = agent.store.directory(record.id)
+    program = drgn.Program()
+    program.set_core_dump(directory / "vmcore.kdump")
+    program.load_debug_info([files.vmlinux])
+    registers = (directory / "registers.txt").read_text()
+    counters = [int(rip, 16) for rip in re.findall(r"RIP=(\w+)", registers)]
+    in_kernel = [counter for counter in counters if counter in KERNEL_IMAGE]
+    assert in_kernel, registers
+    for name, counter in zip(record.signature.frames, in_kernel, strict=True):
+        ranges = [(s.address, s.address + s.size) for s in program.symbols(name)]
+        assert any(start <= counter < end for start, end in ranges), (name, hex(counter), ranges)
 
 
 # Debian's kernel for aarch64 has no driver for the pvpanic of its machine: the console tells.
