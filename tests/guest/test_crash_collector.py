@@ -172,7 +172,7 @@ OTHER_TARGETS = {"s390x": "guest-panicked", "ppc64le": "guest-panicked", "aarch6
 
 @pytest.mark.parametrize("name", OTHER_TARGETS)
 def test_panic_of_another_target_is_collected(tmp_path, name):
-    """By the event that its machine has for it; its console stands in for a log not read."""
+    """By the event that its machine has for it, with the log that its memory holds."""
     image = find_image(name)
     with BootedGuest(image, ImageStore(default_cache()).fetch(image)) as guest:
         entry = {
@@ -191,6 +191,10 @@ def test_panic_of_another_target_is_collected(tmp_path, name):
             assert record.dump.complete
             assert record.dump.verified_by == ("verify",)
             assert record.qemu.target == image.target
+            directory = agent.store.directory(record.id)
+            log = (directory / "dmesg.txt").read_text()
+            assert "Linux version" in log, record.remarks
+            assert "Kernel panic - not syncing: sysrq triggered crash" in log
             program = drgn.Program()
-            program.set_core_dump(agent.store.directory(record.id) / "vmcore.kdump")
+            program.set_core_dump(directory / "vmcore.kdump")
             assert b"OSRELEASE=" in program["VMCOREINFO"].string_()
