@@ -11,20 +11,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
+import queue
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.packing_processes import PackingProcesses
+from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.page_packing import Compression
+from qemu_dump_ext.page_pipeline import PIECE_SIZE, Buffer, worker_count
 from tests.support.doors import GDB_SCRIPT, child_environment, cli_argv, gdb_argv
 from tests.support.raw_qmp import RawQmp
 
@@ -116,7 +124,10 @@ def our_dump(machine: QemuMachine, argv: Sequence[str], path: Path) -> Measureme
     before = memory_of(machine.pid)
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as output:
-        environment = child_environment()
+        # As usual, Python keeps what it has compiled; but here not in the tree.
+        environment = child_environment(
+            PYTHONDONTWRITEBYTECODE=None, PYTHONPYCACHEPREFIX=str(path.parent / "compiled")
+        )
         if argv[0] == "gdb":
             del environment["PYTHONPATH"]
         process = subprocess.Popen(
@@ -253,6 +264,43 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
+def codecs_alone(machine: QemuMachine, directory: Path) -> dict[str, float]:
+    """Return the seconds that each codec takes for all memory, with nothing to read or write."""
+    path = directory / "memory"
+    by_cli("--no-vmcoreinfo")(machine, path)
+    choices = [Compression(name) for name in all_page_codecs()]
+    choices += [Compression("zlib", level=0), Compression("zlib", exact=True)]
+    seconds = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
+        first = len(content) % 4096  # headers stand before whole pages
+        starts = range(first, len(content) - PIECE_SIZE + 1, PIECE_SIZE)
+        for choice in choices:
+            with PackingProcesses(4096, choice, worker_count()) as packer:
+                for buffer in packer.buffers:
+                    packer.pack(buffer)  # has come up
+                free = queue.SimpleQueue[Buffer]()
+                for buffer in packer.buffers:
+                    free.put(buffer)
+                pack = partial(_pack_piece, packer, free, content)
+                started = time.perf_counter()
+                with ThreadPoolExecutor(worker_count()) as pool:
+                    list(pool.map(pack, starts))
+                words = [choice.codec, choice.level, "exact" if choice.exact else None]
+                name = " ".join(str(word) for word in words if word is not None)
+                seconds[name] = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def _pack_piece(
+    packer: PackingProcesses, free: queue.SimpleQueue[Buffer], content: mmap.mmap, start: int
+) -> None:
+    buffer = free.get()
+    buffer.view[:] = content[start : start + PIECE_SIZE]
+    packer.pack(buffer)
+    free.put(buffer)
+
+
 @contextmanager
 def stopped_guest(memory_mib: int, fill_mib: int) -> Iterator[BootedGuest]:
     """Boot a guest, fill its memory with file content, and stop it."""
@@ -297,7 +345,8 @@ def main() -> None:
     parser.add_argument("--fill", type=int, metavar="MIB", help="850; 300 with --sparse")
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", action="append", help="cases whose name contains this")
+    parser.add_argument("--codecs", action="store_true", help="measure the codecs alone as well")
     parser.add_argument("--directory", type=Path, help="where the dumps are written")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -312,13 +361,16 @@ def main() -> None:
     ):
         rows = []
         for case in cases:
-            if arguments.only in case.name:
+            if any(word in case.name for word in arguments.only or ("",)):
                 print(case.name, file=sys.stderr)
                 rows.append(measure(case, guest, arguments.rounds, Path(directory)))
+        limits = codecs_alone(guest, Path(directory)) if arguments.codecs else {}
     if arguments.json:
-        print(json.dumps([asdict(row) for row in rows]))
+        print(json.dumps({"dumps": [asdict(row) for row in rows], "codecs_alone": limits}))
     else:
         print("\n".join(table(rows)))
+        for codec, seconds in limits.items():
+            print(f"{codec} alone, on all CPUs: {seconds:.2f} s")
 
 
 if __name__ == "__main__":
