@@ -377,15 +377,3 @@ def kernel_file(guest: Guest, template: str | None, release: str | None) -> Path
         return None
     path = Path(guest.fill(template, release or ""))
     return path if path.is_file() else None
-
-
-def crash_environment(record: CrashRecord, directory: Path) -> Mapping[str, str]:
-    """Return what an after-action's command finds in its environment."""
-    return {
-        "CRASH_DIRECTORY": str(directory),
-        "CRASH_ID": record.id,
-        "CRASH_GUEST": record.guest,
-        "CRASH_CAUSE": record.cause.kind,
-        "CRASH_SIGNATURE": record.signature.id,
-        "CRASH_DUMP": str(directory / record.dump.file) if record.dump.file else "",
-    }

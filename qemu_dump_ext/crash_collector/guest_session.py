@@ -26,7 +26,6 @@ _RETRY_SECONDS_MAX = 5.0
 _GONE_SECONDS = 5.0
 _COMMAND_LINE_MAX = 1 << 20
 _START_TIME_FIELD = 19  # of /proc/PID/stat, behind the name in parentheses
-_DEFAULT_PANIC_ACTION = "shutdown"
 
 _logger = logging.getLogger(__name__)
 # What it logs is in its exceptions as well.
@@ -222,26 +221,6 @@ async def _execute(
         raise SourceError(f"QEMU does not answer {command} in {seconds:.0f} s") from error
     except (QMPError, OSError, EOFError) as error:
         raise SourceError("the guest is gone: QEMU closed the QMP connection") from error
-
-
-def panic_action(command_line: tuple[str, ...]) -> str:
-    """Return what QEMU does when its guest panics, by its command line: `pause`, `shutdown`, ...
-
-    Source: QEMU softmmu/vl.c, qemu-options.hx (-action, -no-shutdown).
-    """
-    action = _DEFAULT_PANIC_ACTION
-    for word, following in zip(command_line, (*command_line[1:], ""), strict=True):
-        option = f"-{word.lstrip('-')}" if word.startswith("-") else ""
-        if option == "-no-shutdown" and action == _DEFAULT_PANIC_ACTION:
-            action = "pause"
-        elif option == "-action":
-            for setting in following.split(","):
-                name, _, value = setting.partition("=")
-                if name == "panic":
-                    action = value
-                elif (name, value) == ("shutdown", "pause") and action == _DEFAULT_PANIC_ACTION:
-                    action = "pause"
-    return action
 
 
 def _pid_of_peer(connection: socket.socket, address: str) -> int | None:

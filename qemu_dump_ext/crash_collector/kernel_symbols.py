@@ -21,7 +21,8 @@ def functions_at(
     """Return the function of each program counter that lies in the kernel's own text.
 
     Raises:
-        RequestError: The file cannot be read, or is no System.map.
+        RequestError: The file cannot be read, is no System.map, or names no function: so does the
+            one in Debian's linux-image-*; the real one is in linux-image-*-dbg.
     """
     try:
         lines = system_map.read_text("ascii", "replace").splitlines()
@@ -32,6 +33,8 @@ def functions_at(
     except ValueError as error:
         raise RequestError(f"{system_map} is no System.map") from error
     symbols = sorted((address, name) for address, kind, name in table if kind in _TEXT_TYPES)
+    if not symbols:
+        raise RequestError(f"{system_map} names no function")
     bounds = {name: address for address, _, name in table if name in {"_stext", "_etext"}}
     offset = vmcoreinfo_number(vmcoreinfo, "KERNELOFFSET", 16) or 0
     starts = [address for address, _ in symbols]

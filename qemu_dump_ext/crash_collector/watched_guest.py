@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
-from collections import Counter, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
@@ -15,13 +12,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from qemu_dump_ext.crash_collector.after_action import run_action, run_command
 from qemu_dump_ext.crash_collector.configuration import AfterCommand
 from qemu_dump_ext.crash_collector.console_watch import ConsoleLog
-from qemu_dump_ext.crash_collector.crash_collection import (
-    CrashCollector,
-    CrashTask,
-    crash_environment,
-)
+from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.crash_events import (
     STOPPED_BY_QEMU,
     Event,
@@ -29,6 +23,7 @@ from qemu_dump_ext.crash_collector.crash_events import (
     cause_of_status,
     waits_for_stop,
 )
+from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
 from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
@@ -38,17 +33,15 @@ from qemu_dump_ext.crash_collector.crash_record import (
 )
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import CollectionGivenUpError, DumpBudget, prune
-from qemu_dump_ext.crash_collector.guest_session import GuestSession, panic_action
+from qemu_dump_ext.crash_collector.guest_session import GuestSession
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.heartbeat import watch_progress
 from qemu_dump_ext.crash_collector.journal import GuestState, Journal
+from qemu_dump_ext.crash_collector.panic_action import require_pause
 from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError, SourceError
 
 _STOP_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
-_OUTPUT_MAX = 2000
-_ALSO_MAX = 20
-_RECORDS_PER_DUMP = 10
 _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 
 _logger = logging.getLogger(__name__)
@@ -96,14 +89,8 @@ class WatchedGuest:
         self._journal = services.journal
         self._tasks: set[asyncio.Task[Any]] = set()
         self._collection: asyncio.Task[CrashRecord] | None = None
-        self._cause: CrashCause | None = None
-        self._also: Counter[str] = Counter()
-        self._recent: deque[float] = deque()
-        self._only_counted = 0
-        self._is_stored = False
-        self._next: CrashCause | None = None
+        self._intake = CrashIntake(guest)
         self._has_stopped = asyncio.Event()
-        self._superseded = asyncio.Event()
         self._shut_down = False
         self._console: ConsoleLog | None = None
         if guest.settings.console is not None and "console" in guest.settings.causes:
@@ -218,7 +205,7 @@ class WatchedGuest:
             return
         self._shut_down = False
         _logger.info("connected: QEMU %s", contact.facts.version, extra=self._extra())
-        await self._require_pause(contact.facts)
+        await require_pause(self.session, contact.facts.command_line or (), self.guest.name)
         status = await self.session.status()
         state = self._journal.states.get(self.guest.name)
         if state is not None and state.qemu != contact.instance:
@@ -250,30 +237,6 @@ class WatchedGuest:
         if not self.is_collecting:
             self._spawn(self._forget())
 
-    async def _require_pause(self, facts: QemuFacts) -> None:
-        action = panic_action(facts.command_line or ())
-        if action == "none":
-            return
-        try:
-            # Also where QEMU was started so: somebody may have changed it since.
-            await self.session.qmp("set-action", {"panic": "pause"})
-        except SourceError as error:
-            if action != "pause":
-                _logger.warning(
-                    "a panic ends this guest before it can be dumped: start QEMU with"
-                    " -action panic=pause (%s)",
-                    error,
-                    extra=self._extra(),
-                )
-            return
-        if action != "pause":
-            _logger.warning(
-                "QEMU was to %s on a panic; it pauses the guest now: start it with"
-                " -action panic=pause",
-                action,
-                extra=self._extra(),
-            )
-
     async def _resume_owed(self) -> None:
         await self.session.qmp("cont")
         await self._note(stopped=False)
@@ -282,36 +245,8 @@ class WatchedGuest:
     # What is done about it
 
     def _crash(self, cause: CrashCause, *, waits: bool = False, settle: bool = False) -> None:
-        if cause.kind not in self.guest.settings.causes:
-            _logger.debug("not a crash here: %s", cause.detail, extra=self._extra())
-        elif not self.is_collecting:
-            if not self._is_too_many():
-                self._begin(cause, waits=waits, settle=settle)
-        elif self._is_stored:
-            # Of the guest after what was done about its last crash.
-            if self._next is None and not self._is_too_many():
-                self._next = cause
-        elif self._cause is not None and self._cause.kind == "console" and not settle:
-            self._also[f"{self._cause.kind}: {self._cause.detail}"] += 1
-            self._cause = cause
-            self._superseded.set()
-        elif len(self._also) < _ALSO_MAX:
-            self._also[f"{cause.kind}: {cause.detail}"] += 1
-        else:
-            self._also["more, only counted"] += 1
-
-    def _is_too_many(self) -> bool:
-        # A guest must not fill the store, nor push the crashes of others out of it.
-        rate, now = self.guest.settings.rate, asyncio.get_running_loop().time()
-        while self._recent and now - self._recent[0] > rate.per:
-            self._recent.popleft()
-        if len(self._recent) < _RECORDS_PER_DUMP * rate.dumps:
-            self._recent.append(now)
-            return False
-        if not self._only_counted:
-            _logger.error("crashes too often: more are only counted", extra=self._extra())
-        self._only_counted += 1
-        return True
+        if self._intake.is_new(cause, is_collecting=self.is_collecting):
+            self._begin(cause, waits=waits, settle=settle)
 
     def _begin(
         self,
@@ -322,13 +257,7 @@ class WatchedGuest:
         settle: bool = False,
         gone: str | None = None,
     ) -> None:
-        _logger.warning("crash: %s", cause.detail, extra=self._extra(cause=cause.kind))
-        self._cause, self._also = cause, Counter()
-        if self._only_counted:
-            self._also["crashed too often: only counted"] = self._only_counted
-            self._only_counted = 0
-        self._is_stored = False
-        self._superseded.clear()
+        self._intake.begin(cause)
         time = time or utc_text(self._services.now())
         self._collection = asyncio.create_task(
             self._collect(time, waits=waits, settle=settle, gone=gone)
@@ -345,7 +274,7 @@ class WatchedGuest:
         self._tasks.discard(task)
         if task.cancelled():
             return
-        following, self._next = self._next, None
+        following = self._intake.take_next()
         if following is not None and not self._services.ending.is_set():
             self._begin(following, waits=waits_for_stop(following.event or {}))
         if (error := task.exception()) is None:
@@ -360,17 +289,17 @@ class WatchedGuest:
     ) -> CrashRecord:
         contact = self.session.contact if gone is None else None
         instance = contact.instance if contact else self.guest.address
-        state = GuestState(instance, self._cause, time)
+        state = GuestState(instance, self._intake.cause, time)
         with suppress(DumpWriteError):
             await asyncio.to_thread(self._journal.set, self.guest.name, state)
         if waits:
             await _at_most(_STOP_SECONDS, self._has_stopped)
         if settle:
-            await _at_most(_SETTLE_SECONDS, self._superseded)
+            await _at_most(_SETTLE_SECONDS, self._intake.superseded)
         if self._console is not None and gone is None:
             self._console.skip()  # it tells of this crash; what comes later, of another
         record = await self._store_crash(time, gone)
-        self._is_stored = True
+        self._intake.crash_stored()
         await self._note(cause=None, stored=record.id)
         _logger.info(
             "collected: %s, %s",
@@ -389,12 +318,12 @@ class WatchedGuest:
             contact = self.session.contact if gone is None else None
             task = CrashTask(
                 guest=self.guest,
-                cause=self._cause or CrashCause("trigger", ""),
+                cause=self._intake.cause or CrashCause("trigger", ""),
                 time=time,
                 facts=self.session.last_facts or _UNKNOWN,
                 qmp=self.session.for_thread() if contact else None,
                 gone=gone or "QEMU was gone, and its memory with it",
-                also=self._also,
+                also=self._intake.also,
             )
             collector = CrashCollector(
                 task, self._services.store, self._services.budget, set_stopped=self._set_stopped
@@ -450,49 +379,11 @@ class WatchedGuest:
     async def _act(self, crash_id: str, status: str) -> None:
         action = self.guest.settings.after
         if isinstance(action, AfterCommand):
-            await self._run_command(action, crash_id)
-        elif action == "resume" and status != "running":
-            await self.session.qmp("cont")
-        elif action == "reset":
-            await self.session.qmp("system_reset")
-            if status != "running":
-                await self.session.qmp("cont")
-        elif action == "quit":
-            self._shut_down = True
-            with suppress(SourceError):
-                await self.session.qmp("quit")
-
-    async def _run_command(self, action: AfterCommand, crash_id: str) -> None:
-        store = self._services.store
-        environment = crash_environment(store.record(crash_id), store.directory(crash_id))
-        process = await asyncio.create_subprocess_exec(
-            *action.command,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            env={**os.environ, **environment},
-            start_new_session=True,
-        )
-        talk = asyncio.create_task(process.communicate())
-        ending = asyncio.create_task(self._services.ending.wait())
-        try:
-            await asyncio.wait(
-                [talk, ending], timeout=action.timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-        finally:
-            ending.cancel()
-            if not talk.done():
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-        output, _ = await talk
-        _logger.log(
-            logging.ERROR if process.returncode else logging.INFO,
-            "%s ended with status %s: %s",
-            action.command[0],
-            process.returncode,
-            output.decode("utf-8", "replace")[-_OUTPUT_MAX:].strip(),
-            extra=self._extra(crash=crash_id),
-        )
+            await run_command(action, self._services.store, crash_id, self._services.ending)
+            return
+        if action == "quit":
+            self._shut_down = True  # that QEMU ends then is not a crash
+        await run_action(action, self.session, status)
 
 
 async def _at_most(seconds: float, event: asyncio.Event) -> None:

@@ -33,6 +33,8 @@ CRASHES = {
     "sysrq again": ("echo c >/proc/sysrq-trigger\n", "sysrq triggered crash"),
     "init": (KILL_INIT, "Attempted to kill init! exitcode=0x?"),
 }
+# Where x86_64 has the kernel itself, wherever KASLR puts it; modules are above.
+KERNEL_IMAGE = range(0xFFFFFFFF80000000, 0xFFFFFFFFC0000000)
 
 
 @dataclass(frozen=True)
@@ -138,13 +140,39 @@ def test_open_starts_the_reader_with_the_right_files(collected):
     assert "unsigned long" in done.stdout, done.stderr
 
 
+def test_functions_of_a_guest_that_runs_are_those_that_drgn_names(linux_guest, tmp_path):
+    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
+    entry = {
+        "socket": str(linux_guest.qmp_sockets[0]),
+        "name": "linux",
+        "symbols": {"system_map": str(files.system_map)},
+    }
+    agent = CrashAgent(tmp_path, guests=[entry])
+    with agent.running():
+        agent.wait_connected()
+        done = run_collector("trigger", "linux", "--config", agent.config)
+        assert done.returncode == 0, done.stderr
+    (record,) = agent.records()
+    directory = agent.store.directory(record.id)
+    program = drgn.Program()
+    program.set_core_dump(directory / "vmcore.kdump")
+    program.load_debug_info([files.vmlinux])
+    registers = (directory / "registers.txt").read_text()
+    counters = [int(rip, 16) for rip in re.findall(r"RIP=(\w+)", registers)]
+    in_kernel = [counter for counter in counters if counter in KERNEL_IMAGE]
+    assert in_kernel, registers
+    for name, counter in zip(record.signature.frames, in_kernel, strict=True):
+        ranges = [(s.address, s.address + s.size) for s in program.symbols(name)]
+        assert any(start <= counter < end for start, end in ranges), (name, hex(counter), ranges)
+
+
 # Debian's kernel for aarch64 has no driver for the pvpanic of its machine: the console tells.
 OTHER_TARGETS = {"s390x": "guest-panicked", "ppc64le": "guest-panicked", "aarch64": "console"}
 
 
 @pytest.mark.parametrize("name", OTHER_TARGETS)
 def test_panic_of_another_target_is_collected(tmp_path, name):
-    """By the event that its machine has for it; its console stands in for a log not read."""
+    """By the event that its machine has for it, with the log that its memory holds."""
     image = find_image(name)
     with BootedGuest(image, ImageStore(default_cache()).fetch(image)) as guest:
         entry = {
@@ -163,6 +191,10 @@ def test_panic_of_another_target_is_collected(tmp_path, name):
             assert record.dump.complete
             assert record.dump.verified_by == ("verify",)
             assert record.qemu.target == image.target
+            directory = agent.store.directory(record.id)
+            log = (directory / "dmesg.txt").read_text()
+            assert "Linux version" in log, record.remarks
+            assert "Kernel panic - not syncing: sysrq triggered crash" in log
             program = drgn.Program()
-            program.set_core_dump(agent.store.directory(record.id) / "vmcore.kdump")
+            program.set_core_dump(directory / "vmcore.kdump")
             assert b"OSRELEASE=" in program["VMCOREINFO"].string_()

@@ -10,8 +10,8 @@ from qemu_dump_ext.crash_collector.crash_events import (
     cause_of_status,
     waits_for_stop,
 )
-from qemu_dump_ext.crash_collector.guest_session import panic_action
 from qemu_dump_ext.crash_collector.heartbeat import Stillness
+from qemu_dump_ext.crash_collector.panic_action import panic_action
 
 
 def event(name: str, **data: object) -> dict[str, object]:
