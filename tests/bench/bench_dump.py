@@ -274,6 +274,8 @@ def codecs_alone(machine: QemuMachine, directory: Path) -> dict[str, float]:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         first = len(content) % 4096  # headers stand before whole pages
         starts = range(first, len(content) - PIECE_SIZE + 1, PIECE_SIZE)
+        pieces = [content[start : start + PIECE_SIZE] for start in starts]
+        pieces = [piece for piece in pieces if piece.strip(b"\0")]
         for choice in choices:
             with PackingProcesses(4096, choice, worker_count()) as packer:
                 for buffer in packer.buffers:
@@ -281,10 +283,10 @@ def codecs_alone(machine: QemuMachine, directory: Path) -> dict[str, float]:
                 free = queue.SimpleQueue[Buffer]()
                 for buffer in packer.buffers:
                     free.put(buffer)
-                pack = partial(_pack_piece, packer, free, content)
+                pack = partial(_pack_piece, packer, free)
                 started = time.perf_counter()
                 with ThreadPoolExecutor(worker_count()) as pool:
-                    list(pool.map(pack, starts))
+                    list(pool.map(pack, pieces))
                 words = [choice.codec, choice.level, "exact" if choice.exact else None]
                 name = " ".join(str(word) for word in words if word is not None)
                 seconds[name] = time.perf_counter() - started
@@ -292,11 +294,9 @@ def codecs_alone(machine: QemuMachine, directory: Path) -> dict[str, float]:
     return seconds
 
 
-def _pack_piece(
-    packer: PackingProcesses, free: queue.SimpleQueue[Buffer], content: mmap.mmap, start: int
-) -> None:
+def _pack_piece(packer: PackingProcesses, free: queue.SimpleQueue[Buffer], content: bytes) -> None:
     buffer = free.get()
-    buffer.view[:] = content[start : start + PIECE_SIZE]
+    buffer.view[:] = content
     packer.pack(buffer)
     free.put(buffer)
 
