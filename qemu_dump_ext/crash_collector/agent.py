@@ -28,7 +28,17 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
 
 _COMES_BACK_SECONDS = 10.0
 _PRUNE_SECONDS = 600.0
-_FIXED = ("store", "control", "concurrent_dumps", "answer_timeout", "retry_interval")
+_FIXED = (
+    "store",
+    "control",
+    "concurrent_dumps",
+    "answer_timeout",
+    "retry_interval",
+    "upload",
+    "report",
+    "metrics_port",
+)
+"""Words of the configuration that are read once."""
 
 _logger = logging.getLogger(__name__)
 
@@ -152,16 +162,7 @@ class Agent:
         except DumpError as error:
             _logger.error("the configuration stays as it was: %s", error)  # noqa: TRY400
         else:
-            for name in (
-                "store",
-                "control",
-                "concurrent_dumps",
-                "answer_timeout",
-                "retry_interval",
-                "upload",
-                "report",
-                "metrics_port",
-            ):
+            for name in _FIXED:
                 if getattr(configuration, name) != getattr(self._configuration, name):
                     _logger.warning("`%s` changes when the agent is started again", name)
                     kept = {name: getattr(self._configuration, name)}
