@@ -23,7 +23,7 @@ from qemu_dump_ext.sync_qmp import connect_qmp
 from tests.conftest import planted_content
 from tests.support.doors import child_environment, cli_argv, run_cli
 from tests.support.oracle import OracleDumps
-from tests.support.raw_qmp import RawQmp
+from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 
 pytestmark = pytest.mark.qemu
 MIB = 1 << 20
@@ -277,9 +277,7 @@ def test_a_process_in_another_pid_namespace_is_not_guessed(tmp_path: Path):
 def test_over_tcp_the_process_is_found_as_well(tmp_path: Path):
     arguments = ["-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
     with stopped_machine([QEMU], arguments) as machine, RawQmp(machine.qmp_sockets[1]) as qmp:
-        labels = [entry["filename"] for entry in qmp.execute("query-chardev")]
-        address = next(label for label in labels if "tcp:" in label).split(",")[0]
-        address = address.rpartition("tcp:")[2]
+        address = tcp_address_of_qmp(qmp)
         done = run_cli("--qmp", address, "--memory", "process", tmp_path / "x")
         assert done.returncode == 0, done.stderr
         assert "memory by process" in done.stderr

@@ -25,7 +25,7 @@ from tests.conftest import loaded_content
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli, run_gdb
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
-from tests.support.raw_qmp import RawQmp
+from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 
 pytestmark = pytest.mark.qemu
 MIB = 1 << 20
@@ -232,9 +232,7 @@ def test_without_qmp_it_is_said(machine: QemuMachine, tmp_path: Path):
 def test_over_tcp_it_is_said(tmp_path: Path):
     arguments = ["-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
     with stopped_machine([QEMU], arguments) as machine, RawQmp(machine.qmp_sockets[1]) as qmp:
-        labels = [entry["filename"] for entry in qmp.execute("query-chardev")]
-        address = next(label for label in labels if "tcp:" in label).split(",")[0]
-        address = address.rpartition("tcp:")[2]
+        address = tcp_address_of_qmp(qmp)
         done = run_cli("--qmp", address, "--memory", "native_stream", tmp_path / "x")
         assert done.returncode == 3
         assert "a QMP socket of TCP passes no descriptors (a unix socket does)" in done.stderr

@@ -47,3 +47,10 @@ class RawQmp:
     def __exit__(self, *_: object) -> None:
         self._lines.close()
         self._socket.close()
+
+
+def tcp_address_of_qmp(qmp: RawQmp) -> str:
+    """Return HOST:PORT of the TCP socket on which QEMU listens, asked through another one."""
+    labels = [entry["filename"] for entry in qmp.execute("query-chardev")]
+    address = next(label for label in labels if "tcp:" in label).split(",")[0]
+    return str(address.rpartition("tcp:")[2])
