@@ -21,8 +21,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from tests.support.bare_crashes import bare_machine
-from tests.support.crash_agent import CrashAgent, wait_until
+from tests.support.crash_agent import CrashAgent
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 _CRASHING = 20
 _START_SECONDS = 600.0

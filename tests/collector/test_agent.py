@@ -18,9 +18,10 @@ import pytest
 
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.bare_crashes import bare_machine
-from tests.support.crash_agent import CrashAgent, run_collector, wait_until
+from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import guest_status
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -84,7 +85,7 @@ def test_quit_ends_qemu_and_that_is_no_crash(tmp_path):
         agent.wait_connected()
         cont(machine)
         agent.wait_logged("QEMU has ended")
-        assert not machine.is_running()
+        wait_until(lambda: not machine.is_running(), "QEMU ended")
         agent.wait_records(1)
 
 

@@ -24,9 +24,10 @@ from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.journal import replay
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.bare_crashes import bare_machine
-from tests.support.crash_agent import CrashAgent, run_collector, wait_until
+from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import guest_status
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -65,9 +66,7 @@ def trigger(agent: CrashAgent) -> None:
 
 def wait_journal(agent: CrashAgent, text: str) -> None:
     journal = agent.store.path / ".journal"
-    deadline = time.monotonic() + 30
-    while not (journal.exists() and text in journal.read_text()):
-        assert time.monotonic() < deadline, text
+    wait_until(lambda: journal.exists() and text in journal.read_text(), f"it says {text}")
 
 
 def check_clean(agent: CrashAgent) -> None:

@@ -11,7 +11,8 @@ import pytest
 from qemu_dump_ext.crash_collector.crash_record import parse_record
 from tests.collector.test_metrics import scrape
 from tests.support.bare_crashes import bare_machine
-from tests.support.crash_agent import CrashAgent, run_collector, wait_until
+from tests.support.crash_agent import CrashAgent, run_collector
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 

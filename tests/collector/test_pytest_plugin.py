@@ -20,9 +20,9 @@ from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.bare_crashes import bare_machine
-from tests.support.crash_agent import wait_until
 from tests.support.doors import guest_status
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 

@@ -16,9 +16,10 @@ from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
-from tests.support.crash_agent import CrashAgent, run_collector, wait_until
+from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import guest_status
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.guest, pytest.mark.qemu]
 

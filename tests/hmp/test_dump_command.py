@@ -19,9 +19,9 @@ from tests.support.hmp_proxy import (
     hmp_of,
     monitor_arguments,
     partial_files,
-    wait_until,
 )
 from tests.support.newer_qemu import newer_qemu_command
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 

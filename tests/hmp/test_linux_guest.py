@@ -15,8 +15,8 @@ from tests.support.hmp_proxy import (
     assert_sound,
     hmp_of,
     partial_files,
-    wait_until,
 )
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.guest
 

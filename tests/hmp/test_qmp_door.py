@@ -26,9 +26,9 @@ from tests.support.hmp_proxy import (
     hmp_of,
     partial_files,
     proxy_argv,
-    wait_until,
 )
 from tests.support.newer_qemu import newer_qemu_command
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -241,7 +241,7 @@ def test_shell_of_qemu_qmp(pair: Pair):
             input=line + "\n",
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=60,
             check=True,
         )
         assert "Connected to QEMU" in done.stdout

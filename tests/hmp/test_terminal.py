@@ -14,6 +14,7 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.hmp.test_passthrough import COMMANDS
 from tests.support.doors import child_environment
 from tests.support.hmp_proxy import assert_sound, hmp_of, partial_files, proxy_argv
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -119,4 +120,4 @@ def test_quit_ends_qemu_and_the_proxy():
         terminal.expect(pexpect.EOF)
         terminal.wait()
         assert terminal.exitstatus == 0
-        assert not own.is_running()
+        wait_until(lambda: not own.is_running(), "QEMU ended")

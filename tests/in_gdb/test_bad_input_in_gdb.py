@@ -29,7 +29,8 @@ from tests.support.doors import (
     run_gdb,
 )
 from tests.support.raw_qmp import RawQmp
-from tests.support.traces import no_trace, partial_size, wait_until
+from tests.support.traces import no_trace, partial_size
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 

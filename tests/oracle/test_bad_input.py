@@ -22,7 +22,8 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.bad_input import BAD_INPUT, BadInput, strange_files
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli
 from tests.support.raw_qmp import RawQmp
-from tests.support.traces import no_trace, partial_size, wait_until
+from tests.support.traces import no_trace, partial_size
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 

@@ -26,6 +26,7 @@ from tests.support.doors import child_environment, cli_argv, guest_status, run_c
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 MIB = 1 << 20
@@ -182,13 +183,6 @@ def bytes_of_last_dump(machine: QemuMachine) -> int:
     with RawQmp(machine.qmp_sockets[1]) as qmp:
         total: int = qmp.execute("query-dump")["total"]
     return total
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    for _ in range(10000):
-        if condition():
-            return
-    raise AssertionError
 
 
 def test_a_guest_that_ends_is_an_error_of_one_line():

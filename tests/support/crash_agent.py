@@ -6,8 +6,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,19 +18,10 @@ from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.errors import ConnectError
 from tests.support.doors import child_environment
+from tests.support.waiting import wait_until
 
 _MAIN = "import sys; from qemu_dump_ext.entry import qemu_crash_collector as run; sys.exit(run())"
 _SECONDS = 60.0
-
-
-def wait_until(condition: Callable[[], Any], what: str, seconds: float = _SECONDS) -> Any:
-    """Return what `condition` returns once it is true."""
-    deadline = time.monotonic() + seconds
-    while not (result := condition()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds:.0f} s: {what}")
-        time.sleep(0.02)
-    return result
 
 
 def run_collector(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:

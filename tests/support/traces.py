@@ -5,22 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_SECONDS = 30
-_POLL_SECONDS = 0.005
+from tests.support.waiting import wait_until
+
 _MARK = "QEMU_DUMP_TEST_MARK"
-
-
-def wait_until(condition: Callable[[], object], what: str, seconds: float = _SECONDS) -> None:
-    """Poll `condition`; fail with `what` when it does not come true."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(_POLL_SECONDS)
 
 
 def partial_size(folder: Path) -> int:

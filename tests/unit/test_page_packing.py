@@ -19,7 +19,7 @@ from qemu_dump_ext.packing_processes import PackingProcesses
 from qemu_dump_ext.page_packing import Compression, Packer, pack_pages
 from qemu_dump_ext.page_pipeline import Buffer
 from tests.support.doors import child_environment
-from tests.support.traces import wait_until
+from tests.support.waiting import wait_until
 
 PAGE = 4096
 ZLIB = Compression("zlib", exact=True)
