@@ -6,25 +6,24 @@ import filecmp
 import hashlib
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
-from qemu_dump_ext.memory_sources import all_memory_sources
-from tests.support.doors import run_cli, run_gdb
+from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.guest_images.machine import stopped_machine
+from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
 from tests.support.raw_gdbstub import RawGdbstub
+from tests.support.side_by_side import made_side_by_side
+from tests.support.ways import FORMATS, Outcome, Way, every_way, take_dumps
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
-SOURCES = tuple(all_memory_sources())
-# There is no stub behind a QMP socket, and no QMP behind a stub.
-SOURCES_BY_STUB = tuple(source for source in SOURCES if source != "native_stream")
-SOURCES_BY_QMP = tuple(source for source in SOURCES if source != "gdbstub")
-FORMATS = {"elf": (), "kdump-zlib": ("-z",)}
+_MIB = 4
 
 
 @dataclass(frozen=True)
@@ -32,16 +31,18 @@ class Guest:
     """A machine whose memory every source can read.
 
     Attributes:
-        target: Behind qemu-system-.
+        name: Of the target.
         machine: Its type, with -cpu.
-        memory_mib: Of RAM.
         ram: A gpa of it.
+        package: Which has a newer QEMU; empty: the machine's own.
+        gdb: What gdb is told before it connects.
     """
 
-    target: str
+    name: str
     machine: tuple[str, ...]
-    memory_mib: int = 4
     ram: int = 0
+    package: str = ""
+    gdb: tuple[str, ...] = ()
 
 
 GUESTS = (
@@ -54,87 +55,65 @@ GUESTS = (
     Guest("s390x", ("s390-ccw-virtio",)),
     Guest("riscv64", ("virt", "-bios", "none"), ram=2 << 30),
     Guest("riscv32", ("virt", "-bios", "none"), ram=2 << 30),
+    Guest("loongarch64", ("virt",), package="qemu-system-misc", gdb=("set architecture alpha",)),
 )
+WAYS = every_way()
 
 
 @dataclass(frozen=True)
 class Dumps:
-    """QEMU's own dumps, ours in `folder`, and what gdb said."""
+    """QEMU's own dumps by format, ours in `folder`, and what was said of them."""
 
-    native: OracleDumps
+    native: Mapping[str, Path]
     folder: Path
-    said: str
+    outcomes: Mapping[Way, Outcome]
 
 
-NAMES = [
-    *(("gdb", source, "elf") for source in SOURCES_BY_STUB),
-    *(("gdb-with-qmp", source, "kdump-zlib") for source in SOURCES),
-    *(("cli-by-qmp", source, "kdump-zlib") for source in SOURCES_BY_QMP),
-    # What its gdb does was done by the other one: each start of a gdb costs a second.
-    *(("cli-by-gdb", source, "elf") for source in ("process", "gdbstub")),
-]
-
-
-def _in_gdb(machine: QemuMachine, folder: Path) -> str:
-    commands = []
-    for door, source, dump_format in NAMES:
-        if door.startswith("gdb"):
-            words = ["--exact", "--memory", source, *FORMATS[dump_format]]
-            words += ["--qmp", str(machine.qmp_sockets[0])] if door == "gdb-with-qmp" else []
-            path = folder / f"{door}.{source}.{dump_format}"
-            commands.append(f"qemu-dump-guest-memory {' '.join(words)} {path}")
-    done = run_gdb(machine, commands, "gdb-multiarch")
-    return done.stdout + done.stderr
-
-
-def _on_the_command_line(machine: QemuMachine, folder: Path) -> str:
-    said = ""
-    by_qmp = ["--qmp", machine.qmp_sockets[0]]
-    ways = {"cli-by-qmp": by_qmp, "cli-by-gdb": ["--gdb", machine.gdb_socket, *by_qmp]}
-    for door, source, dump_format in NAMES:
-        if door in ways:
-            path = folder / f"{door}.{source}.{dump_format}"
-            words = ["--exact", "--memory", source, *FORMATS[dump_format], path]
-            done = run_cli(*ways[door], *words)
-            said += done.stdout + done.stderr
-    return said
-
-
-@pytest.fixture(scope="module", params=GUESTS, ids=lambda guest: guest.target)
-def dumps(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Dumps]:
-    guest: Guest = request.param
-    command = f"qemu-system-{guest.target}"
-    if shutil.which(command) is None or shutil.which("gdb-multiarch") is None:
-        pytest.skip(f"{command} or gdb-multiarch is not installed")
-    folder = tmp_path_factory.mktemp(guest.target)
+def _take(guest: Guest, folder: Path) -> Dumps:
+    command = [f"qemu-system-{guest.name}"]
+    if guest.package:
+        command = newer_qemu_command(guest.name, guest.package)
+    if shutil.which(command[0]) is None or shutil.which("gdb-multiarch") is None:
+        pytest.skip(f"{command[0]} or gdb-multiarch is not installed")
     machine_type, *more = guest.machine
-    size = f"{guest.memory_mib}M"
-    arguments = ["-M", f"{machine_type},memory-backend=ram", *more, "-m", size]
-    arguments += ["-object", f"memory-backend-memfd,id=ram,size={size},share=on"]
-    with stopped_machine([command], arguments) as machine:
+    arguments = ["-M", f"{machine_type},memory-backend=ram", *more, "-m", f"{_MIB}M"]
+    arguments += ["-object", f"memory-backend-memfd,id=ram,size={_MIB}M,share=on"]
+    with stopped_machine(command, arguments) as machine:
         with RawGdbstub(machine.gdb_socket) as stub:
             assert stub.packet("Qqemu.PhyMemMode:1") == "OK"
-            for offset in (0, 65536 - 500, (guest.memory_mib << 20) - 1000):
+            for offset in (0, 65536 - 500, (_MIB << 20) - 1000):
                 content = hashlib.shake_128(str(offset).encode()).hexdigest(1000)
                 assert stub.packet(f"M{guest.ram + offset:x},{1000:x}:{content}") == "OK"
             assert stub.packet("Qqemu.PhyMemMode:0") == "OK"
-        said = _in_gdb(machine, folder) + _on_the_command_line(machine, folder)
+        outcomes = take_dumps(machine, folder, WAYS, "--exact", before=guest.gdb)
         native = OracleDumps(machine, folder)
-        for dump_format in FORMATS:
-            native.take(dump_format)
-    yield Dumps(native, folder, said)
-    shutil.rmtree(folder)
+        return Dumps({name: native.take(name) for name in FORMATS}, folder, outcomes)
 
 
-@pytest.mark.parametrize(("door", "source", "dump_format"), NAMES)
-def test_exact_dump_is_qemus(dumps: Dumps, door: str, source: str, dump_format: str):
-    ours = dumps.folder / f"{door}.{source}.{dump_format}"
-    assert ours.exists(), dumps.said
-    assert filecmp.cmp(ours, dumps.native.take(dump_format), shallow=False)
-    line = dumps.said.partition(f"{ours}: ")[2].partition("\n")[0]
-    used = re.search(r"memory by ([\w+]+)", line)
+@pytest.fixture(scope="module")
+def all_dumps(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Future[Dumps]]]:
+    with made_side_by_side(request, tmp_path_factory, "dumps", _take) as futures:
+        yield futures
+
+
+@pytest.fixture(scope="module", params=GUESTS, ids=lambda guest: guest.name)
+def dumps(request: pytest.FixtureRequest, all_dumps: Mapping[str, Future[Dumps]]) -> Dumps:
+    return all_dumps[request.param.name].result()
+
+
+def test_no_target_is_left_out():
+    dumped = {name for name, known in all_architectures().items() if known.dumped_by_qemu_since}
+    assert {guest.name for guest in GUESTS} == dumped
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_exact_dump_is_qemus(dumps: Dumps, way: Way):
+    outcome = dumps.outcomes[way]
+    assert outcome.status == 0, outcome.said
+    assert filecmp.cmp(dumps.folder / str(way), dumps.native[way.dump_format], shallow=False)
+    used = re.search(r"memory by ([\w+]+)", outcome.said)
     assert used
     # A boot ROM is in no file.
-    assert set(used[1].split("+")) - {"process"} == {source} - {"process"}
+    assert set(used[1].split("+")) - {"process"} == {way.source} - {"process"}
