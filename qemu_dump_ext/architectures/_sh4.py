@@ -1,8 +1,10 @@
 """What SH-4 of both byte orders have in common.
 
 Sources:
-    Linux arch/sh/include/uapi/asm/ptrace_32.h (struct pt_regs is pr_reg); QEMU
-    target/sh4/gdbstub.c, target/sh4/translate.c superh_cpu_dump_state().
+    Linux arch/sh/include/uapi/asm/ptrace_32.h (struct pt_regs is pr_reg), arch/sh/include/asm/
+    user.h (user_fpu_struct); QEMU target/sh4/gdbstub.c (which has one of the two banks of
+    floating-point registers), target/sh4/translate.c superh_cpu_dump_state(); binutils
+    include/elf/sh.h (e_flags, by which gdb knows that there is floating point).
 """
 
 from __future__ import annotations
@@ -10,22 +12,27 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qemu_dump_ext.architectures._declaration import Architecture, Core, Register
+from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout, Register
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import (
     g_packet,
     make_architecture,
     recognize_by_byte_order,
 )
-from qemu_dump_ext.c_struct import ByteOrder, fields_of
-from qemu_dump_ext.elf_structs import EM_SH
+from qemu_dump_ext.c_struct import ByteOrder, StructLayout, fields_of
+from qemu_dump_ext.elf_structs import EM_SH, NT_PRFPREG
 
 _GPRS = numbered("r", 16)
 _CONTROL = "pc pr sr gbr mach macl"
+_FPRS = numbered("fr", 16)
+_FP_CONTROL = "fpscr fpul"
+_IN_STUB = f"{_GPRS} {_CONTROL} {_FPRS} {_FP_CONTROL}"
+_OTHER_BANK = numbered("xf", 16)
 _G_PACKET = g_packet(
-    (4, f"{_GPRS} pc pr gbr vbr mach macl sr fpul fpscr {numbered('fr', 16)} ssr spc"),
+    (4, f"{_GPRS} pc pr gbr vbr mach macl sr fpul fpscr {_FPRS} ssr spc"),
     (4, " ".join(f"r{index}b{bank}" for bank in range(2) for index in range(8))),
 )
+_EF_SH4 = 9
 _SR_MD_RB = 1 << 30 | 1 << 29
 _BANKED = 8
 
@@ -39,8 +46,7 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
         for index in range(_BANKED):
             if f"r{16 + index}" in values:
                 values[f"r{index}"] = values[f"r{16 + index}"]
-    names = f"{_GPRS} {_CONTROL}".split()
-    return {name: value for name, value in values.items() if name in names}
+    return {name: value for name, value in values.items() if name in _IN_STUB.split()}
 
 
 def make_sh4(name: str, byte_order: ByteOrder) -> Architecture:
@@ -51,11 +57,31 @@ def make_sh4(name: str, byte_order: ByteOrder) -> Architecture:
             e_machine=EM_SH,
             byte_order=byte_order,
             word_size=4,
-            notes=(prstatus("SH-4", "u32", fields_of("u32", f"{_GPRS} {_CONTROL} tra")),),
+            notes=(
+                prstatus(
+                    "SH-4",
+                    "u32",
+                    fields_of("u32", f"{_GPRS} {_CONTROL} tra"),
+                    constants={"pr_fpvalid": 1},
+                ),
+                NoteLayout(
+                    "CORE",
+                    NT_PRFPREG,
+                    StructLayout(
+                        "user_fpu_struct",
+                        fields_of("u32", f"{_FPRS} {_OTHER_BANK} {_FP_CONTROL}"),
+                    ),
+                    max_align=4,
+                ),
+            ),
             uname_machine="sh4" if byte_order == "little" else "sh4eb",
+            e_flags=_EF_SH4,
             u64_align=4,
         ),
-        tuple(Register(register, gdb=register) for register in f"{_GPRS} {_CONTROL}".split()),
+        (
+            *(Register(register, gdb=register) for register in _IN_STUB.split()),
+            *(Register(register) for register in _OTHER_BANK.split()),
+        ),
         "pc",
         cpu_type_suffix="-superh-cpu",
         g_packet=_G_PACKET,

@@ -1,8 +1,8 @@
 """PA-RISC of 32 bits.
 
 Sources:
-    Linux arch/parisc/include/asm/elf.h ELF_CORE_COPY_REGS; QEMU target/hppa/gdbstub.c,
-    target/hppa/helper.c hppa_cpu_dump_state().
+    Linux arch/parisc/include/asm/elf.h ELF_CORE_COPY_REGS, elf_fpregset_t; QEMU
+    target/hppa/gdbstub.c, target/hppa/helper.c hppa_cpu_dump_state().
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qemu_dump_ext.architectures._declaration import Core, Register
+from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import fields_of
-from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC
+from qemu_dump_ext.c_struct import StructLayout, fields_of
+from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC, NT_PRFPREG
 
 _GPRS = numbered("gr", 31, first=1)
 _SPACES = numbered("sr", 8)
@@ -24,9 +24,10 @@ _PR_REG = (
     f"psw {_GPRS} {_SPACES} {_QUEUES} sar iir isr ior ipsw cr0 {_TEMPORARY}"
     " cr8 cr9 cr12 cr13 cr10 cr15"
 )
+_FPRS = numbered("fr", 32)
 _G_PACKET = (
     f"psw {_GPRS} sar iaoq_f iasq_f iaoq_b iasq_b cr15 iir isr ior ipsw goto sr4 sr0 sr1 sr2 sr3"
-    f" sr5 sr6 sr7 cr0 cr8 cr9 cr10 cr12 cr13 {numbered('cr', 7, first=24)} {numbered('fr', 64)}"
+    f" sr5 sr6 sr7 cr0 cr8 cr9 cr10 cr12 cr13 {numbered('cr', 7, first=24)}"
 )
 _MONITOR_NAMES = {"PSW": "psw", "IIR": "iir"}
 # Since QEMU 11.
@@ -41,7 +42,7 @@ _U32 = (1 << 32) - 1
 def _parse_monitor(text: str) -> Mapping[str, int]:
     """Read `GR04 …`, `SR04 …`, `PSW  …`, and `IA_F …`: offset, and space where code has one.
 
-    QEMU 11 writes space and offset of `IA_F` apart, and all control registers.
+    QEMU 11 writes space and offset of `IA_F` apart, and all control registers and `FR04 …`.
     """
     values: dict[str, int] = {}
     for kind, index, value in re.findall(r"\b(GR|SR)(\d\d) ([0-9a-f]{8})\b", text):
@@ -50,6 +51,8 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
     for name, value in re.findall(r"\b([A-Z]+\d?) +([0-9a-f]{8})\b", text):
         if name in _MONITOR_NAMES:
             values[_MONITOR_NAMES[name]] = int(value, 16)
+    for index, value in re.findall(r"\bFR(\d\d) ([0-9a-f]{16})\b", text):
+        values[f"fr{int(index)}"] = int(value, 16)
     for end, space, value in re.findall(r"\bIA_([FB]) ([0-9a-f]{8}):([0-9a-f]{8})\b", text):
         values[f"iasq_{end.lower()}"] = int(space, 16)
         values[f"iaoq_{end.lower()}"] = int(value, 16)
@@ -66,17 +69,31 @@ ARCHITECTURE = make_architecture(
         e_machine=EM_PARISC,
         byte_order="big",
         word_size=4,
-        notes=(prstatus("PA-RISC", "u32", fields_of("u32", f"{_PR_REG} {numbered('zero', 16)}")),),
+        notes=(
+            prstatus(
+                "PA-RISC",
+                "u32",
+                fields_of("u32", f"{_PR_REG} {numbered('zero', 16)}"),
+                constants={"pr_fpvalid": 1},
+            ),
+            NoteLayout(
+                "CORE",
+                NT_PRFPREG,
+                StructLayout("elf_fpregset_t", fields_of("u64", _FPRS)),
+                max_align=8,
+            ),
+        ),
         uname_machine="parisc",
         e_flags=_EFA_PARISC_1_1,
         os_abi=ELFOSABI_LINUX,
     ),
     tuple(
-        Register(name, gdb=name if name in _G_PACKET.split() else None) for name in _PR_REG.split()
+        Register(name, gdb=name if name in f"{_G_PACKET} {_FPRS}".split() else None)
+        for name in f"{_PR_REG} {_FPRS}".split()
     ),
     "iaoq_f",
     cpu_type_suffix="hppa-cpu",
-    g_packet=g_packet((4, _G_PACKET)),
+    g_packet=g_packet((4, _G_PACKET), (8, _FPRS)),  # halves follow each other
     parse_monitor=_parse_monitor,
     gdb_settings=("set architecture hppa1.0", "set endian big"),
 )

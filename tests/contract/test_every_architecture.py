@@ -50,7 +50,7 @@ BY_QEMU = {
 # These QEMU refuses to dump.
 ONLY_BY_LINUX = {
     "alpha": [(1, 384), (2, 256)],
-    "hppa": [(1, 396)],
+    "hppa": [(1, 396), (2, 256)],
     "m68k": [(1, 154), (2, 108)],
     "microblaze": [(1, 228)],
     "microblazeel": [(1, 228)],
@@ -59,10 +59,10 @@ ONLY_BY_LINUX = {
     "mips64el": _MIPS64,
     "mipsel": _MIPS32,
     "or1k": [(1, 212)],
-    "sh4": [(1, 168)],
-    "sh4eb": [(1, 168)],
+    "sh4": [(1, 168), (2, 136)],
+    "sh4eb": [(1, 168), (2, 136)],
     "sparc": [(1, 228), (2, 396)],
-    "sparc64": [(1, 408)],
+    "sparc64": [(1, 408), (2, 280)],
     "xtensa": [(1, 588)],
     "xtensaeb": [(1, 588)],
 }

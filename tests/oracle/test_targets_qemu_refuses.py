@@ -1,6 +1,6 @@
 """Targets that QEMU itself refuses to dump: registers name themselves, and stand where Linux does.
 
-Offsets are those of Linux's structures, written down here independently of the package.
+Each is dumped in every way. What memory holds, QEMU's `pmemsave` tells.
 """
 
 from __future__ import annotations
@@ -11,310 +11,42 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
-from tests.support.doors import child_environment, gdb_argv, run_cli, run_gdb
+from qemu_dump_ext.memory_sources import AUTO
+from tests.support.doors import child_environment, gdb_argv, run_cli
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub
 from tests.support.raw_qmp import RawQmp
+from tests.support.refused_targets import NEWER_TARGETS, TARGETS, Target
+from tests.support.sample_kdump import read_kdump, unflatten
+from tests.support.side_by_side import made_side_by_side
+from tests.support.ways import DOORS, DOORS_WITHOUT_GDB, Outcome, Way, every_way, take_dumps
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
+_OLDER_QEMU = (7, 2, 0)
 _REFUSED = "not currently supported|not supported on this target"
 _BIOS_SIZE = 1 << 20
-_INCOMPLETE = re.compile(r"^incomplete: vCPU \d+ has zero for (.*) in its note", re.MULTILINE)
+_MIB = 4
+_ALL_TARGETS = (*TARGETS, *NEWER_TARGETS)
+_SOURCES = ("backing_file", "process", "pmemsave", "gdbstub")
 
 
-def _names(prefix: str, count: int, first: int = 0) -> str:
-    return " ".join(f"{prefix}{index}" for index in range(first, first + count))
-
-
-@dataclass(frozen=True)
-class Target:
-    """One guest.
-
-    Attributes:
-        name: Of the architecture.
-        arguments: Of QEMU.
-        stub: Registers in the order of the stub's numbers; `-` is not planted, a trailing `=`
-            is not either, but is compared.
-        pr_reg: Registers in the order of Linux's pr_reg, by the stub's names; `-` is anything.
-        e_machine: Of the ELF header.
-        wide: ELFCLASS64.
-        big: Byte order.
-        pid: Offset of pr_pid.
-        registers: Offset of pr_reg.
-        size: Of struct elf_prstatus.
-        e_flags: Of the ELF header.
-        gdb: What gdb is told before it connects.
-        shown: gdb's names of registers by those of the stub, where gdb takes cores of this target;
-            empty where its BFD knows no such note.
-        flags: Bits that are set in registers which are not planted.
-        missing: Registers that no source gives.
-        missing_by_qmp: Registers that only the stub gives.
-        package: Which has a newer QEMU; empty: the machine's own.
-        emulator: Behind qemu-system-, where it is not the name.
-        stub_order: Byte order of the stub, where it is another one than the target's.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    stub: str
-    pr_reg: str
-    e_machine: int
-    wide: bool
-    big: bool
-    pid: int
-    registers: int
-    size: int
-    gdb: tuple[str, ...]
-    e_flags: int = 0
-    shown: dict[str, str] = field(default_factory=dict)
-    flags: dict[str, int] = field(default_factory=dict)
-    missing: str = ""
-    missing_by_qmp: str = ""
-    package: str = ""
-    emulator: str = ""
-    stub_order: ByteOrder | None = None
-
-    @property
-    def word(self) -> int:
-        return 8 if self.wide else 4
-
-    @property
-    def order(self) -> str:
-        return ">" if self.big else "<"
-
-
-_GPRS = _names("r", 32)
-_FPRS = _names("f", 32)
-_MIPS_STUB = f"- {_names('r', 31, first=1)} status= lo hi badvaddr cause= pc {_FPRS} fsr= fir="
-_MIPS_CONTROL = "lo hi pc badvaddr status cause"
-_MIPS_SHOWN = {name: name for name in f"{_names('r', 31, first=1)} lo hi pc cause".split()}
-_MIPS_SHOWN |= {"status": "sr", "badvaddr": "bad"}
-_CU1, _FR = 1 << 29, 1 << 26
-_ALPHA = _names("r", 31)
-_SH4 = _names("r", 16)
-_SH4_STUB = f"{_SH4} pc pr gbr - mach macl sr="
-_MICROBLAZE_STUB = f"{_GPRS} pc msr= ear esr fsr"
-_HPPA = _names("gr", 31, first=1)
-_HPPA_SPACES = _names("sr", 8)
-_HPPA_TEMPORARY = _names("cr", 7, first=24)
-_MALTA = ("-M", "malta", "-bios", "BIOS")
-
-
-def _mips(name: str, cpu: str, *more: str, wide: bool, big: bool) -> Target:
-    return Target(
-        name,
-        (*_MALTA, "-cpu", cpu, *more),
-        stub=_MIPS_STUB,
-        pr_reg=f"{_GPRS} {_MIPS_CONTROL}" if wide else f"{'- ' * 6} {_GPRS} {_MIPS_CONTROL}",
-        e_machine=8,
-        wide=wide,
-        big=big,
-        pid=32 if wide else 24,
-        registers=112 if wide else 72,
-        size=480 if wide else 256,
-        gdb=(
-            f"set architecture mips:isa{64 if wide else 32}r2",
-            f"set endian {'big' if big else 'little'}",
-        ),
-        e_flags=0x80000000 if wide else 0x70001000,
-        shown=_MIPS_SHOWN,
-        flags={"status": _CU1 | (_FR if wide else 0)},  # lets the monitor show floating point
-        missing_by_qmp="badvaddr",
-    )
-
-
-def _narrow(name: str, *arguments: str, big: bool = True, **facts: Any) -> Target:
-    return Target(name, arguments, wide=False, big=big, **({"pid": 24, "registers": 72} | facts))
-
-
-def _sh4(name: str, *arguments: str, big: bool) -> Target:
-    return _narrow(
-        name,
-        *arguments,
-        big=big,
-        stub=_SH4_STUB,
-        pr_reg=f"{_SH4} pc pr sr gbr mach macl",
-        e_machine=42,
-        size=168,
-        gdb=("set architecture sh4", f"set endian {'big' if big else 'little'}"),
-        shown={name: name for name in f"{_SH4} pc pr gbr mach macl".split()},
-        missing_by_qmp="mach, macl",
-    )
-
-
-def _microblaze(name: str, *, big: bool) -> Target:
-    return _narrow(
-        name,
-        "-M",
-        "petalogix-s3adsp1800",
-        big=big,
-        stub=_MICROBLAZE_STUB,
-        pr_reg=f"{_GPRS} pc msr ear esr fsr",
-        e_machine=189,
-        size=228,
-        gdb=("set architecture sh4", f"set endian {'big' if big else 'little'}"),
-    )
-
-
-TARGETS = (
-    _mips("mips64el", "5KEf", "-smp", "2", wide=True, big=False),
-    _mips("mipsel", "24Kf", wide=False, big=False),
-    _mips("mips64", "5KEf", wide=True, big=True),
-    _mips("mips", "24Kf", "-smp", "2", wide=False, big=True),
-    Target(
-        "sparc64",
-        ("-M", "sun4u"),
-        stub=f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {'- ' * 32}"
-        " pc npc state= - - y",
-        pr_reg=f"{' '.join(_names(x, 8) for x in 'goli')} state pc npc y",
-        e_machine=43,
-        wide=True,
-        big=True,
-        pid=32,
-        registers=112,
-        size=408,
-        gdb=("set architecture sparc:v9", "set endian big"),
-        flags={"state": 0x5A << 32 | 0x80 << 24},  # CCR, ASI
-    ),
-    _narrow(
-        "sparc",
-        "-M",
-        "SS-5",  # those of several vCPUs have a ROM beyond 4 GiB, so ELFCLASS64
-        stub=f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {_FPRS}"
-        " y psr= - - pc npc fsr",
-        pr_reg=f"{' '.join(_names(x, 8) for x in 'goli')} psr pc npc y",
-        e_machine=2,
-        size=228,
-        gdb=("set architecture sparc", "set endian big"),
-    ),
-    _narrow(
-        "m68k",
-        "-M",
-        "none",
-        "-cpu",
-        "m68040",
-        stub=f"{_names('d', 8)} {_names('a', 8)} sr= pc",
-        pr_reg=f"{_names('d', 7, first=1)} {_names('a', 7)} d0 a7 - sr pc",
-        e_machine=4,
-        pid=22,
-        registers=70,
-        size=154,
-        gdb=("set architecture m68k", "set endian big"),
-        flags={"sr": 0x15},
-        shown={name: name for name in f"{_names('d', 8)} {_names('a', 6)} pc".split()}
-        | {"a6": "fp", "a7": "sp", "sr": "ps"},
-    ),
-    Target(
-        "alpha",
-        ("-M", "clipper", "-smp", "2"),
-        stub=f"{_ALPHA} - {'- ' * 32} pc - unique",
-        pr_reg=f"{_ALPHA} pc unique",
-        e_machine=0x9026,
-        wide=True,
-        big=False,
-        pid=32,
-        registers=112,
-        size=384,
-        gdb=("set architecture alpha",),
-        missing_by_qmp="unique",
-    ),
-    _sh4("sh4", "-M", "r2d", big=False),
-    _sh4("sh4eb", "-M", "none", "-cpu", "sh7751r", big=True),
-    _narrow(
-        "or1k",
-        "-M",
-        "or1k-sim",
-        "-smp",
-        "2",
-        stub=f"{_GPRS} - pc sr=",
-        pr_reg=f"{_GPRS} pc sr",
-        e_machine=92,
-        size=212,
-        gdb=("set architecture sh4", "set endian big"),
-        missing_by_qmp="sr",
-    ),
-    _microblaze("microblaze", big=True),
-    _microblaze("microblazeel", big=False),
-    _narrow(
-        "hppa",
-        "-M",
-        "hppa",
-        "-smp",
-        "2",
-        stub=f"psw= {_HPPA} sar iaoq_f iasq_f iaoq_b iasq_b cr15 iir isr ior ipsw - sr4 sr0 sr1"
-        f" sr2 sr3 sr5 sr6 sr7 cr0 cr8 cr9 cr10 cr12 cr13 {_HPPA_TEMPORARY}",
-        pr_reg=f"psw {_HPPA} {_HPPA_SPACES} iaoq_f iaoq_b iasq_f iasq_b sar iir isr ior ipsw cr0"
-        f" {_HPPA_TEMPORARY} - cr8 cr9 cr12 cr13 cr10 cr15",
-        e_machine=15,
-        size=396,
-        gdb=("set architecture hppa1.0", "set endian big"),
-        e_flags=0x210,
-        shown={f"gr{index}": f"r{index}" for index in range(1, 32)}
-        | {"iaoq_f": "pcoqh", "iasq_f": "pcsqh", "iaoq_b": "pcoqt", "iasq_b": "pcsqt", "sar": "sar"}
-        | {"psw": "flags", "gr2": "rp", "gr27": "dp", "gr28": "ret0", "gr29": "ret1", "gr30": "sp"},
-        missing="cr31",
-        missing_by_qmp="cr0, cr10, cr12, cr13, cr15, cr24, cr25, cr26, cr27, cr28, cr29, cr30,"
-        " cr31, cr8, cr9, iasq_b, iasq_f, ior, ipsw, isr, sar",
-    ),
-    _narrow(
-        "xtensa",
-        "-M",
-        "sim",
-        "-smp",
-        "2",
-        big=False,
-        stub=f"pc {_names('ar', 32)}",
-        pr_reg=f"pc {'- ' * 63} {_names('ar', 32)}",
-        e_machine=94,
-        size=588,
-        gdb=("set architecture hppa1.0", "set endian little"),
-    ),
-    _narrow(
-        "xtensaeb",
-        "-M",
-        "sim",
-        "-cpu",
-        "test_kc705_be",
-        stub=f"pc {_names('ar', 32)}",
-        pr_reg=f"pc {'- ' * 63} {_names('ar', 32)}",
-        e_machine=94,
-        size=588,
-        gdb=(),  # none that Debian has can connect
-    ),
-)
-
-
-_PACKAGES = dict.fromkeys(("mips", "mipsel", "mips64", "mips64el"), "qemu-system-mips")
-_PACKAGES |= {"sparc": "qemu-system-sparc", "sparc64": "qemu-system-sparc"}
-_OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
-    # The monitor shows all control registers.
-    "hppa": {"arguments": ("-M", "B160L", "-smp", "2"), "missing": "", "missing_by_qmp": ""},
-    "microblazeel": {
-        "arguments": ("-M", "petalogix-ml605"),
-        "emulator": "microblaze",
-        "stub_order": "big",
-    },
-}
-NEWER_TARGETS = tuple(
-    replace(
-        target,
-        package=_PACKAGES.get(target.name, "qemu-system-misc"),
-        **_OTHERWISE_IN_NEWER.get(target.name, {}),
-    )
-    for target in TARGETS
-)
-ALL_TARGETS = (*TARGETS, *NEWER_TARGETS)
+def _ways(target: Target) -> tuple[Way, ...]:
+    """Return all ways; by a newer QEMU, memory comes from the source that is taken by itself."""
+    doors = DOORS if target.gdb else DOORS_WITHOUT_GDB
+    if target.package:
+        return every_way(doors, sources=(AUTO,))
+    return every_way(doors, sources=_SOURCES if target.is_backed else _SOURCES[1:])
 
 
 @dataclass(frozen=True)
@@ -322,27 +54,47 @@ class Taken:
     """What was dumped of a target, and how.
 
     Attributes:
+        folder: Has the dumps, each under the name of its way.
         registers: Of each vCPU, as the stub showed them.
-        said: What the doors wrote.
+        outcomes: Of the dumps.
+        memory: What QEMU's pmemsave wrote of each range that is in the dumps, by gpa.
+        refusal: What QEMU says when it is to dump.
+        exact: What we say to `--exact`.
+        native_stream: What we say when memory is to come from QEMU's own dumps.
     """
 
     target: Target
-    machine: QemuMachine
     folder: Path
     registers: list[dict[str, int]]
-    said: dict[str, str]
-    statuses: dict[str, int]
+    outcomes: Mapping[Way, Outcome]
+    memory: Mapping[int, bytes]
+    refusal: str
+    exact: subprocess.CompletedProcess[str]
+    native_stream: subprocess.CompletedProcess[str]
+
+    def elf_cores(self) -> Iterator[tuple[Way, Path]]:
+        for way in self.outcomes:
+            if way.dump_format == "elf":
+                yield way, self.folder / str(way)
+
+    def missing(self, way: Way) -> list[str]:
+        by_qmp = "" if way.has_stub else self.target.missing_by_qmp
+        told = by_qmp or self.target.missing
+        return told.split(", ") if told else []
 
 
 def _plant_memory(machine: QemuMachine) -> None:
-    """Write what a newer QEMU needs to tell the byte order of some targets by QMP."""
+    """Write content, which a newer QEMU needs to tell the byte order of some targets by QMP."""
     with RawQmp(machine.qmp_sockets[0]) as qmp:
         text = qmp.execute("human-monitor-command", **{"command-line": "info mtree -f"})
-    first = re.search(r"([0-9a-f]{16})-[0-9a-f]{16} \(prio \d+, ram\)", text)
+    first = re.search(r"([0-9a-f]{16})-[0-9a-f]{16} \(prio -?\d+, ram\)", text)
     assert first
     with RawGdbstub(machine.gdb_socket) as stub:
         assert stub.packet("Qqemu.PhyMemMode:1") == "OK"
         assert stub.packet(f"M{int(first[1], 16):x},4:01020304") == "OK"
+        for offset in (3 * 4096 - 500, (_MIB << 20) - 1000):
+            content = hashlib.shake_128(str(offset).encode()).hexdigest(1000)
+            assert stub.packet(f"M{int(first[1], 16) + offset:x},{1000:x}:{content}") == "OK"
         assert stub.packet("Qqemu.PhyMemMode:0") == "OK"
 
 
@@ -361,7 +113,7 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
             end = max(offset for offset, _ in fields.values()) + target.word
             data = bytearray.fromhex(stub.packet("g"))
             if len(data) < end:
-                shown.append(_plant_one_by_one(stub, target, thread))
+                shown.append(_plant_one_by_one(stub, target, thread, order))
                 continue
             for name, (offset, planted) in fields.items():
                 if planted:
@@ -384,18 +136,20 @@ def _plant(target: Target, machine: QemuMachine) -> list[dict[str, int]]:
     return shown
 
 
-def _plant_one_by_one(stub: RawGdbstub, target: Target, thread: str) -> dict[str, int]:
+def _plant_one_by_one(
+    stub: RawGdbstub, target: Target, thread: str, order: ByteOrder
+) -> dict[str, int]:
     fields = _stub_fields(target)
     shown = {}
     for name, register, size in stub.described_registers():
         if name in fields:
-            held = int(stub.packet(f"p{register:x}"), 16)
+            held = int.from_bytes(bytes.fromhex(stub.packet(f"p{register:x}")), order)
             value = hashlib.shake_128(f"{thread} {name}".encode()).digest(size)
             number = int.from_bytes(value, "big") & ~3
             if not fields[name][1]:
                 number = held | target.flags.get(name, 0)
-            assert stub.packet(f"P{register:x}={number:0{2 * size}x}") == "OK"
-            shown[name] = int(stub.packet(f"p{register:x}"), 16)
+            assert stub.packet(f"P{register:x}={number.to_bytes(size, order).hex()}") == "OK"
+            shown[name] = int.from_bytes(bytes.fromhex(stub.packet(f"p{register:x}")), order)
     assert len(set(shown.values())) > len(fields) * 3 // 4
     return shown
 
@@ -409,58 +163,64 @@ def _stub_fields(target: Target) -> dict[str, tuple[int, bool]]:
     }
 
 
-def _of(targets: Iterable[Target]) -> pytest.MarkDecorator:
-    by_name = {f"{'newer-' * bool(target.package)}{target.name}": target for target in targets}
-    return pytest.mark.parametrize(
-        "taken", by_name.values(), ids=by_name, indirect=True, scope="module"
-    )
+def _save_memory(machine: QemuMachine, path: Path, gpa: int, size: int) -> bytes:
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("pmemsave", val=gpa, size=size, filename=str(path))
+    return path.read_bytes()
 
 
-of_all = _of(ALL_TARGETS)
-of_those_of_the_machine = _of(TARGETS)
-of_mips = _of(target for target in ALL_TARGETS if target.e_machine == 8)
-of_sparc = _of(target for target in TARGETS if target.name == "sparc")
-of_mipsel = _of(target for target in TARGETS if target.name == "mipsel")
-of_those_gdb_takes = _of(target for target in ALL_TARGETS if target.shown)
+def _refusal(machine: QemuMachine) -> str:
+    with RawQmp(machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError) as refused:
+        qmp.execute("dump-guest-memory", paging=False, protocol="file:/dev/null")
+    return str(refused.value)
 
 
-@pytest.fixture(scope="module")
-def taken(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Taken]:
-    target: Target = request.param
-    emulator = target.emulator or target.name
+def _take(target: Target, folder: Path) -> Taken:
+    emulator = target.emulator or target.architecture
     command = [f"qemu-system-{emulator}"]
     if target.package:
         command = newer_qemu_command(emulator, target.package)
     if shutil.which(command[0]) is None or shutil.which("gdb-multiarch") is None:
         pytest.skip(f"{command[0]} or gdb-multiarch is not installed")
-    folder = tmp_path_factory.mktemp(target.name)
     bios = folder / "bios"
     bios.write_bytes(bytes(_BIOS_SIZE))
-    arguments = [str(bios) if word == "BIOS" else word for word in target.arguments]
+    option, machine_type, *more = (
+        str(bios) if word == "BIOS" else word for word in target.arguments
+    )
+    arguments = [option, f"{machine_type},memory-backend=ram", *more, "-m", f"{_MIB}M"]
+    arguments += ["-object", f"memory-backend-memfd,id=ram,size={_MIB}M,share=on"]
     with stopped_machine(command, arguments) as machine:
         _plant_memory(machine)
         registers = _plant(target, machine)
+        outcomes = take_dumps(machine, folder, _ways(target), before=target.gdb)
+        loads = _elf(next(folder.glob("*.elf")), target).loads
+        memory = {
+            gpa: _save_memory(machine, folder / "memory", gpa, len(content))
+            for gpa, content in loads.items()
+        }
         by_qmp = ["--qmp", str(machine.qmp_sockets[0])]
-        doors = {"qmp": run_cli(*by_qmp, folder / "qmp")}
-        if target.gdb:
-            words = f"qemu-dump-guest-memory {folder / 'gdb'}"
-            doors["gdb"] = run_gdb(machine, [words], "gdb-multiarch", before=target.gdb)
-        if not target.package:
-            doors["kdump"] = run_cli(*by_qmp, "-z", "-R", folder / "kdump")
-            doors["exact"] = run_cli(*by_qmp, "--exact", folder / "exact")
-        if target.gdb and not target.package:
-            by_gdb = ["--gdb", str(machine.gdb_socket), *by_qmp]
-            doors["cli-gdb"] = run_cli(*by_gdb, folder / "cli-gdb")
-        said = {name: done.stdout + done.stderr for name, done in doors.items()}
-        statuses = {name: done.returncode for name, done in doors.items()}
-        yield Taken(target, machine, folder, registers, said, statuses)
-    shutil.rmtree(folder)
+        return Taken(
+            target,
+            folder,
+            registers,
+            outcomes,
+            memory,
+            _refusal(machine),
+            run_cli(*by_qmp, "--exact", folder / "exact"),
+            run_cli(*by_qmp, "--memory", "native_stream", folder / "native_stream"),
+        )
 
 
-def _notes(path: Path, target: Target) -> list[tuple[int, bytes]]:
-    """Check the ELF header and return type and descriptor of each note."""
+@dataclass(frozen=True)
+class _Elf:
+    """An ELF core: the bytes of its notes, and memory by gpa."""
+
+    notes: bytes
+    loads: Mapping[int, bytes]
+
+
+def _elf(path: Path, target: Target) -> _Elf:
+    """Check the ELF header and return what is in the file."""
     data = path.read_bytes()
     order = target.order
     assert data[:6] == b"\x7fELF" + bytes((1 + target.wide, 1 + target.big))
@@ -468,12 +228,23 @@ def _notes(path: Path, target: Target) -> list[tuple[int, bytes]]:
     assert struct.unpack_from(f"{order}I", data, 48 if target.wide else 36) == (target.e_flags,)
     word = "Q" if target.wide else "I"
     (phoff,) = struct.unpack_from(f"{order}{word}", data, 32 if target.wide else 28)
-    assert struct.unpack_from(f"{order}I", data, phoff) == (4,)
-    (offset,) = struct.unpack_from(f"{order}{word}", data, phoff + target.word)
-    (size,) = struct.unpack_from(f"{order}{word}", data, phoff + 4 * target.word)
-    notes, end = [], offset + size
-    while offset < end:
-        name_size, size, note_type = struct.unpack_from(f"{order}III", data, offset)
+    size, count = struct.unpack_from(f"{order}HH", data, 54 if target.wide else 42)
+    notes, loads = b"", {}
+    for at in range(phoff, phoff + size * count, size):
+        (kind,) = struct.unpack_from(f"{order}I", data, at)
+        offset, _, paddr, length = struct.unpack_from(f"{order}4{word}", data, at + target.word)
+        if kind == 4:
+            notes = data[offset : offset + length]
+        else:
+            loads[paddr] = data[offset : offset + length]
+    return _Elf(notes, loads)
+
+
+def _notes(data: bytes, target: Target) -> list[tuple[int, bytes]]:
+    """Return type and descriptor of each note."""
+    notes, offset = [], 0
+    while offset < len(data):
+        name_size, size, note_type = struct.unpack_from(f"{target.order}III", data, offset)
         assert data[offset + 12 :][:name_size] == b"CORE\0"
         start = offset + 12 + (name_size + 3) // 4 * 4
         notes.append((note_type, data[start : start + size]))
@@ -481,107 +252,190 @@ def _notes(path: Path, target: Target) -> list[tuple[int, bytes]]:
     return notes
 
 
-def _doors(taken: Taken) -> list[str]:
-    return [door for door in taken.said if door not in {"kdump", "exact"}]
+def _of(targets: Iterable[Target]) -> pytest.MarkDecorator:
+    by_name = {target.name: target for target in targets}
+    return pytest.mark.parametrize(
+        "taken", by_name.values(), ids=by_name, indirect=True, scope="module"
+    )
+
+
+of_all = _of(_ALL_TARGETS)
+of_those_of_the_machine = _of(TARGETS)
+of_mips = _of(target for target in _ALL_TARGETS if target.e_machine == 8)
+of_sparc = _of(target for target in _ALL_TARGETS if target.architecture == "sparc")
+of_those_with_floating_point = _of(target for target in _ALL_TARGETS if target.fp_reg)
+of_those_gdb_takes = _of(target for target in _ALL_TARGETS if target.shown)
+
+
+@pytest.fixture(scope="module")
+def all_taken(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Mapping[str, Future[Taken]]]:
+    with made_side_by_side(request, tmp_path_factory, "taken", _take) as futures:
+        yield futures
+
+
+@pytest.fixture(scope="module")
+def taken(request: pytest.FixtureRequest, all_taken: Mapping[str, Future[Taken]]) -> Taken:
+    return all_taken[request.param.name].result()
 
 
 def test_no_target_is_left_out():
     refused = {
-        name for name, known in all_architectures().items() if not known.dumped_by_qemu_since
+        name
+        for name, known in all_architectures().items()
+        if not known.dumped_by_qemu_since or known.dumped_by_qemu_since > _OLDER_QEMU
     }
     assert {target.name for target in TARGETS} == refused
 
 
 @of_all
 def test_qemu_itself_refuses(taken: Taken):
-    with RawQmp(taken.machine.qmp_sockets[1]) as qmp, pytest.raises(RuntimeError, match=_REFUSED):
-        qmp.execute("dump-guest-memory", paging=False, protocol="file:/dev/null")
+    assert re.search(_REFUSED, taken.refusal)
 
 
-@of_those_of_the_machine
+@of_all
 def test_there_is_nothing_to_be_exact_to(taken: Taken):
-    assert taken.statuses["exact"] == 2
+    assert taken.exact.returncode == 2
     line = (
-        rf"qemu-dump-guest-memory: --exact: QEMU \d+\.\d+\.\d+ itself does not dump"
-        rf" {taken.target.name} guests \(without --exact, they are dumped as their Linux does it"
-        r"\)\n"
+        r"qemu-dump-guest-memory: --exact: QEMU \d+\.\d+\.\d+ itself does not dump"
+        rf" {taken.target.architecture} guests \(without --exact, they are dumped as their Linux"
+        r" does it\)\n"
     )
-    assert re.fullmatch(line, taken.said["exact"])
+    assert re.fullmatch(line, taken.exact.stderr)
     assert not (taken.folder / "exact").exists()
+
+
+@of_all
+def test_memory_does_not_come_from_dumps_of_qemus_own(taken: Taken):
+    assert taken.native_stream.returncode == 3
+    line = r"qemu-dump-guest-memory: guest memory cannot be read: native_stream: .*\n"
+    assert re.fullmatch(line, taken.native_stream.stderr)
+    assert re.search(_REFUSED, taken.native_stream.stderr)
+    assert not (taken.folder / "native_stream").exists()
 
 
 @of_all
 def test_registers_stand_where_linux_has_them(taken: Taken):
     target = taken.target
-    for door in _doors(taken):
-        assert (taken.folder / door).exists(), taken.said[door]
-        notes = _notes(taken.folder / door, target)
-        missing = target.missing_by_qmp.split(", ") if door == "qmp" else []
+    for way, path in taken.elf_cores():
+        notes = _notes(_elf(path, target).notes, target)
         statuses = [note for kind, note in notes if kind == 1]
         assert len(statuses) == len(taken.registers)
         for index, (note, registers) in enumerate(zip(statuses, taken.registers, strict=True)):
             assert len(note) == target.size
             assert struct.unpack_from(f"{target.order}I", note, target.pid) == (index + 1,)
-            for number, name in enumerate(target.pr_reg.split()):
-                if name in registers:
-                    at = target.registers + number * target.word
-                    stored = note[at : at + target.word]
-                    value = int.from_bytes(stored, "big" if target.big else "little")
-                    assert value == (0 if name in missing else registers[name]), (door, name)
+            _check_words(taken, way, note[target.registers :], target.pr_reg, registers)
+
+
+@of_those_with_floating_point
+def test_floating_point_stands_where_linux_has_it(taken: Taken):
+    target = taken.target
+    for way, path in taken.elf_cores():
+        notes = _notes(_elf(path, target).notes, target)
+        floating_point = [note for kind, note in notes if kind == 2]
+        for note, registers in zip(floating_point, taken.registers, strict=True):
+            assert len(note) == target.word * len(target.fp_reg.split())
+            _check_words(taken, way, note, target.fp_reg, registers)
+        statuses = [note for kind, note in notes if kind == 1]
+        for note in statuses:
+            at = target.registers + target.word * len(target.pr_reg.split())
+            assert 1 in struct.unpack(f"{target.order}{len(note[at:]) // 4}I", note[at:])
+
+
+def _check_words(taken: Taken, way: Way, data: bytes, names: str, registers: dict[str, int]):
+    target = taken.target
+    for number, name in enumerate(names.split()):
+        if name in registers:
+            stored = data[number * target.word : (number + 1) * target.word]
+            value = int.from_bytes(stored, "big" if target.big else "little")
+            is_missing = name.partition(".")[0] in taken.missing(way)
+            expected = 0 if is_missing else registers[name]
+            assert value == expected, (str(way), name)
 
 
 @of_mips
 def test_floating_point_of_mips(taken: Taken):
-    for door in _doors(taken):
-        notes = [note for kind, note in _notes(taken.folder / door, taken.target) if kind == 2]
+    target = taken.target
+    for way, path in taken.elf_cores():
+        notes = [note for kind, note in _notes(_elf(path, target).notes, target) if kind == 2]
         for note, registers in zip(notes, taken.registers, strict=True):
-            stored = struct.unpack(f"{taken.target.order}32Q2I", note)
+            stored = struct.unpack(f"{target.order}32Q2I", note)
             values = [registers[f"f{index}"] for index in range(32)]
-            if not taken.target.wide:  # Status.FR is not set: pairs
+            if not target.wide:  # Status.FR is not set: pairs
                 pairs = zip(values[::2], values[1::2], strict=True)
                 values = [value for even, odd in pairs for value in (odd << 32 | even, 0)]
             control = [registers[name] & 0xFFFFFFFF for name in ("fsr", "fir")]
-            assert stored == (*values, *control), door
+            assert stored == (*values, *control), str(way)
 
 
 @of_sparc
 def test_floating_point_of_sparc(taken: Taken):
-    for door in _doors(taken):
-        notes = [note for kind, note in _notes(taken.folder / door, taken.target) if kind == 2]
+    target = taken.target
+    for way, path in taken.elf_cores():
+        notes = [note for kind, note in _notes(_elf(path, target).notes, target) if kind == 2]
         for note, registers in zip(notes, taken.registers, strict=True):
             stored = struct.unpack_from(">34I4B", note)
             names = [*(f"f{index}" for index in range(32)), "fsr"]
-            assert stored[:32] + stored[33:34] == tuple(registers[name] for name in names), door
+            assert stored[:32] + stored[33:34] == tuple(registers[name] for name in names), way
             assert stored[34:] == (0, 8, 1, 0)
 
 
 @of_all
 def test_what_is_missing_is_told(taken: Taken):
-    for door in set(taken.said) - {"exact"}:
-        text = taken.said[door]
-        by_qmp = door in {"qmp", "kdump"} and taken.target.missing_by_qmp
-        expected = by_qmp or taken.target.missing
+    for way, outcome in taken.outcomes.items():
+        expected = taken.missing(way)
         told = re.findall(
-            r"^incomplete: vCPU \d+ has zero for (.*) in its note", text, re.MULTILINE
+            r"^incomplete: vCPU \d+ has zero for (.*) in its note", outcome.said, re.MULTILINE
         )
-        assert told == [expected] * len(taken.registers if expected else ()), (door, text)
-        if door != "gdb":
-            assert taken.statuses[door] == (6 if expected else 0), (door, text)
+        lines = [", ".join(expected)] * len(taken.registers) if expected else []
+        assert told == lines, (str(way), outcome.said)
+        assert outcome.status == (6 if expected else 0), (str(way), outcome.said)
+
+
+@of_all
+def test_memory_is_what_qemu_saves(taken: Taken):
+    assert any(content.strip(b"\0") for content in taken.memory.values())
+    for way, path in taken.elf_cores():
+        assert _elf(path, taken.target).loads == taken.memory, str(way)
+        if way.source != AUTO:
+            used = re.search(r"memory by ([\w+]+)", taken.outcomes[way].said)
+            assert used
+            # A boot ROM is in no file.
+            assert set(used[1].split("+")) - {"process"} == {way.source} - {"process"}
+
+
+@of_all
+def test_the_kdump_has_the_notes_and_the_memory_of_the_elf_core(taken: Taken):
+    target = taken.target
+    notes = {way.has_stub: _elf(path, target).notes for way, path in taken.elf_cores()}
+    for way in taken.outcomes:
+        if way.dump_format != "elf":
+            image = bytes(unflatten((taken.folder / str(way)).read_bytes()))
+            assert notes[way.has_stub] in image[: 1 << 20], str(way)
+            pages = dict(read_kdump(image, target.order, target.word))
+            size = len(next(iter(pages.values())))
+            for gpa, content in taken.memory.items():
+                first = gpa - gpa % size
+                places = range(first, gpa + len(content), size)
+                stored = b"".join(pages.pop(place) for place in places)
+                assert stored == bytes(gpa - first) + content + bytes(-len(content) % size), way
+            assert not pages
 
 
 @of_all
 def test_readelf_has_nothing_to_say(taken: Taken):
-    for door in _doors(taken):
-        words = ["readelf", "-hlnW", str(taken.folder / door)]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        assert not done.stderr
+    words = ["readelf", "-hlnW", *(str(path) for _, path in taken.elf_cores())]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert not done.stderr
 
 
-@of_those_of_the_machine
+@of_all
 def test_the_kdump_is_sound(taken: Taken):
     verify = "import sys; from qemu_dump_ext.cli import main; sys.exit(main())"
+    way = next(way for way in taken.outcomes if way.dump_format != "elf")
     done = subprocess.run(
-        [sys.executable, "-c", verify, "verify", taken.folder / "kdump"],
+        [sys.executable, "-c", verify, "verify", taken.folder / str(way)],
         capture_output=True,
         text=True,
         check=False,
@@ -593,26 +447,34 @@ def test_the_kdump_is_sound(taken: Taken):
 @of_those_gdb_takes
 def test_gdb_shows_the_registers_of_every_vcpu(taken: Taken):
     target = taken.target
+    core = next(path for way, path in taken.elf_cores() if way.has_stub)
     words = " ".join(f"{name}=%#lx" for name in target.shown)
     values = ", ".join(f"${name}" for name in target.shown.values())
-    command = f'thread apply all -ascending printf "vcpu {words}\\n", {values}'
+    commands = [f"core-file {core}"]
+    commands += [f'thread apply all -ascending printf "vcpu {words}\\n", {values}']
+    if target.fp_shown:
+        names = " ".join(target.fp_shown.values())
+        commands += [f"thread apply all -ascending info registers {names}"]
     done = subprocess.run(
-        gdb_argv([f"core-file {taken.folder / 'gdb'}", command], "gdb-multiarch"),
-        capture_output=True,
-        text=True,
-        check=False,
+        gdb_argv(commands, "gdb-multiarch"), capture_output=True, text=True, check=False
     )
     lines = re.findall(r"^vcpu (.*)$", done.stdout, re.MULTILINE)
     assert len(lines) == len(taken.registers), done.stdout + done.stderr
     mask = (1 << 8 * target.word) - 1
+    raw = [int(value, 16) for value in re.findall(r"\(raw (0x[0-9a-f]+)\)", done.stdout)]
     for line, registers in zip(lines, taken.registers, strict=True):
         pairs = (word.split("=") for word in line.split())
         seen = {name: int(value, 16) & mask for name, value in pairs}
         assert seen == {name: registers[name] for name in target.shown}
+        floating_point, raw = raw[: len(target.fp_shown)], raw[len(target.fp_shown) :]
+        assert floating_point == [registers[name] for name in target.fp_shown]
+    assert not raw
 
 
-@of_mipsel
-def test_gdb_that_was_told_nothing_is_explained(taken: Taken):
-    done = run_cli("--gdb", taken.machine.gdb_socket, taken.folder / "unknown")
+def test_gdb_that_was_told_nothing_is_explained(tmp_path: Path):
+    if shutil.which("qemu-system-mipsel") is None:
+        pytest.skip("qemu-system-mipsel is not installed")
+    with stopped_machine(["qemu-system-mipsel"], ["-M", "none", "-cpu", "24Kf"]) as machine:
+        done = run_cli("--gdb", machine.gdb_socket, tmp_path / "unknown")
     assert done.returncode == 3
     assert "with --qmp SOCKET" in done.stderr

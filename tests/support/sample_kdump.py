@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -132,9 +133,10 @@ def read_kdump(image: bytes, order: str, word: int) -> Iterator[tuple[int, bytes
     bitmap_at = block * (1 + sub_blocks + bitmap_blocks // 2)
     descriptor_at = block * (1 + sub_blocks + bitmap_blocks)
     bitmap = image[bitmap_at:descriptor_at]
-    for pfn in range(8 * len(bitmap)):
-        if bitmap[pfn // 8] >> pfn % 8 & 1:
-            offset, size, flags, _ = struct.unpack_from(f"{order}qIIQ", image, descriptor_at)
-            stored = image[offset : offset + size]
-            yield pfn * block, zlib.decompress(stored) if flags else bytes(stored)
-            descriptor_at += 24
+    for match in re.finditer(rb"[^\0]", bitmap, re.DOTALL):
+        for pfn in range(8 * match.start(), 8 * match.end()):
+            if bitmap[pfn // 8] >> pfn % 8 & 1:
+                offset, size, flags, _ = struct.unpack_from(f"{order}qIIQ", image, descriptor_at)
+                stored = image[offset : offset + size]
+                yield pfn * block, zlib.decompress(stored) if flags else bytes(stored)
+                descriptor_at += 24
