@@ -7,7 +7,6 @@ import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from qemu_dump_ext.guest_images.machine import stopped_machine
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
 from tests.support.raw_gdbstub import RawGdbstub
-from tests.support.side_by_side import made_side_by_side
+from tests.support.side_by_side import SideBySide, made_side_by_side
 from tests.support.ways import FORMATS, Outcome, Way, every_way, take_dumps
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
@@ -93,14 +92,15 @@ def _take(guest: Guest, folder: Path) -> Dumps:
 @pytest.fixture(scope="module")
 def all_dumps(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[str, Future[Dumps]]]:
-    with made_side_by_side(request, tmp_path_factory, "dumps", _take) as futures:
-        yield futures
+) -> Iterator[SideBySide[Guest, Dumps]]:
+    with made_side_by_side(request, tmp_path_factory, "dumps", _take) as dumps:
+        yield dumps
 
 
 @pytest.fixture(scope="module", params=GUESTS, ids=lambda guest: guest.name)
-def dumps(request: pytest.FixtureRequest, all_dumps: Mapping[str, Future[Dumps]]) -> Dumps:
-    return all_dumps[request.param.name].result()
+def dumps(request: pytest.FixtureRequest, all_dumps: SideBySide[Guest, Dumps]) -> Iterator[Dumps]:
+    yield all_dumps.result(request.param)
+    all_dumps.discard(request.param)
 
 
 def test_no_target_is_left_out():

@@ -12,7 +12,6 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from tests.support.raw_gdbstub import RawGdbstub
 from tests.support.raw_qmp import RawQmp
 from tests.support.refused_targets import NEWER_TARGETS, TARGETS, Target
 from tests.support.sample_kdump import read_kdump, unflatten
-from tests.support.side_by_side import made_side_by_side
+from tests.support.side_by_side import SideBySide, made_side_by_side
 from tests.support.ways import DOORS, DOORS_WITHOUT_GDB, Outcome, Way, every_way, take_dumps
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
@@ -270,14 +269,14 @@ of_those_gdb_takes = _of(target for target in _ALL_TARGETS if target.shown)
 @pytest.fixture(scope="module")
 def all_taken(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Mapping[str, Future[Taken]]]:
-    with made_side_by_side(request, tmp_path_factory, "taken", _take) as futures:
-        yield futures
+) -> Iterator[SideBySide[Target, Taken]]:
+    with made_side_by_side(request, tmp_path_factory, "taken", _take) as taken:
+        yield taken
 
 
 @pytest.fixture(scope="module")
-def taken(request: pytest.FixtureRequest, all_taken: Mapping[str, Future[Taken]]) -> Taken:
-    return all_taken[request.param.name].result()
+def taken(request: pytest.FixtureRequest, all_taken: SideBySide[Target, Taken]) -> Taken:
+    return all_taken.result(request.param)
 
 
 def test_no_target_is_left_out():
