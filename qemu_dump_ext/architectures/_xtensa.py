@@ -78,6 +78,7 @@ def make_xtensa(name: str, byte_order: ByteOrder) -> Architecture:
         g_packet=_G_BEGIN,
         reconcile=_reconcile,
         recognize=recognize_by_byte_order(name, byte_order, _G_BEGIN, _parse_pc),
-        # gdb knows one configuration: an architecture with more registers of 32 bits can connect.
-        gdb_settings=("set architecture hppa1.0", f"set endian {byte_order}"),
+        # gdb knows one configuration. This connects to most others: to `g` packets of 420 to 768
+        # bytes.
+        gdb_settings=("set architecture powerpc:7400", f"set endian {byte_order}"),
     )

@@ -40,6 +40,7 @@ _INTERRUPTED_SECONDS = 30.0
 _PASS_ON_SECONDS = 3
 # What gdb says where it does not understand the stub's registers.
 _OTHER_TARGET = re.compile(r"'g' packet|[Tt]runcated register|[Bb]ogus|[Aa]rchitecture")
+_LONG_PACKET = re.compile(r": [0-9a-fx]{40,}$")
 # The state that attaching to the stub leaves a running guest in.
 _STOPPED_BY_ATTACHING = "paused"
 
@@ -231,7 +232,7 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
             gdb.console(command)
     ran_before = known.ran
     try:
-        _connect(gdb, address)
+        _connect(gdb, address, told=bool(known.settings))
         if ran_before is None:
             ran_before = _was_stopped_by_attaching(gdb, address)
         yield
@@ -244,17 +245,19 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
         _leave(gdb, address, ran_before=ran_before)
 
 
-def _connect(gdb: _Gdb, address: str) -> None:
+def _connect(gdb: _Gdb, address: str, *, told: bool) -> None:
     try:
         gdb.run(f"-target-select remote {address}")
     except _CommandError as error:
-        message = error.message.splitlines()[0]
+        message = _LONG_PACKET.sub("", error.message.splitlines()[0])
         raise ConnectError(
-            f"gdb cannot connect to {address}: {message}", hint=_connect_hint(message)
+            f"gdb cannot connect to {address}: {message}", hint=_connect_hint(message, told=told)
         ) from error
 
 
-def _connect_hint(message: str) -> str:
+def _connect_hint(message: str, *, told: bool) -> str:
+    if _OTHER_TARGET.search(message) and told:
+        return "gdb does not know this processor; --qmp SOCKET without --gdb needs no gdb"
     if _OTHER_TARGET.search(message):
         return "gdb takes the guest for one of another target; with --qmp SOCKET it is told which"
     return "it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time"

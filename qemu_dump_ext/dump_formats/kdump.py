@@ -114,13 +114,22 @@ def pieces_of_runs(memory: GuestMemory, runs: Sequence[PageRun], page_size: int)
 
 
 def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
-    """Compute headers and offsets."""
+    """Compute headers and offsets.
+
+    Raises:
+        RequestError: Memory is at addresses that are too high for a page map.
+    """
     core, page_size = plan.core, plan.page_size
     exact = plan.dialect.whole_pages_only
     runs = page_runs(plan.ram_blocks, page_size, compose=not exact)
     end = plan.ram_blocks[-1].end
     max_mapnr = (end // page_size if exact else -(-end // page_size)) - plan.pfn_base
     bitmap_blocks = -(-max_mapnr // (8 * page_size))
+    if 2 * bitmap_blocks > _U32:
+        raise RequestError(
+            f"the page map of a kdump does not reach guest memory at {plan.ram_blocks[-1].gpa:#x}",
+            hint="take an ELF core, or what is below with --range BEGIN LENGTH",
+        )
     abi = Abi(core.byte_order, core.word_size, max_align=core.word_size)
     align = core.word_size if plan.dialect.packed_sub_header else core.u64_align
     header = DISK_DUMP_HEADER.bind(abi)

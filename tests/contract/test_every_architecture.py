@@ -14,6 +14,7 @@ from qemu_dump_ext.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.dump_formats.kdump import lay_out
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.elf_notes import parse_notes
+from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest import RamBlock, Vcpu
 from qemu_dump_ext.vcpu_notes import decode_vcpu_registers, encode_vcpu_notes
 from qemu_dump_ext.vmcoreinfo import UtsName
@@ -235,6 +236,14 @@ def _snapshot(
     architecture = all_architectures()[name]
     vcpu = Vcpu(0, {"efer": 0})
     return GuestSnapshot(architecture, blocks, [vcpu], note, UtsName(), machine)
+
+
+def test_a_page_map_that_would_reach_too_far_is_refused():
+    high = [RamBlock(0xFFFFFFF0F0000000, 0x100000, "firmware", 0)]
+    architecture = all_architectures()["hppa"]
+    snapshot = GuestSnapshot(architecture, [*LOW, *high], [Vcpu(0, {})], b"", UtsName())
+    with pytest.raises(RequestError, match="does not reach guest memory at 0xfffffff0f0000000"):
+        lay_out(make_plan(snapshot, MENDED), None)
 
 
 def test_page_frames_of_arm_count_from_phys_base_where_readers_do():

@@ -24,7 +24,7 @@ class Target:
     """One guest that QEMU does not dump.
 
     Attributes:
-        name: Of the architecture, behind `newer-` where it is by a newer QEMU.
+        name: Of the architecture, behind `newer-` where it is by a newer QEMU, before a variant.
         arguments: Of QEMU; the first two are its machine.
         stub: Registers in the order of the stub's numbers; `-` is not planted, a trailing `=`
             is not either, but is compared.
@@ -45,6 +45,8 @@ class Target:
         flags: Bits that are set in registers which are not planted.
         missing: Registers that no source gives.
         missing_by_qmp: Registers that only the stub gives.
+        is_high: Memory lies beyond 4 GiB, which takes ELFCLASS64.
+        has_kdump: A kdump can be had: memory does not lie beyond what a page map reaches.
         is_backed: A file can back the memory of the machine.
         package: Which has a newer QEMU; empty: the machine's own.
         emulator: Behind qemu-system-, where it is not the name.
@@ -69,6 +71,8 @@ class Target:
     flags: dict[str, int] = field(default_factory=dict)
     missing: str = ""
     missing_by_qmp: str = ""
+    is_high: bool = False
+    has_kdump: bool = True
     is_backed: bool = True
     package: str = ""
     emulator: str = ""
@@ -76,11 +80,15 @@ class Target:
 
     @property
     def architecture(self) -> str:
-        return self.name.removeprefix("newer-")
+        return self.name.removeprefix("newer-").partition("-")[0]
 
     @property
     def word(self) -> int:
         return 8 if self.wide else 4
+
+    @property
+    def header_word(self) -> int:
+        return 8 if self.is_high else self.word
 
     @property
     def order(self) -> str:
@@ -96,6 +104,11 @@ _MIPS_SHOWN |= {"status": "sr", "badvaddr": "bad"}
 _CU1, _FR = 1 << 29, 1 << 26
 _ALPHA = _names("r", 31)
 _DOUBLES = " ".join(f"d{index}" for index in range(0, 64, 2))
+_UPPER_DOUBLES = " ".join(f"f{index}" for index in range(32, 64, 2))
+_SPARC64_STUB = (
+    f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {_DOUBLES}"
+    " pc npc state= fsr= fprs= y"
+)
 _SH4 = _names("r", 16)
 _SH4_FPRS = _names("fr", 16)
 _SH4_OTHER_BANK = _names("xf", 16)
@@ -179,8 +192,7 @@ TARGETS = (
     Target(
         "sparc64",
         ("-M", "sun4u"),
-        stub=f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {_DOUBLES}"
-        " pc npc state= fsr= fprs= y",
+        stub=_SPARC64_STUB,
         pr_reg=f"{' '.join(_names(x, 8) for x in 'goli')} state pc npc y",
         fp_reg=f"{_DOUBLES} fsr - fprs",
         missing="gsr",
@@ -198,7 +210,7 @@ TARGETS = (
     _narrow(
         "sparc",
         "-M",
-        "SS-5",  # those of several vCPUs have a ROM beyond 4 GiB, so ELFCLASS64
+        "SS-5",
         stub=f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {_FPRS}"
         " y psr= - - pc npc fsr",
         pr_reg=f"{' '.join(_names(x, 8) for x in 'goli')} psr pc npc y",
@@ -294,7 +306,7 @@ TARGETS = (
         pr_reg=f"pc {'- ' * 63} {_names('ar', 32)}",
         e_machine=94,
         size=588,
-        gdb=("set architecture hppa1.0", "set endian little"),
+        gdb=("set architecture powerpc:7400", "set endian little"),
     ),
     _narrow(
         "xtensaeb",
@@ -306,7 +318,7 @@ TARGETS = (
         pr_reg=f"pc {'- ' * 63} {_names('ar', 32)}",
         e_machine=94,
         size=588,
-        gdb=(),  # none that Debian has can connect
+        gdb=("set architecture powerpc:7400", "set endian big"),
     ),
     Target(
         "loongarch64",
@@ -336,6 +348,12 @@ _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
     "sh4": {"arguments": ("-M", "r2d")},
     "xtensa": {"arguments": ("-M", "sim", "-smp", "2")},
     "xtensaeb": {"arguments": ("-M", "sim", "-cpu", "test_kc705_be")},
+    # It describes its registers, each double of the lower half as two singles.
+    "sparc64": {
+        "stub": _SPARC64_STUB.replace(_DOUBLES, f"{'- ' * 16} {_UPPER_DOUBLES}"),
+        "fp_reg": f"{'- ' * 16} {_UPPER_DOUBLES} fsr - fprs",
+    },
+    "sparc": {"arguments": ("-M", "SS-10", "-smp", "2"), "is_high": True},
     # The monitor shows all control registers.
     "hppa": {"arguments": ("-M", "B160L", "-smp", "2"), "missing": "", "missing_by_qmp": ""},
     "microblazeel": {
@@ -344,6 +362,27 @@ _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
         "stub_order": "big",
     },
 }
+_BY_NAME = {target.name: target for target in TARGETS}
+_VARIANTS = (
+    replace(
+        _BY_NAME["hppa"],
+        name="hppa-64",
+        arguments=("-M", "C3700", "-smp", "2"),
+        stub=_BY_NAME["hppa"].stub.replace(_HPPA_HALVES, _HPPA_FPRS),
+        fp_reg=_HPPA_FPRS,
+        wide=True,
+        pid=32,
+        registers=112,
+        size=760,
+        e_flags=0x80214,
+        has_kdump=False,
+        gdb=("set architecture powerpc:7400", "set endian big"),
+        shown={},
+        fp_shown={},
+        missing="",
+        missing_by_qmp="",
+    ),
+)
 NEWER_TARGETS = tuple(
     replace(
         target,
@@ -351,6 +390,6 @@ NEWER_TARGETS = tuple(
         package=_PACKAGES.get(target.name, "qemu-system-misc"),
         **_OTHERWISE_IN_NEWER.get(target.name, {}),
     )
-    for target in TARGETS
+    for target in (*TARGETS, *_VARIANTS)
     if target.name != "loongarch64"  # which a newer QEMU dumps
 )

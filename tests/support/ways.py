@@ -22,7 +22,6 @@ _IN_GDB = ("gdb", "gdb-with-qmp")
 _BY_GDB = "cli-by-gdb"
 _BY_QMP = "cli-by-qmp"
 DOORS = (*_IN_GDB, _BY_GDB, _BY_QMP)
-DOORS_WITHOUT_GDB = (_BY_QMP,)
 _SECONDS = 120
 _RUN_OFTEN = """
 import contextlib, io, json, sys
@@ -59,14 +58,12 @@ class Outcome:
     said: str
 
 
-def every_way(
-    doors: Collection[str] = DOORS, *, sources: Collection[str] = tuple(all_memory_sources())
-) -> tuple[Way, ...]:
+def every_way(*, sources: Collection[str] = tuple(all_memory_sources())) -> tuple[Way, ...]:
     """Return what there is; no stub is behind a QMP socket, and no QMP behind a stub."""
     never = {(_BY_QMP, "gdbstub"), ("gdb", "native_stream")}
     return tuple(
         Way(door, source, dump_format)
-        for door in doors
+        for door in DOORS
         for source in sources
         for dump_format in FORMATS
         if (door, source) not in never
