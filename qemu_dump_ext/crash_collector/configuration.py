@@ -182,8 +182,8 @@ class Symbols:
     """Where the guest kernel's symbols are; `{release}` is the kernel's release.
 
     Attributes:
-        system_map: Names the functions at which vCPUs stand, where the log names none.
-        vmlinux: With DWARF, for crash and drgn.
+        system_map: Names the functions at which vCPUs stand, where neither log nor drgn names any.
+        vmlinux: With DWARF, for crash and drgn; names those of the dump, where the log names none.
     """
 
     __pydantic_config__ = _NO_MORE

@@ -16,7 +16,12 @@ from typing import Any
 
 from qemu_dump_ext.crash_collector.configuration import Settings, request_of_format
 from qemu_dump_ext.crash_collector.console_watch import read_tail
-from qemu_dump_ext.crash_collector.crash_readers import prove_open
+from qemu_dump_ext.crash_collector.crash_readers import (
+    ReaderError,
+    has_drgn,
+    prove_open,
+    trace_by_drgn,
+)
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
     CrashRecord,
@@ -90,6 +95,7 @@ class _Found:
     stopped_seconds: float = 0.0
     dump: DumpFacts | None = None
     signature: Signature | None = None
+    symbols: Path | None = None  # by which the dump tells the frames that the log does not
 
 
 class _Meter(ProgressMeter):
@@ -171,6 +177,8 @@ class CrashCollector:
                 raise
             self._without_dump(str(error))
         self._found.signature = self._found.signature or self._sign(None)
+        if self._found.dump is not None and self._found.dump.file is not None:
+            self._found.dump = self._signed(self._found.dump)
         if self._found.dump is not None and self._found.dump.file is not None:
             self._found.dump = self._verified(self._found.dump)
 
@@ -256,13 +264,40 @@ class CrashCollector:
         )
 
     def _sign(self, access: GuestAccess | None) -> Signature:
-        log = self._found.log
-        if not log and (self._files / "console.txt").exists():
-            log = (self._files / "console.txt").read_text("utf-8", "replace").splitlines()
+        log = self._log()
         signature = make_signature(self._task.cause, log)
         if signature.frames or access is None:
             return signature
-        return make_signature(self._task.cause, log, self._functions(access))
+        self._found.symbols = self._dump_symbols()
+        return make_signature(self._task.cause, log, functions=self._functions(access))
+
+    def _log(self) -> Sequence[str]:
+        console = self._files / "console.txt"
+        if self._found.log or not console.exists():
+            return self._found.log
+        return console.read_text("utf-8", "replace").splitlines()
+
+    def _dump_symbols(self) -> Path | None:
+        path = self._kernel_file(self._settings.symbols.vmlinux)
+        return path if path is not None and has_drgn() else None
+
+    def _signed(self, facts: DumpFacts) -> DumpFacts:
+        # Where the log has no frames, by those that the dump has.
+        found = self._found
+        if found.symbols is None or found.signature is None:
+            return facts
+        try:
+            trace = trace_by_drgn(self._files / str(facts.file), found.symbols)
+        except ReaderError as error:
+            found.remarks.append(f"symbols: {error}")
+            trace = ()
+        if trace:
+            found.signature = make_signature(self._task.cause, self._log(), trace=trace)
+        surplus = self._allowance.surplus(self._task.guest, found.signature.id)
+        if surplus is None:
+            return facts
+        (self._files / str(facts.file)).unlink()
+        return DumpFacts(None, facts.format, reason=surplus)
 
     def _functions(self, access: GuestAccess) -> Sequence[str]:
         system_map = self._kernel_file(self._settings.symbols.system_map)
@@ -283,7 +318,8 @@ class CrashCollector:
         signature, settings = self._found.signature, self._settings
         if signature is None:
             return
-        refusal = self._allowance.refusal(self._task.guest, signature.id)
+        known = signature.id if self._found.symbols is None else None
+        refusal = self._allowance.refusal(self._task.guest, known)
         if refusal is not None:
             self._without_dump(refusal)
             return

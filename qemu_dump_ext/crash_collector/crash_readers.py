@@ -1,16 +1,27 @@
-"""crash and drgn: what proves that they open a dump, and how a person starts them."""
+"""crash and drgn: what proves that they open a dump, what they tell, how a person starts them."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from qemu_dump_ext.errors import DumpError
+
 _SECONDS = 600
+_TRACE_SECONDS = 60
 _DRGN_PROOF = "print('OSRELEASE', prog['UTS_RELEASE'].string_().decode())"
 _CRASH_PROOF = "sys\nquit\n"
 _PROOF: Mapping[str, str] = {"crash": "RELEASE: ", "drgn": "OSRELEASE "}
+_TRACE_SCRIPT = Path(__file__).with_name("drgn_trace.py")
+_TRACE_PROOF = "TRACE "
+
+
+class ReaderError(DumpError):
+    """A reader does not tell what it was asked for."""
 
 
 def reader_command(reader: str, dump: Path, vmlinux: Path | None) -> list[str]:
@@ -32,26 +43,59 @@ def prove_open(reader: str, dump: Path, vmlinux: Path | None) -> str | None:
     argv = reader_command(reader, dump, vmlinux)
     argv += ["-q", "-e", _DRGN_PROOF] if reader == "drgn" else []
     argv[1:1] = ["-s"] if reader == "crash" else []
-    return _run(argv, "" if reader == "drgn" else _CRASH_PROOF, _PROOF[reader])
+    text = "" if reader == "drgn" else _CRASH_PROOF
+    try:
+        _run(argv, text, _PROOF[reader], _SECONDS)
+    except ReaderError as error:
+        return str(error)
+    return None
 
 
-def _run(argv: Sequence[str], text: str, proof: str) -> str | None:
+def has_drgn() -> bool:
+    """Tell whether drgn is installed."""
+    return importlib.util.find_spec("drgn") is not None
+
+
+def trace_by_drgn(dump: Path, vmlinux: Path) -> Sequence[str]:
+    """Return the functions in which the guest was, innermost first.
+
+    Args:
+        dump: The file.
+        vmlinux: With DWARF.
+
+    Returns:
+        Those of the thread that crashed, or else of the threads on all vCPUs, one behind the other.
+
+    Raises:
+        ReaderError: drgn cannot tell.
+    """
+    argv = [*reader_command("drgn", dump, vmlinux), "-q", str(_TRACE_SCRIPT)]
+    try:
+        names = json.loads(_run(argv, "", _TRACE_PROOF, _TRACE_SECONDS).splitlines()[0])
+    except (ReaderError, ValueError) as error:
+        raise ReaderError(f"drgn {error}") from error
+    return [str(name) for name in names]
+
+
+def _run(argv: Sequence[str], text: str, proof: str, seconds: float) -> str:
+    """Return what a program says behind the proof that it did its work."""
     try:
         done = subprocess.run(
             argv,
             input=text.encode(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=_SECONDS,
+            timeout=seconds,
             check=False,
             start_new_session=True,
         )
     except OSError as error:
-        return f"cannot be started: {error.strerror}"
-    except subprocess.TimeoutExpired:
-        return f"did not end in {_SECONDS} s"
+        raise ReaderError(f"cannot be started: {error.strerror}") from error
+    except subprocess.TimeoutExpired as error:
+        raise ReaderError(f"did not end in {seconds} s") from error
     output = done.stdout.decode("utf-8", "replace")
-    if proof in output:
-        return None
-    last = (output.strip().splitlines() or [f"status {done.returncode}"])[-1]
-    return f"does not open it: {last[:300]}"
+    _, found, told = output.partition(proof)
+    if not found:
+        last = (output.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        raise ReaderError(f"does not open it: {last[:300]}")
+    return told

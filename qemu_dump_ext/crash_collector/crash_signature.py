@@ -83,7 +83,11 @@ def normalise(message: str) -> str:
 
 
 def make_signature(
-    cause: CrashCause, log: Sequence[str], functions: Sequence[str] = ()
+    cause: CrashCause,
+    log: Sequence[str],
+    *,
+    functions: Sequence[str] = (),
+    trace: Sequence[str] = (),
 ) -> Signature:
     """Return the signature of a crash.
 
@@ -91,13 +95,15 @@ def make_signature(
         cause: Why it counts.
         log: Lines of the kernel's log or else of the console, the oldest first.
         functions: Where the vCPUs stand, for a crash of which the log does not tell.
+        trace: Functions of a reader's call trace, innermost first, where the log has no trace.
     """
+    read = [name for name in map(_function, trace) if not _MACHINERY.fullmatch(name)]
     report = _find_report(log) if cause.kind in _LOGGED else None
     if report is None:
         detail = f": {normalise(cause.detail)}" if cause.kind == "console" else ""
-        message, frames = f"{cause.kind}{detail}", list(functions)
+        message, frames = f"{cause.kind}{detail}", read or list(functions)
     else:
-        message, frames = _message(log[report]), list(_frames(log[report:]))
+        message, frames = _message(log[report]), list(_frames(log[report:])) or read
     frames = frames[:_FRAMES_KEPT]
     content = json.dumps([message, frames[:_FRAMES_COUNTED]]).encode()
     return Signature(hashlib.sha256(content).hexdigest()[:16], message, tuple(frames))

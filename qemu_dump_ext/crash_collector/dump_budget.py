@@ -36,9 +36,18 @@ class DumpAllowance:
         self.signatures: Counter[str] = Counter()
         self._budget = budget
 
-    def refusal(self, guest: Guest, signature_id: str) -> str | None:
-        """Return why there must be no dump of a crash of this signature, or None."""
+    def refusal(self, guest: Guest, signature_id: str | None) -> str | None:
+        """Return why there must be no dump of a crash of this signature, or None.
+
+        Args:
+            guest: Whose crash.
+            signature_id: Of the crash; None: the dump will tell, and `surplus` is asked then.
+        """
         return self._budget.allow(guest, signature_id, self.signatures)
+
+    def surplus(self, guest: Guest, signature_id: str) -> str | None:
+        """Return why a dump that was allowed is not kept, now that its signature is known."""
+        return self._budget.keep(guest, signature_id, self.signatures)
 
 
 class DumpBudget:
@@ -77,24 +86,41 @@ class DumpBudget:
             with self._lock:
                 self._under_way.subtract(allowance.signatures)
 
-    def allow(self, guest: Guest, signature_id: str, allowed: Counter[str]) -> str | None:
+    def allow(self, guest: Guest, signature_id: str | None, allowed: Counter[str]) -> str | None:
         """Let a dump be taken, unless there must be none; `DumpAllowance` asks.
 
         Args:
             guest: Whose crash.
-            signature_id: Of the crash.
+            signature_id: Of the crash; None: not known yet.
             allowed: Is told of a dump that may be taken.
 
         Returns:
             Why there must be none, or None.
         """
         with self._lock:
-            refusal = self._refusal(guest, signature_id)
+            refusal = (signature_id and self._surplus(guest, signature_id)) or self._refusal(guest)
             if refusal is None:
-                self._under_way[signature_id] += 1
-                allowed[signature_id] += 1
                 self._recent[guest.name].append(self._clock())
+                if signature_id is not None:
+                    self._count(signature_id, allowed)
         return refusal
+
+    def keep(self, guest: Guest, signature_id: str, allowed: Counter[str]) -> str | None:
+        """Let a dump be kept that was allowed before its signature was known.
+
+        Args:
+            guest: Whose crash.
+            signature_id: Of the crash.
+            allowed: Is told of a dump that may be kept.
+
+        Returns:
+            Why it must go, or None.
+        """
+        with self._lock:
+            surplus = self._surplus(guest, signature_id)
+            if surplus is None:
+                self._count(signature_id, allowed)
+        return surplus
 
     def check_ending(self) -> None:
         """Give a collection up when the agent ends.
@@ -117,10 +143,17 @@ class DumpBudget:
                 f" {self.limits.free // _MIB} MiB are kept free (free)"
             )
 
-    def _refusal(self, guest: Guest, signature_id: str) -> str | None:
+    def _count(self, signature_id: str, allowed: Counter[str]) -> None:
+        self._under_way[signature_id] += 1
+        allowed[signature_id] += 1
+
+    def _surplus(self, guest: Guest, signature_id: str) -> str | None:
         most = guest.settings.dumps_per_signature
-        if self._store.dumps_of(signature_id) + self._under_way[signature_id] >= most:
-            return f"{most} dumps of this signature are kept (dumps_per_signature)"
+        if self._store.dumps_of(signature_id) + self._under_way[signature_id] < most:
+            return None
+        return f"{most} dumps of this signature are kept (dumps_per_signature)"
+
+    def _refusal(self, guest: Guest) -> str | None:
         rate, recent = guest.settings.rate, self._recent[guest.name]
         while recent and self._clock() - recent[0] > rate.per:
             recent.popleft()

@@ -167,7 +167,38 @@ def test_functions_of_a_guest_that_runs_are_those_that_drgn_names(linux_guest, t
         assert any(start <= counter < end for start, end in ranges), (name, hex(counter), ranges)
 
 
-# By the event that its machine has for it; no kernel of Debian for aarch64 has a driver for pvpanic.
+def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
+    """By drgn, so that a second one is known for the same before its dump is kept."""
+    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
+    entry = {
+        "socket": str(linux_guest.qmp_sockets[0]),
+        "name": "linux",
+        "dumps_per_signature": 1,
+        "symbols": {"vmlinux": str(files.vmlinux)},
+    }
+    agent = CrashAgent(tmp_path, guests=[entry])
+    linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
+    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
+    with agent.running(), RawQmp(linux_guest.qmp_sockets[1]) as qmp:
+        agent.wait_connected()
+        qmp.execute("stop")
+        try:
+            for _ in range(2):
+                done = run_collector("trigger", "linux", "--config", agent.config)
+                assert done.returncode == 0, done.stderr
+        finally:
+            qmp.execute("cont")
+            linux_guest.send_console("killall dd\n")
+    first, second = agent.records()
+    assert first.signature.message == "trigger"
+    assert {"read_zero", "vfs_read", "ksys_read"} <= set(first.signature.frames), first
+    assert first.dump.verified_by == ("verify",)
+    assert second.signature == first.signature
+    assert second.dump.file is None
+    assert second.dump.reason == "1 dumps of this signature are kept (dumps_per_signature)"
+
+
+# By the event that its machine has for it; Debian's kernels for aarch64 have no driver for pvpanic.
 OTHER_TARGETS = {"s390x": "guest-panicked", "ppc64le": "guest-panicked", "aarch64": "console"}
 # What such a driver would do when the kernel panics.
 WRITE_PVPANIC = (

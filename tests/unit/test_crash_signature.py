@@ -142,7 +142,7 @@ def test_log_is_not_asked_where_it_cannot_tell():
     old = sign(SYSRQ, "trigger", "somebody said so")
     assert (old.message, old.frames) == ("trigger", ())
     cause = CrashCause("no-progress", "nothing changed")
-    found = make_signature(cause, SYSRQ.splitlines(), ["native_halt"])
+    found = make_signature(cause, SYSRQ.splitlines(), functions=["native_halt"])
     assert (found.message, found.frames) == ("no-progress", ("native_halt",))
 
 
