@@ -28,6 +28,16 @@ PROGRAMS: Mapping[str, bytes] = {
 }
 
 
+def bare_rom(directory: Path, program: str) -> Path:
+    """Return a ROM, in `directory`, that runs one of `PROGRAMS`."""
+    rom = directory / f"{program}.rom"
+    if not rom.exists():
+        content = PROGRAMS[program].ljust(_RESET_VECTOR, b"\xf4")
+        jump = bytes.fromhex("ea 00 00 00 f0")  # ljmp 0xf000:0
+        rom.write_bytes((content + jump).ljust(_ROM_SIZE, b"\0"))
+    return rom
+
+
 def bare_machine(
     directory: Path, program: str, *arguments: str, qmp_socket: Path | None = None
 ) -> QemuMachine:
@@ -39,11 +49,7 @@ def bare_machine(
         arguments: Behind those of the machine.
         qmp_socket: For the agent.
     """
-    rom = directory / f"{program}.rom"
-    if not rom.exists():
-        content = PROGRAMS[program].ljust(_RESET_VECTOR, b"\xf4")
-        jump = bytes.fromhex("ea 00 00 00 f0")  # ljmp 0xf000:0
-        rom.write_bytes((content + jump).ljust(_ROM_SIZE, b"\0"))
+    rom = bare_rom(directory, program)
     devices: Sequence[str] = ("-device", "pvpanic", "-device", "ib700")
     command = ["qemu-system-x86_64", "-S", "-m", "16", "-bios", str(rom), *devices]
     return QemuMachine(command, arguments, qmp_socket=qmp_socket)
