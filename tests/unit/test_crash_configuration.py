@@ -7,9 +7,11 @@ import pytest
 from qemu_dump_ext.crash_collector.configuration import (
     DEFAULT_CAUSES,
     AfterCommand,
+    request_of_format,
+)
+from qemu_dump_ext.crash_collector.configuration_file import (
     load_configuration,
     parse_configuration,
-    request_of_format,
 )
 from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
 from qemu_dump_ext.errors import RequestError

@@ -1,0 +1,126 @@
+"""Read a configuration: YAML, with the line and the column of every mistake."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from qemu_dump_ext.crash_collector.configuration import Configuration
+from qemu_dump_ext.errors import RequestError
+
+_CONFIGURATION = TypeAdapter(Configuration)
+
+
+def load_configuration(path: Path) -> Configuration:
+    """Read and check a configuration file.
+
+    Raises:
+        RequestError: It cannot be read, or is wrong; says where, and what would be right.
+    """
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise RequestError(f"cannot read {path}: {reason}") from error
+    return parse_configuration(text, str(path))
+
+
+def parse_configuration(text: str, name: str) -> Configuration:
+    """Check the text of a configuration.
+
+    Args:
+        text: YAML.
+        name: What messages call it.
+
+    Raises:
+        RequestError: It is wrong; says where (LINE:COLUMN, from 1), and what would be right.
+    """
+    import yaml
+
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _refuse_duplicates(node, name)
+        content = loader.construct_document(node) if node is not None else None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise RequestError(f"{name}{place}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:  # such as a control character
+        raise RequestError(f"{name}: {str(error).splitlines()[0]}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+    if not isinstance(content, dict):
+        raise RequestError(f"{name}: it is no mapping of words", hint="`store: DIRECTORY` at least")
+    try:
+        # Mistakes in the defaults are found there, and not in each guest.
+        _CONFIGURATION.validate_python(content | {"guests": ()})
+        return _CONFIGURATION.validate_python(_with_defaults(content))
+    except ValidationError as error:
+        raise RequestError("\n".join(_mistakes(error, node, name))) from error
+
+
+def _with_defaults(content: dict[Any, Any]) -> dict[Any, Any]:
+    defaults, guests = content.get("defaults"), content.get("guests")
+    if not isinstance(defaults, dict) or not isinstance(guests, list):
+        return content
+    merged = [defaults | guest if isinstance(guest, dict) else guest for guest in guests]
+    return content | {"guests": merged}
+
+
+def _mistakes(error: ValidationError, root: Any, name: str) -> list[str]:
+    lines = []
+    for found in error.errors(include_url=False):
+        path = [part for part in found["loc"] if part not in {"function-after", "AfterCommand"}]
+        mark, place = _locate(root, path)
+        message = found["msg"].removeprefix("Value error, ")
+        message = message[:1].lower() + message[1:]
+        lines.append(f"{name}:{mark.line + 1}:{mark.column + 1}: {place or 'here'}: {message}")
+    return list(dict.fromkeys(lines))
+
+
+def _locate(node: Any, path: Sequence[int | str]) -> tuple[Any, str]:
+    """Return the mark of the deepest node on the path, and the words that lead there."""
+    mark, words = node.start_mark, []
+    for part in path:
+        if isinstance(part, int):
+            children = node.value if node.id == "sequence" else []
+            if part >= len(children):
+                break
+            node = children[part]
+            mark = node.start_mark
+        else:
+            pairs = node.value if node.id == "mapping" else []
+            found = [pair for pair in pairs if pair[0].value == part]
+            if not found:
+                if part.isidentifier() and node.id == "mapping":
+                    words.append(part)
+                break
+            key, node = found[0]
+            mark = key.start_mark if node.id != "scalar" else node.start_mark
+        words.append(str(part))
+    return mark, ".".join(words)
+
+
+def _refuse_duplicates(node: Any, name: str) -> None:
+    if node is None or node.id == "scalar":
+        return
+    if node.id == "sequence":
+        for child in node.value:
+            _refuse_duplicates(child, name)
+        return
+    seen = set()
+    for key, child in node.value:
+        if key.value in seen and key.id == "scalar":
+            mark = key.start_mark
+            raise RequestError(
+                f"{name}:{mark.line + 1}:{mark.column + 1}: {key.value} is there twice"
+            )
+        if key.id == "scalar":
+            seen.add(key.value)
+        _refuse_duplicates(child, name)
