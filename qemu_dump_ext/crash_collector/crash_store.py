@@ -75,7 +75,7 @@ class CrashStore:
         self.path = path
 
     def prepare(self) -> None:
-        """Make the directory if there is none.
+        """Make the directory if there is none, and count what was stored but not counted yet.
 
         Raises:
             DumpWriteError: That is not possible.
@@ -85,6 +85,10 @@ class CrashStore:
             (self.path / _INCOMING).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise DumpWriteError(f"cannot create {self.path}: {error.strerror}") from error
+        try:
+            self._count_again()
+        except OSError as error:  # as it was, and done by the next one
+            _logger.warning("cannot write %s: %s", self.path / _SIGNATURES, error.strerror)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -278,8 +282,24 @@ class CrashStore:
             name = f"{record.guest}/{stamp}-{record.signature.id}.{number}"
         return name
 
+    def _count_again(self) -> None:
+        # Whoever was killed behind the renaming left a crash that says which number it has.
+        with self.locked():
+            counts = self.signatures()
+            missed = False
+            for record in sorted(self.records(), key=lambda record: record.occurrence):
+                known = counts.get(record.signature.id)
+                if known is None or known.count < record.occurrence:
+                    counts[record.signature.id] = _counted(known, record)
+                    missed = True
+            if missed:
+                self._write_counts(counts)
+
     def _count(self, counts: dict[str, SignatureCount], record: CrashRecord) -> None:
         counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
+        self._write_counts(counts)
+
+    def _write_counts(self, counts: dict[str, SignatureCount]) -> None:
         while len(counts) > _SIGNATURES_MAX:
             del counts[min(counts, key=lambda name: counts[name].last_seen)]
         content = {name: asdict(count) for name, count in counts.items()}

@@ -77,6 +77,20 @@ def test_counts_survive_what_is_removed_and_begin_with_the_records_when_lost(tmp
     assert (count.count, count.first_seen, count.last_seen) == (2, second.time, second.time)
 
 
+@pytest.mark.parametrize("before", [0, 1])
+def test_crash_that_was_stored_but_not_counted_is_counted_by_the_next_one(tmp_path, before):
+    store = make_store(tmp_path)
+    commit(store, make_record(signature="f" * 16))
+    for _ in range(before):
+        commit(store, make_record())
+    counts = (store.path / ".signatures.json").read_bytes()
+    commit(store, make_record())
+    (store.path / ".signatures.json").write_bytes(counts)  # killed in between
+    store.prepare()
+    assert store.signatures()["0123456789abcdef"].count == before + 1
+    assert commit(store, make_record()).occurrence == before + 2
+
+
 def test_what_was_seen_longest_ago_is_not_counted_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(crash_store, "_SIGNATURES_MAX", 2)
     store = make_store(tmp_path)
