@@ -294,6 +294,7 @@ class Upload:
         options: What fsspec takes besides, for such URLs: `key`, `username`, `endpoint_url`, ...
         confirm: `content`: what arrived is read back and compared; `size`: only its size is.
         keep_dump: False: the dump is removed here when the upload is confirmed; the rest stays.
+        timeout: How long one attempt to upload one crash may take.
         retry: How soon it is tried again; after each failure twice as late.
         retry_max: How late at most.
     """
@@ -304,6 +305,7 @@ class Upload:
     options: dict[str, Any] = field(default_factory=dict)
     confirm: Literal["content", "size"] = "content"
     keep_dump: bool = True
+    timeout: Seconds = 3600.0
     retry: Seconds = 5.0
     retry_max: Seconds = 900.0
 

@@ -14,9 +14,10 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from qemu_dump_ext.crash_collector.configuration import Upload
@@ -38,11 +39,14 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
 _BLOCK = 1 << 20
 _RECORD_BYTES_MAX = 16 << 20
 _STOP_SECONDS = 2.0
+_HANGING_MAX = 8
 # Where directories have permissions; object stores have rules of their own.
 _CHMOD_OF: dict[str, Callable[[Any], Callable[[str, int], None]]] = {
     "file": lambda files: files.chmod,
     "sftp": lambda files: files.ftp.chmod,
 }
+
+_T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
 # What they log is in their exceptions as well.
@@ -55,6 +59,7 @@ class Destination:
 
     Attributes:
         url: As records show it: without a password.
+        given_up: Set where nobody waits any more: nothing is changed over there from then on.
     """
 
     def __init__(self, settings: Upload) -> None:
@@ -72,6 +77,7 @@ class Destination:
         self._files: Any = filesystem
         self._root = root.rstrip("/")
         self.url = without_password(url)
+        self.given_up = threading.Event()
         self._confirms_content = settings.confirm == "content"
 
     def put(self, store: CrashStore, record: CrashRecord) -> UploadFacts:
@@ -85,11 +91,13 @@ class Destination:
         existing = self._record_at(remote)
         if existing is not None and existing.files != record.files:
             raise DumpWriteError(f"{self.url}/{record.id} is another crash")
+        self._require_wanted()
         self._files.makedirs(remote, exist_ok=True)
         self._make_private(remote)
         for name, facts in record.files.items():
             path = f"{remote}/{name}"
             if not self._is_there(path, facts):
+                self._require_wanted()
                 self._files.put_file(str(local / name), path)
                 if not self._is_there(path, facts):
                     raise DumpWriteError(f"{self.url}/{record.id}/{name} is not what was sent")
@@ -130,10 +138,16 @@ class Destination:
             return False
         return digest.hexdigest() == facts.sha256
 
+    def _require_wanted(self) -> None:
+        if self.given_up.is_set():
+            raise DumpWriteError(f"{self.url}: given up")
+
     def _put_small(self, path: str, content: bytes) -> None:
+        self._require_wanted()
         self._files.pipe_file(f"{path}.part", content)
         if self._files.cat_file(f"{path}.part") != content:
             raise DumpWriteError(f"{self.url}: {path} is not what was sent")
+        self._require_wanted()
         self._files.mv(f"{path}.part", path)
 
 
@@ -177,6 +191,7 @@ class Uploader:
         self._clock = clock
         self._jitter = jitter
         self._failed: dict[str, _Failure] = {}
+        self._attempts: list[threading.Thread] = []
         self._woken = threading.Event()
         self._ending = False
         # Not waited for by the interpreter: a server that says nothing keeps nobody up.
@@ -217,9 +232,11 @@ class Uploader:
             if record.id in self._failed and self._failed[record.id].due > self._clock():
                 continue
             try:
-                destination = destination or Destination(self._settings)
+                destination = destination or self._within(lambda: Destination(self._settings))
                 self._upload(destination, record)
             except Exception as error:  # noqa: BLE001 - each kind of URL has errors of its own
+                if destination is not None:
+                    destination.given_up.set()
                 destination = None
                 self._fail(record, error)
             else:
@@ -230,7 +247,7 @@ class Uploader:
         return max(0.0, min(failure.due for failure in self._failed.values()) - self._clock())
 
     def _upload(self, destination: Destination, record: CrashRecord) -> None:
-        facts = destination.put(self._store, record)
+        facts = self._within(lambda: destination.put(self._store, record))
         with self._store.locked():
             # As it is now: people may have held it meanwhile.
             record = replace(self._store.record(record.id), uploaded=facts)
@@ -239,6 +256,30 @@ class Uploader:
                 self._store.remove_dump(record, f"uploaded to {facts.url}")
         self.uploaded += 1
         _logger.info("%s is uploaded to %s", record.id, facts.url)
+
+    def _within(self, work: Callable[[], _T]) -> _T:
+        """Do it in a thread that is left behind when it takes too long."""
+        self._attempts = [thread for thread in self._attempts if thread.is_alive()]
+        if len(self._attempts) >= _HANGING_MAX:
+            raise DumpWriteError(f"{_HANGING_MAX} attempts hang; one must end before the next")
+        done: Future[_T] = Future()
+
+        def attempt() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:  # noqa: BLE001 - raised where it is waited for
+                done.set_exception(error)
+
+        thread = threading.Thread(target=attempt, name="upload attempt", daemon=True)
+        self._attempts.append(thread)
+        thread.start()
+        try:
+            return done.result(self._settings.timeout)
+        except TimeoutError as error:
+            if done.done():  # the server's own
+                raise
+            seconds = self._settings.timeout
+            raise DumpWriteError(f"not done within {seconds:g} s (timeout)") from error
 
     def _fail(self, record: CrashRecord, error: Exception) -> None:
         known = self._failed.get(record.id)

@@ -34,10 +34,10 @@ _LATER = "2026-02-01T12:00:00.000001+00:00"
 
 
 class _RefusingFileSystem(LocalFileSystem):  # type: ignore[misc]
-    """Fails at any of its operations, when `failing` says so."""
+    """Fails at any of its operations, or says nothing until an event, when `failing` says so."""
 
     protocol = "refusing"
-    failing: ClassVar[list[Exception | None]] = []
+    failing: ClassVar[list[Exception | threading.Event | None]] = []
     operations: ClassVar[list[str]] = []
 
     def __init__(self, **options: Any) -> None:
@@ -46,8 +46,11 @@ class _RefusingFileSystem(LocalFileSystem):  # type: ignore[misc]
 
     def _maybe_fail(self, operation: str) -> None:
         self.operations.append(operation)
-        if self.failing and (error := self.failing.pop(0)) is not None:
-            raise error
+        failure = self.failing.pop(0) if self.failing else None
+        if isinstance(failure, threading.Event):
+            failure.wait()
+        elif failure is not None:
+            raise failure
 
     def makedirs(self, path, exist_ok=False):
         self._maybe_fail("makedirs")
@@ -172,6 +175,46 @@ def test_attempts_become_rarer_but_never_end(tmp_path, refusing):
     assert pauses[:7] == [1, 2, 4, 8, 16, 32, 60]
     assert set(pauses[7:]) == {60}
     assert len(pauses) == 40
+
+
+@pytest.mark.parametrize("step", [1, _STEPS - 1])
+def test_attempt_that_hangs_is_given_up_and_made_again(tmp_path, refusing, step, caplog):
+    store = make_store(tmp_path)
+    record = commit(store, make_record())
+    clock, answer = _Clock(), threading.Event()
+    uploader = _uploader(store, f"refusing://{tmp_path}/remote", clock, timeout=2.0)
+    refusing.failing[:] = [None] * step + [answer]
+    assert uploader.upload_due() == 5.0
+    assert "tried again in 5 s: not done within 2 s (timeout)" in caplog.text
+    (hanging,) = uploader._attempts
+    uploader = _uploader(store, f"refusing://{tmp_path}/remote", clock)
+    assert uploader.upload_due() is None
+    uploaded = (tmp_path / "remote" / record.id / "crash.json").read_bytes()
+    # What is answered at last must not undo it.
+    operations = len(refusing.operations)
+    answer.set()
+    hanging.join(20)
+    assert len(refusing.operations) == operations
+    assert (tmp_path / "remote" / record.id / "crash.json").read_bytes() == uploaded
+    assert _accepted_by_sha256sum(tmp_path / "remote" / record.id)
+
+
+def test_attempts_that_hang_are_not_any_number(tmp_path, refusing, caplog):
+    store = make_store(tmp_path)
+    commit(store, make_record())
+    clock, answer = _Clock(), threading.Event()
+    uploader = _uploader(store, f"refusing://{tmp_path}/remote", clock, timeout=0.2)
+    refusing.failing[:] = [answer] * 100
+    for _ in range(20):
+        clock.now += uploader.upload_due() or 0.0
+    assert len(uploader._attempts) == 8
+    assert "8 attempts hang; one must end before the next" in caplog.text
+    refusing.failing.clear()
+    answer.set()
+    for attempt in uploader._attempts:
+        attempt.join(20)
+    uploader = _uploader(store, f"refusing://{tmp_path}/remote", clock)
+    assert uploader.upload_due() is None
 
 
 def test_hosts_do_not_come_back_at_once(tmp_path, refusing):
