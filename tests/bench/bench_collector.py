@@ -12,8 +12,10 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -103,6 +105,8 @@ def main() -> None:
     parser.add_argument("--crashes", type=int, default=200, help="one after the other")
     parser.add_argument("--seconds", type=float, default=60.0, help="of watching idle guests")
     arguments = parser.parse_args()
+    # So that every QEMU ends, as on Ctrl-C.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     with tempfile.TemporaryDirectory(prefix="bench-") as name, ExitStack() as stack:
         directory = Path(name)
         sockets = directory / "qmp"
