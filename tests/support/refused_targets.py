@@ -107,7 +107,7 @@ _DOUBLES = " ".join(f"d{index}" for index in range(0, 64, 2))
 _UPPER_DOUBLES = " ".join(f"f{index}" for index in range(32, 64, 2))
 _SPARC64_STUB = (
     f"- {_names('g', 7, first=1)} {' '.join(_names(x, 8) for x in 'oli')} {_DOUBLES}"
-    " pc npc state= fsr= fprs= y"
+    " pc npc state= fsr fprs y"
 )
 _SH4 = _names("r", 16)
 _SH4_FPRS = _names("fr", 16)
@@ -238,7 +238,7 @@ TARGETS = (
     Target(
         "alpha",
         ("-M", "clipper", "-smp", "2"),
-        stub=f"{_ALPHA} - {_names('f', 31)} fpcr= pc - unique",
+        stub=f"{_ALPHA} - {_names('f', 31)} fpcr pc - unique",
         pr_reg=f"{_ALPHA} pc unique",
         fp_reg=f"{_names('f', 31)} fpcr",
         e_machine=0x9026,
