@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
-import socket
 import subprocess
+from collections.abc import Iterator
 
 import pytest
 
@@ -12,19 +12,20 @@ from qemu_dump_ext.crash_collector.crash_record import parse_record
 from tests.collector.test_metrics import scrape
 from tests.support.bare_crashes import bare_machine
 from tests.support.crash_agent import CrashAgent, run_collector
+from tests.support.ports import reserved_port
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@pytest.fixture
+def port() -> Iterator[int]:
+    with reserved_port() as reserved:
+        yield reserved
 
 
-def test_crash_is_uploaded_reported_and_counted(tmp_path):
-    port, report = _free_port(), tmp_path / "report.html"
+def test_crash_is_uploaded_reported_and_counted(tmp_path, port):
+    report = tmp_path / "report.html"
     remote = tmp_path / "remote"
     remote.write_text("in the way")  # the upload is refused for now
     with bare_machine(tmp_path, "halt") as machine:
@@ -41,7 +42,9 @@ def test_crash_is_uploaded_reported_and_counted(tmp_path):
             assert scrape(port)["guests_connected",] == 1
             assert run_collector("trigger", "box", "--config", agent.config).returncode == 0
             (record,) = agent.wait_records()
-            wait_until(lambda: record.id in report.read_text(), "it is in the report")
+            wait_until(
+                lambda: report.exists() and record.id in report.read_text(), "it is in the report"
+            )
             wait_until(lambda: scrape(port)["upload_failures_total",] >= 1, "the upload is refused")
             assert scrape(port)["upload_backlog",] == 1
             # The limits allow nothing at all, but it is nowhere else.
@@ -58,8 +61,7 @@ def test_crash_is_uploaded_reported_and_counted(tmp_path):
             argv = ["sha256sum", "--strict", "--quiet", "-c", "SHA256SUMS"]
             subprocess.run(argv, cwd=there, check=True)
             assert parse_record((there / "crash.json").read_bytes()).uploaded is not None
-            counted = scrape(port)
-            assert counted["upload_backlog",] == 0
+            wait_until(lambda: scrape(port)["upload_backlog",] == 0, "nothing is left to upload")
             agent.signal(signal.SIGTERM)
             assert agent.wait() == 0
         agent.configure(
@@ -70,8 +72,7 @@ def test_crash_is_uploaded_reported_and_counted(tmp_path):
     assert (there / "vmcore.kdump").exists()
 
 
-def test_metrics_of_a_stored_crash(tmp_path):
-    port = _free_port()
+def test_metrics_of_a_stored_crash(tmp_path, port):
     with bare_machine(tmp_path, "halt") as machine:
         guest = {"socket": str(machine.qmp_sockets[0]), "name": "box", "dumps_per_signature": 1}
         agent = CrashAgent(tmp_path, guests=[guest], metrics_port=port)

@@ -7,7 +7,6 @@ import socket
 import stat
 import subprocess
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -26,6 +25,8 @@ from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.upload import Uploader, check_upload, without_password
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store
+from tests.support.ports import reserved_port
+from tests.support.waiting import wait_until
 
 _SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 _STEPS = 7
@@ -307,11 +308,9 @@ def test_thread_uploads_what_comes_and_ends(tmp_path):
     uploader.start()
     record = commit(store, make_record())
     uploader.wake()
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "remote" / record.id / "crash.json").exists():
-        assert time.monotonic() < deadline
+    wait_until(lambda: store.record(record.id).uploaded, "it is uploaded")
     uploader.stop()
-    assert store.record(record.id).uploaded is not None
+    assert (tmp_path / "remote" / record.id / "crash.json").exists()
 
 
 def test_unknown_kind_of_url_is_refused_at_once():
@@ -384,16 +383,14 @@ def test_sftp_server_that_comes_later_has_everything_in_the_end(tmp_path):
     store = make_store(tmp_path)
     record = commit(store, make_record(), {"vmcore.kdump": os.urandom(3 << 20)})
     remote = tmp_path / "crashes" / record.id
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     clock = _Clock()
-    url = f"sftp://127.0.0.1:{port}{tmp_path}/crashes"
-    uploader = _uploader(store, url, clock, options={"username": "farm", "password": "secret"})
-    assert uploader.upload_due() == 5.0
-    clock.now = 5.0
-    with _sftp_server(port):
-        assert uploader.upload_due() is None
+    with reserved_port() as port:
+        url = f"sftp://127.0.0.1:{port}{tmp_path}/crashes"
+        uploader = _uploader(store, url, clock, options={"username": "farm", "password": "secret"})
+        assert uploader.upload_due() == 5.0
+        clock.now = 5.0
+        with _sftp_server(port):
+            assert uploader.upload_due() is None
     assert _accepted_by_sha256sum(remote)
     assert stat.S_IMODE(remote.stat().st_mode) == 0o700
     uploaded = store.record(record.id).uploaded
