@@ -22,16 +22,19 @@ from tests.support.hmp_proxy import (
     HmpSocket,
     Proxy,
     hmp_of,
+    listens_at,
     partial_files,
     proxy_argv,
     run_proxy,
 )
-from tests.support.waiting import wait_until
+from tests.support.ports import reserved_port
+from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.qemu
 
 _MEMORY_KIB_MAX = 200 << 10
-_PATIENT_SECONDS = 2.0
+_LARGE = ["-m", "2048"]
+"""A dump by pmemsave takes seconds: there is a middle of it."""
 
 
 @pytest.fixture(scope="module")
@@ -73,20 +76,17 @@ def test_ten_clients_at_once_one_slow_and_one_sending_garbage(proxy: Proxy):
     ]
     for thread in bad_ones:
         thread.start()
-    longest = 0.0
     try:
+        # A client that had to wait for the slow one would wait until its socket times out.
         for _ in range(12):
             for client in good:
-                started = time.monotonic()
                 assert client.exchange("info mtree") == expected
-                longest = max(longest, time.monotonic() - started)
     finally:
         stop.set()
         for thread in bad_ones:
             thread.join()
     for bad in (slow, loud):
         bad.close()
-    assert longest < _PATIENT_SECONDS
     assert proxy.peak_kib() < _MEMORY_KIB_MAX
     with HmpSocket(proxy.socket) as late:
         assert late.command("info status").startswith("VM status")
@@ -154,9 +154,7 @@ def test_socket_is_for_its_owner_alone_and_removed_at_the_end(tmp_path: Path):
         assert "exists and is no socket" in refused.stderr
 
 
-def _tcp_proxy(machine: QemuMachine, *words: str) -> tuple[subprocess.Popen[str], int]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+def _tcp_proxy(machine: QemuMachine, port: int, *words: str) -> subprocess.Popen[str]:
     argv = proxy_argv("--qmp", machine.qmp_sockets[0], *(word.format(port) for word in words))
     process = subprocess.Popen(
         argv, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=child_environment()
@@ -170,15 +168,15 @@ def _tcp_proxy(machine: QemuMachine, *words: str) -> tuple[subprocess.Popen[str]
             return False
         return True
 
-    wait_until(listens)
-    return process, port
+    wait_until(listens, "the proxy listens")
+    return process
 
 
 def test_tcp_on_the_loopback():
-    with stopped_machine(["qemu-system-x86_64"]) as own:
-        process, port = _tcp_proxy(own, "--listen", "localhost:{}")
+    with stopped_machine(["qemu-system-x86_64"]) as own, reserved_port() as port:
+        process = _tcp_proxy(own, port, "--listen", "localhost:{}")
         try:
-            with socket.create_connection(("127.0.0.1", port), 10) as client:
+            with socket.create_connection(("127.0.0.1", port), SECONDS) as client:
                 client.sendall(b"info status\n")
                 received = b""
                 while b"prelaunch" not in received:
@@ -193,8 +191,8 @@ def test_other_addresses_are_refused_unless_allowed(machine: QemuMachine):
     assert refused.returncode == 2
     assert "can be reached from other machines" in refused.stderr
     assert refused.stderr.count("\n") == 1
-    with stopped_machine(["qemu-system-x86_64"]) as own:
-        process, _ = _tcp_proxy(own, "--allow-remote", "--listen", "0.0.0.0:{}")
+    with stopped_machine(["qemu-system-x86_64"]) as own, reserved_port() as port:
+        process = _tcp_proxy(own, port, "--allow-remote", "--listen", "0.0.0.0:{}")
         process.terminate()
         assert "has full control of the guest" in process.communicate(timeout=60)[1]
 
@@ -247,8 +245,7 @@ def test_qemu_is_killed_and_started_again(tmp_path: Path, way: str):
             ["qemu-system-x86_64", *arguments, option, f"unix:{upstream},server=on,wait=off"],
             stdin=subprocess.DEVNULL,
         )
-        wait_until(upstream.exists)
-        time.sleep(0.3)
+        wait_until(lambda: listens_at(upstream), "QEMU listens")
         return process
 
     qemu = start()
@@ -282,11 +279,11 @@ def test_qemu_is_killed_and_started_again(tmp_path: Path, way: str):
 
 
 def test_qemu_is_killed_in_the_middle_of_a_dump(tmp_path: Path):
-    with stopped_machine(["qemu-system-x86_64"], ["-m", "256"]) as machine:
+    with stopped_machine(["qemu-system-x86_64"], _LARGE) as machine:
         proxy = Proxy(tmp_path, "--qmp", machine.qmp_sockets[0], "--memory", "pmemsave")
         with proxy, HmpSocket(proxy.socket) as client:
             client.send(f"dump-guest-memory {tmp_path / 'dump'}\n".encode())
-            wait_until(lambda: any(path.name.endswith(".partial") for path in tmp_path.iterdir()))
+            wait_until(lambda: partial_files(tmp_path), "the dump has begun")
             os.kill(machine.pid, 9)
             answer = client.wait(GONE_PROMPT)
             assert b"Error: " in answer
@@ -296,12 +293,12 @@ def test_qemu_is_killed_in_the_middle_of_a_dump(tmp_path: Path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_signal_in_the_middle_of_a_dump(tmp_path: Path, number: signal.Signals):
     """The guest runs again, nothing is left behind, and one who waits is told."""
-    with stopped_machine(["qemu-system-x86_64"], ["-m", "256"]) as machine:
+    with stopped_machine(["qemu-system-x86_64"], _LARGE) as machine:
         assert hmp_of(machine, "cont") == ""
         proxy = Proxy(tmp_path, "--qmp", machine.qmp_sockets[0], "--memory", "pmemsave")
         with HmpSocket(proxy.socket) as client:
             client.send(f"dump-guest-memory {tmp_path / 'dump'}\n".encode())
-            wait_until(lambda: partial_files(tmp_path))
+            wait_until(lambda: partial_files(tmp_path), "the dump has begun")
             proxy.process.send_signal(number)
             with pytest.raises(EOFError, match="cancelled"):
                 client.wait(b"never")

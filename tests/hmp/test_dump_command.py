@@ -203,7 +203,7 @@ def test_relative_name_is_relative_to_qemu(bench: Bench):
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     """A machine that takes a second to dump, and runs."""
     folder = tmp_path_factory.mktemp("m")
-    arguments = ["-M", "q35", "-m", "384", *monitor_arguments(folder / "monitor")]
+    arguments = ["-M", "q35", "-m", "768", *monitor_arguments(folder / "monitor")]
     with (
         stopped_machine(["qemu-system-x86_64"], arguments) as machine,
         Proxy(folder, "--qmp", machine.qmp_sockets[0], "--memory", "pmemsave") as proxy,
@@ -300,6 +300,8 @@ def test_qemu_dumps_meanwhile(slow: Bench, tmp_path: Path):
     answers = slow.proxied.command(f"dump-guest-memory {tmp_path / 'ours'}")
     assert answers in ("", IN_PROCESS)
     wait_until(lambda: "active" not in slow.proxied.command("info dump"))
+    # QEMU says that its dump is complete, and then lets the guest run.
+    wait_until(lambda: hmp_of(slow.machine, "info status") == "VM status: running\n")
     _assert_as_before(slow, tmp_path)
 
 

@@ -28,6 +28,7 @@ from tests.support.hmp_proxy import (
     proxy_argv,
 )
 from tests.support.newer_qemu import newer_qemu_command
+from tests.support.ports import reserved_port
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
@@ -259,7 +260,7 @@ class Slow:
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slow]:
     with (
-        stopped_machine(["qemu-system-x86_64"], ["-M", "q35", "-m", "320"]) as machine,
+        stopped_machine(["qemu-system-x86_64"], ["-M", "q35", "-m", "640"]) as machine,
         Proxy(
             tmp_path_factory.mktemp("p"),
             *("--qmp", machine.qmp_sockets[0], "--memory", "pmemsave"),
@@ -289,7 +290,7 @@ def test_detached_dump(slow: Slow, tmp_path: Path):
         active = two.execute("query-dump")[-1]["return"]
         assert list(active) == ["total", "status", "completed"]
         assert active["status"] == "active"
-        assert active["total"] > 320 << 20
+        assert active["total"] > 640 << 20
         for client in (one, two):
             *_, completed, resumed = client.until_event("RESUME")
             assert resumed == {"event": "RESUME"}
@@ -350,18 +351,13 @@ def test_out_of_band_overtakes_a_dump(slow: Slow, tmp_path: Path):
 
 def test_way_of_virtme_ng(tmp_path: Path):
     """The steps of `vng --dump`, virtme_ng/run.py: TCP, fixed reads, a file that exists."""
-    with (
-        stopped_machine(["qemu-system-x86_64"], ["-m", "32"]) as machine,
-        socket.create_server(("127.0.0.1", 0)) as probe,
-    ):
-        port = probe.getsockname()[1]
-        probe.close()
+    with stopped_machine(["qemu-system-x86_64"], ["-m", "32"]) as machine, reserved_port() as port:
+        hmp_of(machine, "cont")  # its event must not come among the answers that are counted
         argv = proxy_argv("--qmp", machine.qmp_sockets[0], "--qmp-listen", f"localhost:{port}")
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, env=child_environment())
         try:
             client = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            wait_until(lambda: client.connect_ex(("localhost", port)) == 0)
-            hmp_of(machine, "cont")
+            wait_until(lambda: client.connect_ex(("localhost", port)) == 0, "the proxy listens")
             target = tmp_path / "dump"
             with client, tempfile.NamedTemporaryFile(dir=tmp_path, delete=False) as file:
                 assert client.recv(1024)

@@ -14,13 +14,12 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.hmp.test_passthrough import COMMANDS
 from tests.support.doors import child_environment
 from tests.support.hmp_proxy import assert_sound, hmp_of, partial_files, proxy_argv
-from tests.support.waiting import wait_until
+from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.qemu
 
 _PROMPT = r"\(qemu\)"
 _ARGUMENTS = ["-M", "q35", "-smp", "2"]
-_SECONDS = 20
 # Host addresses, threads and sockets are of one process alone.
 _OTHER_EACH_TIME = re.compile(r"thread_id=\d+|0x[0-9a-f]{12}|disconnected:\S+|unix:\S+|\S+ -> \S+")
 _OF_ONE_PROCESS = {"info chardev", "info mtree", "info mtree -f", "info qom-tree", "info qtree"}
@@ -33,14 +32,14 @@ def _spawn(argv: list[str], **changes: str) -> pexpect.spawn[str]:
         argv[1:],
         env=child_environment(**changes),
         encoding="utf-8",
-        timeout=_SECONDS,
+        timeout=SECONDS,
         dimensions=(50, 200),
     )
 
 
 @pytest.fixture(scope="module")
 def machine() -> Iterator[QemuMachine]:
-    with stopped_machine(["qemu-system-x86_64"], [*_ARGUMENTS, "-m", "320"]) as machine:
+    with stopped_machine(["qemu-system-x86_64"], [*_ARGUMENTS, "-m", "640"]) as machine:
         yield machine
 
 
@@ -89,8 +88,8 @@ def test_a_session_at_the_terminal(machine: QemuMachine, tmp_path: Path):
     terminal.send(f"dump-guest-memory {tmp_path}/folder-of\t")
     terminal.expect("-dumps/")
     terminal.send("one\r")
-    terminal.expect(r"\d+\.\d %  \d+ of 320 MiB")
-    terminal.expect(r"one: elf, 320\.\d MiB of guest memory")
+    terminal.expect(r"\d+\.\d %  \d+ of 640 MiB")
+    terminal.expect(r"one: elf, 640\.\d MiB of guest memory")
     terminal.expect(_PROMPT)
     assert_sound(tmp_path / "folder-of-dumps" / "one")
     # Ctrl-C ends the dump, and not the proxy; the guest runs again.

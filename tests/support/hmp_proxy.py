@@ -6,7 +6,6 @@ import json
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,10 +13,10 @@ from qemu_dump_ext.dump_reader import open_dump
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.doors import child_environment
+from tests.support.waiting import SECONDS, wait_until
 
 PROMPT = b"(qemu) "
 GONE_PROMPT = b"(qemu gone) "
-_SECONDS = 60
 _MAIN = "import sys; from qemu_dump_ext.cli.hmp_proxy_command import main; sys.exit(main())"
 
 
@@ -33,7 +32,7 @@ def run_proxy(*words: object, text: str = "") -> subprocess.CompletedProcess[str
         input=text,
         capture_output=True,
         text=True,
-        timeout=_SECONDS,
+        timeout=SECONDS,
         check=False,
         env=child_environment(),
     )
@@ -66,11 +65,11 @@ class Proxy:
             env=child_environment(),
         )
         wanted = [self.socket, *([self.qmp_socket] if qmp else [])]
-        deadline = time.monotonic() + _SECONDS
-        while not all(_listens(path) for path in wanted):
-            assert self.process.poll() is None, self.stop()
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        wait_until(lambda: self._has_ended() or all(map(listens_at, wanted)), "the proxy listens")
+        assert not self._has_ended(), self.stop()
+
+    def _has_ended(self) -> bool:
+        return self.process.poll() is not None
 
     def peak_kib(self) -> int:
         """Return the most memory that the proxy has had."""
@@ -80,7 +79,7 @@ class Proxy:
     def stop(self) -> tuple[int, str]:
         """End it; return its exit status and what it complained of."""
         self.process.terminate()
-        complaints = self.process.communicate(timeout=_SECONDS)[1]
+        complaints = self.process.communicate(timeout=SECONDS)[1]
         return self.process.returncode, complaints
 
     def __enter__(self) -> Self:
@@ -91,7 +90,8 @@ class Proxy:
         assert "Traceback" not in complaints, complaints
 
 
-def _listens(path: Path) -> bool:
+def listens_at(path: Path) -> bool:
+    """Tell whether somebody listens at a unix socket, by connecting to it."""
     with socket.socket(socket.AF_UNIX) as probe:
         return probe.connect_ex(str(path)) == 0
 
@@ -101,7 +101,7 @@ class HmpSocket:
 
     def __init__(self, path: Path, prompt: bytes = PROMPT) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_SECONDS)
+        self._socket.settimeout(SECONDS)
         self._socket.connect(str(path))
         self.banner = self.wait(prompt)
 
@@ -121,18 +121,6 @@ class HmpSocket:
             if not data:
                 raise EOFError(received)
             received += data
-        return received
-
-    def settled(self, seconds: float = 0.15) -> bytes:
-        """Return what comes until nothing has come for a while."""
-        self._socket.settimeout(seconds)
-        received = b""
-        try:
-            while data := self._socket.recv(1 << 16):
-                received += data
-        except TimeoutError:
-            pass
-        self._socket.settimeout(_SECONDS)
         return received
 
     def exchange(self, line: str) -> bytes:
@@ -161,7 +149,7 @@ class QmpSocket:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(_SECONDS)
+        self._socket.settimeout(SECONDS)
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("rb")
         try:
