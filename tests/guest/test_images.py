@@ -37,7 +37,7 @@ def test_the_guest_is_as_the_manifest_says(x86_64_guest: BootedGuest):
     with RawQmp(x86_64_guest.qmp_sockets[0]) as qmp:
         assert len(qmp.execute("query-cpus-fast")) == image.cpus
     x86_64_guest.send_console("dmesg | tail -n 1; cat /proc/[0-9]*/comm; echo E''ND\n")
-    text = x86_64_guest.wait_for_console("END", timeout_seconds=30)
+    text = x86_64_guest.wait_for_console("END", timeout_seconds=60)
     assert image.kernel_log in text
     assert set(image.processes) <= set(text.splitlines())
 

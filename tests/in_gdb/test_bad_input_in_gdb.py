@@ -39,7 +39,7 @@ _DUMP = "qemu-dump-guest-memory"
 _STATUS = "output $_qemu_dump_status"
 _MODE = "maintenance packet qqemu.PhyMemMode"
 _MARK = "@@ "
-_LONG = {"gdbstub": "64", "pmemsave": "512"}
+_LONG = {"gdbstub": "64", "pmemsave": "1024"}
 """MiB of guest memory with which a dump takes a while, by memory source."""
 _CLIENT = "import sys; from pathlib import Path; from tests.support.raw_qmp import RawQmp; "
 

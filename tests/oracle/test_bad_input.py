@@ -21,7 +21,7 @@ import pytest
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.bad_input import BAD_INPUT, BadInput, strange_files
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli
-from tests.support.raw_qmp import RawQmp
+from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 from tests.support.traces import no_trace, partial_size
 from tests.support.waiting import wait_until
 
@@ -42,7 +42,7 @@ def stopped() -> Iterator[QemuMachine]:
 @pytest.fixture(scope="module")
 def large() -> Iterator[QemuMachine]:
     """A guest whose firmware runs, with memory enough that a dump takes a while."""
-    with QemuMachine(_QEMU, ["-m", "512"]) as machine:
+    with QemuMachine(_QEMU, ["-m", "2048"]) as machine:
         yield machine
 
 
@@ -304,14 +304,11 @@ def test_a_server_that_closes_at_once(tmp_path: Path):
 
 
 def test_tcp_passes_no_descriptors(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with stopped_machine(_QEMU, ["-qmp", f"tcp:127.0.0.1:{port},server=on,wait=off"]) as machine:
-        by_tcp = run_cli("--qmp", f"127.0.0.1:{port}", tmp_path / "tcp")
-        by_both = run_cli(
-            *("--gdb", machine.gdb_socket, "--qmp", f"127.0.0.1:{port}", tmp_path / "both")
-        )
+    with stopped_machine(_QEMU, ["-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]) as machine:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            address = tcp_address_of_qmp(qmp)
+        by_tcp = run_cli("--qmp", address, tmp_path / "tcp")
+        by_both = run_cli("--gdb", machine.gdb_socket, "--qmp", address, tmp_path / "both")
         run_cli(*way_to("qmp", machine), tmp_path / "unix")
     assert (by_tcp.returncode, by_both.returncode) == (0, 0), by_tcp.stderr + by_both.stderr
     assert (tmp_path / "tcp").read_bytes() == (tmp_path / "unix").read_bytes()
@@ -364,7 +361,7 @@ def test_qemu_is_gone(tmp_path: Path, door: str):
     ("door", "memory"), [("qmp", "pmemsave"), ("gdb", "pmemsave"), ("gdb", "gdbstub")]
 )
 def test_qemu_is_killed_in_the_middle(tmp_path: Path, door: str, memory: str):
-    size = "64" if memory == "gdbstub" else "512"  # MiB: so that a dump takes a while
+    size = "128" if memory == "gdbstub" else "2048"  # MiB: so that a dump takes a while
     with QemuMachine(_QEMU, ["-m", size]) as machine, no_trace(tmp_path):
         words = [*way_to(door, machine), "--memory", memory]
         with open_dump(words, tmp_path / "new") as dump:
@@ -413,15 +410,16 @@ def test_qemu_dumps_by_itself(tmp_path: Path, door: str):
     refuse(result, 3, r"QEMU is writing a dump of its own \(try again when 'info dump' says")
 
 
-def test_two_dumps_at_the_same_time(running: QemuMachine, tmp_path: Path):
-    second = ["--qmp", str(running.qmp_sockets[1])]
-    with open_dump(way_to("qmp", running), "-") as first:
-        assert first.stdout is not None
-        first.stdout.read(1000)
-        assert run_cli(*second, "-z", tmp_path / "second").returncode == 0
-        status, error = finish(first)
-    assert status == 0, error
-    assert guest_status(running) == "running"
+def test_two_dumps_at_the_same_time(tmp_path: Path):
+    with QemuMachine(_QEMU, ["-m", "64"]) as machine:
+        second = ["--qmp", str(machine.qmp_sockets[1])]
+        with open_dump(way_to("qmp", machine), "-") as first:
+            assert first.stdout is not None
+            first.stdout.read(1000)
+            assert run_cli(*second, "-z", tmp_path / "second").returncode == 0
+            status, error = finish(first)
+        assert status == 0, error
+        assert guest_status(machine) == "running"
 
 
 # --- interrupts ---

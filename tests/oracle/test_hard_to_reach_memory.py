@@ -47,13 +47,14 @@ def written_by_others() -> Iterator[QemuMachine]:
             dimm = {"qom-type": "memory-backend-memfd", "id": "hot", "size": 32 * MIB}
             qmp.execute("object-add", **dimm, share=True)
             qmp.execute("device_add", driver="pc-dimm", id="dimm", memdev="hot")
-        for size, offset in ((64 * MIB, 5 * MIB), (32 * MIB, 11 * MIB + 4096)):
-            with (
-                memfd_of(machine, size).open("r+b") as backing,
-                mmap.mmap(backing.fileno(), size) as ours,
-            ):
-                # QEMU has no page table entries for what it has not touched itself.
-                ours[offset : offset + len(planted_content())] = planted_content()
+            # Connected: QEMU closes no descriptor meanwhile.
+            for size, offset in ((64 * MIB, 5 * MIB), (32 * MIB, 11 * MIB + 4096)):
+                with (
+                    memfd_of(machine, size).open("r+b") as backing,
+                    mmap.mmap(backing.fileno(), size) as ours,
+                ):
+                    # QEMU has no page table entries for what it has not touched itself.
+                    ours[offset : offset + len(planted_content())] = planted_content()
         yield machine
 
 

@@ -26,7 +26,7 @@ from tests.support.doors import child_environment, cli_argv, guest_status, run_c
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
-from tests.support.waiting import wait_until
+from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.qemu
 MIB = 1 << 20
@@ -168,9 +168,9 @@ def test_a_dump_that_is_killed_ends_qemus(
         env=child_environment(),
         stderr=subprocess.DEVNULL,
     ) as process:
-        wait_until(lambda: bytes_of_last_dump(linux_guest) > MIB)
+        wait_until(lambda: bytes_of_last_dump(linux_guest) > MIB, "the dump has begun")
         process.send_signal(signal_number)
-        assert process.wait(timeout=30) in {130, -signal.SIGKILL}
+        assert process.wait(timeout=SECONDS) in {130, -signal.SIGKILL}
     with RawQmp(linux_guest.qmp_sockets[1]) as qmp:
         qmp.execute("cont")  # nobody is left to do it after SIGKILL
     assert state_of_dumps(linux_guest) == ("completed", [])

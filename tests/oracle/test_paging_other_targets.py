@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from qemu_dump_ext.elf_core_reader import ElfCoreFile
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.doors import run_gdb
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
@@ -252,11 +252,15 @@ def translated(qmp: RawQmp, gva: int) -> int | None:
 
 def run_code(qmp: RawQmp, unmapped: int) -> None:
     """Let the processor run until the tables are in force."""
-    deadline = time.monotonic() + 10
-    while translated(qmp, unmapped) is not None:
-        assert time.monotonic() < deadline, "the code does not come to its end"
-        qmp.execute("cont")
+
+    def has_ended() -> bool:
         qmp.execute("stop")
+        if translated(qmp, unmapped) is None:
+            return True
+        qmp.execute("cont")
+        return False
+
+    wait_until(has_ended, "the code comes to its end")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -116,8 +116,9 @@ class CrashAgent:
         return records
 
     def lines(self) -> list[dict[str, Any]]:
-        """Return what it logged."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
+        """Return what it logged; a line that is just being written is none yet."""
+        whole, _, _ = self.log.read_text().rpartition("\n")
+        return [json.loads(line) for line in whole.splitlines()]
 
     def wait_logged(self, text: str, seconds: float = _SECONDS) -> None:
         """Wait until it has logged a message with `text`."""

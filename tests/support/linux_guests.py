@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -14,6 +13,7 @@ from qemu_dump_ext.guest_images.manifest import default_cache, load_manifest
 from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 IMAGES = {name: image for name, image in load_manifest().items() if name != "x86_64"}
 # QEMU 7.2 cannot load the kernel; the package has a QEMU that can.
@@ -62,12 +62,14 @@ def gpas_of(qmp: RawQmp, guest: BootedGuest, gva: int) -> set[int]:
 
 
 def _stop_in_kernel(qmp: RawQmp, address: int | None) -> None:
-    qmp.execute("stop")
-    deadline = time.monotonic() + 60
-    while address is not None:
+    def is_in_kernel() -> bool:
+        qmp.execute("stop")
+        if address is None:
+            return True
         line = {"command-line": f"gva2gpa {address:#x}"}
         if qmp.execute("human-monitor-command", **line).startswith("gpa: "):
-            return
-        assert time.monotonic() < deadline, "the guest is never in its kernel"
+            return True
         qmp.execute("cont")
-        qmp.execute("stop")
+        return False
+
+    wait_until(is_in_kernel, "the guest is in its kernel")

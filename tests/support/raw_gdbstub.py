@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
+from tests.support.waiting import SECONDS
+
 
 class RawGdbstub:
     """Connected; closing leaves the guest as it is, stopped."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(20)
+        self._socket.settimeout(SECONDS)
         self._socket.connect(str(path))
         self._input = self._socket.makefile("rb")
 

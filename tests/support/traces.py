@@ -39,7 +39,7 @@ def no_trace(folder: Path) -> Iterator[None]:
     assert _tree(folder) == files
     left = _shared() - shared
     wait_until(lambda: not _abandoned(left), f"{left} was removed")
-    wait_until(lambda: not _processes(mark), f"processes {_processes(mark)} ended", seconds=5)
+    wait_until(lambda: not _processes(mark), f"processes {_processes(mark)} ended")
 
 
 def _tree(folder: Path) -> dict[str, tuple[int, int]]:

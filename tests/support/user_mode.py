@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-import time
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.monitor_text import split_vcpus
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 # Typed into the guest's shell: one for each vCPU, and none makes a system call.
 _SPIN = "(while :; do :; done) &\n"
-_SECONDS = 60
 _X86 = r"\bCPL=3\b"
 _MIPS = r"^CP0 Status +0x[0-9a-f]{6}[13579bdf][01]\b"  # KSU is user; neither EXL nor ERL
 # What `info registers` has of a vCPU in user mode, by name of the image.
@@ -30,19 +29,17 @@ _IN_USER_MODE = {
 
 
 def stop_in_user_mode(guest: BootedGuest) -> None:
-    """Let programs spin in the guest, and stop it where they do.
-
-    Raises:
-        TimeoutError: Some vCPU was never seen in user mode.
-    """
+    """Let programs spin in the guest, and stop it where they do."""
     pattern = re.compile(_IN_USER_MODE[guest.image.name], re.MULTILINE)
     guest.send_console(_SPIN * guest.image.cpus)
     with RawQmp(guest.qmp_sockets[1]) as qmp:
-        deadline = time.monotonic() + _SECONDS
-        while time.monotonic() < deadline:
-            qmp.execute("cont")
+
+        def is_in_user_mode() -> bool:
             qmp.execute("stop")
             text = qmp.execute("human-monitor-command", **{"command-line": "info registers -a"})
             if all(pattern.search(registers) for registers in split_vcpus(text).values()):
-                return
-    raise TimeoutError(f"{guest.image.name} was never in user mode with every vCPU")
+                return True
+            qmp.execute("cont")
+            return False
+
+        wait_until(is_in_user_mode, f"{guest.image.name} is in user mode with every vCPU")
