@@ -45,6 +45,17 @@ def spinning(tmp_path: Path) -> Iterator[QemuMachine]:
 
 
 @pytest.fixture
+def slowly_dumped(tmp_path: Path) -> Iterator[QemuMachine]:
+    """With the settings `SLOWLY` it stands still for seconds: there is a middle of it."""
+    with bare_machine(tmp_path, "spin", "-m", "320") as machine:
+        cont(machine)
+        yield machine
+
+
+SLOWLY = {"memory": "pmemsave"}
+
+
+@pytest.fixture
 def panicking(tmp_path: Path) -> Iterator[QemuMachine]:
     with bare_machine(tmp_path, "panic", "-m", "64") as machine:
         yield machine
@@ -98,34 +109,34 @@ def test_killed_agent_takes_up_again_what_it_had_under_way(tmp_path, spinning, d
             journal.unlink()
 
 
-def test_guest_runs_again_that_was_stopped_when_the_agent_was_killed(tmp_path, spinning):
-    agent = agent_of(tmp_path, spinning)
+def test_guest_runs_again_that_was_stopped_when_the_agent_was_killed(tmp_path, slowly_dumped):
+    agent = agent_of(tmp_path, slowly_dumped, SLOWLY)
     with agent.running():
         agent.wait_connected()
         trigger(agent)
         wait_journal(agent, '"stopped": true')
-        wait_until(lambda: guest_status(spinning) == "paused", "the guest is stopped")
+        wait_until(lambda: guest_status(slowly_dumped) == "paused", "the guest is stopped")
         agent.kill()
-    assert guest_status(spinning) == "paused"
+    assert guest_status(slowly_dumped) == "paused"
     with agent.running():
         agent.wait_logged("we had stopped the guest: it runs again")
         (record,) = agent.wait_records()
-        wait_until(lambda: guest_status(spinning) == "running", "the guest runs")
+        wait_until(lambda: guest_status(slowly_dumped) == "running", "the guest runs")
         assert record.cause.kind == "trigger"
         assert record.dump.complete
 
 
 def test_agent_that_is_asked_to_end_lets_the_guest_run_and_the_next_one_collects(
-    tmp_path, spinning
+    tmp_path, slowly_dumped
 ):
-    agent = agent_of(tmp_path, spinning)
+    agent = agent_of(tmp_path, slowly_dumped, SLOWLY)
     with agent.running():
         agent.wait_connected()
         trigger(agent)
         wait_journal(agent, '"stopped": true')
         agent.signal(signal.SIGTERM)
         assert agent.wait() == 0
-    assert guest_status(spinning) == "running"
+    assert guest_status(slowly_dumped) == "running"
     check_clean(agent)
     with agent.running():
         agent.wait_records()
@@ -153,13 +164,13 @@ def test_crash_that_nobody_watched_is_collected_once(tmp_path, panicking):
         agent.wait_records(1)  # the run state is the same: it cannot know
 
 
-def test_qemu_killed_in_the_middle_leaves_what_was_known(tmp_path, spinning):
-    agent = agent_of(tmp_path, spinning)
+def test_qemu_killed_in_the_middle_leaves_what_was_known(tmp_path, slowly_dumped):
+    agent = agent_of(tmp_path, slowly_dumped, SLOWLY)
     with agent.running():
         agent.wait_connected()
         trigger(agent)
         wait_journal(agent, '"stopped": true')
-        spinning._running().kill()
+        slowly_dumped._running().kill()
         record = wait_until(agent.records, "a crash")[0]
         assert record.cause.kind == "trigger"
         assert record.dump.file is None
@@ -168,14 +179,14 @@ def test_qemu_killed_in_the_middle_leaves_what_was_known(tmp_path, spinning):
         check_clean(agent)
 
 
-def test_qemu_gone_while_no_agent_ran_leaves_what_was_known(tmp_path, spinning):
-    agent = agent_of(tmp_path, spinning)
+def test_qemu_gone_while_no_agent_ran_leaves_what_was_known(tmp_path, slowly_dumped):
+    agent = agent_of(tmp_path, slowly_dumped, SLOWLY)
     with agent.running():
         agent.wait_connected()
         trigger(agent)
         wait_journal(agent, '"stopped": true')
         agent.kill()
-    spinning._running().kill()
+    slowly_dumped._running().kill()
     with agent.running():
         (record,) = agent.wait_records()
         assert record.cause.kind == "trigger"
@@ -183,7 +194,7 @@ def test_qemu_gone_while_no_agent_ran_leaves_what_was_known(tmp_path, spinning):
 
 
 def test_qemu_that_does_not_answer_is_recorded_and_its_guest_runs_again(tmp_path, spinning):
-    agent = agent_of(tmp_path, spinning, answer_timeout="1s")
+    agent = agent_of(tmp_path, spinning, answer_timeout="3s")
     with agent.running():
         agent.wait_connected()
         spinning._running().send_signal(signal.SIGSTOP)
@@ -199,18 +210,20 @@ def test_qemu_that_does_not_answer_is_recorded_and_its_guest_runs_again(tmp_path
         assert agent.records()[1].dump.complete
 
 
-def test_qemu_that_stops_answering_with_its_guest_stopped_lets_it_run_later(tmp_path, spinning):
-    agent = agent_of(tmp_path, spinning, answer_timeout="1s")
+def test_qemu_that_stops_answering_with_its_guest_stopped_lets_it_run_later(
+    tmp_path, slowly_dumped
+):
+    agent = agent_of(tmp_path, slowly_dumped, SLOWLY, answer_timeout="3s")
     with agent.running():
         agent.wait_connected()
         trigger(agent)
         wait_journal(agent, '"stopped": true')
-        spinning._running().send_signal(signal.SIGSTOP)
+        slowly_dumped._running().send_signal(signal.SIGSTOP)
         try:
             agent.wait_records()
         finally:
-            spinning._running().send_signal(signal.SIGCONT)
-        wait_until(lambda: guest_status(spinning) == "running", "the guest runs")
+            slowly_dumped._running().send_signal(signal.SIGCONT)
+        wait_until(lambda: guest_status(slowly_dumped) == "running", "the guest runs")
 
 
 def test_disk_without_room_keeps_the_rest(tmp_path, panicking):
