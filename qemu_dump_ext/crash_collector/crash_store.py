@@ -23,7 +23,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC
+from datetime import UTC, datetime
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.crash_record import (
@@ -204,6 +204,18 @@ class CrashStore:
         except OSError as error:
             raise RequestError(f"there is no crash {crash_id} in {self.path}") from error
 
+    def find(self, guest: str, time: str) -> CrashRecord | None:
+        """Return what is stored of a guest's crash at a moment, as records have it; None: nothing.
+
+        What cannot be read is not there.
+        """
+        for directory in sorted((self.path / guest).glob(f"{_stamp(time)}-*")):
+            with contextlib.suppress(CorruptRecordError, OSError):
+                record = self._read(directory)
+                if record.time == time:
+                    return record
+        return None
+
     def update(self, record: CrashRecord) -> None:
         """Replace the record of a crash, and the list of checksums with it; hold the lock.
 
@@ -274,7 +286,7 @@ class CrashStore:
         return record
 
     def _free_id(self, record: CrashRecord) -> str:
-        stamp = record.moment.astimezone(UTC).strftime(_TIME_FORMAT)
+        stamp = _stamp(record.time)
         name = f"{record.guest}/{stamp}-{record.signature.id}"
         number = 1
         while (self.path / name).exists():  # the clock was set back
@@ -304,6 +316,10 @@ class CrashStore:
             del counts[min(counts, key=lambda name: counts[name].last_seen)]
         content = {name: asdict(count) for name, count in counts.items()}
         replace_file(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
+
+
+def _stamp(time: str) -> str:
+    return datetime.fromisoformat(time).astimezone(UTC).strftime(_TIME_FORMAT)
 
 
 def _counted(known: SignatureCount | None, record: CrashRecord) -> SignatureCount:

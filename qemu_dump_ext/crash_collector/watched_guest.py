@@ -258,9 +258,14 @@ class WatchedGuest:
         gone: str | None = None,
     ) -> None:
         self._intake.begin(cause)
-        time = time or utc_text(self._services.now())
         self._collection = asyncio.create_task(
-            self._collect(time, waits=waits, settle=settle, gone=gone)
+            self._collect(
+                time or utc_text(self._services.now()),
+                again=time is not None,
+                waits=waits,
+                settle=settle,
+                gone=gone,
+            )
         )
         self._tasks.add(self._collection)
         self._collection.add_done_callback(self._collection_ended)
@@ -285,7 +290,7 @@ class WatchedGuest:
             _logger.error("not collected", exc_info=error, extra=self._extra())
 
     async def _collect(
-        self, time: str, *, waits: bool, settle: bool, gone: str | None
+        self, time: str, *, again: bool, waits: bool, settle: bool, gone: str | None
     ) -> CrashRecord:
         contact = self.session.contact if gone is None else None
         instance = contact.instance if contact else self.guest.address
@@ -298,7 +303,9 @@ class WatchedGuest:
             await _at_most(_SETTLE_SECONDS, self._intake.superseded)
         if self._console is not None and gone is None:
             self._console.skip()  # it tells of this crash; what comes later, of another
-        record = await self._store_crash(time, gone)
+        record = self._services.store.find(self.guest.name, time) if again else None
+        if record is None:  # or else an agent stored it that could not write that down any more
+            record = await self._store_crash(time, gone)
         self._intake.crash_stored()
         await self._note(cause=None, stored=record.id)
         _logger.info(

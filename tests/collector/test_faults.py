@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,23 @@ def test_killed_agent_takes_up_again_what_it_had_under_way(tmp_path, spinning, d
             journal = agent.store.path / ".journal"
             wait_until(lambda: not replay(journal.read_bytes().splitlines()), "nothing owed")  # noqa: B023
             journal.unlink()
+
+
+def test_crash_that_was_just_stored_when_the_agent_was_killed_is_stored_once(tmp_path, spinning):
+    agent = agent_of(tmp_path, spinning)
+    with agent.running():
+        agent.wait_connected()
+        done = run_collector("trigger", "box", "--config", agent.config)
+        assert done.returncode == 0, done.stderr
+        agent.kill()
+    journal = agent.store.path / ".journal"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    before = list(takewhile(lambda line: b'"stored": null' in line, lines))
+    journal.write_bytes(b"".join(before))
+    assert replay(journal.read_bytes().splitlines())["box"].cause is not None
+    with agent.running():
+        wait_until(lambda: not replay(journal.read_bytes().splitlines()), "nothing owed")
+        agent.wait_records(1)
 
 
 def test_guest_runs_again_that_was_stopped_when_the_agent_was_killed(tmp_path, slowly_dumped):
