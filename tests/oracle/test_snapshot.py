@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext import memory_snapshot
+from qemu_dump_ext import dump_engine, memory_snapshot
+from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine
@@ -68,6 +69,20 @@ def test_a_guest_that_stood_still_for_too_long_runs_again(
     assert "stood still for 0.001 s, the limit of --max-pause" in done.stderr
     assert not list(tmp_path.iterdir())
     assert guest_status(linux_guest) == "running"
+
+
+@pytest.mark.qemu
+def test_the_search_for_the_kernels_note_does_not_outlast_the_limit(
+    bare_machine: QemuMachine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.setattr(dump_engine, "make_plan", None)  # what comes behind the search
+    socket = str(bare_machine.qmp_sockets[0])
+    assert dump_guest_memory(["--qmp", socket, "--max-pause", "0.001", str(tmp_path / "x")]) == 2
+    assert "stood still for 0.001 s, the limit of --max-pause" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.qemu
