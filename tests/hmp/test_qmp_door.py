@@ -378,6 +378,27 @@ def test_way_of_virtme_ng(tmp_path: Path):
             process.wait()
 
 
+def test_target_that_we_do_not_know_is_left_to_qemu(tmp_path: Path):
+    program = shutil.which("qemu-system-tricore")
+    if program is None:
+        pytest.skip("qemu-system-tricore is not installed")
+    refused = {
+        "class": "GenericError",
+        "desc": "this feature or command is not currently supported",
+    }
+    with (
+        stopped_machine([program], ["-M", "tricore_testboard"]) as machine,
+        Proxy(tmp_path, "--qmp", machine.qmp_sockets[0], qmp=True) as proxy,
+        _client(proxy) as client,
+        (tmp_path / "by descriptor").open("wb") as file,
+    ):
+        by_name = client.execute(DUMP, paging=False, protocol=f"file:{tmp_path / 'by name'}")
+        client.execute("getfd", [file.fileno()], fdname="target")
+        by_descriptor = client.execute(DUMP, paging=False, protocol="fd:target")
+        assert by_name[-1]["error"] == by_descriptor[-1]["error"] == refused
+        assert partial_files(tmp_path) == []
+
+
 def test_clients_lose_their_connection_when_qemu_ends(tmp_path: Path):
     with (
         stopped_machine(["qemu-system-x86_64"]) as machine,
