@@ -38,9 +38,12 @@ def memfd_of(machine: QemuMachine, size: int) -> Path:
     return found[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def written_by_others() -> Iterator[QemuMachine]:
-    """RAM and a hotplugged DIMM in memfds that another process writes to, as for vhost-user."""
+    """RAM and a hotplugged DIMM in memfds that another process writes to, as for vhost-user.
+
+    Anew for each test: of what was dumped once, QEMU has page table entries.
+    """
     backend = ["-object", "memory-backend-memfd,id=ram,size=64M,share=on"]
     with stopped_machine([QEMU], [*SHARED_RAM, *backend]) as machine:
         with RawQmp(machine.qmp_sockets[1]) as qmp:
@@ -53,7 +56,6 @@ def written_by_others() -> Iterator[QemuMachine]:
                     memfd_of(machine, size).open("r+b") as backing,
                     mmap.mmap(backing.fileno(), size) as ours,
                 ):
-                    # QEMU has no page table entries for what it has not touched itself.
                     ours[offset : offset + len(planted_content())] = planted_content()
         yield machine
 
