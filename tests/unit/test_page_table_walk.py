@@ -354,3 +354,69 @@ def test_pages_of_riscv64():
         for base in (0xC0000000, 0xFFFFFFC000000000)
         for offset, gpa, size in ((0x800000, 0x400000, 0x200000), (0xA00000, 0x777000, 0x1000))
     ]
+
+
+@pytest.mark.parametrize(("page_shift", "page_at"), [(16, 7 << 16), (12, 7 << 12)])
+def test_pages_of_power_radix(page_shift: int, page_at: int):
+    """Numbers of the Power ISA, "Radix Tree Translation"; the root has 8192 entries."""
+    memory = FlatMemory(8 * MIB)
+    valid, leaf, software = 1 << 63, 1 << 62, 0xF << 57
+
+    def put(gpa: int, entries: dict[int, int]) -> None:
+        for index, entry in entries.items():
+            memory.put(gpa + 8 * index, struct.pack(">Q", entry))
+
+    # A leaf in the root is of a hash table's kernel: not followed.
+    put(0x10000, {16: valid | 0x20000 | 9, 4096: valid | 0x20000 | 9, 17: valid | leaf | 0x20000})
+    put(0x20000, {3: valid | 0x21000 | 9, 4: 0x21000 | 9})
+    put(0x21000, {5: valid | 0x22000 | 5, 6: valid | leaf | software | 0x40018E})
+    put(0x22000, {7: valid | leaf | software | 0x12018E, 8: valid | 0x13018E, 9: leaf | 0x14018E})
+    root = PageTableRoot(radix_tables(page_shift), 0x10000)
+    found = collect_mappings(
+        [root], TableReader(memory, memory.blocks), [(0, 8 * MIB)], native=False
+    )
+    assert found == [
+        Segment(base + (3 << 30) + offset, gpa, size)
+        for base in (0xC000080000000000, 0xC008000000000000)
+        for offset, gpa, size in (
+            ((5 << 21) + page_at, 0x120000, 1 << page_shift),
+            (6 << 21, 0x400000, 2 * MIB),
+        )
+    ]
+
+
+def test_pages_of_loongarch64():
+    """Three levels of 11 bits above pages of 16 KiB, as Linux has them; by its registers."""
+    memory = FlatMemory(72 * MIB)
+    memory.put_entries(0x10000, {0: 0x14000, 2047: 0x14000})
+    # Of a huge page, bit 12 is a flag.
+    memory.put_entries(0x14000, {5: 0x18000, 6: 0x2000000 | 1 << 62 | 0x11D3})
+    memory.put_entries(0x18000, {7: 1 << 62 | 0x1201D3, 8: 0x1241D2, 9: 0x1250C1})
+    registers = dict.fromkeys(("pgdl", "dmw1", "dmw2", "dmw3"), 0) | {
+        "crmd": 0xB0,
+        "pwcl": 0x5E56E,
+        "pwch": 0x2E4,
+        "pgdh": 0x10000,
+        "dmw0": 0x9000000000000011,
+    }
+    roots = loongarch64.ARCHITECTURE.page_table_roots
+    assert roots is not None
+    assert roots(registers | {"crmd": 0xA8}, False) == ()
+    found = collect_mappings(
+        roots(registers, False),
+        TableReader(memory, memory.blocks),
+        [(0, 72 * MIB)],
+        native=False,
+    )
+    assert found == [
+        Segment(0x9000000000000000, 0, 1 << 48),
+        *(
+            Segment(base + offset, gpa, size)
+            for base in (0xFFFF800000000000, 0xFFFFFFF000000000)
+            for offset, gpa, size in (
+                ((5 << 25) + (7 << 14), 0x120000, 0x4000),
+                ((5 << 25) + (9 << 14), 0x124000, 0x4000),
+                (6 << 25, 0x2000000, 32 * MIB),
+            )
+        ),
+    ]
