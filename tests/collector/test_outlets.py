@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from qemu_dump_ext.crash_collector.crash_record import parse_record
+from tests.collector.test_faults import trigger
 from tests.collector.test_metrics import scrape
 from tests.support.bare_crashes import bare_machine
 from tests.support.crash_agent import CrashAgent, run_collector
@@ -73,14 +74,19 @@ def test_crash_is_uploaded_reported_and_counted(tmp_path, port):
 
 
 def test_metrics_of_a_stored_crash(tmp_path, port):
-    with bare_machine(tmp_path, "halt") as machine:
+    with bare_machine(tmp_path, "halt", "-m", "320") as machine:
         guest = {"socket": str(machine.qmp_sockets[0]), "name": "box", "dumps_per_signature": 1}
-        agent = CrashAgent(tmp_path, guests=[guest], metrics_port=port)
+        guest["memory"] = "pmemsave"  # slow enough to be seen at it
+        nobody = {"socket": str(tmp_path / "nobody"), "name": "nobody"}
+        agent = CrashAgent(tmp_path, guests=[guest, nobody], metrics_port=port)
         with agent.running():
             agent.wait_connected()
-            for _ in range(2):
-                assert run_collector("trigger", "box", "--config", agent.config).returncode == 0
+            trigger(agent)
+            wait_until(lambda: scrape(port)["collections_under_way",] == 1, "it is collected")
+            wait_until(lambda: scrape(port)["collections_under_way",] == 0, "it is over")
+            assert run_collector("trigger", "box", "--config", agent.config).returncode == 0
             counted = scrape(port)
+    assert (counted["guests_watched",], counted["guests_connected",]) == (2, 1)
     assert counted["crashes_total", "trigger", "box"] == 2
     assert counted["dumps_kept_total",] == 1
     assert counted["dumps_skipped_total", "dumps_per_signature"] == 1
