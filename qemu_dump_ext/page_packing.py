@@ -59,13 +59,14 @@ def pack_pages(view: memoryview, page_size: int, compress: Compress | None) -> a
     """
     zeros = bytes(page_size)
     content = view.tobytes()
+    pages = memoryview(content)  # of which a slice is no copy
     sizes = array(PAGE_SIZES)
     end = 0
     for start in range(0, len(content), page_size):
         if content.startswith(zeros, start):
             sizes.append(0)
             continue
-        page = content[start : start + page_size]
+        page = pages[start : start + page_size]
         packed = page if compress is None else compress(page)
         size = len(packed)
         if size >= page_size:
