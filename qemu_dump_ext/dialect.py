@@ -58,6 +58,9 @@ class Dialect:
             a page that several blocks share, so that all later ones are off.
         names_wrong_parameters: Messages say what a parameter should be, not only that it is
             invalid.
+        memory_alignment: In an ELF core, the first byte of guest memory stands at a multiple of
+            this many bytes; where that is a page, readers can map it, and it need not go through
+            the page cache. QEMU puts it right behind the notes.
         extended_from: Number of program headers from which section header 0 holds the number.
         native_mappings: A paged dump has QEMU's list of mappings, with what is wrong in it.
     """
@@ -78,6 +81,7 @@ class Dialect:
     fixed_page_size: bool
     whole_pages_only: bool
     names_wrong_parameters: bool
+    memory_alignment: int
     extended_from: int
     native_mappings: bool
 
@@ -99,6 +103,7 @@ MENDED = Dialect(
     fixed_page_size=False,
     whole_pages_only=False,
     names_wrong_parameters=True,
+    memory_alignment=4096,
     extended_from=PN_XNUM,
     native_mappings=False,
 )
@@ -121,6 +126,7 @@ _QEMU_0 = Dialect(
     fixed_page_size=True,
     whole_pages_only=True,
     names_wrong_parameters=False,
+    memory_alignment=1,
     extended_from=PN_XNUM - 1,
     native_mappings=True,
 )

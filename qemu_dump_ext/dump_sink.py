@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Self
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.file_writer import FileWriter
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.writeback import Writeback
 
 _FILE_MODE = 0o600
 _COMMAND_ENDS_SECONDS = 2.0
@@ -59,9 +59,9 @@ class Sink:
         try:
             while view:
                 view = view[os.write(self._descriptor, view) :]
-            self._count(len(data))
         except OSError as error:
             raise self._write_error(error) from error
+        self._count(len(data))
 
     def write_at(self, offset: int, data: bytes | memoryview) -> None:
         """Write `data` at `offset`, in bytes from the start of the dump; from any thread.
@@ -69,15 +69,17 @@ class Sink:
         Raises:
             DumpWriteError: With the operating system's reason.
         """
-        view = memoryview(data)
         try:
-            while view:
-                written = os.pwrite(self._descriptor, view, offset)
-                view = view[written:]
-                offset += written
-            self._count(len(data))
+            self._place(offset, memoryview(data))
         except OSError as error:
             raise self._write_error(error) from error
+        self._count(len(data))
+
+    def _place(self, offset: int, view: memoryview) -> None:
+        while view:
+            written = os.pwrite(self._descriptor, view, offset)
+            view = view[written:]
+            offset += written
 
     @property
     def directory(self) -> Path:
@@ -130,10 +132,6 @@ class Sink:
     def _count(self, size: int) -> None:
         with self._counting:
             self.bytes_written += size
-            self._advance(size)
-
-    def _advance(self, size: int) -> None:
-        """Hear how many bytes were written; one thread at a time."""
 
     def commit(self) -> None:
         """Make the dump final."""
@@ -173,14 +171,17 @@ class Sink:
 
 
 class FileSink(Sink):
-    """A new file: written aside, mode 0600, and renamed when it is complete."""
+    """A new file: written aside, mode 0600, and renamed when it is complete.
+
+    What is written in order is collected first: in blocks that can go past the page cache.
+    """
 
     def __init__(self, path: Path, *, force: bool) -> None:
         super().__init__(str(path))
         self._path = path
         self._force = force
         self._partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
-        self._writeback: Writeback | None = None
+        self._writer: FileWriter | None = None
         mode = _mode_of(path)
         if mode is not None and stat.S_ISDIR(mode):
             raise RequestError(f"{path} is a directory", hint="name a file in it")
@@ -188,9 +189,22 @@ class FileSink(Sink):
             raise DumpWriteError(f"cannot create {path}: there is no directory {path.parent}")
         self._refuse_existing()
 
-    def _advance(self, size: int) -> None:
-        if self._writeback is not None:
-            self._writeback.advance(size)
+    def write(self, data: bytes | memoryview) -> None:
+        """Append `data`; the last of it is handed on by `commit`."""
+        if self._writer is None:
+            super().write(data)
+            return
+        try:
+            self._writer.append(memoryview(data))
+        except OSError as error:
+            raise self._write_error(error) from error
+        self._count(len(data))
+
+    def _place(self, offset: int, view: memoryview) -> None:
+        if self._writer is None:
+            super()._place(offset, view)
+        else:
+            self._writer.write_at(offset, view)
 
     @property
     def directory(self) -> Path:
@@ -208,14 +222,14 @@ class FileSink(Sink):
                 self._descriptor = os.open(self._partial, flags, _FILE_MODE)
         except OSError as error:
             raise DumpWriteError(f"cannot create {self._path}: {_reason(error)}") from error
-        self._writeback = Writeback(self._descriptor)
+        self._writer = FileWriter(self._descriptor)
         return self._descriptor
 
     def commit(self) -> None:
         """Give the file its name."""
         try:
-            self._end_writeback()
-            os.fsync(self._descriptor)
+            if self._writer is not None:
+                self._writer.finish()
             # Whole or not at all, and an interrupt knows which.
             with uninterrupted():
                 if self._force:
@@ -241,16 +255,13 @@ class FileSink(Sink):
     def abort(self) -> None:
         """Remove the partial file."""
         with contextlib.suppress(OSError):
-            self._end_writeback()
-        with contextlib.suppress(OSError):
             self._partial.unlink()
         self._close()
 
-    def _end_writeback(self) -> None:
-        if self._writeback is not None:
-            self._writeback.close()
-
     def _close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

@@ -7,6 +7,7 @@ number of buffers, whatever the guest's size, and the result does not depend on 
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -185,7 +186,7 @@ def read_through(
     workers = threads or worker_count()
     free = list(buffers)
     if not free:
-        free = [Buffer(memoryview(bytearray(PIECE_SIZE))) for _ in range(buffer_count(workers))]
+        free = [Buffer(memoryview(mmap.mmap(-1, PIECE_SIZE))) for _ in range(buffer_count(workers))]
     most_pending = 4 * len(free)
     pending: deque[tuple[Future[ResultT], Buffer | None, int]] = deque()
 

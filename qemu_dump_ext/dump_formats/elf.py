@@ -90,7 +90,8 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
         phoff = ehdr.size
         notes_offset = phoff + phdr_count * phdr.size + sections_size
         shoff = notes_offset - sections_size if section_count else 0
-    memory_offset = notes_offset + len(plan.notes)
+    notes_end = notes_offset + len(plan.notes)
+    memory_offset = notes_end + -notes_end % plan.dialect.memory_alignment
     memory_end = memory_offset + plan.memory_size
 
     head = bytearray(
@@ -144,7 +145,8 @@ def lay_out(plan: DumpPlan) -> ElfLayout:
     if section_count and not plan.dialect.sections_first:
         head += first_section
     tail = _STRING_TABLE if plan.dialect.sections_first else b""
-    return ElfLayout(bytes(head) + plan.notes, tail, memory_end + len(tail))
+    gap = bytes(memory_offset - notes_end)
+    return ElfLayout(bytes(head) + plan.notes + gap, tail, memory_end + len(tail))
 
 
 def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, int]]:

@@ -13,6 +13,7 @@ ELF = {
     "e_shnum": _PROGRAM_HEADERS_FIRST,
     "e_shentsize": _PROGRAM_HEADERS_FIRST,
     "e_shstrndx": _PROGRAM_HEADERS_FIRST,
+    "gap": "guest memory begins at a page of the file, so that it can be mapped",
     "tail": "the string table of those section headers",
     "e_ehsize": "QEMU writes the size of a pointer instead of the size of the ELF header",
 }

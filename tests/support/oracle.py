@@ -79,7 +79,8 @@ def elf_facts(path: Path) -> dict[str, Any]:
 
     Returns:
         ELF header fields by name; `loads`: p_vaddr, p_paddr, p_filesz, p_memsz of each PT_LOAD;
-        `notes`: the notes area; `memory`: the content of each PT_LOAD; `tail`: what is behind.
+        `notes`: the notes area; `gap`: bytes between it and the first PT_LOAD; `memory`: the
+        content of each PT_LOAD; `tail`: what is behind.
     """
     data = path.read_bytes()
     facts: dict[str, Any] = dict(
@@ -91,12 +92,13 @@ def elf_facts(path: Path) -> dict[str, Any]:
             "<IIQQQQQQ", data, facts["e_phoff"] + 56 * index
         )
         content = data[offset : offset + filesz]
-        end = max(end, offset + filesz)
         if kind == 4:
             facts["notes"] = content
         else:
+            facts.setdefault("gap", offset - end)
             loads.append((vaddr, paddr, filesz, memsz))
             memory.append(content)
+        end = max(end, offset + filesz)
     return facts | {"loads": loads, "memory": memory, "tail": data[end:]}
 
 

@@ -1,0 +1,79 @@
+"""Write a file as fast as its disk takes it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+
+from qemu_dump_ext.direct_io import DirectWriter
+from qemu_dump_ext.writeback import Writeback
+
+_AREA_SIZE = 4 << 20
+
+
+class FileWriter:
+    """Writes to an empty regular file, past the page cache where that is faster."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._direct = DirectWriter(descriptor)
+        self._writeback = Writeback(descriptor)
+        self._lock = threading.Lock()
+        self._area = memoryview(mmap.mmap(-1, _AREA_SIZE))
+        self._filled = 0
+        self._area_offset = 0
+
+    def write_at(self, offset: int, view: memoryview) -> None:
+        """Write at `offset`, in bytes from the start of the file; from any thread.
+
+        Raises:
+            OSError: It cannot be written, or what was written earlier.
+        """
+        while view:
+            written = self._direct.write(offset, view)
+            if not written:
+                written = os.pwrite(self._descriptor, view, offset)
+                with self._lock:
+                    self._writeback.advance(written)
+            view = view[written:]
+            offset += written
+
+    def append(self, view: memoryview) -> None:
+        """Write behind what was appended before; collected to large blocks.
+
+        Raises:
+            OSError: It cannot be written, or what was written earlier.
+        """
+        while view:
+            some = view[: _AREA_SIZE - self._filled]
+            end = self._filled + len(some)
+            self._area[self._filled : end] = some
+            self._filled = end
+            view = view[len(some) :]
+            if end == _AREA_SIZE:
+                self._write_area()
+
+    def _write_area(self) -> None:
+        self.write_at(self._area_offset, self._area[: self._filled])
+        self._area_offset += self._filled
+        self._filled = 0
+
+    def finish(self) -> None:
+        """Write what was collected, and wait until all is on the disk.
+
+        Raises:
+            OSError: Some of it could not be written.
+        """
+        self._write_area()
+        self._writeback.close()
+        os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Use the descriptor no more; harmless when repeated.
+
+        Raises:
+            OSError: What was written earlier could not be.
+        """
+        self._direct.close()
+        self._writeback.close()
