@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+from qemu_dump_ext.file_writer import FileWriter
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
@@ -264,33 +265,64 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def codecs_alone(machine: QemuMachine, directory: Path) -> dict[str, float]:
-    """Return the seconds that each codec takes for all memory, with nothing to read or write."""
-    path = directory / "memory"
+def limits(machine: QemuMachine, directory: Path) -> dict[str, float]:
+    """Return the seconds that the parts of a dump take where nothing else is done.
+
+    Returns:
+        Of a dump of one page; of the disk, for all memory with content; of each codec, for it.
+    """
+    path = directory / "part"
+    seconds = {
+        "a dump of one page": by_cli("--no-vmcoreinfo", "--range", "0", "4096")(
+            machine, path
+        ).seconds
+    }
+    path.unlink()
     by_cli("--no-vmcoreinfo")(machine, path)
-    choices = [Compression(name) for name in all_page_codecs()]
-    choices += [Compression("zlib", level=0), Compression("zlib", exact=True)]
-    seconds = {}
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         first = len(content) % 4096  # headers stand before whole pages
         starts = range(first, len(content) - PIECE_SIZE + 1, PIECE_SIZE)
         pieces = [content[start : start + PIECE_SIZE] for start in starts]
-        pieces = [piece for piece in pieces if piece.strip(b"\0")]
-        for choice in choices:
-            with PackingProcesses(4096, choice, worker_count()) as packer:
-                for buffer in packer.buffers:
-                    packer.pack(buffer)  # has come up
-                free = queue.SimpleQueue[Buffer]()
-                for buffer in packer.buffers:
-                    free.put(buffer)
-                pack = partial(_pack_piece, packer, free)
-                started = time.perf_counter()
-                with ThreadPoolExecutor(worker_count()) as pool:
-                    list(pool.map(pack, pieces))
-                words = [choice.codec, choice.level, "exact" if choice.exact else None]
-                name = " ".join(str(word) for word in words if word is not None)
-                seconds[name] = time.perf_counter() - started
     path.unlink()
+    pieces = [piece for piece in pieces if piece.strip(b"\0")]
+    name = f"writing {len(pieces) * PIECE_SIZE // MIB} MiB to the disk"
+    seconds[name] = _disk_alone(path, pieces)
+    return seconds | _codecs_alone(pieces)
+
+
+def _disk_alone(path: Path, pieces: Sequence[bytes]) -> float:
+    area = memoryview(mmap.mmap(-1, PIECE_SIZE))
+    started = time.perf_counter()
+    with path.open("wb") as file:
+        writer = FileWriter(file.fileno())
+        for number, piece in enumerate(pieces):
+            area[:] = piece
+            writer.write_at(number * PIECE_SIZE, area)
+        writer.finish()
+        writer.close()
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return seconds
+
+
+def _codecs_alone(pieces: Sequence[bytes]) -> dict[str, float]:
+    choices = [Compression(name) for name in all_page_codecs()]
+    choices += [Compression("zlib", level=0), Compression("zlib", exact=True)]
+    seconds = {}
+    for choice in choices:
+        with PackingProcesses(4096, choice, worker_count()) as packer:
+            for buffer in packer.buffers:
+                packer.pack(buffer)  # has come up
+            free = queue.SimpleQueue[Buffer]()
+            for buffer in packer.buffers:
+                free.put(buffer)
+            pack = partial(_pack_piece, packer, free)
+            started = time.perf_counter()
+            with ThreadPoolExecutor(worker_count()) as pool:
+                list(pool.map(pack, pieces))
+            words = [choice.codec, choice.level, "exact" if choice.exact else None]
+            name = " ".join(str(word) for word in words if word is not None)
+            seconds[f"{name} on all CPUs"] = time.perf_counter() - started
     return seconds
 
 
@@ -346,7 +378,7 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", help="cases whose name contains this")
-    parser.add_argument("--codecs", action="store_true", help="measure the codecs alone as well")
+    parser.add_argument("--limits", action="store_true", help="measure the parts alone as well")
     parser.add_argument("--directory", type=Path, help="where the dumps are written")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
@@ -364,13 +396,13 @@ def main() -> None:
             if any(word in case.name for word in arguments.only or ("",)):
                 print(case.name, file=sys.stderr)
                 rows.append(measure(case, guest, arguments.rounds, Path(directory)))
-        limits = codecs_alone(guest, Path(directory)) if arguments.codecs else {}
+        alone = limits(guest, Path(directory)) if arguments.limits else {}
     if arguments.json:
-        print(json.dumps({"dumps": [asdict(row) for row in rows], "codecs_alone": limits}))
+        print(json.dumps({"dumps": [asdict(row) for row in rows], "alone": alone}))
     else:
         print("\n".join(table(rows)))
-        for codec, seconds in limits.items():
-            print(f"{codec} alone, on all CPUs: {seconds:.2f} s")
+        for part, seconds in alone.items():
+            print(f"{part} alone: {seconds:.2f} s")
 
 
 if __name__ == "__main__":
