@@ -22,7 +22,7 @@ _IN_GDB = ("gdb", "gdb-with-qmp")
 _BY_GDB = "cli-by-gdb"
 _BY_QMP = "cli-by-qmp"
 DOORS = (*_IN_GDB, _BY_GDB, _BY_QMP)
-_SECONDS = 120
+_SECONDS = 400
 _RUN_OFTEN = """
 import contextlib, io, json, sys
 from qemu_dump_ext.entry import qemu_dump_guest_memory
