@@ -418,7 +418,7 @@ def test_the_kdump_has_the_notes_and_the_memory_of_the_elf_core(taken: Taken):
             assert notes[way.has_stub] in image[: 1 << 20], str(way)
             pages = dict(read_kdump(image, target.order, target.word))
             size = len(next(iter(pages.values())))
-            expected = set()
+            expected: set[int] = set()
             for gpa, content in taken.memory.items():
                 places = range(gpa - gpa % size, gpa + len(content), size)
                 stored = b"".join(pages[place] for place in places)
