@@ -25,7 +25,6 @@ _LEAVES = frozenset(("irq", "memory-region", "qemu:memory-region", "clock", "or-
 # Where boards keep their CPUs; everything else is looked through later.
 _LIKELY = re.compile(r"unattached|soc|cpu|core|thread|hart|cluster|chip|mpu")
 _MAX_OBJECTS = 2000
-_VCPUS_AT_ONCE = 4
 # Kernels lie somewhere in the first megabytes.
 _WHERE_TO_LOOK = (0, *(1 << bit for bit in range(12, 25)))
 _WORDS = 32
@@ -120,11 +119,13 @@ def _memory(monitor: Monitor, command: str) -> list[int]:
 def read_register_texts(monitor: Monitor) -> Mapping[int, str]:
     """Return `info registers` of each vCPU by cpu_index.
 
+    One by one: RISC-V has 280 lines for each since QEMU 11, and long answers block the gdbstub.
+
     Raises:
         MonitorAnswerError: The monitor shows none.
     """
     indexes = parse_vcpu_list(monitor.execute("info cpus"))
-    if len(indexes) > _VCPUS_AT_ONCE:
+    if len(indexes) > 1:
         texts: dict[int, str] = {}
         for index in indexes:
             texts |= split_vcpus(monitor.execute(f"info registers {index}"))

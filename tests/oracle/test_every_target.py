@@ -180,6 +180,8 @@ _PACKAGES = {
 _PID = "0x1 word 32"  # right since 9.1
 _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
     "arm926": {"arguments": ("-M", "versatilepb", "-audio", "none")},
+    # Their registers are more lines than the gdbstub could answer at once.
+    "riscv32": {"arguments": (*_VIRT, "-bios", "none", "-smp", "4")},
     "power10-little-endian": {
         # Readers of little-endian cores find VSCR in the first word of its 16 bytes.
         "mended": _PPC64 - {_PID} | {"0x100 word 512", "0x100 word 524"},
