@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from qemu_dump_ext.architectures._declaration import NoteLayout
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.elf_structs import NT_PRSTATUS
+from qemu_dump_ext.elf_structs import NT_PRFPREG, NT_PRSTATUS
 
 _WORD_SIZES = {"u32": 4, "u64": 8}
 _PID = Field("pr_pid", "u32")
@@ -72,6 +72,12 @@ def prstatus(
         max_align=max_align or _WORD_SIZES[word],
         constants=constants or {},
     )
+
+
+def fpregset(word: str, names: str) -> NoteLayout:
+    """Declare NT_PRFPREG of registers that all are of one kind."""
+    layout = StructLayout("elf_fpregset_t", fields_of(word, names))
+    return NoteLayout("CORE", NT_PRFPREG, layout, max_align=_WORD_SIZES[word])
 
 
 def wide_fields(names: str, size: int, kind: str = "wide") -> tuple[Field, ...]:

@@ -12,15 +12,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout, Register
-from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._declaration import Architecture, Core, Register
+from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import (
     g_packet,
     make_architecture,
     recognize_by_byte_order,
 )
-from qemu_dump_ext.c_struct import ByteOrder, StructLayout, fields_of
-from qemu_dump_ext.elf_structs import EM_SH, NT_PRFPREG
+from qemu_dump_ext.c_struct import ByteOrder, fields_of
+from qemu_dump_ext.elf_structs import EM_SH
 
 _GPRS = numbered("r", 16)
 _CONTROL = "pc pr sr gbr mach macl"
@@ -64,15 +64,7 @@ def make_sh4(name: str, byte_order: ByteOrder) -> Architecture:
                     fields_of("u32", f"{_GPRS} {_CONTROL} tra"),
                     constants={"pr_fpvalid": 1},
                 ),
-                NoteLayout(
-                    "CORE",
-                    NT_PRFPREG,
-                    StructLayout(
-                        "user_fpu_struct",
-                        fields_of("u32", f"{_FPRS} {_OTHER_BANK} {_FP_CONTROL}"),
-                    ),
-                    max_align=4,
-                ),
+                fpregset("u32", f"{_FPRS} {_OTHER_BANK} {_FP_CONTROL}"),
             ),
             uname_machine="sh4" if byte_order == "little" else "sh4eb",
             e_flags=_EF_SH4,

@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register
-from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._declaration import Core, Register
+from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import StructLayout, fields_of
+from qemu_dump_ext.c_struct import fields_of
 from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC, NT_PRFPREG
+from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC
 from qemu_dump_ext.guest import RamBlock, Vcpu
 
 _GPRS = numbered("gr", 31, first=1)
@@ -84,12 +84,7 @@ def _core(word: str, uname_machine: str, e_flags: int) -> Core:
                 fields_of(word, f"{_PR_REG} {numbered('zero', 16)}"),
                 constants={"pr_fpvalid": 1},
             ),
-            NoteLayout(
-                "CORE",
-                NT_PRFPREG,
-                StructLayout("elf_fpregset_t", fields_of("u64", _FPRS)),
-                max_align=8,
-            ),
+            fpregset("u64", _FPRS),
         ),
         uname_machine=uname_machine,
         e_flags=e_flags,

@@ -11,11 +11,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register
-from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._declaration import Core, Register
+from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import StructLayout, fields_of
-from qemu_dump_ext.elf_structs import EM_SPARCV9, NT_PRFPREG
+from qemu_dump_ext.c_struct import fields_of
+from qemu_dump_ext.elf_structs import EM_SPARCV9
 
 _WINDOWED = " ".join(numbered(letter, 8) for letter in "goli")
 _DOUBLES = " ".join(f"d{index}" for index in range(0, 64, 2))
@@ -62,12 +62,7 @@ ARCHITECTURE = make_architecture(
                 fields_of("u64", f"{_WINDOWED} {' '.join(_CONTROL)}"),
                 constants={"pr_fpvalid": 1},
             ),
-            NoteLayout(
-                "CORE",
-                NT_PRFPREG,
-                StructLayout("elf_fpregset_t", fields_of("u64", f"{_DOUBLES} {_FP_CONTROL}")),
-                max_align=8,
-            ),
+            fpregset("u64", f"{_DOUBLES} {_FP_CONTROL}"),
         ),
         uname_machine="sparc64",
     ),
