@@ -55,10 +55,8 @@ class Sink:
         Raises:
             DumpWriteError: With the operating system's reason.
         """
-        view = memoryview(data)
         try:
-            while view:
-                view = view[os.write(self._descriptor, view) :]
+            self._append(memoryview(data))
         except OSError as error:
             raise self._write_error(error) from error
         self._count(len(data))
@@ -74,6 +72,10 @@ class Sink:
         except OSError as error:
             raise self._write_error(error) from error
         self._count(len(data))
+
+    def _append(self, view: memoryview) -> None:
+        while view:
+            view = view[os.write(self._descriptor, view) :]
 
     def _place(self, offset: int, view: memoryview) -> None:
         while view:
@@ -189,16 +191,11 @@ class FileSink(Sink):
             raise DumpWriteError(f"cannot create {path}: there is no directory {path.parent}")
         self._refuse_existing()
 
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`; the last of it is handed on by `commit`."""
+    def _append(self, view: memoryview) -> None:
         if self._writer is None:
-            super().write(data)
-            return
-        try:
-            self._writer.append(memoryview(data))
-        except OSError as error:
-            raise self._write_error(error) from error
-        self._count(len(data))
+            super()._append(view)
+        else:
+            self._writer.append(view)
 
     def _place(self, offset: int, view: memoryview) -> None:
         if self._writer is None:
