@@ -410,8 +410,8 @@ def test_object_store_takes_a_crash_and_gives_it_back(tmp_path):
         options = {"key": "farm", "secret": "secret", "endpoint_url": f"http://{host}:{port}"}
         fsspec.filesystem("s3", **options).mkdir("crashes")
         assert _uploader(store, "s3://crashes/farm", options=options).upload_due() is None
-        farm = fsspec.filesystem("s3", **options, skip_instance_cache=True)
-        farm.download(f"crashes/farm/{record.id}", str(tmp_path / "back"), recursive=True)
+        bucket = fsspec.filesystem("s3", **options, skip_instance_cache=True)
+        bucket.get(f"crashes/farm/{record.id}", str(tmp_path / "back"), recursive=True)
     finally:
         server.stop()
     assert _accepted_by_sha256sum(tmp_path / "back")
