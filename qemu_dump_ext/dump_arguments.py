@@ -9,7 +9,7 @@ from typing import NoReturn
 from qemu_dump_ext.dump_formats.kdump import UNCOMPRESSED
 from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest import Monitor
+from qemu_dump_ext.guest.model import Monitor
 from qemu_dump_ext.hmp_expression import (
     is_expression,
     parse_expressions,

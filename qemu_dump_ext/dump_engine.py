@@ -21,7 +21,7 @@ from qemu_dump_ext.errors import (
     PauseLimitError,
     SourceError,
 )
-from qemu_dump_ext.guest import GuestMemory
+from qemu_dump_ext.guest.model import GuestMemory
 from qemu_dump_ext.guest_probe import (
     GuestAccess,
     ProbedGuest,

@@ -10,7 +10,7 @@ from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.elf_notes import whole_notes
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import (
     Segment,
     filter_native,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_probe import GuestAccess, ProbedGuest, probe_guest
 from qemu_dump_ext.memory_sources import AUTO, memory_source_states, open_memory
 from qemu_dump_ext.memory_sources._declaration import SourceContext

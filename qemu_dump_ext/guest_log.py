@@ -10,7 +10,7 @@ from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
-from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
+from qemu_dump_ext.guest.model import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest, read_utsname
 from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log

@@ -15,7 +15,7 @@ from qemu_dump_ext.architectures._declaration import (
 )
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub, Vcpu
+from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub, Vcpu
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations
 from qemu_dump_ext.memory_sources._declaration import SourceContext
 from qemu_dump_ext.monitor_queries import (

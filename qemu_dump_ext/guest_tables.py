@@ -9,7 +9,7 @@ from functools import partial
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.dump_plan import phys_base
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
+from qemu_dump_ext.guest.model import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment
 from qemu_dump_ext.page_table_walk import (
     AddressWindow,

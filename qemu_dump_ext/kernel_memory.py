@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import GuestMemory, RamBlock
+from qemu_dump_ext.guest.model import GuestMemory, RamBlock
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations
 from qemu_dump_ext.page_table_walk import translate_by
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number

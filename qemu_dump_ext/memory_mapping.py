@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from qemu_dump_ext.dump_request import MemoryRange
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 
 _U64 = (1 << 64) - 1
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import MemoryRange
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 
 
 def blocks_within(

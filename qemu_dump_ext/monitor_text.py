@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import MonitorAnswerError
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 
 RUNNING = "running"
 """What `parse_status` returns for a guest that is not stopped."""

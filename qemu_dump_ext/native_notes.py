@@ -16,7 +16,7 @@ from qemu_dump_ext.c_struct import BoundStruct, ByteOrder
 from qemu_dump_ext.elf_notes import whole_notes
 from qemu_dump_ext.elf_structs import EHDR, ELFCLASS64, ELFDATA, elf_abi, phdr_layout
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
-from qemu_dump_ext.guest import DescriptorMonitor, Monitor
+from qemu_dump_ext.guest.model import DescriptorMonitor, Monitor
 from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
 from qemu_dump_ext.vcpu_notes import decode_vcpu_registers
 

@@ -17,7 +17,7 @@ from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.elf_notes import encode_note
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
-from qemu_dump_ext.guest import GuestMemory, RamBlock, Vcpu
+from qemu_dump_ext.guest.model import GuestMemory, RamBlock, Vcpu
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.page_pipeline import populated_ranges
 from qemu_dump_ext.page_table_walk import PageTableRoot, Translation, translate, translate_by

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.dialect import Dialect, QemuVersion
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import Translation
 
 

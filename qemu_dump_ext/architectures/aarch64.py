@@ -27,7 +27,7 @@ from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fi
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 
 _GPRS = numbered("x", 31)
 _VECTORS = numbered("v", 32)

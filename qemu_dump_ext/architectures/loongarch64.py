@@ -25,7 +25,7 @@ from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_LOONGARCH, NT_PRFPREG
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import (
     ALWAYS_LEAF,
     AddressWindow,

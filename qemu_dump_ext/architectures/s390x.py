@@ -35,7 +35,7 @@ from qemu_dump_ext.elf_structs import (
     NT_S390_VXRS_HIGH,
     NT_S390_VXRS_LOW,
 )
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import (
     ALWAYS_LEAF,
     LeafTest,

@@ -24,7 +24,7 @@ from qemu_dump_ext.architectures._linux_notes import prstatus
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_QEMU
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.page_table_walk import (
     ALWAYS_LEAF,
     LeafTest,

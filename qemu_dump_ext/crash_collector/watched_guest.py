@@ -25,12 +25,7 @@ from qemu_dump_ext.crash_collector.crash_events import (
 )
 from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
 from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
-from qemu_dump_ext.crash_collector.crash_record import (
-    CrashCause,
-    CrashRecord,
-    QemuFacts,
-    utc_text,
-)
+from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import CollectionGivenUpError, DumpBudget, prune
 from qemu_dump_ext.crash_collector.guest_session import GuestSession

@@ -18,7 +18,7 @@ from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.flattened_stream import FlattenedStream
-from qemu_dump_ext.guest import GuestMemory, RamBlock
+from qemu_dump_ext.guest.model import GuestMemory, RamBlock
 from qemu_dump_ext.kdump_pages import BulkPageWriter, OrderedPageWriter, PageForm, WriteAt
 from qemu_dump_ext.kdump_structs import (
     DISK_DUMP_HEADER,

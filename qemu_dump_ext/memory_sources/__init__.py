@@ -10,7 +10,7 @@ from functools import cache
 
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.guest import GuestMemory, Monitor, PartialMemory
+from qemu_dump_ext.guest.model import GuestMemory, Monitor, PartialMemory
 from qemu_dump_ext.memory_sources._composite import CompositeMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
 from qemu_dump_ext.monitor_text import parse_physical_bytes

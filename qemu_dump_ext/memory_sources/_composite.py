@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest import GuestMemory, RamBlock, SparseMemory
+from qemu_dump_ext.guest.model import GuestMemory, RamBlock, SparseMemory
 
 
 class CompositeMemory:

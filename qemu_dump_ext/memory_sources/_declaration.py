@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub
+from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub
 
 
 @dataclass(frozen=True)

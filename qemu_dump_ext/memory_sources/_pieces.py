@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.interrupts import uninterrupted
 
 FILE_COUNT = 2

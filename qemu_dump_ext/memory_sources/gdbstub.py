@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest import GuestMemory, Stub
+from qemu_dump_ext.guest.model import GuestMemory, Stub
 from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
 
 _QUERY_MODE = "qqemu.PhyMemMode"

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 
 from qemu_dump_ext.elf_structs import PT_LOAD
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory
+from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
 from qemu_dump_ext.native_notes import begin_dump_into, parse_elf_head

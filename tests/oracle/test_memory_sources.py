@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.model import GuestMemory, SparseMemory
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.guest_probe import GuestAccess, ProbedGuest, probe_guest
 from qemu_dump_ext.memory_sources import monitor_read, open_memory

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
-from qemu_dump_ext.guest import DescriptorMonitor, GuestMemory, RamBlock
+from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory, RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
 from qemu_dump_ext.memory_sources import open_memory

@@ -12,7 +12,7 @@ import pytest
 from qemu_dump_ext import dump_engine, memory_snapshot
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
 from qemu_dump_ext.errors import DumpWriteError
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine
 from qemu_dump_ext.memory_snapshot import room_for_copy
 from tests.support.doors import guest_status, run_cli

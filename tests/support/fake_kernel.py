@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 
 KERNEL_MAP = 0xFFFFFFFF80000000
 UTS_AT, TABLES_AT, NOTE_AT, TEXT_AT, LOG_AT = 0x10000, 0x20000, 0x30000, 0x32000, 0x40000

@@ -9,10 +9,7 @@ from qemu_dump_ext.crash_collector.configuration import (
     AfterCommand,
     request_of_format,
 )
-from qemu_dump_ext.crash_collector.configuration_file import (
-    load_configuration,
-    parse_configuration,
-)
+from qemu_dump_ext.crash_collector.configuration_file import load_configuration, parse_configuration
 from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
 from qemu_dump_ext.errors import RequestError
 

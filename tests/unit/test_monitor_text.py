@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qemu_dump_ext.errors import MonitorAnswerError
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.monitor_text import (
     parse_flat_view,
     parse_named_values,

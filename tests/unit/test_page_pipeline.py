@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_dump_ext import page_pipeline, zero_pages
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_map import PageMap
 from qemu_dump_ext.page_pipeline import PIECE_SIZE, PieceWork, cut, read_through
 

@@ -6,7 +6,7 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import VcpuReadings
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
-from qemu_dump_ext.guest import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.guest_probe import merge_readings
 from qemu_dump_ext.vmcoreinfo import UtsName
 

@@ -4,7 +4,7 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures, s390x
 from qemu_dump_ext.architectures._declaration import VcpuReadings
-from qemu_dump_ext.guest import RamBlock
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_probe import merge_readings
 from qemu_dump_ext.guest_tables import kernel_translations
 from qemu_dump_ext.page_table_walk import PageTableRoot
