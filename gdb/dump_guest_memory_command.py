@@ -13,15 +13,15 @@ from qemu_dump_ext.dump_arguments import (
     PROGRESS_CHOICES,
     add_dump_arguments,
     add_file_arguments,
-    codec_names,
     parse_dump_arguments,
     read_registers,
     request_of,
 )
 from qemu_dump_ext.dump_engine import dump
-from qemu_dump_ext.dump_sink import open_sink
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.sinks import open_sink
 
 
 def _parser() -> GdbParser:

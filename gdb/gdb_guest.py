@@ -12,7 +12,7 @@ from gdb_boundary import selection_kept
 
 import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest_probe import GuestAccess
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.native_notes import dump_byte_through_file
 from qemu_dump_ext.sync_qmp import connect_qmp

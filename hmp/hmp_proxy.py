@@ -16,7 +16,7 @@ from hmp_interpreter import DumpDefaults, Interpreter
 from hmp_session import HmpSession
 from proxy_connection import Connection
 from proxy_dump_job import DumpManager
-from proxy_listener import Listener, is_loopback, split_host
+from proxy_listener import Listener
 from proxy_terminal import PipeFront, PlainFront, TerminalFront
 from proxy_upstream import Upstream
 
@@ -29,6 +29,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.qemu.address import is_loopback, split_host
 
 PROGRAM = "qemu-hmp-proxy"
 Front = PipeFront | PlainFront | TerminalFront

@@ -17,10 +17,10 @@ import tty
 from pathlib import Path
 
 from hmp_readline import LINE_MAX, PROMPT, LineEditor
-from proxy_listener import split_host
 from proxy_upstream import Upstream
 
 from qemu_dump_ext.errors import ConnectError, SourceError
+from qemu_dump_ext.qemu.address import split_host
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import os
 import socket
 from collections.abc import Awaitable, Callable
@@ -13,31 +12,11 @@ from pathlib import Path
 from proxy_connection import Connection
 
 from qemu_dump_ext.errors import ConnectError, RequestError
+from qemu_dump_ext.qemu.address import is_loopback, split_host
 
 _BACKLOG = 64
 CLIENTS_MAX = 256
 _MODE_MASK = 0o177
-
-
-def split_host(address: str) -> tuple[str, int] | None:
-    """Return host and port of HOST:PORT, or None for a path."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdecimal() or "/" in address:
-        return None
-    return host.removeprefix("[").removesuffix("]") or "localhost", int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether every address of `host` is of this machine alone.
-
-    Raises:
-        RequestError: It has no address.
-    """
-    try:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise RequestError(f"{host}: {error.strerror}") from error
-    return all(ipaddress.ip_address(str(entry[4][0])).is_loopback for entry in found)
 
 
 class Listener:

@@ -6,10 +6,9 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qemu_dump_ext.dump_formats.kdump import UNCOMPRESSED
 from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest.model import Monitor
+from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.hmp_expression import (
     is_expression,
     parse_expressions,
@@ -17,7 +16,7 @@ from qemu_dump_ext.hmp_expression import (
     with_register,
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.page_codecs import codec_names
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")
@@ -32,11 +31,6 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Raise RequestError with argparse's message."""
         raise RequestError(message, hint=f"'{self.prog} --help' shows the options")
-
-
-def codec_names() -> list[str]:
-    """Return every word that may follow -z."""
-    return [*all_page_codecs(), UNCOMPRESSED]
 
 
 def add_dump_arguments(parser: argparse.ArgumentParser) -> None:

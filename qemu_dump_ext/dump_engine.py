@@ -2,109 +2,36 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
 
+from qemu_dump_ext.architectures._page_tables import Translation
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
-from qemu_dump_ext.errors import (
-    EXIT_INCOMPLETE,
-    EXIT_SUCCESS,
-    NotDumpedByQemuError,
-    PauseLimitError,
-    SourceError,
-)
-from qemu_dump_ext.guest.model import GuestMemory
-from qemu_dump_ext.guest_probe import (
-    GuestAccess,
-    ProbedGuest,
-    check_undisturbed,
-    probe_guest,
-    read_utsname,
-)
+from qemu_dump_ext.engine.report import DumpReport
+from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceError
+from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest_probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.guest_tables import (
     TableReader,
     collect_mappings,
     kernel_translations,
     roots_of_vcpus,
 )
+from qemu_dump_ext.kernel_memory import read_utsname
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
-from qemu_dump_ext.page_table_walk import Translation
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
-
-
-@dataclass(frozen=True)
-class DumpReport:
-    """What was done.
-
-    Attributes:
-        target: As the user named it.
-        format: `elf`, `kdump-zlib`, `kdump-raw-zlib`, ...
-        memory_size: Guest memory in the dump, in bytes.
-        bytes_written: Size of what was written.
-        seconds: From the first question to the last byte.
-        stopped_seconds: How long the guest was kept stopped.
-        memory_source: Where guest memory came from.
-        passed_over: Faster memory sources, and why each was not taken.
-        missing: Registers that no source gave, by note and cpu_index; zero in the dump.
-        remarks: What else the user should know.
-    """
-
-    target: str
-    format: str
-    memory_size: int
-    bytes_written: int
-    seconds: float
-    stopped_seconds: float
-    memory_source: str
-    passed_over: Sequence[tuple[str, str]]
-    missing: Mapping[tuple[str, int], Sequence[str]]
-    remarks: Sequence[str]
-
-    @property
-    def exit_status(self) -> int:
-        """EXIT_SUCCESS, or EXIT_INCOMPLETE where something had to be left out."""
-        return EXIT_INCOMPLETE if self.missing else EXIT_SUCCESS
-
-    def lines(self) -> list[str]:
-        """Say it in words."""
-        mib = 1 << 20
-        rate = self.memory_size / mib / max(self.seconds, 1e-6)
-        summary = (
-            f"{self.target}: {self.format}, {self.memory_size / mib:.1f} MiB of guest memory in"
-            f" {self.bytes_written / mib:.1f} MiB, {self.seconds:.1f} s ({rate:.0f} MiB/s,"
-            f" memory by {self.memory_source}), guest stopped for {self.stopped_seconds:.1f} s"
-        )
-        lines = [summary]
-        lines += [f"{name} was not used: {reason}" for name, reason in self.passed_over]
-        lines += self.remarks
-        lines += [
-            f"incomplete: vCPU {index} has zero for {', '.join(names)} in its note {note}:"
-            " no source gives them"
-            for (note, index), names in self.missing.items()
-        ]
-        return lines
-
-    def to_json(self) -> str:
-        """Say it to a machine: one line; keys are the attributes, and `exit_status`."""
-        fields = asdict(self)
-        fields["missing"] = [
-            {"note": note, "vcpu": index, "registers": list(names)}
-            for (note, index), names in self.missing.items()
-        ]
-        return json.dumps(fields | {"exit_status": self.exit_status})
 
 
 def dump(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.architectures._declaration import Architecture, Core
+from qemu_dump_ext.architectures._declaration import Architecture, Core, phys_base
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.elf_notes import whole_notes
@@ -13,22 +13,16 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import (
     Segment,
-    filter_native,
     identity_segments,
     merge_within_blocks,
     overlap_size,
     unmapped_size,
 )
-from qemu_dump_ext.memory_range import blocks_within
+from qemu_dump_ext.memory_range import blocks_within, filter_native
+from qemu_dump_ext.structures.utsname import UtsName
 from qemu_dump_ext.vcpu_notes import encode_vcpu_notes
-from qemu_dump_ext.vmcoreinfo import (
-    VMCOREINFO_NOTE_NAME,
-    UtsName,
-    vmcoreinfo_number,
-    vmcoreinfo_value,
-)
+from qemu_dump_ext.vmcoreinfo import VMCOREINFO_NOTE_NAME, vmcoreinfo_number, vmcoreinfo_value
 
-_U64 = (1 << 64) - 1
 _PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
 """What a kernel may say of itself: the note is guest memory."""
 
@@ -208,14 +202,6 @@ def _plan_segments(
     if dialect.vaddr_is_paddr:
         segments = [Segment(seg.gva or seg.gpa, seg.gpa, seg.size) for seg in segments]
     return segments
-
-
-def phys_base(architecture: Architecture, vmcoreinfo: bytes, *, is_hex: bool = False) -> int | None:
-    """Return phys_base modulo 2**64 from VMCOREINFO's text, or None where it does not tell."""
-    if architecture.phys_base_key is None:
-        return None
-    value = vmcoreinfo_number(vmcoreinfo, architecture.phys_base_key, 16 if is_hex else 0)
-    return None if value is None else value & _U64
 
 
 def _utsname(snapshot: GuestSnapshot, core: Core, dialect: Dialect, vmcoreinfo: bytes) -> UtsName:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.page_codecs import codec_names
 
 
 @dataclass(frozen=True)
@@ -87,3 +88,19 @@ class DumpRequest:
         if self.codec is None:
             return "elf"
         return f"kdump-raw-{self.codec}" if self.raw else f"kdump-{self.codec}"
+
+
+def request_of_format(name: str, level: int | None = None) -> DumpRequest:
+    """Return the request for a format, by the name that QMP has for it.
+
+    Raises:
+        ValueError: There is no such format.
+    """
+    if name == "elf":
+        return DumpRequest()
+    codecs = codec_names()
+    for prefix, raw in (("kdump-raw-", True), ("kdump-", False)):
+        codec = name.removeprefix(prefix)
+        if name.startswith(prefix) and codec in codecs:
+            return DumpRequest(codec=codec, raw=raw, level=level)
+    raise ValueError(f"a format is elf, or kdump- or kdump-raw- and one of {', '.join(codecs)}")

@@ -5,7 +5,11 @@ Source: System V gABI (ELF header, program header, section header, note header);
 
 from __future__ import annotations
 
-from qemu_dump_ext.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.errors import SourceError
 
 ELF_MAGIC = b"\x7fELF"
 ELFCLASS32, ELFCLASS64 = 1, 2
@@ -75,3 +79,33 @@ def phdr_layout(word_size: int) -> StructLayout:
 def elf_abi(byte_order: ByteOrder, word_size: int) -> Abi:
     """Return the ABI of the ELF structures: naturally aligned, no padding arises."""
     return Abi(byte_order, word_size, max_align=word_size)
+
+
+@dataclass(frozen=True)
+class ElfHead:
+    """What the beginning of QEMU's ELF dump tells.
+
+    Attributes:
+        header: Fields of the ELF header.
+        phdr: Form of a program header.
+        byte_order: Of both.
+    """
+
+    header: Mapping[str, int]
+    phdr: BoundStruct
+    byte_order: ByteOrder
+
+
+def parse_elf_head(content: bytes) -> ElfHead:
+    """Take the ELF header at the start of `content` apart.
+
+    Raises:
+        SourceError: It is cut.
+    """
+    word_size = 8 if content[4:5] == bytes((ELFCLASS64,)) else 4
+    byte_order: ByteOrder = "big" if content[5:6] == bytes((ELFDATA["big"],)) else "little"
+    abi = elf_abi(byte_order, word_size)
+    ehdr = EHDR.bind(abi)
+    if len(content) < ehdr.size:
+        raise SourceError("QEMU's dump of one byte is cut")
+    return ElfHead(ehdr.unpack_integers(content), phdr_layout(word_size).bind(abi), byte_order)

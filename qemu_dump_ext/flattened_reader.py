@@ -8,7 +8,7 @@ from __future__ import annotations
 from qemu_dump_ext.dump_image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.extent_index import ExtentIndex
-from qemu_dump_ext.kdump_structs import (
+from qemu_dump_ext.structures.flattened import (
     FLATTENED_ABI,
     FLATTENED_CHUNK,
     FLATTENED_END,

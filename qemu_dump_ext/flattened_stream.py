@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
-from qemu_dump_ext.kdump_structs import (
+from qemu_dump_ext.structures.flattened import (
     FLATTENED_ABI,
     FLATTENED_CHUNK,
     FLATTENED_END,

@@ -10,11 +10,13 @@ from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
-from qemu_dump_ext.guest.model import GuestMemory, RamBlock, Vcpu
-from qemu_dump_ext.guest_probe import GuestAccess, probe_guest, read_utsname
+from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.guest_probe import probe_guest
 from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
-from qemu_dump_ext.kernel_memory import KernelMemory
+from qemu_dump_ext.kernel_memory import KernelMemory, read_utsname
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text

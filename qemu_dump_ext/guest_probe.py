@@ -7,17 +7,11 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
-from qemu_dump_ext.architectures._declaration import (
-    Architecture,
-    Register,
-    TargetClues,
-    VcpuReadings,
-)
+from qemu_dump_ext.architectures._declaration import Architecture, TargetClues, VcpuReadings
 from qemu_dump_ext.dialect import QemuVersion
-from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub, Vcpu
-from qemu_dump_ext.guest_tables import TableReader, kernel_translations
-from qemu_dump_ext.memory_sources._declaration import SourceContext
+from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.guest.access import GuestAccess, Monitor
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.monitor_queries import (
     find_machine_objects,
     has_device,
@@ -28,51 +22,16 @@ from qemu_dump_ext.monitor_queries import (
 from qemu_dump_ext.monitor_text import (
     RUNNING,
     parse_flat_view,
-    parse_named_values,
     parse_readable_ranges,
     parse_status,
     parse_version,
 )
-from qemu_dump_ext.native_notes import NativeNotes, parse_native_notes
-from qemu_dump_ext.page_table_walk import translate_by
-from qemu_dump_ext.stub_registers import read_g_packet, read_stub_registers
-from qemu_dump_ext.vmcoreinfo import (
-    UTSNAME_TOTAL_SIZE,
-    UtsName,
-    parse_new_utsname,
-    vmcoreinfo_number,
-    vmcoreinfo_value,
-)
+from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
+from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
+from qemu_dump_ext.stub_registers import read_g_packet
 
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
 """From here on QMP's query-target may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
-
-
-@dataclass(frozen=True)
-class GuestAccess:
-    """The ways to a guest that a door has.
-
-    Attributes:
-        monitor: QEMU's human monitor.
-        stub: The gdbstub, or None.
-        native_dump: Lets QEMU dump one byte at a gpa and returns the ELF file; raises
-            SourceError where that is not possible.
-        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
-        target_name: Returns QEMU's name of the target, such as `mipsel`, or None where it does
-            not tell; None where the door cannot ask.
-        qmp: QEMU's QMP, or None.
-    """
-
-    monitor: Monitor
-    stub: Stub | None
-    native_dump: Callable[[int], bytes]
-    addresses: Sequence[str] = ()
-    target_name: Callable[[], str | None] | None = None
-    qmp: DescriptorMonitor | None = None
-
-    def source_context(self, ram_blocks: Sequence[RamBlock]) -> SourceContext:
-        """Return what memory sources may use to get at `ram_blocks`."""
-        return SourceContext(self.monitor, self.stub, ram_blocks, self.addresses, self.qmp)
 
 
 @dataclass(frozen=True)
@@ -135,13 +94,13 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     except SourceError as error:
         refusal = str(error)
     hardware_segments = "enabled" in monitor.execute("info kvm")
-    by_stub = _read_stub(architecture, access.stub) if access.stub else {}
+    by_stub = read_stub(architecture, access.stub) if access.stub else {}
     properties = {
         register.name: number
         for register in architecture.registers
         if register.qom and (number := _number(vcpu_property(register.qom))) is not None
     }
-    by_monitor = _parse_monitor_registers(architecture, texts)
+    by_monitor = parse_monitor_registers(architecture, texts)
     by_note = dict(zip(sorted(texts), native.vcpus, strict=False))
     vcpus = tuple(
         Vcpu(
@@ -184,7 +143,7 @@ def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
     """
     running = parse_status(monitor.execute("info status")) == RUNNING
     texts = read_register_texts(monitor)
-    if running or _parse_monitor_registers(guest.architecture, texts) != guest.shown_first:
+    if running or parse_monitor_registers(guest.architecture, texts) != guest.shown_first:
         raise SourceError(
             "somebody else let the guest run, or reset it, while it was dumped",
             hint="dump it again, and keep other clients of QEMU from it meanwhile",
@@ -197,86 +156,5 @@ def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str 
     return access.target_name
 
 
-def merge_readings(architecture: Architecture, readings: VcpuReadings) -> Mapping[str, int]:
-    """Merge what the sources say: the stub before the monitor before QEMU's own notes."""
-    if architecture.reconcile is not None:
-        return architecture.reconcile(readings)
-    return {**readings.native, **readings.monitor, **readings.gdb}
-
-
-def _read_stub(architecture: Architecture, stub: Stub) -> dict[int, dict[str, int]]:
-    """Return the stub's registers by cpu_index and our names."""
-    names = {register.gdb for register in architecture.registers if register.gdb}
-    vcpus: dict[int, dict[str, int]] = {}
-    for vcpu in read_stub_registers(stub, names, architecture.g_packet):
-        sent = vcpu.registers
-        if architecture.correct_stub is not None:
-            sent = architecture.correct_stub(sent)
-        order = architecture.cores[0].byte_order
-        if architecture.stub_byte_order is not None:
-            order = architecture.stub_byte_order(sent)
-        vcpus[vcpu.index] = {
-            register.name: int.from_bytes(sent[register.gdb], order)
-            for register in architecture.registers
-            if register.gdb is not None and register.gdb in sent
-        }
-    return vcpus
-
-
 def _number(text: str | None) -> int | None:
     return int(text) if text and text.isdecimal() else None
-
-
-def _parse_monitor_registers(
-    architecture: Architecture, texts: Mapping[int, str]
-) -> dict[int, dict[str, int]]:
-    return {index: _parse_registers(architecture, text) for index, text in texts.items()}
-
-
-def _parse_registers(architecture: Architecture, text: str) -> dict[str, int]:
-    named = parse_named_values(text)
-    values = {
-        register.name: named[name]
-        for register in architecture.registers
-        if (name := _first_known(register, named)) is not None
-    }
-    if architecture.parse_monitor is not None:
-        values |= architecture.parse_monitor(text)
-    return values
-
-
-def _first_known(register: Register, named: Mapping[str, int]) -> str | None:
-    return next((name for name in register.monitor if name in named), None)
-
-
-def read_utsname(
-    memory: GuestMemory,
-    architecture: Architecture,
-    ram_blocks: Sequence[RamBlock],
-    vmcoreinfo: bytes,
-) -> UtsName:
-    """Read the kernel's init_uts_ns, whose address VMCOREINFO tells.
-
-    Returns:
-        Empty strings where it is not found, or does not say what VMCOREINFO says.
-    """
-    address = vmcoreinfo_number(vmcoreinfo, "SYMBOL(init_uts_ns)", 16)
-    if address is None:
-        return UtsName()
-    address += vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
-    translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
-    found = translate_by(translations, TableReader(memory, ram_blocks), address)
-    if found is None:
-        return UtsName()
-    gpa = found[0]
-    if not any(b.gpa <= gpa and gpa + UTSNAME_TOTAL_SIZE <= b.end for b in ram_blocks):
-        return UtsName()
-    buffer = bytearray(UTSNAME_TOTAL_SIZE)
-    try:
-        memory.read_into(gpa, memoryview(buffer))
-    except GuestMemoryFaultError:
-        return UtsName()
-    name = parse_new_utsname(bytes(buffer))
-    if name is None or name.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
-        return UtsName()
-    return name

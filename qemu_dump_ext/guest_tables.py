@@ -6,19 +6,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 
-from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.dump_plan import phys_base
+from qemu_dump_ext.architectures._declaration import Architecture, phys_base
+from qemu_dump_ext.architectures._page_tables import AddressWindow, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.model import GuestMemory, RamBlock, Vcpu
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment
-from qemu_dump_ext.page_table_walk import (
-    AddressWindow,
-    MemoryMap,
-    PageTableRoot,
-    PageTableWalker,
-    Translation,
-    WalkBudget,
-)
+from qemu_dump_ext.page_table_walk import MemoryMap, PageTableWalker, WalkBudget
 
 _CHUNK = 1 << 16
 _CHUNKS_KEPT = 512

@@ -23,9 +23,9 @@ from qemu_dump_ext.kdump_structs import (
     KDUMP_SIGNATURE,
     KDUMP_SUB_HEADER,
     PAGE_DESCRIPTOR,
-    UTSNAME_FIELDS,
 )
 from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
+from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS
 
 Descriptor: TypeAlias = tuple[int, int, int, int]
 """offset, size, flags, page_flags, as in struct page_desc."""

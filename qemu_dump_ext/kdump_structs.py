@@ -6,13 +6,11 @@ member is the header_version that brought it.
 
 from __future__ import annotations
 
-from qemu_dump_ext.c_struct import Abi, Field, StructLayout, fields_of
+from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS, UTSNAME_SIZE
 
 KDUMP_SIGNATURE = b"KDUMP   "
 HEADER_VERSION = 6
-UTSNAME_SIZE = 65
-"""Of each of the six strings of struct new_utsname, terminating NUL included."""
-UTSNAME_FIELDS = ("sysname", "nodename", "release", "version", "machine", "domainname")
 
 DUMP_DH_COMPRESSED_ZLIB = 0x1
 DUMP_DH_COMPRESSED_LZO = 0x2
@@ -59,16 +57,3 @@ PAGE_DESCRIPTOR = StructLayout(
         Field("page_flags", "u64"),
     ),
 )
-
-FLATTENED_SIGNATURE = b"makedumpfile"
-FLATTENED_HEADER_SIZE = 4096
-FLATTENED_TYPE = 1
-FLATTENED_VERSION = 1
-FLATTENED_ABI = Abi("big", word_size=8, max_align=8)
-"""Integers of the flattened stream are big-endian whatever the dump is."""
-FLATTENED_HEADER = StructLayout(
-    "makedumpfile_header",
-    (Field("signature", "bytes", 16), *fields_of("s64", "type version")),
-)
-FLATTENED_CHUNK = StructLayout("makedumpfile_data_header", fields_of("s64", "offset buf_size"))
-FLATTENED_END = -1

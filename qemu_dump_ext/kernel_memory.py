@@ -6,10 +6,12 @@ from collections.abc import Sequence
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.model import GuestMemory, RamBlock
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations
 from qemu_dump_ext.page_table_walk import translate_by
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
 _U64 = (1 << 64) - 1
 _TWO_POINTERS_OF_32_BITS = 8
@@ -80,3 +82,36 @@ class KernelMemory:
             self._memory.read_into(gpa, view)
         except GuestMemoryFaultError as error:
             raise SourceError(f"kernel address {gva:#x}: {error}") from error
+
+
+def read_utsname(
+    memory: GuestMemory,
+    architecture: Architecture,
+    ram_blocks: Sequence[RamBlock],
+    vmcoreinfo: bytes,
+) -> UtsName:
+    """Read the kernel's init_uts_ns, whose address VMCOREINFO tells.
+
+    Returns:
+        Empty strings where it is not found, or does not say what VMCOREINFO says.
+    """
+    address = vmcoreinfo_number(vmcoreinfo, "SYMBOL(init_uts_ns)", 16)
+    if address is None:
+        return UtsName()
+    address += vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
+    translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
+    found = translate_by(translations, TableReader(memory, ram_blocks), address)
+    if found is None:
+        return UtsName()
+    gpa = found[0]
+    if not any(b.gpa <= gpa and gpa + UTSNAME_TOTAL_SIZE <= b.end for b in ram_blocks):
+        return UtsName()
+    buffer = bytearray(UTSNAME_TOTAL_SIZE)
+    try:
+        memory.read_into(gpa, memoryview(buffer))
+    except GuestMemoryFaultError:
+        return UtsName()
+    name = parse_new_utsname(bytes(buffer))
+    if name is None or name.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
+        return UtsName()
+    return name

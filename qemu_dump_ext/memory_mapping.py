@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from qemu_dump_ext.dump_request import MemoryRange
 from qemu_dump_ext.guest.model import RamBlock
 
 _U64 = (1 << 64) - 1
@@ -160,25 +159,6 @@ class NativeMappingList:
 def identity_segments(blocks: Iterable[RamBlock]) -> list[Segment]:
     """Return one segment for each block, at its guest physical address."""
     return [Segment(block.gpa, block.gpa, block.size) for block in blocks]
-
-
-def filter_native(segments: Iterable[Segment], wanted: MemoryRange) -> list[Segment]:
-    """Cut QEMU's list down to a range as QEMU does.
-
-    Source: QEMU softmmu/memory_mapping.c memory_mapping_filter().
-    """
-    kept = []
-    for segment in segments:
-        gva, gpa, size = segment.gva, segment.gpa, segment.size
-        if gpa >= wanted.end or gpa + size <= wanted.begin:
-            continue
-        if gpa < wanted.begin:
-            size -= wanted.begin - gpa
-            if gva:
-                gva = (gva + wanted.begin - gpa) & _U64
-            gpa = wanted.begin
-        kept.append(Segment(gva, gpa, min(size, wanted.end - gpa)))
-    return kept
 
 
 def merge_within_blocks(runs: Iterable[Segment], blocks: Sequence[RamBlock]) -> list[Segment]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import MemoryRange
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.memory_mapping import _U64, Segment
 
 
 def blocks_within(
@@ -50,3 +51,22 @@ def blocks_within(
             + ", ".join(f"{block.gpa:#x}-{block.end - 1:#x}" for block in blocks[:8]),
         )
     return found
+
+
+def filter_native(segments: Iterable[Segment], wanted: MemoryRange) -> list[Segment]:
+    """Cut QEMU's list down to a range as QEMU does.
+
+    Source: QEMU softmmu/memory_mapping.c memory_mapping_filter().
+    """
+    kept = []
+    for segment in segments:
+        gva, gpa, size = segment.gva, segment.gpa, segment.size
+        if gpa >= wanted.end or gpa + size <= wanted.begin:
+            continue
+        if gpa < wanted.begin:
+            size -= wanted.begin - gpa
+            if gva:
+                gva = (gva + wanted.begin - gpa) & _U64
+            gpa = wanted.begin
+        kept.append(Segment(gva, gpa, min(size, wanted.end - gpa)))
+    return kept

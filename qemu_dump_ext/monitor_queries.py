@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.errors import MonitorAnswerError
-from qemu_dump_ext.guest.model import Monitor
+from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.monitor_text import parse_vcpu_list, split_vcpus
 
 _CHILD = re.compile(r"^(?P<name>\S+) \(child<(?P<type>[^>]+)>\)$", re.MULTILINE)

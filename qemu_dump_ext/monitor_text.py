@@ -140,14 +140,6 @@ def split_vcpus(text: str) -> dict[int, str]:
     return {int(index): body for index, body in zip(parts[1::2], parts[2::2], strict=True)}
 
 
-def parse_named_values(text: str) -> dict[str, int]:
-    """Parse every `NAME=hexadecimal` of a register dump."""
-    return {
-        name: int(value, 16)
-        for name, value in re.findall(r"\b([A-Z][A-Z0-9_]*) *= *([0-9a-fA-F]+)\b", text)
-    }
-
-
 def parse_vcpu_list(text: str) -> list[int]:
     """Parse `info cpus`: the cpu_index of each line of the form `* CPU #0: thread_id=…`."""
     return [int(index) for index in re.findall(r"^[* ] CPU #(\d+):", text, re.MULTILINE)]

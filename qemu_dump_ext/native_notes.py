@@ -8,36 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.c_struct import BoundStruct, ByteOrder
-from qemu_dump_ext.elf_notes import whole_notes
-from qemu_dump_ext.elf_structs import EHDR, ELFCLASS64, ELFDATA, elf_abi, phdr_layout
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
-from qemu_dump_ext.guest.model import DescriptorMonitor, Monitor
+from qemu_dump_ext.guest.access import DescriptorMonitor, Monitor
 from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
-from qemu_dump_ext.vcpu_notes import decode_vcpu_registers
 
 LONGEST_EHDR = 64
 """Bytes; that of ELFCLASS64."""
 _FD_NAME = "qemu-dump"
-
-
-@dataclass(frozen=True)
-class NativeNotes:
-    """What such a dump tells.
-
-    Attributes:
-        vcpus: Registers by name, by ascending cpu_index.
-        guest_note: The guest's note, header included; empty where there is none.
-        byte_order: Of that dump; None where there is none.
-    """
-
-    vcpus: Sequence[Mapping[str, int]]
-    guest_note: bytes
-    byte_order: ByteOrder | None = None
 
 
 def begin_dump_into(
@@ -113,57 +92,3 @@ def dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
     if not content:
         raise SourceError("QEMU's file does not appear here: QEMU is elsewhere")
     return content
-
-
-@dataclass(frozen=True)
-class ElfHead:
-    """What the beginning of QEMU's ELF dump tells.
-
-    Attributes:
-        header: Fields of the ELF header.
-        phdr: Form of a program header.
-        byte_order: Of both.
-    """
-
-    header: Mapping[str, int]
-    phdr: BoundStruct
-    byte_order: ByteOrder
-
-
-def parse_elf_head(content: bytes) -> ElfHead:
-    """Take the ELF header at the start of `content` apart.
-
-    Raises:
-        SourceError: It is cut.
-    """
-    word_size = 8 if content[4:5] == bytes((ELFCLASS64,)) else 4
-    byte_order: ByteOrder = "big" if content[5:6] == bytes((ELFDATA["big"],)) else "little"
-    abi = elf_abi(byte_order, word_size)
-    ehdr = EHDR.bind(abi)
-    if len(content) < ehdr.size:
-        raise SourceError("QEMU's dump of one byte is cut")
-    return ElfHead(ehdr.unpack_integers(content), phdr_layout(word_size).bind(abi), byte_order)
-
-
-def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: int) -> NativeNotes:
-    """Take the notes of QEMU's own ELF dump apart.
-
-    Raises:
-        SourceError: It is no dump of this architecture.
-    """
-    head = parse_elf_head(content)
-    header, phdr, byte_order = head.header, head.phdr, head.byte_order
-    if len(content) < header["e_phoff"] + phdr.size:
-        raise SourceError("QEMU's dump of one byte is cut")
-    segment = phdr.unpack_integers(content, header["e_phoff"])  # PT_NOTE is the first
-    area = content[segment["p_offset"] :][: segment["p_filesz"]]
-    notes = whole_notes(area, byte_order)
-    for core in architecture.cores:
-        if (core.e_machine, core.byte_order) != (header["e_machine"], byte_order):
-            continue
-        decoded = decode_vcpu_registers(architecture, core, notes, vcpu_count)
-        if decoded is not None:
-            guest_notes = notes[decoded.count :]
-            start = guest_notes[0].offset if guest_notes else len(area)
-            return NativeNotes(decoded.vcpus, area[start:], byte_order)
-    raise SourceError("QEMU's dump of one byte has notes of another kind")

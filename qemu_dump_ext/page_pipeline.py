@@ -15,7 +15,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from qemu_dump_ext.guest.model import GuestMemory, RamBlock, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 PIECE_SIZE = 4 << 20

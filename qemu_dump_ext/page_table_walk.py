@@ -8,16 +8,22 @@ of mapped ranges are bounded.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from struct import Struct
-from typing import Literal
 
-from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.architectures._page_tables import (
+    ALWAYS_LEAF,
+    AddressWindow,
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+    Translation,
+    passes,
+)
 from qemu_dump_ext.errors import RequestError
 
-_U64 = (1 << 64) - 1
 _ENTRY_CODES = {4: "I", 8: "Q"}
 
 ReadTable = Callable[[int, int], bytes]
@@ -25,167 +31,6 @@ ReadTable = Callable[[int, int], bytes]
 
 AddRun = Callable[[int, int, int, int], None]
 """Gets gva, gpa and size of consecutive pages, and the size of one page; all in bytes."""
-
-
-@dataclass(frozen=True)
-class LeafTest:
-    """Which entries map memory instead of leading to the next table.
-
-    Attributes:
-        mask: Bits of the entry that tell.
-        wanted: What they must be; None: any of them set.
-    """
-
-    mask: int
-    wanted: int | None
-
-
-@dataclass(frozen=True)
-class LargeLeaf:
-    """A page that a group of equal entries maps, each the part at its own virtual address.
-
-    Attributes:
-        test: Which leaves are of such a page.
-        shift: log2 of its size, in bytes.
-        masks: As `TableLevel.leaf_masks`.
-    """
-
-    test: LeafTest
-    shift: int
-    masks: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class TableLevel:
-    """The tables of one level.
-
-    Attributes:
-        shift: log2 of what one entry maps, in bytes.
-        entry_count: Of one table.
-        leaf: Tells leaves; None where there are none; `ALWAYS_LEAF` at the last level.
-        table_mask: Of an entry: the bits that are the gpa of the next table, once shifted.
-        leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
-        address_shift: To the left, of `table_mask`'s bits.
-        present: What an entry must pass as well to count, beside the test of all levels.
-        large: Leaves of pages that are larger than what one entry maps.
-    """
-
-    shift: int
-    entry_count: int
-    leaf: LeafTest | None
-    table_mask: int
-    leaf_masks: tuple[tuple[int, int], ...]
-    address_shift: int = 0
-    present: LeafTest | None = None
-    large: LargeLeaf | None = None
-
-    def leaf_gpa(self, entry: int, gva: int) -> int:
-        """Return where a leaf leads; `gva` is the first virtual address of it."""
-        masks, gpa = self.leaf_masks, 0
-        if self.large is not None and _passes(entry, self.large.test.mask, self.large.test.wanted):
-            masks, gpa = self.large.masks, gva & (1 << self.large.shift) - (1 << self.shift)
-        for mask, left in masks:
-            gpa |= (entry & mask) << left
-        return gpa
-
-
-ALWAYS_LEAF = LeafTest(0, 0)
-
-
-@dataclass(frozen=True, eq=False)
-class PageTableGeometry:
-    """The page tables of one mode of an architecture; each is made once, and is itself only.
-
-    Attributes:
-        name: For messages.
-        entry_size: In bytes.
-        levels: From the root to the pages.
-        present: An entry counts only if it is so.
-        above: What an address has above the bits that the tables translate; `sign`: all as the
-            highest of these.
-        byte_order: Of the entries.
-    """
-
-    name: str
-    entry_size: int
-    levels: tuple[TableLevel, ...]
-    present: LeafTest
-    above: Literal["sign"] | int
-    byte_order: ByteOrder = "little"
-
-    @property
-    def address_bits(self) -> int:
-        """How many bits of a virtual address the tables translate."""
-        top = self.levels[0]
-        return top.shift + (top.entry_count - 1).bit_length()
-
-    def extended(self, bits: int) -> int:
-        """Return the virtual address of which the tables translate `bits`."""
-        if self.above == "sign":
-            return bits | (ones_above(self.address_bits) if bits >> self.address_bits - 1 else 0)
-        return bits | self.above
-
-
-@dataclass(frozen=True)
-class PageTableRoot:
-    """Where the tables of a vCPU begin.
-
-    Attributes:
-        geometry: Of the tables.
-        gpa: Of the root table.
-        address_mask: Is applied to the gpa of every entry that is read.
-        first: The first virtual address that is translated by them,
-        last: and the last one; other tables translate the others.
-        exchanged: (gpa, size): guest physical memory there, and as much at 0, are exchanged for
-            what the tables map, but not for the tables.
-    """
-
-    geometry: PageTableGeometry
-    gpa: int
-    address_mask: int = _U64
-    first: int = 0
-    last: int = _U64
-    exchanged: tuple[int, int] | None = None
-
-    def parts(self, gva: int, gpa: int, size: int) -> Iterator[tuple[int, int, int]]:
-        """Yield what is left of a run of pages as (gva, gpa, size)."""
-        if self.first == 0 and self.last == _U64 and self.exchanged is None:
-            yield gva, gpa, size
-            return
-        start, end = max(gva, self.first), min(gva + size, self.last + 1)
-        while start < end:
-            address = gpa + start - gva
-            step, target = end - start, address
-            if self.exchanged is not None:
-                other, length = self.exchanged
-                for there, here in ((0, other), (other, 0)):
-                    if there <= address < there + length:
-                        step = min(step, there + length - address)
-                        target = address - there + here
-                        break
-                    if address < there:
-                        step = min(step, there - address)
-            yield start, target, step
-            start += step
-
-
-@dataclass(frozen=True)
-class AddressWindow:
-    """Virtual addresses that the processor, or the kernel for good, maps without tables.
-
-    Attributes:
-        gva: First virtual address.
-        size: In bytes.
-        gpa: Guest physical address behind the first one.
-    """
-
-    gva: int
-    size: int
-    gpa: int
-
-
-Translation = PageTableRoot | AddressWindow
-"""One way from virtual addresses to guest physical ones."""
 
 
 @dataclass
@@ -336,7 +181,7 @@ class _Walk:
             if not entry or not _is_present(self._geometry, level, entry):
                 continue
             gva = base | index << level.shift if depth else self._top(index)
-            if leaf is not None and _passes(entry, leaf.mask, leaf.wanted):
+            if leaf is not None and passes(entry, leaf.mask, leaf.wanted):
                 self._page(level, entry, gva)
             else:
                 table = (entry & level.table_mask) << level.address_shift
@@ -406,13 +251,9 @@ class _Walk:
 
 def _is_present(geometry: PageTableGeometry, level: TableLevel, entry: int) -> bool:
     test = level.present
-    return _passes(entry, geometry.present.mask, geometry.present.wanted) and (
-        test is None or _passes(entry, test.mask, test.wanted)
+    return passes(entry, geometry.present.mask, geometry.present.wanted) and (
+        test is None or passes(entry, test.mask, test.wanted)
     )
-
-
-def _passes(entry: int, mask: int, wanted: int | None) -> bool:
-    return bool(entry & mask) if wanted is None else entry & mask == wanted
 
 
 @cache
@@ -446,7 +287,7 @@ def translate(translation: Translation, read_table: ReadTable, gva: int) -> tupl
         (entry,) = codec.unpack(read_table(place, codec.size))
         if not _is_present(geometry, level, entry):
             return None
-        if level.leaf is not None and _passes(entry, level.leaf.mask, level.leaf.wanted):
+        if level.leaf is not None and passes(entry, level.leaf.mask, level.leaf.wanted):
             offset = inner & (1 << level.shift) - 1
             gpa = level.leaf_gpa(entry, gva - offset) + offset
             parts = translation.parts(gva, gpa, (1 << level.shift) - offset)
@@ -461,8 +302,3 @@ def translate_by(
     """Translate one virtual address by the first that maps it; returns as `translate`."""
     found = (translate(one, read_table, gva) for one in translations)
     return next((result for result in found if result is not None), None)
-
-
-def ones_above(bits: int) -> int:
-    """Return an address of 64 bits that has ones above the lowest `bits`."""
-    return _U64 & -1 << bits

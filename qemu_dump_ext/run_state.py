@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest.model import Monitor
+from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.monitor_text import RUNNING, parse_status
 

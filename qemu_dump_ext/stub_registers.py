@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.c_struct import Abi, StructLayout
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest.model import Stub
+from qemu_dump_ext.guest.access import Stub
 
 _CHUNK = 0xF00  # QEMU's packets hold 4096 bytes
 _MAX_DOCUMENT_SIZE = 4 << 20

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
+from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.third_party import missing_package
 
 if TYPE_CHECKING:
@@ -30,13 +31,6 @@ _INTERRUPTED_ANSWER_SECONDS = 10.0
 _WAKE_SECONDS = 0.5
 
 ResultT = TypeVar("ResultT")
-
-
-def tcp_address(address: str) -> tuple[str, int] | None:
-    """Return host and port of HOST:PORT, or None: it is the path of a unix socket."""
-    host, colon, port = address.rpartition(":")
-    is_tcp = bool(colon) and port.isascii() and port.isdecimal() and "/" not in address
-    return (host, int(port)) if is_tcp else None
 
 
 class _Question(Generic[ResultT]):

@@ -7,13 +7,10 @@ vmcoreinfo.rst. It is guest memory and therefore untrusted.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.kdump_structs import UTSNAME_FIELDS, UTSNAME_SIZE
 
 VMCOREINFO_NOTE_NAME = "VMCOREINFO"
-UTSNAME_TOTAL_SIZE = UTSNAME_SIZE * len(UTSNAME_FIELDS)
 MAX_VMCOREINFO_SIZE = 1 << 16
 _NOTE_HEADER_SIZE = 12
 _NOTE_NAME_FIELD = VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
@@ -34,42 +31,6 @@ def vmcoreinfo_number(text: bytes, key: str, base: int = 0) -> int | None:
         return int(value, base)
     except ValueError:
         return None
-
-
-@dataclass(frozen=True)
-class UtsName:
-    """What `uname` prints in the guest; each member at most 64 bytes."""
-
-    sysname: str = ""
-    nodename: str = ""
-    release: str = ""
-    version: str = ""
-    machine: str = ""
-    domainname: str = ""
-
-    def encode(self) -> dict[str, bytes]:
-        """Return the members as a kdump header holds them, by name."""
-        return {name: getattr(self, name).encode()[: UTSNAME_SIZE - 1] for name in UTSNAME_FIELDS}
-
-
-def parse_new_utsname(data: bytes) -> UtsName | None:
-    """Parse struct new_utsname: six strings of 65 bytes.
-
-    Returns:
-        None where it is none: guest memory may hold anything.
-    """
-    if len(data) < UTSNAME_TOTAL_SIZE:
-        return None
-    strings = []
-    for index in range(len(UTSNAME_FIELDS)):
-        raw, terminator, _ = data[index * UTSNAME_SIZE :][:UTSNAME_SIZE].partition(b"\0")
-        if not terminator or not raw.isascii():
-            return None
-        text = raw.decode()
-        if text and not text.isprintable():
-            return None
-        strings.append(text)
-    return UtsName(*strings)
 
 
 def note_at_page_start(page: bytes | memoryview, byte_order: ByteOrder) -> bytes | None:

@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 
 from qemu_dump_ext.architectures._arm import BIG_ENDIAN
-from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.page_table_walk import (
+from qemu_dump_ext.architectures._page_tables import (
     ALWAYS_LEAF,
     LargeLeaf,
     LeafTest,
@@ -22,6 +21,7 @@ from qemu_dump_ext.page_table_walk import (
     TableLevel,
     ones_above,
 )
+from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
 _VALID = LeafTest(mask=1, wanted=1)

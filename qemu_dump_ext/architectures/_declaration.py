@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from qemu_dump_ext.architectures._page_tables import Translation
 from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.dialect import Dialect, QemuVersion
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.page_table_walk import Translation
+from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+
+_U64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -210,3 +213,11 @@ class Architecture:
     correct_stub: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
     g_packet: StructLayout | None = None
     gdb_settings: tuple[str, ...] = ()
+
+
+def phys_base(architecture: Architecture, vmcoreinfo: bytes, *, is_hex: bool = False) -> int | None:
+    """Return phys_base modulo 2**64 from VMCOREINFO's text, or None where it does not tell."""
+    if architecture.phys_base_key is None:
+        return None
+    value = vmcoreinfo_number(vmcoreinfo, architecture.phys_base_key, 16 if is_hex else 0)
+    return None if value is None else value & _U64

@@ -5,7 +5,6 @@ Source: Linux include/linux/elfcore.h struct elf_prstatus_common, include/uapi/l
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 
 from qemu_dump_ext.architectures._declaration import NoteLayout
@@ -83,20 +82,3 @@ def fpregset(word: str, names: str) -> NoteLayout:
 def wide_fields(names: str, size: int, kind: str = "wide") -> tuple[Field, ...]:
     """Declare consecutive integers of `size` bytes each."""
     return tuple(Field(name, kind, size) for name in names.split())
-
-
-def parse_rows(text: str, prefix: str, name: str, count: int) -> dict[str, int]:
-    """Parse rows of `info registers` of the form `GPR04 value value value value`.
-
-    Args:
-        text: The registers of one vCPU.
-        prefix: What stands in front of the number of the first register of a row.
-        name: Ours, to which the number is appended.
-        count: How many registers there are at most.
-    """
-    values: dict[str, int] = {}
-    for first, row in re.findall(rf"^ *{prefix}(\d+):?((?: +[0-9a-f]+)+) *$", text, re.MULTILINE):
-        for index, value in enumerate(row.split(), int(first)):
-            if index < count:
-                values[f"{name}{index}"] = int(value, 16)
-    return values

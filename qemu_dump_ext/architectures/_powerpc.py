@@ -21,12 +21,8 @@ from qemu_dump_ext.architectures._declaration import (
     Register,
     VcpuReadings,
 )
-from qemu_dump_ext.architectures._linux_notes import (
-    numbered,
-    parse_rows,
-    prstatus_layout,
-    wide_fields,
-)
+from qemu_dump_ext.architectures._linux_notes import numbered, prstatus_layout, wide_fields
+from qemu_dump_ext.architectures._register_text import parse_rows
 from qemu_dump_ext.c_struct import ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import NT_PPC_SPE, NT_PPC_VMX, NT_PPC_VSX, NT_PRFPREG, NT_PRSTATUS

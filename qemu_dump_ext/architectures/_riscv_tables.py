@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cache
 
-from qemu_dump_ext.page_table_walk import (
+from qemu_dump_ext.architectures._page_tables import (
     ALWAYS_LEAF,
     LeafTest,
     PageTableGeometry,

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 
 from qemu_dump_ext.architectures._declaration import Architecture, Core, Register, VcpuReadings
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
+from qemu_dump_ext.architectures._register_text import parse_named_values
 from qemu_dump_ext.architectures._undumped import (
     g_packet,
     make_architecture,
@@ -21,7 +22,6 @@ from qemu_dump_ext.architectures._undumped import (
 )
 from qemu_dump_ext.c_struct import ByteOrder, Field, fields_of
 from qemu_dump_ext.elf_structs import EM_XTENSA
-from qemu_dump_ext.monitor_text import parse_named_values
 
 _ALWAYS = "pc ps sar"
 _CONFIGURED = "lbeg lend lcount windowstart windowbase threadptr"

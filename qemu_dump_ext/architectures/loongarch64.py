@@ -22,11 +22,7 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_LOONGARCH, NT_PRFPREG
-from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.page_table_walk import (
+from qemu_dump_ext.architectures._page_tables import (
     ALWAYS_LEAF,
     AddressWindow,
     LeafTest,
@@ -36,6 +32,10 @@ from qemu_dump_ext.page_table_walk import (
     Translation,
     ones_above,
 )
+from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.elf_structs import EM_LOONGARCH, NT_PRFPREG
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 32)

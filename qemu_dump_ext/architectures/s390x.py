@@ -21,6 +21,13 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
+from qemu_dump_ext.architectures._page_tables import (
+    ALWAYS_LEAF,
+    LeafTest,
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+)
 from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.elf_structs import (
@@ -36,13 +43,6 @@ from qemu_dump_ext.elf_structs import (
     NT_S390_VXRS_LOW,
 )
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.page_table_walk import (
-    ALWAYS_LEAF,
-    LeafTest,
-    PageTableGeometry,
-    PageTableRoot,
-    TableLevel,
-)
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 16)

@@ -21,11 +21,7 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import prstatus
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_QEMU
-from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.page_table_walk import (
+from qemu_dump_ext.architectures._page_tables import (
     ALWAYS_LEAF,
     LeafTest,
     PageTableGeometry,
@@ -33,6 +29,10 @@ from qemu_dump_ext.page_table_walk import (
     TableLevel,
     ones_above,
 )
+from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.dialect import Dialect
+from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_QEMU
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"

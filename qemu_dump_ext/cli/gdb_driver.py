@@ -18,7 +18,6 @@ from typing import Any, Protocol, TextIO
 
 import qemu_dump_ext
 from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.dump_sink import open_sink
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
     ConnectError,
@@ -29,6 +28,7 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.sync_qmp import connect_qmp
 from qemu_dump_ext.third_party import missing_package
 

@@ -9,14 +9,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
-from qemu_dump_ext.crash_collector.configuration import GuestEntry, Limits, request_of_format
+from qemu_dump_ext.crash_collector.configuration import GuestEntry, Limits
 from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.crash_events import cause_of_status
-from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
-from qemu_dump_ext.crash_collector.crash_store import CrashStore, is_guest_name
+from qemu_dump_ext.crash_collector.crash_record import (
+    CrashCause,
+    CrashRecord,
+    QemuFacts,
+    is_guest_name,
+    utc_text,
+)
+from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import DumpBudget
 from qemu_dump_ext.crash_collector.guest_session import find_command_line, read_command_line
 from qemu_dump_ext.crash_collector.guest_watch import Guest
+from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.qemu_process import find_qemu_process
 from qemu_dump_ext.sync_qmp import SharedQmp, connect_qmp

@@ -7,31 +7,32 @@ the `Settings`, and each entry of `guests`, too, beside what says which guests i
 from __future__ import annotations
 
 import re
-import string
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BeforeValidator,
     ConfigDict,
     Field,
     model_validator,
 )
 
+from qemu_dump_ext.crash_collector.config.quantities import (
+    Count,
+    GuestTemplate,
+    KernelTemplate,
+    Seconds,
+    Size,
+    template,
+)
 from qemu_dump_ext.crash_collector.crash_record import CauseKind
-from qemu_dump_ext.dump_arguments import codec_names
-from qemu_dump_ext.dump_request import DumpRequest
+from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import all_page_codecs
 
 _NO_MORE = ConfigDict(extra="forbid", frozen=True)
-_DURATION = re.compile(r"(\d+(?:\.\d+)?) *(ms|s|min|h|d)")
-_SECONDS_OF = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(B|KiB|MiB|GiB|TiB)")
-_BYTES_OF = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 DEFAULT_CAUSES: tuple[CauseKind, ...] = (
     "guest-panicked",
@@ -56,35 +57,6 @@ _CONSOLE_PATTERNS = (
 )
 
 
-def _parse_duration(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = _DURATION.fullmatch(value)
-    if match is None:
-        raise ValueError("a duration is a number of seconds, or one with ms, s, min, h or d")
-    return float(match[1]) * _SECONDS_OF[match[2]]
-
-
-def _parse_size(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError("a size is a number of bytes, or one with B, KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _BYTES_OF[match[2]])
-
-
-def _template(*names: str) -> AfterValidator:
-    def check(text: str) -> str:
-        used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
-        if not used <= set(names):
-            known = ", ".join(f"{{{name}}}" for name in names)
-            raise ValueError(f"{{{min(used - set(names))}}} is not known here, but {known}")
-        return text
-
-    return AfterValidator(check)
-
-
 def _parse_format(name: str) -> str:
     codec = all_page_codecs().get(str(request_of_format(name).codec))
     if codec is not None:
@@ -100,29 +72,6 @@ def _parse_memory(name: str) -> str:
     if name not in known:
         raise ValueError(f"memory is one of {', '.join(known)}")
     return name
-
-
-def request_of_format(name: str, level: int | None = None) -> DumpRequest:
-    """Return the request for a format, by the name that QMP has for it.
-
-    Raises:
-        ValueError: There is no such format.
-    """
-    if name == "elf":
-        return DumpRequest()
-    codecs = codec_names()
-    for prefix, raw in (("kdump-raw-", True), ("kdump-", False)):
-        codec = name.removeprefix(prefix)
-        if name.startswith(prefix) and codec in codecs:
-            return DumpRequest(codec=codec, raw=raw, level=level)
-    raise ValueError(f"a format is elf, or kdump- or kdump-raw- and one of {', '.join(codecs)}")
-
-
-Seconds: TypeAlias = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0)]
-Size: TypeAlias = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
-GuestTemplate: TypeAlias = Annotated[str, _template("name", "stem", "directory")]
-KernelTemplate: TypeAlias = Annotated[str, _template("name", "stem", "directory", "release")]
-Count: TypeAlias = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
@@ -257,7 +206,7 @@ class GuestEntry(Settings):
     socket: str | None = None
     glob: str | None = None
     directory: Path | None = None
-    name: Annotated[str, _template("stem", "directory")] = "{stem}"
+    name: Annotated[str, template("stem", "directory")] = "{stem}"
 
     @model_validator(mode="after")
     def _check(self) -> GuestEntry:
@@ -301,7 +250,7 @@ class Upload:
 
     __pydantic_config__ = _NO_MORE
 
-    url: Annotated[str, _template("host"), Field(pattern="^[a-z][a-z0-9+.-]*://")]
+    url: Annotated[str, template("host"), Field(pattern="^[a-z][a-z0-9+.-]*://")]
     options: dict[str, Any] = field(default_factory=dict)
     confirm: Literal["content", "size"] = "content"
     keep_dump: bool = True

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.configuration import Settings, request_of_format
+from qemu_dump_ext.crash_collector.configuration import Settings
 from qemu_dump_ext.crash_collector.console_watch import read_tail
 from qemu_dump_ext.crash_collector.crash_readers import (
     ReaderError,
@@ -36,14 +36,15 @@ from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.kernel_symbols import functions_at
 from qemu_dump_ext.dump_engine import dump
 from qemu_dump_ext.dump_reader import open_dump
-from qemu_dump_ext.dump_sink import open_sink
+from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_description import describe_guest
 from qemu_dump_ext.guest_log import GuestLog, log_of_guest
-from qemu_dump_ext.guest_probe import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.sync_qmp import SharedQmp
 from qemu_dump_ext.vmcoreinfo import vmcoreinfo_value
 

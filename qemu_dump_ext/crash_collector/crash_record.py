@@ -5,6 +5,7 @@ Every key is always there; null where something is unknown.
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal, TypeAlias, get_args
@@ -12,6 +13,9 @@ from typing import Any, Literal, TypeAlias, get_args
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from qemu_dump_ext.errors import DumpError
+
+GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
+
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -214,3 +218,8 @@ def parse_record(text: str | bytes) -> CrashRecord:
 def utc_text(moment: datetime) -> str:
     """Return a moment as records have it: `2026-01-31T12:00:00.000001+00:00`."""
     return moment.astimezone(UTC).isoformat(timespec="microseconds")
+
+
+def is_guest_name(name: str) -> bool:
+    """Tell whether a guest of this name has a directory in a store."""
+    return GUEST_NAME.fullmatch(name) is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -27,21 +26,26 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.crash_record import (
+    GUEST_NAME,
     CorruptRecordError,
     CrashRecord,
-    FileFacts,
     parse_record,
+)
+from qemu_dump_ext.crash_collector.store.files import (
+    CHECKSUM_FILE,
+    RECORD_FILE,
+    file_facts,
+    replace_file,
+    sync_directory,
+    write_record,
 )
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 
-RECORD_FILE = "crash.json"
-CHECKSUM_FILE = "SHA256SUMS"
 _INCOMING = ".incoming"
 _SIGNATURES = ".signatures.json"
 _LOCK = ".lock"
 _TIME_FORMAT = "%Y%m%dT%H%M%S.%fZ"
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
-_ID = re.compile(rf"{_NAME.pattern}/[0-9TZ.]+-[0-9a-f]{{16}}(\.\d+)?")
+_ID = re.compile(rf"{GUEST_NAME.pattern}/[0-9TZ.]+-[0-9a-f]{{16}}(\.\d+)?")
 _RECORD_BYTES_MAX = 16 << 20
 _SIGNATURES_MAX = 10_000
 """A guest that makes up a message for every crash pushes out what was seen longest ago."""
@@ -57,11 +61,6 @@ class SignatureCount:
     count: int
     first_seen: str
     last_seen: str
-
-
-def is_guest_name(name: str) -> bool:
-    """Tell whether a guest of this name has a directory in a store."""
-    return _NAME.fullmatch(name) is not None
 
 
 class CrashStore:
@@ -134,7 +133,7 @@ class CrashStore:
         """
         try:
             files = {
-                path.name: _file_facts(path)
+                path.name: file_facts(path)
                 for path in sorted(incoming.iterdir())
                 if path.name not in {RECORD_FILE, CHECKSUM_FILE}
             }
@@ -147,13 +146,13 @@ class CrashStore:
                     occurrence=known.count + 1 if known else 1,
                     files=files,
                 )
-                _write_record(incoming, record)
-                _sync_directory(incoming)
+                write_record(incoming, record)
+                sync_directory(incoming)
                 final = self.directory(record.id)
                 final.parent.mkdir(mode=0o700, exist_ok=True)
                 incoming.rename(final)
                 for directory in (final.parent, self.path):
-                    _sync_directory(directory)
+                    sync_directory(directory)
                 self._count(counts, record)
         except OSError as error:
             raise DumpWriteError(
@@ -224,8 +223,8 @@ class CrashStore:
         """
         directory = self.directory(record.id)
         try:
-            _write_record(directory, record)
-            _sync_directory(directory)
+            write_record(directory, record)
+            sync_directory(directory)
         except OSError as error:
             raise DumpWriteError(f"cannot write {directory}: {error.strerror}") from error
 
@@ -333,48 +332,3 @@ def _counted(known: SignatureCount | None, record: CrashRecord) -> SignatureCoun
         min(known.first_seen, record.time),
         max(known.last_seen, record.time),
     )
-
-
-def _file_facts(path: Path) -> FileFacts:
-    path.chmod(0o600)
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-        return FileFacts(os.fstat(file.fileno()).st_size, digest)
-
-
-def record_files(record: CrashRecord) -> dict[str, bytes]:
-    """Return the content of `crash.json`, and of the checksums of it and of all other files."""
-    text = record.to_json().encode()
-    sums = {name: facts.sha256 for name, facts in record.files.items()}
-    sums[RECORD_FILE] = hashlib.sha256(text).hexdigest()
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
-    return {RECORD_FILE: text, CHECKSUM_FILE: "".join(lines).encode()}
-
-
-def _write_record(directory: Path, record: CrashRecord) -> None:
-    for name, content in record_files(record).items():
-        replace_file(directory / name, content)
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file for its owner alone: the old one, or all of the new one, is on the disk."""
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        with aside.open("xb") as file:
-            os.fchmod(file.fileno(), 0o600)
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

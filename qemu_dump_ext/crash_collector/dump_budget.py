@@ -7,12 +7,11 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 
 from qemu_dump_ext.crash_collector.configuration import Limits
-from qemu_dump_ext.crash_collector.crash_limits import Removal, choose_removals
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.guest_watch import Guest
+from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.errors import DumpWriteError
 
 _MIB = 1 << 20
@@ -171,27 +170,3 @@ class DumpBudget:
 def kind_of_refusal(reason: str | None) -> str:
     """Return the word of the configuration for which a crash has no dump, or `failed`."""
     return next((word for word in _REFUSALS if reason and f"({word})" in reason), "failed")
-
-
-def prune(
-    store: CrashStore, limits: Limits, *, now: datetime | None = None, needs_upload: bool = False
-) -> list[Removal]:
-    """Remove what the limits do not allow; returns what was removed.
-
-    Raises:
-        DumpWriteError: The store cannot be changed.
-    """
-    with store.locked():
-        removals = choose_removals(
-            list(store.records()),
-            limits,
-            now=now or datetime.now(UTC),
-            free_bytes=store.free_bytes(),
-            needs_upload=needs_upload,
-        )
-        for removal in removals:
-            if removal.whole:
-                store.remove(removal.record)
-            else:
-                store.remove_dump(removal.record, f"removed by the limits: {removal.reason}")
-    return removals

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.configuration import Configuration, GuestEntry, Settings
-from qemu_dump_ext.crash_collector.crash_store import is_guest_name
-from qemu_dump_ext.sync_qmp import tcp_address
+from qemu_dump_ext.crash_collector.crash_record import is_guest_name
+from qemu_dump_ext.qemu.address import tcp_address
 
 _logger = logging.getLogger(__name__)
 

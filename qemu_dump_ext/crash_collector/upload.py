@@ -7,44 +7,23 @@ says what is not uploaded yet, so that nothing is forgotten when the agent ends.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import TypeVar
 
 from qemu_dump_ext.crash_collector.configuration import Upload
-from qemu_dump_ext.crash_collector.crash_record import (
-    CrashRecord,
-    FileFacts,
-    UploadFacts,
-    parse_record,
-    utc_text,
-)
-from qemu_dump_ext.crash_collector.crash_store import (
-    CHECKSUM_FILE,
-    RECORD_FILE,
-    CrashStore,
-    record_files,
-)
-from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
+from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.outlets.destination import Destination, check_upload
+from qemu_dump_ext.errors import DumpError, DumpWriteError
 
-_BLOCK = 1 << 20
-_RECORD_BYTES_MAX = 16 << 20
 _STOP_SECONDS = 2.0
 _HANGING_MAX = 8
-# Where directories have permissions; object stores have rules of their own.
-_CHMOD_OF: dict[str, Callable[[Any], Callable[[str, int], None]]] = {
-    "file": lambda files: files.chmod,
-    "sftp": lambda files: files.ftp.chmod,
-}
 
 _T = TypeVar("_T")
 
@@ -52,103 +31,6 @@ _logger = logging.getLogger(__name__)
 # What they log is in their exceptions as well.
 for _name in ("paramiko", "botocore", "aiobotocore"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
-
-
-class Destination:
-    """Where an upload goes.
-
-    Attributes:
-        url: As records show it: without a password.
-        given_up: Set where nobody waits any more: nothing is changed over there from then on.
-    """
-
-    def __init__(self, settings: Upload) -> None:
-        """Connect.
-
-        Raises:
-            RequestError: No package for such URLs is installed.
-        """
-        check_upload(settings)
-        import fsspec  # noqa: PLC0415 - an extra, and slow to import
-
-        url = settings.url.format(host=socket.gethostname()).rstrip("/")
-        # A connection that was lost must not be found again in a cache.
-        filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True, **settings.options)
-        self._files: Any = filesystem
-        self._root = root.rstrip("/")
-        self.url = without_password(url)
-        self.given_up = threading.Event()
-        self._confirms_content = settings.confirm == "content"
-
-    def put(self, store: CrashStore, record: CrashRecord) -> UploadFacts:
-        """Copy a crash; what is there already is not copied again.
-
-        Raises:
-            DumpWriteError: It did not arrive as it is here, or the name is taken.
-        """
-        remote = f"{self._root}/{record.id}"
-        local = store.directory(record.id)
-        existing = self._record_at(remote)
-        if existing is not None and existing.files != record.files:
-            raise DumpWriteError(f"{self.url}/{record.id} is another crash")
-        self._require_wanted()
-        self._files.makedirs(remote, exist_ok=True)
-        self._make_private(remote)
-        for name, facts in record.files.items():
-            path = f"{remote}/{name}"
-            if not self._is_there(path, facts):
-                self._require_wanted()
-                self._files.put_file(str(local / name), path)
-                if not self._is_there(path, facts):
-                    raise DumpWriteError(f"{self.url}/{record.id}/{name} is not what was sent")
-        if existing is not None and existing.uploaded is not None:
-            return existing.uploaded
-        uploaded = UploadFacts(f"{self.url}/{record.id}", utc_text(datetime.now(UTC)))
-        contents = record_files(replace(record, uploaded=uploaded))
-        self._put_small(f"{remote}/{CHECKSUM_FILE}", contents[CHECKSUM_FILE])
-        self._put_small(f"{remote}/{RECORD_FILE}", contents[RECORD_FILE])
-        return uploaded
-
-    def _record_at(self, remote: str) -> CrashRecord | None:
-        path = f"{remote}/{RECORD_FILE}"
-        self._files.invalidate_cache()
-        if not self._files.exists(path):
-            return None
-        return parse_record(self._files.cat_file(path, end=_RECORD_BYTES_MAX))
-
-    def _make_private(self, remote: str) -> None:
-        # While it is empty.
-        protocol = self._files.protocol
-        chmod = _CHMOD_OF.get(protocol if isinstance(protocol, str) else protocol[0])
-        if chmod is not None:
-            chmod(self._files)(remote, 0o700)
-
-    def _is_there(self, path: str, facts: FileFacts) -> bool:
-        self._files.invalidate_cache()
-        try:
-            if self._files.info(path)["size"] != facts.bytes:
-                return False
-            if not self._confirms_content:
-                return True
-            digest = hashlib.sha256()
-            with self._files.open(path, "rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
-        except FileNotFoundError:
-            return False
-        return digest.hexdigest() == facts.sha256
-
-    def _require_wanted(self) -> None:
-        if self.given_up.is_set():
-            raise DumpWriteError(f"{self.url}: given up")
-
-    def _put_small(self, path: str, content: bytes) -> None:
-        self._require_wanted()
-        self._files.pipe_file(f"{path}.part", content)
-        if self._files.cat_file(f"{path}.part") != content:
-            raise DumpWriteError(f"{self.url}: {path} is not what was sent")
-        self._require_wanted()
-        self._files.mv(f"{path}.part", path)
 
 
 @dataclass(frozen=True)
@@ -302,31 +184,3 @@ class Uploader:
                 _logger.warning("the store cannot be looked at: %s", error)
                 pause = self._settings.retry
             self._woken.wait(pause)
-
-
-def check_upload(settings: Upload) -> None:
-    """Look whether there is a package for such URLs; nobody is asked.
-
-    Raises:
-        RequestError: There is none; says which one would be.
-    """
-    try:
-        import fsspec  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise RequestError(
-            "upload needs the Python package fsspec", hint="pip install 'qemu_dump_ext[upload]'"
-        ) from error
-    scheme = urlsplit(settings.url).scheme
-    try:
-        fsspec.get_filesystem_class(scheme)
-    except (ImportError, ValueError) as error:
-        raise RequestError(f"cannot upload to {scheme}://: {error}") from error
-
-
-def without_password(url: str) -> str:
-    """Return a URL as it may be shown."""
-    parts = urlsplit(url)
-    if parts.password is None:
-        return url
-    shown = parts.netloc.replace(f":{parts.password}@", "@", 1)
-    return parts._replace(netloc=shown).geturl()

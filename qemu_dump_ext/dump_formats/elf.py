@@ -32,7 +32,7 @@ from qemu_dump_ext.elf_structs import (
     phdr_layout,
 )
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest.model import GuestMemory
+from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.page_pipeline import (
     Buffer,

@@ -18,7 +18,8 @@ from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.flattened_stream import FlattenedStream
-from qemu_dump_ext.guest.model import GuestMemory, RamBlock
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.kdump_pages import BulkPageWriter, OrderedPageWriter, PageForm, WriteAt
 from qemu_dump_ext.kdump_structs import (
     DISK_DUMP_HEADER,
@@ -28,13 +29,11 @@ from qemu_dump_ext.kdump_structs import (
     PAGE_DESCRIPTOR,
 )
 from qemu_dump_ext.packing_processes import PackingProcesses
-from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
 from qemu_dump_ext.page_codecs._declaration import PageCodec
 from qemu_dump_ext.page_packing import Compression, Packer
 from qemu_dump_ext.page_pipeline import Piece, cut, read_through, worker_count
 
-UNCOMPRESSED = "none"
-"""The word for a kdump whose pages are stored as they are."""
 _U32 = (1 << 32) - 1
 _DUMP_LEVEL = 1
 _WORTH_PROCESSES = 256 << 20

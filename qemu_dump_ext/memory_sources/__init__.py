@@ -10,9 +10,10 @@ from functools import cache
 
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.guest.model import GuestMemory, Monitor, PartialMemory
+from qemu_dump_ext.guest.access import Monitor, SourceContext
+from qemu_dump_ext.guest.memory import GuestMemory, PartialMemory
 from qemu_dump_ext.memory_sources._composite import CompositeMemory
-from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
+from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.monitor_text import parse_physical_bytes
 
 AUTO = "auto"

@@ -6,7 +6,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest.model import GuestMemory, RamBlock, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.model import RamBlock
 
 
 class CompositeMemory:

@@ -2,30 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
-from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory, Monitor, RamBlock, Stub
-
-
-@dataclass(frozen=True)
-class SourceContext:
-    """What a source may use to get at memory.
-
-    Attributes:
-        monitor: QEMU's human monitor.
-        stub: The gdbstub, where the door has one.
-        ram_blocks: Of the guest, by ascending gpa.
-        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
-        qmp: QEMU's QMP, where the door has one.
-    """
-
-    monitor: Monitor
-    stub: Stub | None
-    ram_blocks: Sequence[RamBlock]
-    addresses: Sequence[str] = ()
-    qmp: DescriptorMonitor | None = None
+from qemu_dump_ext.guest.access import SourceContext
+from qemu_dump_ext.guest.memory import GuestMemory
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.model import GuestMemory, Monitor, RamBlock
-from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
+from qemu_dump_ext.guest.access import Monitor, SourceContext
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources.process import HostSegment, locate_blocks
 from qemu_dump_ext.qemu_process import MemoryMapping, find_qemu_process
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest.model import GuestMemory, Stub
-from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
+from qemu_dump_ext.guest.access import SourceContext, Stub
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.memory_sources._declaration import MemorySource
 
 _QUERY_MODE = "qqemu.PhyMemMode"
 _SET_MODE = "Qqemu.PhyMemMode:"

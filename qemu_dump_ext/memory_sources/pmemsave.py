@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.model import AsyncMonitor, GuestMemory, Monitor
-from qemu_dump_ext.memory_sources._declaration import MemorySource, SourceContext
+from qemu_dump_ext.guest.access import AsyncMonitor, Monitor, SourceContext
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
 from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
 

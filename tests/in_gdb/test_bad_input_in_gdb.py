@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
-from qemu_dump_ext.dump_arguments import codec_names
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.page_codecs import codec_names
 from tests.support.bad_input import BAD_INPUT, strange_files
 from tests.support.doors import (
     GDB_SCRIPT,

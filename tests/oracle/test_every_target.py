@@ -22,11 +22,11 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.cli.gdb_driver import gdb_script_path
 from qemu_dump_ext.dump_engine import dump
 from qemu_dump_ext.dump_request import DumpRequest
-from qemu_dump_ext.dump_sink import open_sink
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import stopped_machine
-from qemu_dump_ext.guest_probe import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.sync_qmp import connect_qmp
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub

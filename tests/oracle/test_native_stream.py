@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, MonitorAnswerError, SourceError
-from qemu_dump_ext.guest.model import DescriptorMonitor, GuestMemory, RamBlock
+from qemu_dump_ext.guest.access import DescriptorMonitor, GuestAccess
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
-from qemu_dump_ext.guest_probe import GuestAccess, probe_guest
+from qemu_dump_ext.guest_probe import probe_guest
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._pieces import PiecewiseMemory
 from qemu_dump_ext.memory_sources.native_stream import NativeDumps

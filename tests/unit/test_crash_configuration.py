@@ -4,13 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.crash_collector.configuration import (
-    DEFAULT_CAUSES,
-    AfterCommand,
-    request_of_format,
-)
+from qemu_dump_ext.crash_collector.configuration import DEFAULT_CAUSES, AfterCommand
 from qemu_dump_ext.crash_collector.configuration_file import load_configuration, parse_configuration
 from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
+from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.errors import RequestError
 
 FULL = """

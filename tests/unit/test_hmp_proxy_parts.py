@@ -8,8 +8,9 @@ import pytest
 from hmp_command_table import parse_tables, with_our_help
 from hmp_dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 from hmp_readline import HISTORY_MAX, LINE_MAX, LineEditor
-from proxy_listener import is_loopback, split_host
 from qmp_json import JsonError, JsonStream
+
+from qemu_dump_ext.qemu.address import is_loopback, split_host
 
 CODECS = ("zlib", "lzo", "snappy", "zstd", "none")
 SOURCES = ("auto", "pmemsave")

@@ -18,7 +18,7 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment, overlap_size, unmapped_size
 from qemu_dump_ext.memory_range import blocks_within
-from qemu_dump_ext.vmcoreinfo import UtsName
+from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.oracle import elf_facts
 
 _U64 = (1 << 64) - 1

@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from qemu_dump_ext.architectures._register_text import parse_named_values
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.monitor_text import (
     parse_flat_view,
-    parse_named_values,
     parse_physical_bytes,
     parse_status,
     parse_version,

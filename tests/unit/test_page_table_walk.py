@@ -12,20 +12,19 @@ import pytest
 from qemu_dump_ext.architectures import all_architectures, loongarch64, s390x
 from qemu_dump_ext.architectures._arm_tables import long_tables, short_tables
 from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.architectures._page_tables import (
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+    ones_above,
+)
 from qemu_dump_ext.architectures._powerpc_tables import radix_tables
 from qemu_dump_ext.architectures._riscv_tables import riscv_tables
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
 from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.page_table_walk import (
-    PageTableGeometry,
-    PageTableRoot,
-    TableLevel,
-    WalkBudget,
-    ones_above,
-    translate,
-)
+from qemu_dump_ext.page_table_walk import WalkBudget, translate
 from tests.support.fake_kernel import FlatMemory
 
 X86_64: Architecture = all_architectures()["x86_64"]

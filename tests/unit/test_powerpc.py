@@ -7,8 +7,8 @@ from qemu_dump_ext.architectures._declaration import VcpuReadings
 from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.guest_probe import merge_readings
-from qemu_dump_ext.vmcoreinfo import UtsName
+from qemu_dump_ext.registers.merge import merge_readings
+from qemu_dump_ext.structures.utsname import UtsName
 
 _ARCHITECTURE = all_architectures()["ppc64"]
 _DESCRIBED = [f"vr{index}" for index in range(32)] + ["vscr", "vrsave"]

@@ -4,10 +4,10 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures, s390x
 from qemu_dump_ext.architectures._declaration import VcpuReadings
+from qemu_dump_ext.architectures._page_tables import PageTableRoot
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.guest_probe import merge_readings
 from qemu_dump_ext.guest_tables import kernel_translations
-from qemu_dump_ext.page_table_walk import PageTableRoot
+from qemu_dump_ext.registers.merge import merge_readings
 
 S390X = all_architectures()["s390x"]
 MERGED, STALE = 0x0704E001 << 32, 0x0704C001 << 32

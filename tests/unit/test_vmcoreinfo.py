@@ -4,9 +4,9 @@ import struct
 
 import pytest
 
+from qemu_dump_ext.structures.utsname import parse_new_utsname
 from qemu_dump_ext.vmcoreinfo import (
     note_at_page_start,
-    parse_new_utsname,
     vmcoreinfo_number,
     vmcoreinfo_text,
     vmcoreinfo_value,

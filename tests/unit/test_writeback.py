@@ -4,8 +4,9 @@ import os
 
 import pytest
 
-from qemu_dump_ext import dump_sink, writeback
+from qemu_dump_ext import writeback
 from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.writeback import Writeback
 
 
@@ -30,7 +31,7 @@ def test_a_file_whose_blocks_do_not_reach_the_disk_is_not_left(monkeypatch, tmp_
     path = tmp_path / "x"
     with (
         pytest.raises(DumpWriteError, match="Input/output error"),
-        dump_sink.open_sink(str(path), force=False, standard_output=None) as sink,
+        open_sink(str(path), force=False, standard_output=None) as sink,
     ):
         sink.write(bytes(8192))
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,3 @@
+"""What the collector's configuration may say."""
+
+from __future__ import annotations

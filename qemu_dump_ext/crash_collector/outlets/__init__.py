@@ -1,0 +1,3 @@
+"""Where crashes go from the store: reports, metrics, uploads."""
+
+from __future__ import annotations

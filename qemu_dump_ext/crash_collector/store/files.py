@@ -1,0 +1,61 @@
+"""Files of the store, written so that a crash of the host leaves the old or the new."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+from qemu_dump_ext.crash_collector.crash_record import CrashRecord, FileFacts
+
+RECORD_FILE = "crash.json"
+CHECKSUM_FILE = "SHA256SUMS"
+
+
+def file_facts(path: Path) -> FileFacts:
+    """Make a file private and durable; return its size and checksum."""
+    path.chmod(0o600)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+        return FileFacts(os.fstat(file.fileno()).st_size, digest)
+
+
+def record_files(record: CrashRecord) -> dict[str, bytes]:
+    """Return the content of `crash.json`, and of the checksums of it and of all other files."""
+    text = record.to_json().encode()
+    sums = {name: facts.sha256 for name, facts in record.files.items()}
+    sums[RECORD_FILE] = hashlib.sha256(text).hexdigest()
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(sums.items())]
+    return {RECORD_FILE: text, CHECKSUM_FILE: "".join(lines).encode()}
+
+
+def write_record(directory: Path, record: CrashRecord) -> None:
+    """Write `crash.json` and the checksums of a crash into its directory."""
+    for name, content in record_files(record).items():
+        replace_file(directory / name, content)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file for its owner alone: the old one, or all of the new one, is on the disk."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("xb") as file:
+            os.fchmod(file.fileno(), 0o600)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Bring the names in a directory to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,33 @@
+"""Remove from the store what its limits do not allow."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from qemu_dump_ext.crash_collector.configuration import Limits
+from qemu_dump_ext.crash_collector.crash_limits import Removal, choose_removals
+from qemu_dump_ext.crash_collector.crash_store import CrashStore
+
+
+def prune(
+    store: CrashStore, limits: Limits, *, now: datetime | None = None, needs_upload: bool = False
+) -> list[Removal]:
+    """Remove what the limits do not allow; returns what was removed.
+
+    Raises:
+        DumpWriteError: The store cannot be changed.
+    """
+    with store.locked():
+        removals = choose_removals(
+            list(store.records()),
+            limits,
+            now=now or datetime.now(UTC),
+            free_bytes=store.free_bytes(),
+            needs_upload=needs_upload,
+        )
+        for removal in removals:
+            if removal.whole:
+                store.remove(removal.record)
+            else:
+                store.remove_dump(removal.record, f"removed by the limits: {removal.reason}")
+    return removals

@@ -1,0 +1,126 @@
+"""Describe what is in a dump that exists."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from itertools import islice
+from typing import Any
+
+from qemu_dump_ext.dump_file import DumpFile
+from qemu_dump_ext.elf_core_reader import ElfCoreFile
+from qemu_dump_ext.elf_notes import Note
+from qemu_dump_ext.elf_structs import NT_QEMU
+from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.kdump_reader import KdumpFile
+
+_LISTED_JSON = 1024
+_QEMU_NOTE_HEAD = 8
+"""Bytes of version and size, both u32, at the start of QEMU's note."""
+
+
+_CORE_NOTE_TYPES = {1: "NT_PRSTATUS", 2: "NT_PRFPREG", 3: "NT_PRPSINFO"}
+"""Notes that may be named CORE only."""
+
+
+_NOTE_TYPES = {
+    0x100: "NT_PPC_VMX",
+    0x101: "NT_PPC_SPE",
+    0x102: "NT_PPC_VSX",
+    0x200: "NT_386_TLS",
+    0x202: "NT_X86_XSTATE",
+    0x300: "NT_S390_HIGH_GPRS",
+    0x301: "NT_S390_TIMER",
+    0x302: "NT_S390_TODCMP",
+    0x303: "NT_S390_TODPREG",
+    0x304: "NT_S390_CTRS",
+    0x305: "NT_S390_PREFIX",
+    0x309: "NT_S390_VXRS_LOW",
+    0x30A: "NT_S390_VXRS_HIGH",
+    0x30B: "NT_S390_GS_CB",
+    0x30E: "NT_S390_PV_CPU_DATA",
+    0x400: "NT_ARM_VFP",
+    0x401: "NT_ARM_TLS",
+    0x405: "NT_ARM_SVE",
+    0x406: "NT_ARM_PAC_MASK",
+    0xA02: "NT_LOONGARCH_LSX",
+    0xA03: "NT_LOONGARCH_LASX",
+}
+"""Notes named LINUX, or CORE as QEMU does on PPC. Source: Linux include/uapi/linux/elf.h."""
+
+
+def describe(file: str, dump: DumpFile) -> dict[str, Any]:
+    """Return what `--json` prints, see above."""
+    problems = list(dump.image.problems)
+    facts: dict[str, Any] = {
+        "file": file,
+        "format": dump.format,
+        "size_bytes": dump.image.size,
+        "byte_order": dump.byte_order,
+        "word_bits": 8 * dump.word_size,
+        "header": dict(dump.header),
+    }
+    parts: dict[str, Callable[[], Any]] = {
+        "notes": lambda: [_describe_note(dump, note) for note in dump.notes],
+        "vmcoreinfo": lambda: _describe_vmcoreinfo(dump),
+    }
+    if isinstance(dump, ElfCoreFile):
+        facts["segment_count"] = len(dump.segments)
+        facts["segments"] = [asdict(segment) for segment in dump.segments[:_LISTED_JSON]]
+    if isinstance(dump, KdumpFile):
+        facts["sub_header"] = dict(dump.sub_header)
+        parts["pages"] = lambda: _describe_pages(dump)
+    parts["memory"] = lambda: _describe_memory(dump.memory_ranges())
+    for key, describe in parts.items():
+        try:
+            facts[key] = describe()
+        except CorruptDumpError as error:
+            facts[key] = None
+            problems.append(f"{key}: {error}")
+    return {**facts, "problems": problems}
+
+
+def _describe_note(dump: DumpFile, note: Note) -> dict[str, Any]:
+    core = _CORE_NOTE_TYPES.get(note.type) if note.name == "CORE" else None
+    other = _NOTE_TYPES.get(note.type) if note.name in {"CORE", "LINUX"} else None
+    facts: dict[str, Any] = {
+        "name": note.name,
+        "type": note.type,
+        "type_name": core or other,
+        "size_bytes": len(note.descriptor),
+        "offset": note.offset,
+    }
+    if note.is_prstatus:
+        facts["pid"] = dump.pid_of(note)
+    if note.name == "QEMU" and note.type == NT_QEMU and len(note.descriptor) >= _QEMU_NOTE_HEAD:
+        facts["version"], facts["declared_bytes"] = (
+            int.from_bytes(note.descriptor[start : start + 4], dump.byte_order) for start in (0, 4)
+        )
+    return facts
+
+
+def _describe_vmcoreinfo(dump: DumpFile) -> dict[str, Any] | None:
+    if dump.vmcoreinfo is None:
+        return None
+    return {"size_bytes": len(dump.vmcoreinfo), "facts": dict(dump.vmcoreinfo_facts)}
+
+
+def _describe_pages(dump: KdumpFile) -> dict[str, Any]:
+    counts = dump.count_pages()
+    memory = dump.page_count * dump.page_size
+    return {
+        "page_bytes": dump.page_size,
+        "first_bitmap": dump.count_bits(0),
+        "second_bitmap": dump.page_count,
+        **asdict(counts),
+        "ratio": round(memory / counts.stored_bytes, 2) if counts.stored_bytes else None,
+    }
+
+
+def _describe_memory(ranges: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    ranges = iter(ranges)
+    listed = [{"gpa": gpa, "size_bytes": size} for gpa, size in islice(ranges, _LISTED_JSON)]
+    size, count = sum(item["size_bytes"] for item in listed), len(listed)
+    for _, more in ranges:
+        size, count = size + more, count + 1
+    return {"size_bytes": size, "range_count": count, "ranges": listed}

@@ -1,0 +1,54 @@
+"""What the engine wants from a source of guest physical memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+from qemu_dump_ext.guest.model import RamBlock
+
+
+class GuestMemory(Protocol):
+    """Guest physical memory while the guest is stopped."""
+
+    @property
+    def name(self) -> str:
+        """The word by which users ask for this source."""
+
+    def read_into(self, gpa: int, buffer: memoryview) -> None:
+        """Fill `buffer` with guest memory from `gpa` on; the range lies within one RAM block.
+
+        Raises:
+            GuestMemoryFaultError: It cannot be read.
+        """
+
+    def close(self) -> None:
+        """Give back what the source holds; harmless when repeated."""
+
+
+@runtime_checkable
+class SparseMemory(GuestMemory, Protocol):
+    """Guest memory of which it is known, without reading it, where nothing was ever stored.
+
+    Optional: of memory that is no SparseMemory everything is read.
+    """
+
+    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+        """Return where there may be something else than zeros, as pairs of gpa and end.
+
+        By ascending gpa, not overlapping, within the range, which lies within one RAM block.
+        Everything else in the range is zero, and `read_into` is not asked for it: reading it
+        could make QEMU's process allocate memory.
+
+        Raises:
+            GuestMemoryFaultError: It cannot be told.
+        """
+
+
+@runtime_checkable
+class PartialMemory(GuestMemory, Protocol):
+    """Guest memory that has some RAM blocks only; others come from another source."""
+
+    @property
+    def missing_blocks(self) -> Sequence[RamBlock]:
+        """The blocks of the guest that cannot be read here, by ascending gpa."""

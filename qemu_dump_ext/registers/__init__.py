@@ -1,0 +1,3 @@
+"""Registers of vCPUs: read from their sources, and written as notes."""
+
+from __future__ import annotations

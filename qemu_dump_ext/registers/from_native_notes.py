@@ -1,0 +1,52 @@
+"""Registers from the notes in a dump that QEMU itself wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.elf_notes import whole_notes
+from qemu_dump_ext.elf_structs import parse_elf_head
+from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.vcpu_notes import decode_vcpu_registers
+
+
+@dataclass(frozen=True)
+class NativeNotes:
+    """What such a dump tells.
+
+    Attributes:
+        vcpus: Registers by name, by ascending cpu_index.
+        guest_note: The guest's note, header included; empty where there is none.
+        byte_order: Of that dump; None where there is none.
+    """
+
+    vcpus: Sequence[Mapping[str, int]]
+    guest_note: bytes
+    byte_order: ByteOrder | None = None
+
+
+def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: int) -> NativeNotes:
+    """Take the notes of QEMU's own ELF dump apart.
+
+    Raises:
+        SourceError: It is no dump of this architecture.
+    """
+    head = parse_elf_head(content)
+    header, phdr, byte_order = head.header, head.phdr, head.byte_order
+    if len(content) < header["e_phoff"] + phdr.size:
+        raise SourceError("QEMU's dump of one byte is cut")
+    segment = phdr.unpack_integers(content, header["e_phoff"])  # PT_NOTE is the first
+    area = content[segment["p_offset"] :][: segment["p_filesz"]]
+    notes = whole_notes(area, byte_order)
+    for core in architecture.cores:
+        if (core.e_machine, core.byte_order) != (header["e_machine"], byte_order):
+            continue
+        decoded = decode_vcpu_registers(architecture, core, notes, vcpu_count)
+        if decoded is not None:
+            guest_notes = notes[decoded.count :]
+            start = guest_notes[0].offset if guest_notes else len(area)
+            return NativeNotes(decoded.vcpus, area[start:], byte_order)
+    raise SourceError("QEMU's dump of one byte has notes of another kind")

@@ -1,0 +1,33 @@
+"""A dump written to a descriptor that is open already."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from qemu_dump_ext.dump_sink import Sink, is_terminal
+from qemu_dump_ext.errors import RequestError
+
+
+class DescriptorSink(Sink):
+    """A descriptor that is open already.
+
+    It is looked at when this is made, before a connection of ours takes a number that was free.
+    """
+
+    def __init__(self, name: str, descriptor: int) -> None:
+        super().__init__(name)
+        self._given = descriptor
+        try:
+            access = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+        except (OSError, OverflowError) as error:
+            raise RequestError(
+                f"{name} is no open descriptor", hint="a shell opens one by 3>FILE"
+            ) from error
+        if access == os.O_RDONLY:
+            raise RequestError(f"{name} is open for reading only")
+        if os.isatty(descriptor):
+            raise is_terminal(name)
+
+    def _open(self) -> int:
+        return self._given

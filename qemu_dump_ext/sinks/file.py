@@ -1,0 +1,108 @@
+"""A dump in a file, which appears under its name only when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from pathlib import Path
+
+from qemu_dump_ext.dump_sink import Sink, mode_of, reason_of
+from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.file_writer import FileWriter
+from qemu_dump_ext.interrupts import uninterrupted
+
+_FILE_MODE = 0o600
+
+
+class FileSink(Sink):
+    """A new file: written aside, mode 0600, and renamed when it is complete.
+
+    What is written in order is collected first: in blocks that can go past the page cache.
+    """
+
+    def __init__(self, path: Path, *, force: bool) -> None:
+        super().__init__(str(path))
+        self._path = path
+        self._force = force
+        self._partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+        self._writer: FileWriter | None = None
+        mode = mode_of(path)
+        if mode is not None and stat.S_ISDIR(mode):
+            raise RequestError(f"{path} is a directory", hint="name a file in it")
+        if mode is None and mode_of(path.parent) is None:
+            raise DumpWriteError(f"cannot create {path}: there is no directory {path.parent}")
+        self._refuse_existing()
+
+    def _append(self, view: memoryview) -> None:
+        if self._writer is None:
+            super()._append(view)
+        else:
+            self._writer.append(view)
+
+    def _place(self, offset: int, view: memoryview) -> None:
+        if self._writer is None:
+            super()._place(offset, view)
+        else:
+            self._writer.write_at(offset, view)
+
+    @property
+    def directory(self) -> Path:
+        """That of the dump."""
+        return self._path.parent
+
+    def _refuse_existing(self) -> None:
+        if not self._force and os.path.lexists(self._path):
+            raise RequestError(f"{self._path} exists", hint="--force replaces it")
+
+    def _open(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            with uninterrupted():
+                self._descriptor = os.open(self._partial, flags, _FILE_MODE)
+        except OSError as error:
+            raise DumpWriteError(f"cannot create {self._path}: {reason_of(error)}") from error
+        self._writer = FileWriter(self._descriptor)
+        return self._descriptor
+
+    def commit(self) -> None:
+        """Give the file its name."""
+        try:
+            if self._writer is not None:
+                self._writer.finish()
+            # Whole or not at all, and an interrupt knows which.
+            with uninterrupted():
+                if self._force:
+                    self._partial.replace(self._path)
+                else:
+                    self._rename_to_new_name()
+        except OSError as error:
+            raise self._write_error(error) from error
+        self._close()
+
+    def _rename_to_new_name(self) -> None:
+        try:
+            os.link(self._partial, self._path)  # unlike rename, never replaces
+        except FileExistsError:
+            self._refuse_existing()
+            raise
+        except OSError:  # a file system without hard links
+            self._refuse_existing()
+            self._partial.rename(self._path)
+        else:
+            self._partial.unlink()
+
+    def abort(self) -> None:
+        """Remove the partial file."""
+        with contextlib.suppress(OSError):
+            self._partial.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(OSError):
+                self._writer.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

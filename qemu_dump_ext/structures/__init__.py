@@ -1,0 +1,3 @@
+"""Bytes on disk and on the wire: layouts, encoded and decoded, without any I/O."""
+
+from __future__ import annotations
