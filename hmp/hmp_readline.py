@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from qemu_dump_ext.dialect import QemuVersion
+from qemu_dump_ext.structures.dialect import QemuVersion
 
 PROMPT = b"(qemu) "
 LINE_MAX = 4095

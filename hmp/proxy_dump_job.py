@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from proxy_qmp_upstream import QmpUpstream
 from proxy_upstream import Event, Upstream
 
-from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.dump_engine import dump
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
@@ -37,6 +36,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.structures.dialect import QemuVersion
 
 IN_PROCESS = "There is a dump in process, please wait."
 NOT_IN_PROCESS = "There is no dump in process."

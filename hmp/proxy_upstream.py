@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import ConnectError, SourceError
+from qemu_dump_ext.structures.dialect import QemuVersion
 
 _RETRY_SECONDS = 0.3
 Event = dict[str, Any]

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from qemu_dump_ext.architectures._page_tables import Translation
-from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.dump_request import DumpRequest
@@ -30,7 +28,9 @@ from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.run_state import stopped
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
 

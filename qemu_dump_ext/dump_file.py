@@ -8,10 +8,10 @@ from functools import cached_property
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dump_image import DumpImage
-from qemu_dump_ext.elf_notes import Note, parse_notes
 from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 
 NOTES_SIZE_MAX = 256 << 20
 """More bytes of notes than thousands of vCPUs need; a larger number in a header is damage."""

@@ -6,9 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture, Core, phys_base
-from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.dump_request import DumpRequest
-from qemu_dump_ext.elf_notes import whole_notes
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import (
@@ -19,9 +17,15 @@ from qemu_dump_ext.memory_mapping import (
     unmapped_size,
 )
 from qemu_dump_ext.memory_range import blocks_within, filter_native
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf_notes import whole_notes
 from qemu_dump_ext.structures.utsname import UtsName
+from qemu_dump_ext.structures.vmcoreinfo import (
+    VMCOREINFO_NOTE_NAME,
+    vmcoreinfo_number,
+    vmcoreinfo_value,
+)
 from qemu_dump_ext.vcpu_notes import encode_vcpu_notes
-from qemu_dump_ext.vmcoreinfo import VMCOREINFO_NOTE_NAME, vmcoreinfo_number, vmcoreinfo_value
 
 _PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
 """What a kernel may say of itself: the note is guest memory."""

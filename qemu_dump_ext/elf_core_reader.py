@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.dump_image import DumpImage
-from qemu_dump_ext.elf_structs import (
+from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
+from qemu_dump_ext.extent_index import ExtentIndex
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.elf import (
     EHDR,
     ELF_MAGIC,
     ELFCLASS32,
@@ -27,8 +29,6 @@ from qemu_dump_ext.elf_structs import (
     elf_abi,
     phdr_layout,
 )
-from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
-from qemu_dump_ext.extent_index import ExtentIndex
 
 _IDENT_SIZE = 16
 _EI_CLASS, _EI_DATA = 4, 5

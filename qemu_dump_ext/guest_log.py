@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import Architecture, Core
-from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
 from qemu_dump_ext.guest.access import GuestAccess
@@ -19,7 +18,8 @@ from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
 from qemu_dump_ext.kernel_memory import KernelMemory, read_utsname
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.run_state import stopped
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.structures.dialect import MENDED
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
 _UNKNOWN = "Unknown"

@@ -8,7 +8,6 @@ from functools import partial
 
 from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
 from qemu_dump_ext.architectures._declaration import Architecture, TargetClues, VcpuReadings
-from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess, Monitor
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
@@ -28,6 +27,7 @@ from qemu_dump_ext.monitor_text import (
 )
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
+from qemu_dump_ext.structures.dialect import QemuVersion
 from qemu_dump_ext.stub_registers import read_g_packet
 
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)

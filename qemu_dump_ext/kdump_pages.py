@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from qemu_dump_ext.c_struct import BoundStruct
 from qemu_dump_ext.page_packing import Packer
 from qemu_dump_ext.page_pipeline import Buffer, Piece, PieceWork
+from qemu_dump_ext.structures.c_struct import BoundStruct
 from qemu_dump_ext.zero_pages import numpy_or_none
 
 _CACHED_BLOCKS = 4

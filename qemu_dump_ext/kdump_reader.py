@@ -14,17 +14,17 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import TypeAlias
 
-from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder
 from qemu_dump_ext.dump_file import NOTES_SIZE_MAX, DumpFile
 from qemu_dump_ext.dump_image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, RequestError
-from qemu_dump_ext.kdump_structs import (
+from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
+from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder
+from qemu_dump_ext.structures.kdump import (
     DISK_DUMP_HEADER,
     KDUMP_SIGNATURE,
     KDUMP_SUB_HEADER,
     PAGE_DESCRIPTOR,
 )
-from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS
 
 Descriptor: TypeAlias = tuple[int, int, int, int]

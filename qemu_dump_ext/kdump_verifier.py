@@ -15,7 +15,7 @@ from qemu_dump_ext.kdump_reader import (
     KdumpFile,
     PageUnpacker,
 )
-from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_INCOMPLETE
+from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_INCOMPLETE
 from qemu_dump_ext.verify_report import OrderedPool, Progress, VerifyReport
 
 _MAX_MAPNR_32 = (1 << 32) - 1

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _LOG_SIZE_MAX = 1 << 30
 _COUNT_BITS_MAX = 24

@@ -11,7 +11,7 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations
 from qemu_dump_ext.page_table_walk import translate_by
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
 _U64 = (1 << 64) - 1
 _TWO_POINTERS_OF_32_BITS = 8

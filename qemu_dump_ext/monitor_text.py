@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from qemu_dump_ext.dialect import QemuVersion
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.structures.dialect import QemuVersion
 
 RUNNING = "running"
 """What `parse_status` returns for a guest that is not stopped."""

@@ -13,9 +13,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.c_struct import Abi, StructLayout
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import Stub
+from qemu_dump_ext.structures.c_struct import Abi, StructLayout
 
 _CHUNK = 0xF00  # QEMU's packets hold 4096 bytes
 _MAX_DOCUMENT_SIZE = 4 << 20

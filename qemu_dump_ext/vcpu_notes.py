@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout
-from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.elf_notes import Note, encode_note
 from qemu_dump_ext.guest.model import Vcpu
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.elf_notes import Note, encode_note
 
 QEMU_NOTE_SIZE_WITHOUT_KERNEL_GS_BASE = 432
 _PID = "pr_pid"

@@ -15,16 +15,16 @@ from enum import IntEnum
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.architectures._page_tables import PageTableRoot, Translation
-from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.elf_notes import encode_note
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.guest_tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.page_pipeline import populated_ranges
 from qemu_dump_ext.page_table_walk import translate, translate_by
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.elf_notes import encode_note
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
-from qemu_dump_ext.vmcoreinfo import (
+from qemu_dump_ext.structures.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
     VMCOREINFO_NOTE_NAME,
     note_at_page_start,

@@ -21,8 +21,8 @@ from qemu_dump_ext.architectures._page_tables import (
     TableLevel,
     ones_above,
 )
-from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
 _VALID = LeafTest(mask=1, wanted=1)
 _BLOCK = LeafTest(mask=2, wanted=0)

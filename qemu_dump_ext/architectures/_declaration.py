@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qemu_dump_ext.architectures._page_tables import Translation
-from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
-from qemu_dump_ext.dialect import Dialect, QemuVersion
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
+from qemu_dump_ext.structures.dialect import Dialect, QemuVersion
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _U64 = (1 << 64) - 1
 

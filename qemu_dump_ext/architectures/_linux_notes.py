@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from qemu_dump_ext.architectures._declaration import NoteLayout
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.elf_structs import NT_PRFPREG, NT_PRSTATUS
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.elf import NT_PRFPREG, NT_PRSTATUS
 
 _WORD_SIZES = {"u32": 4, "u64": 8}
 _PID = Field("pr_pid", "u32")

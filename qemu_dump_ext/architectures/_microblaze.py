@@ -24,8 +24,8 @@ from qemu_dump_ext.architectures._undumped import (
     make_architecture,
     recognize_by_byte_order,
 )
-from qemu_dump_ext.c_struct import ByteOrder, fields_of
-from qemu_dump_ext.elf_structs import EM_MICROBLAZE
+from qemu_dump_ext.structures.c_struct import ByteOrder, fields_of
+from qemu_dump_ext.structures.elf import EM_MICROBLAZE
 
 _GPRS = numbered("r", 32)
 _CONTROL = "pc msr ear esr fsr"

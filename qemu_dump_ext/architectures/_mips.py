@@ -23,11 +23,11 @@ from qemu_dump_ext.architectures._declaration import (
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._page_tables import AddressWindow, ones_above
 from qemu_dump_ext.architectures._undumped import g_packet
-from qemu_dump_ext.c_struct import ByteOrder, Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_MIPS, NT_PRFPREG
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.c_struct import ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import EM_MIPS, NT_PRFPREG
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)

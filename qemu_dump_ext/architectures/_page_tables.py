@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.structures.c_struct import ByteOrder
 
 _U64 = (1 << 64) - 1
 

@@ -23,10 +23,10 @@ from qemu_dump_ext.architectures._declaration import (
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus_layout, wide_fields
 from qemu_dump_ext.architectures._register_text import parse_rows
-from qemu_dump_ext.c_struct import ByteOrder, Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import NT_PPC_SPE, NT_PPC_VMX, NT_PPC_VSX, NT_PRFPREG, NT_PRSTATUS
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.structures.c_struct import ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import NT_PPC_SPE, NT_PPC_VMX, NT_PPC_VSX, NT_PRFPREG, NT_PRSTATUS
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)

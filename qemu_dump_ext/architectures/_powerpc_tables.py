@@ -20,7 +20,7 @@ from qemu_dump_ext.architectures._page_tables import (
     TableLevel,
     Translation,
 )
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _PAGE_OFFSET = 0xC000000000000000
 _LINEAR_SIZE = 1 << 51

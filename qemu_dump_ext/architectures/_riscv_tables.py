@@ -16,7 +16,7 @@ from qemu_dump_ext.architectures._page_tables import (
     PageTableRoot,
     TableLevel,
 )
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _U64 = (1 << 64) - 1
 _VALID = LeafTest(mask=1, wanted=1)

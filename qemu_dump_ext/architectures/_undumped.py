@@ -15,9 +15,9 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import wide_fields
-from qemu_dump_ext.c_struct import Abi, ByteOrder, StructLayout
-from qemu_dump_ext.dialect import Dialect
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.structures.c_struct import Abi, ByteOrder, StructLayout
+from qemu_dump_ext.structures.dialect import Dialect
 
 _BYTE_ORDERS: tuple[ByteOrder, ByteOrder] = ("little", "big")
 

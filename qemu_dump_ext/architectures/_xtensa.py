@@ -20,8 +20,8 @@ from qemu_dump_ext.architectures._undumped import (
     make_architecture,
     recognize_by_byte_order,
 )
-from qemu_dump_ext.c_struct import ByteOrder, Field, fields_of
-from qemu_dump_ext.elf_structs import EM_XTENSA
+from qemu_dump_ext.structures.c_struct import ByteOrder, Field, fields_of
+from qemu_dump_ext.structures.elf import EM_XTENSA
 
 _ALWAYS = "pc ps sar"
 _CONFIGURED = "lbeg lend lcount windowstart windowbase threadptr"

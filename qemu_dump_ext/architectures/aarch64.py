@@ -24,10 +24,10 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
 
 _GPRS = numbered("x", 31)
 _VECTORS = numbered("v", 32)

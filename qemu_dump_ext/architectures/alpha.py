@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from qemu_dump_ext.architectures._declaration import Core, Register
 from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import fields_of
-from qemu_dump_ext.elf_structs import EM_ALPHA
+from qemu_dump_ext.structures.c_struct import fields_of
+from qemu_dump_ext.structures.elf import EM_ALPHA
 
 _GPRS = (
     "v0 t0 t1 t2 t3 t4 t5 t6 t7 s0 s1 s2 s3 s4 s5 fp a0 a1 a2 a3 a4 a5 t8 t9 t10 t11 ra t12 at gp"

@@ -22,10 +22,10 @@ from qemu_dump_ext.architectures._declaration import (
     VcpuReadings,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus_layout
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_ARM, NT_ARM_VFP, NT_PRSTATUS
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import EM_ARM, NT_ARM_VFP, NT_PRSTATUS
 
 _GPRS = numbered("r", 16)
 _GDB_NAMES = {"r13": "sp", "r14": "lr", "r15": "pc"}

@@ -15,10 +15,10 @@ from dataclasses import replace
 from qemu_dump_ext.architectures._declaration import Core, Register
 from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_PARISC
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.structures.c_struct import fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import ELFOSABI_LINUX, EM_PARISC
 
 _GPRS = numbered("gr", 31, first=1)
 _SPACES = numbered("sr", 8)

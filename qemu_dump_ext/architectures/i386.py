@@ -13,7 +13,7 @@ from dataclasses import replace
 from qemu_dump_ext.architectures import x86_64
 from qemu_dump_ext.architectures._declaration import VcpuReadings
 from qemu_dump_ext.architectures._page_tables import PageTableRoot
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
 _PAGE_OFFSET = 0xC0000000
 """Where kernels map the start of memory, whether KASLR moved them or not."""

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register, VcpuReadings
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
 from qemu_dump_ext.architectures._undumped import make_architecture
-from qemu_dump_ext.c_struct import StructLayout, fields_of
-from qemu_dump_ext.elf_structs import ELFOSABI_LINUX, EM_68K, NT_PRFPREG
+from qemu_dump_ext.structures.c_struct import StructLayout, fields_of
+from qemu_dump_ext.structures.elf import ELFOSABI_LINUX, EM_68K, NT_PRFPREG
 
 _DATA = numbered("d", 8)
 _ADDRESS = numbered("a", 8)

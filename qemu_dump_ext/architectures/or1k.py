@@ -10,8 +10,8 @@ from __future__ import annotations
 from qemu_dump_ext.architectures._declaration import Core, Register
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import fields_of
-from qemu_dump_ext.elf_structs import EM_OPENRISC
+from qemu_dump_ext.structures.c_struct import fields_of
+from qemu_dump_ext.structures.elf import EM_OPENRISC
 
 _GPRS = numbered("r", 32)
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from qemu_dump_ext.architectures._powerpc import make_architecture
 from qemu_dump_ext.architectures._powerpc_tables import linux_translations
-from qemu_dump_ext.elf_structs import EM_PPC64
+from qemu_dump_ext.structures.elf import EM_PPC64
 
 ARCHITECTURE = replace(
     make_architecture(

@@ -28,9 +28,10 @@ from qemu_dump_ext.architectures._page_tables import (
     PageTableRoot,
     TableLevel,
 )
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import (
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import (
     EM_S390,
     NT_PRFPREG,
     NT_S390_CTRS,
@@ -42,8 +43,7 @@ from qemu_dump_ext.elf_structs import (
     NT_S390_VXRS_HIGH,
     NT_S390_VXRS_LOW,
 )
-from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 16)
 _ACCESS = numbered("acr", 16)

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.elf_structs import EM_SPARC, NT_PRFPREG
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.elf import EM_SPARC, NT_PRFPREG
 
 _WINDOWED = " ".join(numbered(letter, 8) for letter in "goli")
 _FPRS = numbered("f", 32)

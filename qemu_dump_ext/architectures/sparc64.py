@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from qemu_dump_ext.architectures._declaration import Core, Register
 from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.c_struct import fields_of
-from qemu_dump_ext.elf_structs import EM_SPARCV9
+from qemu_dump_ext.structures.c_struct import fields_of
+from qemu_dump_ext.structures.elf import EM_SPARCV9
 
 _WINDOWED = " ".join(numbered(letter, 8) for letter in "goli")
 _DOUBLES = " ".join(f"d{index}" for index in range(0, 64, 2))

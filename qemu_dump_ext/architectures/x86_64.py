@@ -29,11 +29,11 @@ from qemu_dump_ext.architectures._page_tables import (
     TableLevel,
     ones_above,
 )
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
-from qemu_dump_ext.dialect import Dialect
-from qemu_dump_ext.elf_structs import EM_386, EM_X86_64, NT_QEMU
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.dialect import Dialect
+from qemu_dump_ext.structures.elf import EM_386, EM_X86_64, NT_QEMU
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"

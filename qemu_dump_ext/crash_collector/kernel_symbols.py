@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _TEXT_TYPES = frozenset("tTwW")
 

@@ -15,7 +15,19 @@ from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
 from qemu_dump_ext.dump_plan import DumpPlan
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
-from qemu_dump_ext.elf_structs import (
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.memory_mapping import Segment
+from qemu_dump_ext.page_pipeline import (
+    Buffer,
+    Piece,
+    PieceWork,
+    ResultT,
+    pieces_of_blocks,
+    populated_ranges,
+    read_through,
+)
+from qemu_dump_ext.structures.elf import (
     EHDR,
     ELF_MAGIC,
     ELFCLASS32,
@@ -30,18 +42,6 @@ from qemu_dump_ext.elf_structs import (
     SHT_STRTAB,
     elf_abi,
     phdr_layout,
-)
-from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.page_pipeline import (
-    Buffer,
-    Piece,
-    PieceWork,
-    ResultT,
-    pieces_of_blocks,
-    populated_ranges,
-    read_through,
 )
 from qemu_dump_ext.zero_pages import runs_with_content
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
-from qemu_dump_ext.c_struct import Abi
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
 from qemu_dump_ext.dump_plan import DumpPlan
 from qemu_dump_ext.dump_request import DumpRequest
@@ -21,18 +20,19 @@ from qemu_dump_ext.flattened_stream import FlattenedStream
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.kdump_pages import BulkPageWriter, OrderedPageWriter, PageForm, WriteAt
-from qemu_dump_ext.kdump_structs import (
+from qemu_dump_ext.packing_processes import PackingProcesses
+from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
+from qemu_dump_ext.page_codecs._declaration import PageCodec
+from qemu_dump_ext.page_packing import Compression, Packer
+from qemu_dump_ext.page_pipeline import Piece, cut, read_through, worker_count
+from qemu_dump_ext.structures.c_struct import Abi
+from qemu_dump_ext.structures.kdump import (
     DISK_DUMP_HEADER,
     HEADER_VERSION,
     KDUMP_SIGNATURE,
     KDUMP_SUB_HEADER,
     PAGE_DESCRIPTOR,
 )
-from qemu_dump_ext.packing_processes import PackingProcesses
-from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
-from qemu_dump_ext.page_codecs._declaration import PageCodec
-from qemu_dump_ext.page_packing import Compression, Packer
-from qemu_dump_ext.page_pipeline import Piece, cut, read_through, worker_count
 
 _U32 = (1 << 32) - 1
 _DUMP_LEVEL = 1

@@ -9,10 +9,10 @@ from typing import Any
 
 from qemu_dump_ext.dump_file import DumpFile
 from qemu_dump_ext.elf_core_reader import ElfCoreFile
-from qemu_dump_ext.elf_notes import Note
-from qemu_dump_ext.elf_structs import NT_QEMU
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.kdump_reader import KdumpFile
+from qemu_dump_ext.structures.elf import NT_QEMU
+from qemu_dump_ext.structures.elf_notes import Note
 
 _LISTED_JSON = 1024
 _QEMU_NOTE_HEAD = 8

@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from types import ModuleType
 
-from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_LZO
 from qemu_dump_ext.page_codecs._declaration import (
     Compress,
     Decompress,
@@ -16,6 +15,7 @@ from qemu_dump_ext.page_codecs._declaration import (
     import_package,
     unpack_page,
 )
+from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_LZO
 
 _PACKAGE = "python-lzo"
 _LEVEL = 1

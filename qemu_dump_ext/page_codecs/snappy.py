@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from types import ModuleType
 
-from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_SNAPPY
 from qemu_dump_ext.page_codecs._declaration import (
     Compress,
     Decompress,
@@ -18,6 +17,7 @@ from qemu_dump_ext.page_codecs._declaration import (
     unpack_page,
     wrong_size,
 )
+from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_SNAPPY
 
 _PACKAGE = "python-snappy"
 _PREAMBLE_MAX = 5

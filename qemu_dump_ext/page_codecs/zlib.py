@@ -11,7 +11,6 @@ from __future__ import annotations
 import zlib
 from functools import partial
 
-from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_ZLIB
 from qemu_dump_ext.page_codecs._declaration import (
     Compress,
     PageCodec,
@@ -19,6 +18,7 @@ from qemu_dump_ext.page_codecs._declaration import (
     no_level,
     wrong_size,
 )
+from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_ZLIB
 
 _DEFAULT_LEVEL = 1
 _ISAL_HIGHEST_LEVEL = 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from qemu_dump_ext.kdump_structs import DUMP_DH_COMPRESSED_ZSTD
 from qemu_dump_ext.page_codecs._declaration import (
     Compress,
     Decompress,
@@ -17,6 +16,7 @@ from qemu_dump_ext.page_codecs._declaration import (
     unpack_page,
     wrong_size,
 )
+from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_ZSTD
 
 _PACKAGE = "zstandard"
 _LEVEL = 2

@@ -5,7 +5,7 @@ Source: makedumpfile's `makedumpfile.h`, struct makedumpfile_header and makedump
 
 from __future__ import annotations
 
-from qemu_dump_ext.c_struct import Abi, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import Abi, Field, StructLayout, fields_of
 
 FLATTENED_SIGNATURE = b"makedumpfile"
 FLATTENED_HEADER_SIZE = 4096

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import AUTO
+from qemu_dump_ext.structures.c_struct import ByteOrder
 from tests.support.doors import child_environment, gdb_argv, run_cli
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.structures.c_struct import ByteOrder
 
 
 def _names(prefix: str, count: int, first: int = 0) -> str:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.c_struct import Abi, Field, StructLayout, fields_of
-from qemu_dump_ext.elf_structs import EHDR, NHDR, SHDR, elf_abi, phdr_layout
-from qemu_dump_ext.kdump_structs import DISK_DUMP_HEADER, KDUMP_SUB_HEADER, PAGE_DESCRIPTOR
+from qemu_dump_ext.structures.c_struct import Abi, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.elf import EHDR, NHDR, SHDR, elf_abi, phdr_layout
+from qemu_dump_ext.structures.kdump import DISK_DUMP_HEADER, KDUMP_SUB_HEADER, PAGE_DESCRIPTOR
 
 
 @pytest.mark.parametrize(

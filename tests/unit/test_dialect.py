@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from qemu_dump_ext.dialect import MENDED, qemu_dialect
+from qemu_dump_ext.structures.dialect import MENDED, qemu_dialect
 
 
 @pytest.mark.parametrize(

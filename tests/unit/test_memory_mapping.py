@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.dump_formats.elf import lay_out
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
@@ -18,6 +17,7 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.memory_mapping import NativeMappingList, Segment, overlap_size, unmapped_size
 from qemu_dump_ext.memory_range import blocks_within
+from qemu_dump_ext.structures.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.oracle import elf_facts
 

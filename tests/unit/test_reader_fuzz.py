@@ -13,12 +13,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qemu_dump_ext.c_struct import ByteOrder
 from qemu_dump_ext.dump_reader import open_dump
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.errors import DumpError
 from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.structures.c_struct import ByteOrder
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
 

@@ -8,11 +8,11 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
 from qemu_dump_ext.architectures._declaration import TargetClues, VcpuReadings
-from qemu_dump_ext.c_struct import ByteOrder
-from qemu_dump_ext.dialect import MENDED
 from qemu_dump_ext.errors import UnsupportedTargetError
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.registers.merge import merge_readings
+from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.structures.dialect import MENDED
 
 _SH4_TEXT = "pc=0xa0000000 sr=0x700000f0 pr=0x00000000 fpscr=0x00040001\n"
 _PC_OFFSET = 16 * 4

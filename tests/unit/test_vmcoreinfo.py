@@ -5,7 +5,7 @@ import struct
 import pytest
 
 from qemu_dump_ext.structures.utsname import parse_new_utsname
-from qemu_dump_ext.vmcoreinfo import (
+from qemu_dump_ext.structures.vmcoreinfo import (
     note_at_page_start,
     vmcoreinfo_number,
     vmcoreinfo_text,

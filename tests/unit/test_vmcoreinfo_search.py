@@ -6,7 +6,7 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.errors import PauseLimitError, RequestError
-from qemu_dump_ext.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 from qemu_dump_ext.vmcoreinfo_search import Evidence, NoteSearch
 from tests.support.fake_kernel import (
     NOTE_AT,

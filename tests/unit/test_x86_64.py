@@ -6,9 +6,9 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import VcpuReadings
-from qemu_dump_ext.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.registers.merge import merge_readings
+from qemu_dump_ext.structures.dialect import MENDED, qemu_dialect
 
 X86_64 = all_architectures()["x86_64"]
 LOW = [RamBlock(0, 1 << 20, "ram", 0)]

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
-from qemu_dump_ext.c_struct import BoundStruct, ByteOrder
-from qemu_dump_ext.elf_structs import NHDR, NT_PRSTATUS, elf_abi
 from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.structures.c_struct import BoundStruct, ByteOrder
+from qemu_dump_ext.structures.elf import NHDR, NT_PRSTATUS, elf_abi
 
 
 @dataclass(frozen=True)

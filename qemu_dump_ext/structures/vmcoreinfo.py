@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from qemu_dump_ext.c_struct import ByteOrder
+from qemu_dump_ext.structures.c_struct import ByteOrder
 
 VMCOREINFO_NOTE_NAME = "VMCOREINFO"
 MAX_VMCOREINFO_SIZE = 1 << 16

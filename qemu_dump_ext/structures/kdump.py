@@ -6,7 +6,7 @@ member is the header_version that brought it.
 
 from __future__ import annotations
 
-from qemu_dump_ext.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS, UTSNAME_SIZE
 
 KDUMP_SIGNATURE = b"KDUMP   "

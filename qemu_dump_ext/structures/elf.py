@@ -8,8 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qemu_dump_ext.c_struct import Abi, BoundStruct, ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.structures.c_struct import (
+    Abi,
+    BoundStruct,
+    ByteOrder,
+    Field,
+    StructLayout,
+    fields_of,
+)
 
 ELF_MAGIC = b"\x7fELF"
 ELFCLASS32, ELFCLASS64 = 1, 2

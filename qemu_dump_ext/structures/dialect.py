@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from qemu_dump_ext.elf_structs import PN_XNUM
+from qemu_dump_ext.structures.elf import PN_XNUM
 
 QemuVersion = tuple[int, int, int]
 
