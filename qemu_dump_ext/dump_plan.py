@@ -17,6 +17,7 @@ from qemu_dump_ext.memory_mapping import (
     unmapped_size,
 )
 from qemu_dump_ext.memory_range import blocks_within, filter_native
+from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes
 from qemu_dump_ext.structures.utsname import UtsName
@@ -25,7 +26,6 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
-from qemu_dump_ext.vcpu_notes import encode_vcpu_notes
 
 _PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
 """What a kernel may say of itself: the note is guest memory."""

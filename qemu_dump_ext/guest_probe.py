@@ -26,9 +26,9 @@ from qemu_dump_ext.monitor_text import (
     parse_version,
 )
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
+from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
 from qemu_dump_ext.structures.dialect import QemuVersion
-from qemu_dump_ext.stub_registers import read_g_packet
 
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
 """From here on QMP's query-target may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""

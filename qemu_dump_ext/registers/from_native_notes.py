@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.registers.notes import decode_vcpu_registers
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import parse_elf_head
 from qemu_dump_ext.structures.elf_notes import whole_notes
-from qemu_dump_ext.vcpu_notes import decode_vcpu_registers
 
 
 @dataclass(frozen=True)

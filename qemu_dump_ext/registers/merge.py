@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from qemu_dump_ext.architectures._declaration import Architecture, Register, VcpuReadings
 from qemu_dump_ext.architectures._register_text import parse_named_values
 from qemu_dump_ext.guest.access import Stub
-from qemu_dump_ext.stub_registers import read_stub_registers
+from qemu_dump_ext.registers.from_stub import read_stub_registers
 
 
 def merge_readings(architecture: Architecture, readings: VcpuReadings) -> Mapping[str, int]:

@@ -14,10 +14,10 @@ from qemu_dump_ext.dump_formats.kdump import lay_out
 from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.registers.notes import decode_vcpu_registers, encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.elf_notes import parse_notes
 from qemu_dump_ext.structures.utsname import UtsName
-from qemu_dump_ext.vcpu_notes import decode_vcpu_registers, encode_vcpu_notes
 
 _QEMU_7_2 = qemu_dialect((7, 2, 22))
 _S390X = [
