@@ -16,16 +16,16 @@ from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceEr
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest_probe import ProbedGuest, check_undisturbed, probe_guest
-from qemu_dump_ext.guest_tables import (
+from qemu_dump_ext.kernel_memory import read_utsname
+from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
+from qemu_dump_ext.memory_sources import open_memory
+from qemu_dump_ext.paging.segments import Segment
+from qemu_dump_ext.paging.tables import (
     TableReader,
     collect_mappings,
     kernel_translations,
     roots_of_vcpus,
 )
-from qemu_dump_ext.kernel_memory import read_utsname
-from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
-from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.structures.c_struct import ByteOrder

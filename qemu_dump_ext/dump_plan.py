@@ -9,14 +9,14 @@ from qemu_dump_ext.architectures._declaration import Architecture, Core, phys_ba
 from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.memory_mapping import (
+from qemu_dump_ext.memory_range import blocks_within, filter_native
+from qemu_dump_ext.paging.segments import (
     Segment,
     identity_segments,
     merge_within_blocks,
     overlap_size,
     unmapped_size,
 )
-from qemu_dump_ext.memory_range import blocks_within, filter_native
 from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes

@@ -8,8 +8,8 @@ from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.guest_tables import TableReader, kernel_translations
-from qemu_dump_ext.page_table_walk import translate_by
+from qemu_dump_ext.paging.tables import TableReader, kernel_translations
+from qemu_dump_ext.paging.walk import translate_by
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 

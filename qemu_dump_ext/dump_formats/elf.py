@@ -17,7 +17,6 @@ from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.memory_mapping import Segment
 from qemu_dump_ext.page_pipeline import (
     Buffer,
     Piece,
@@ -27,6 +26,7 @@ from qemu_dump_ext.page_pipeline import (
     populated_ranges,
     read_through,
 )
+from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.structures.elf import (
     EHDR,
     ELF_MAGIC,

@@ -22,9 +22,9 @@ from qemu_dump_ext.architectures._powerpc_tables import radix_tables
 from qemu_dump_ext.architectures._riscv_tables import riscv_tables
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest.model import Vcpu
-from qemu_dump_ext.guest_tables import TableReader, collect_mappings, roots_of_vcpus
-from qemu_dump_ext.memory_mapping import Segment
-from qemu_dump_ext.page_table_walk import WalkBudget, translate
+from qemu_dump_ext.paging.segments import Segment
+from qemu_dump_ext.paging.tables import TableReader, collect_mappings, roots_of_vcpus
+from qemu_dump_ext.paging.walk import WalkBudget, translate
 from tests.support.fake_kernel import FlatMemory
 
 X86_64: Architecture = all_architectures()["x86_64"]

@@ -6,7 +6,7 @@ from qemu_dump_ext.architectures import all_architectures, s390x
 from qemu_dump_ext.architectures._declaration import VcpuReadings
 from qemu_dump_ext.architectures._page_tables import PageTableRoot
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.guest_tables import kernel_translations
+from qemu_dump_ext.paging.tables import kernel_translations
 from qemu_dump_ext.registers.merge import merge_readings
 
 S390X = all_architectures()["s390x"]

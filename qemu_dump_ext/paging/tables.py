@@ -11,8 +11,8 @@ from qemu_dump_ext.architectures._page_tables import AddressWindow, PageTableRoo
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.memory_mapping import NativeMappingList, Segment
-from qemu_dump_ext.page_table_walk import MemoryMap, PageTableWalker, WalkBudget
+from qemu_dump_ext.paging.segments import NativeMappingList, Segment
+from qemu_dump_ext.paging.walk import MemoryMap, PageTableWalker, WalkBudget
 
 _CHUNK = 1 << 16
 _CHUNKS_KEPT = 512
