@@ -17,8 +17,8 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest_probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.kernel_memory import read_utsname
-from qemu_dump_ext.memory_snapshot import CopiedMemory, room_for_copy
 from qemu_dump_ext.memory_sources import open_memory
+from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import (
     TableReader,

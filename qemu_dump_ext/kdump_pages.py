@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from qemu_dump_ext.page_packing import Packer
-from qemu_dump_ext.page_pipeline import Buffer, Piece, PieceWork
+from qemu_dump_ext.pages.packing import Packer
+from qemu_dump_ext.pages.pipeline import Buffer, Piece, PieceWork
+from qemu_dump_ext.pages.zero_pages import numpy_or_none
 from qemu_dump_ext.structures.c_struct import BoundStruct
-from qemu_dump_ext.zero_pages import numpy_or_none
 
 _CACHED_BLOCKS = 4
 _ZERO_DESCRIPTORS = 1 << 16

@@ -18,7 +18,7 @@ from qemu_dump_ext.architectures._page_tables import PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.page_pipeline import populated_ranges
+from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.paging.walk import translate, translate_by
 from qemu_dump_ext.structures.c_struct import ByteOrder

@@ -17,7 +17,7 @@ from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.page_pipeline import (
+from qemu_dump_ext.pages.pipeline import (
     Buffer,
     Piece,
     PieceWork,
@@ -26,6 +26,7 @@ from qemu_dump_ext.page_pipeline import (
     populated_ranges,
     read_through,
 )
+from qemu_dump_ext.pages.zero_pages import runs_with_content
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.structures.elf import (
     EHDR,
@@ -43,7 +44,6 @@ from qemu_dump_ext.structures.elf import (
     elf_abi,
     phdr_layout,
 )
-from qemu_dump_ext.zero_pages import runs_with_content
 
 _STRING_TABLE = b"\0.shstrtab\0"
 _QEMU_SECTION_COUNT = 2

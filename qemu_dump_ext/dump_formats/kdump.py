@@ -20,11 +20,11 @@ from qemu_dump_ext.flattened_stream import FlattenedStream
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.kdump_pages import BulkPageWriter, OrderedPageWriter, PageForm, WriteAt
-from qemu_dump_ext.packing_processes import PackingProcesses
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
 from qemu_dump_ext.page_codecs._declaration import PageCodec
-from qemu_dump_ext.page_packing import Compression, Packer
-from qemu_dump_ext.page_pipeline import Piece, cut, read_through, worker_count
+from qemu_dump_ext.pages.packing import Compression, Packer
+from qemu_dump_ext.pages.packing_processes import PackingProcesses
+from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
 from qemu_dump_ext.structures.c_struct import Abi
 from qemu_dump_ext.structures.kdump import (
     DISK_DUMP_HEADER,

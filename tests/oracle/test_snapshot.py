@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext import dump_engine, memory_snapshot
+from qemu_dump_ext import dump_engine
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine
-from qemu_dump_ext.memory_snapshot import room_for_copy
+from qemu_dump_ext.pages import copied_memory as memory_snapshot
+from qemu_dump_ext.pages.copied_memory import room_for_copy
 from tests.support.doors import guest_status, run_cli
 from tests.support.oracle import OracleDumps
 

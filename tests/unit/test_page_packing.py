@@ -13,11 +13,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_dump_ext import packing_processes, third_party
+from qemu_dump_ext import third_party
 from qemu_dump_ext.errors import DumpWriteError
-from qemu_dump_ext.packing_processes import PackingProcesses
-from qemu_dump_ext.page_packing import Compression, Packer, pack_pages
-from qemu_dump_ext.page_pipeline import Buffer
+from qemu_dump_ext.pages import packing_processes
+from qemu_dump_ext.pages.packing import Compression, Packer, pack_pages
+from qemu_dump_ext.pages.packing_processes import PackingProcesses
+from qemu_dump_ext.pages.pipeline import Buffer
 from tests.support.doors import child_environment
 from tests.support.waiting import wait_until
 

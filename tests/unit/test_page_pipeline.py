@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qemu_dump_ext import page_pipeline, zero_pages
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_map import PageMap
-from qemu_dump_ext.page_pipeline import PIECE_SIZE, PieceWork, cut, read_through
+from qemu_dump_ext.pages import pipeline as page_pipeline
+from qemu_dump_ext.pages import zero_pages
+from qemu_dump_ext.pages.pipeline import PIECE_SIZE, PieceWork, cut, read_through
 
 MIB = 1 << 20
 

@@ -20,7 +20,7 @@ from typing import Protocol
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.page_pipeline import PIECE_SIZE, populated_ranges
+from qemu_dump_ext.pages.pipeline import PIECE_SIZE, populated_ranges
 
 _MAP_NORESERVE = 0x4000
 _MEMORY_SHARE = 2

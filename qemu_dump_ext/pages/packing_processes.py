@@ -22,8 +22,8 @@ from typing import Any
 
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.page_packing import PAGE_SIZES, Compression, Packer, pack_pages
-from qemu_dump_ext.page_pipeline import PIECE_SIZE, Buffer, buffer_count
+from qemu_dump_ext.pages.packing import PAGE_SIZES, Compression, Packer, pack_pages
+from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, buffer_count
 from qemu_dump_ext.third_party import interpreter
 
 _PROGRAM = (

@@ -10,7 +10,7 @@ from typing import Self
 
 from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.page_codecs._declaration import Compress
-from qemu_dump_ext.page_pipeline import Buffer
+from qemu_dump_ext.pages.pipeline import Buffer
 
 PAGE_SIZES = "I"
 """Type code of the array of packed sizes."""

@@ -1,0 +1,3 @@
+"""The way of guest pages through a dump: read, sifted, packed, in order."""
+
+from __future__ import annotations
