@@ -16,7 +16,8 @@ from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceEr
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest_probe import ProbedGuest, check_undisturbed, probe_guest
-from qemu_dump_ext.kernel_memory import read_utsname
+from qemu_dump_ext.linux.kernel_memory import read_utsname
+from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
 from qemu_dump_ext.paging.segments import Segment
@@ -31,7 +32,6 @@ from qemu_dump_ext.run_state import stopped
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
-from qemu_dump_ext.vmcoreinfo_search import NoteSearch
 
 
 def dump(

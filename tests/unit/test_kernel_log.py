@@ -7,8 +7,8 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.kernel_log import LogRecord, read_kernel_log
-from qemu_dump_ext.kernel_memory import KernelMemory
+from qemu_dump_ext.linux.kernel_log import LogRecord, read_kernel_log
+from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from tests.support.fake_kernel import KERNEL_MAP, LOG_AT, FlatMemory, plant_kernel, vmcoreinfo
 
 MIB = 1 << 20

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from qemu_dump_ext.crash_collector.kernel_symbols import functions_at
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.linux.system_map import functions_at
 
 # As that of a kernel for x86_64, but not sorted, and with functions around what runs later on.
 SYSTEM_MAP = """\

@@ -6,8 +6,8 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.errors import PauseLimitError, RequestError
+from qemu_dump_ext.linux.vmcoreinfo_search import Evidence, NoteSearch
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
-from qemu_dump_ext.vmcoreinfo_search import Evidence, NoteSearch
 from tests.support.fake_kernel import (
     NOTE_AT,
     TEXT_AT,
