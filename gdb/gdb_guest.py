@@ -13,9 +13,9 @@ from gdb_boundary import selection_kept
 import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.monitor_text import RUNNING, parse_status
-from qemu_dump_ext.native_notes import dump_byte_through_file
-from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.qemu.native_dump import dump_byte_through_file
+from qemu_dump_ext.qemu.qmp import connect_qmp
 
 ResultT = TypeVar("ResultT")
 

@@ -33,8 +33,8 @@ from qemu_dump_ext.errors import (
     UnsupportedTargetError,
 )
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.dialect import QemuVersion
 

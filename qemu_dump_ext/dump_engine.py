@@ -15,7 +15,6 @@ from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.guest_probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.linux.kernel_memory import read_utsname
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.memory_sources import open_memory
@@ -28,7 +27,8 @@ from qemu_dump_ext.paging.tables import (
     roots_of_vcpus,
 )
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.run_state import stopped
+from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
+from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text

@@ -12,13 +12,13 @@ from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.guest_probe import probe_guest
 from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.linux.kernel_log import LogRecord, read_kernel_log
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.memory_sources import open_memory
-from qemu_dump_ext.run_state import stopped
+from qemu_dump_ext.qemu.probe import probe_guest
+from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 

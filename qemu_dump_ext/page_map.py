@@ -12,7 +12,7 @@ import os
 from array import array
 from itertools import pairwise
 
-from qemu_dump_ext.qemu_process import refusal
+from qemu_dump_ext.qemu.process import refusal
 
 _ENTRY_SIZE = 8
 _STORED = 1 << 62  # bit 63: present, bit 62: swapped

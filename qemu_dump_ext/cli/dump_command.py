@@ -21,8 +21,8 @@ from qemu_dump_ext.dump_engine import dump
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.sync_qmp import connect_qmp
 
 PROGRAM = "qemu-dump-guest-memory"
 _STDOUT = 1

@@ -27,9 +27,9 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.sync_qmp import connect_qmp
 from qemu_dump_ext.third_party import missing_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")

@@ -25,8 +25,8 @@ from qemu_dump_ext.crash_collector.guest_session import find_command_line, read_
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.qemu_process import find_qemu_process
-from qemu_dump_ext.sync_qmp import SharedQmp, connect_qmp
+from qemu_dump_ext.qemu.process import find_qemu_process
+from qemu_dump_ext.qemu.qmp import SharedQmp, connect_qmp
 
 _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 _ANY_NUMBER = 1 << 30

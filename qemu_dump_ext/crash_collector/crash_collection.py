@@ -44,9 +44,9 @@ from qemu_dump_ext.guest_log import GuestLog, log_of_guest
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import SharedQmp
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
-from qemu_dump_ext.sync_qmp import SharedQmp
 
 VERIFIER = "verify"
 _ROOM_EVERY_BYTES = 32 << 20

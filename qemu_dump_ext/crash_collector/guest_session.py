@@ -18,8 +18,8 @@ from qemu_dump_ext.crash_collector.crash_events import Event
 from qemu_dump_ext.crash_collector.crash_record import QemuFacts
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.qemu.address import tcp_address
-from qemu_dump_ext.qemu_process import process_at_other_end
-from qemu_dump_ext.sync_qmp import SharedQmp
+from qemu_dump_ext.qemu.process import process_at_other_end
+from qemu_dump_ext.qemu.qmp import SharedQmp
 
 _GREETING_SECONDS = 5.0
 _RETRY_SECONDS = 0.2

@@ -14,7 +14,7 @@ from qemu_dump_ext.guest.access import Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory, PartialMemory
 from qemu_dump_ext.memory_sources._composite import CompositeMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource
-from qemu_dump_ext.monitor_text import parse_physical_bytes
+from qemu_dump_ext.qemu.monitor_text import parse_physical_bytes
 
 AUTO = "auto"
 _SAMPLE_SIZE = 64

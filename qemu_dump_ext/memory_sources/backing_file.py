@@ -26,7 +26,7 @@ from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources.process import HostSegment, locate_blocks
-from qemu_dump_ext.qemu_process import MemoryMapping, find_qemu_process
+from qemu_dump_ext.qemu.process import MemoryMapping, find_qemu_process
 
 
 @dataclass(frozen=True)

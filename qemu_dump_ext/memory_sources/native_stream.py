@@ -20,7 +20,7 @@ from qemu_dump_ext.guest.access import DescriptorMonitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
-from qemu_dump_ext.native_notes import begin_dump_into
+from qemu_dump_ext.qemu.native_dump import begin_dump_into
 from qemu_dump_ext.structures.elf import PT_LOAD, parse_elf_head
 
 _HEAD_SIZE = 1 << 20

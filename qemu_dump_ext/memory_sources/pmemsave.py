@@ -16,7 +16,7 @@ from qemu_dump_ext.guest.access import AsyncMonitor, Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
-from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
+from qemu_dump_ext.qemu.shared_directory import quote_for_monitor, shared_directory
 
 
 class SavedPieces:

@@ -12,11 +12,11 @@ import statistics
 import time
 
 from qemu_dump_ext.guest.access import GuestAccess, SourceContext
-from qemu_dump_ext.guest_probe import probe_guest
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.memory_sources import open_memory
+from qemu_dump_ext.qemu.probe import probe_guest
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.structures.dialect import MENDED
-from qemu_dump_ext.sync_qmp import connect_qmp
 from tests.bench.bench_dump import stopped_guest
 
 GIB = 1 << 30

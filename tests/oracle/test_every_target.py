@@ -26,8 +26,8 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import stopped_machine
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.sync_qmp import connect_qmp
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub
 from tests.support.raw_qmp import RawQmp

@@ -16,10 +16,10 @@ from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
-from qemu_dump_ext.guest_probe import ProbedGuest, probe_guest
 from qemu_dump_ext.memory_sources import monitor_read, open_memory
 from qemu_dump_ext.memory_sources.process import ProcessMemory
-from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.qemu.probe import ProbedGuest, probe_guest
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from tests.conftest import planted_content
 from tests.support.doors import child_environment, cli_argv, run_cli
 from tests.support.oracle import OracleDumps

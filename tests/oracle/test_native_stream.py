@@ -18,11 +18,11 @@ from qemu_dump_ext.guest.access import DescriptorMonitor, GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
-from qemu_dump_ext.guest_probe import probe_guest
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._pieces import PiecewiseMemory
 from qemu_dump_ext.memory_sources.native_stream import NativeDumps
-from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.qemu.probe import probe_guest
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from tests.conftest import loaded_content
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli, run_gdb
 from tests.support.newer_qemu import newer_qemu_command

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
-from qemu_dump_ext.monitor_text import split_vcpus
+from qemu_dump_ext.qemu.monitor_text import split_vcpus
 from tests.support.raw_qmp import RawQmp
 from tests.support.waiting import wait_until
 

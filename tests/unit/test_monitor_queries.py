@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qemu_dump_ext.errors import MonitorAnswerError
-from qemu_dump_ext.monitor_queries import (
+from qemu_dump_ext.qemu.monitor_queries import (
     find_machine_objects,
     has_device,
     read_byte_order,

@@ -5,7 +5,7 @@ import pytest
 from qemu_dump_ext.architectures._register_text import parse_named_values
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.monitor_text import (
+from qemu_dump_ext.qemu.monitor_text import (
     parse_flat_view,
     parse_physical_bytes,
     parse_status,

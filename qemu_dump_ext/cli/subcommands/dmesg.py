@@ -11,7 +11,7 @@ from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_log import GuestLog, log_of_dump, log_of_guest
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.qemu.qmp import connect_qmp
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

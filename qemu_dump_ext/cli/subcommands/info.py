@@ -11,7 +11,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_description import describe_guest
-from qemu_dump_ext.sync_qmp import connect_qmp
+from qemu_dump_ext.qemu.qmp import connect_qmp
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 
 
 @contextmanager

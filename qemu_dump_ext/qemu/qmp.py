@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
-from qemu_dump_ext.native_notes import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.qemu.address import tcp_address
+from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.third_party import missing_package
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
 from qemu_dump_ext.guest.access import DescriptorMonitor, Monitor
-from qemu_dump_ext.shared_directory import quote_for_monitor, shared_directory
+from qemu_dump_ext.qemu.shared_directory import quote_for_monitor, shared_directory
 
 LONGEST_EHDR = 64
 """Bytes; that of ELFCLASS64."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.access import Monitor
-from qemu_dump_ext.monitor_text import parse_vcpu_list, split_vcpus
+from qemu_dump_ext.qemu.monitor_text import parse_vcpu_list, split_vcpus
 from qemu_dump_ext.structures.c_struct import ByteOrder
 
 _CHILD = re.compile(r"^(?P<name>\S+) \(child<(?P<type>[^>]+)>\)$", re.MULTILINE)

@@ -11,14 +11,14 @@ from qemu_dump_ext.architectures._declaration import Architecture, TargetClues, 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess, Monitor
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.monitor_queries import (
+from qemu_dump_ext.qemu.monitor_queries import (
     find_machine_objects,
     has_device,
     read_byte_order,
     read_property,
     read_register_texts,
 )
-from qemu_dump_ext.monitor_text import (
+from qemu_dump_ext.qemu.monitor_text import (
     RUNNING,
     parse_flat_view,
     parse_readable_ranges,
