@@ -20,7 +20,6 @@ from hmp_dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 from proxy_dump_job import IN_PROCESS, DumpJob, DumpManager, DumpTarget
 from proxy_upstream import Upstream
 
-from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
     CodecUnavailableError,
@@ -31,6 +30,7 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.hmp_expression import parse_expressions, registers_in, with_register
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import codec_names
+from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 _RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
 _HELP_NAMES = frozenset(("help", "?"))

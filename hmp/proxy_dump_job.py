@@ -21,7 +21,6 @@ from proxy_qmp_upstream import QmpUpstream
 from proxy_upstream import Event, Upstream
 
 from qemu_dump_ext.dump_engine import dump
-from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
@@ -33,6 +32,7 @@ from qemu_dump_ext.errors import (
     UnsupportedTargetError,
 )
 from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.sinks import open_sink

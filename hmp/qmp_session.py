@@ -18,7 +18,6 @@ from proxy_upstream import Event
 from qmp_json import JsonError, JsonStream
 
 from qemu_dump_ext.capabilities import query_capabilities
-from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import (
     CodecUnavailableError,
     DumpError,
@@ -26,6 +25,7 @@ from qemu_dump_ext.errors import (
     SourceError,
     UnsupportedTargetError,
 )
+from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 _OOB = "oob"
 _NEGOTIATE = "qmp_capabilities"

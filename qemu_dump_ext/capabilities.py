@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.errors import CodecUnavailableError
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
+from qemu_dump_ext.plan.request import DumpRequest
 
 
 @dataclass(frozen=True)

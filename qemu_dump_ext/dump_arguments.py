@@ -6,7 +6,6 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
-from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.hmp_expression import (
@@ -17,6 +16,7 @@ from qemu_dump_ext.hmp_expression import (
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import codec_names
+from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")

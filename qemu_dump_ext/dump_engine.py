@@ -8,8 +8,6 @@ from contextlib import ExitStack
 
 from qemu_dump_ext.architectures._page_tables import Translation
 from qemu_dump_ext.dump_formats import all_dump_formats
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan, select_blocks
-from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceError
@@ -26,6 +24,8 @@ from qemu_dump_ext.paging.tables import (
     kernel_translations,
     roots_of_vcpus,
 )
+from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan, select_blocks
+from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.qemu.run_state import stopped

@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess, SourceContext
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.memory_sources import AUTO, memory_source_states, open_memory
+from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.qemu.probe import ProbedGuest, probe_guest
 from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.structures.dialect import MENDED

@@ -27,10 +27,10 @@ from qemu_dump_ext.crash_collector.config.quantities import (
     template,
 )
 from qemu_dump_ext.crash_collector.crash_record import CauseKind
-from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.plan.request import request_of_format
 
 _NO_MORE = ConfigDict(extra="forbid", frozen=True)
 

@@ -35,7 +35,6 @@ from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.dump_engine import dump
 from qemu_dump_ext.dump_reader import open_dump
-from qemu_dump_ext.dump_request import request_of_format
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
@@ -43,6 +42,7 @@ from qemu_dump_ext.guest_description import describe_guest
 from qemu_dump_ext.guest_log import GuestLog, log_of_guest
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
+from qemu_dump_ext.plan.request import request_of_format
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import SharedQmp
 from qemu_dump_ext.sinks import open_sink

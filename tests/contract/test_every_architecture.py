@@ -11,9 +11,9 @@ import qemu_dump_ext.architectures as package
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout
 from qemu_dump_ext.dump_formats.kdump import lay_out
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.registers.notes import decode_vcpu_registers, encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.elf_notes import parse_notes

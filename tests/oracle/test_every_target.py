@@ -21,10 +21,10 @@ import pytest
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.cli.gdb_driver import gdb_script_path
 from qemu_dump_ext.dump_engine import dump
-from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import stopped_machine
 from qemu_dump_ext.memory_sources import AUTO
+from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink

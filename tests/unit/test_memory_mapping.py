@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.dump_formats.elf import lay_out
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
-from qemu_dump_ext.dump_request import DumpRequest, MemoryRange
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.memory_range import blocks_within
 from qemu_dump_ext.paging.segments import NativeMappingList, Segment, overlap_size, unmapped_size
+from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
+from qemu_dump_ext.plan.ranges import blocks_within
+from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 from qemu_dump_ext.structures.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.oracle import elf_facts

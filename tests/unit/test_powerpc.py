@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import VcpuReadings
-from qemu_dump_ext.dump_plan import GuestSnapshot, make_plan
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.registers.merge import merge_readings
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName

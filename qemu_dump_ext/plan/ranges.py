@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from qemu_dump_ext.dump_request import MemoryRange
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.paging.segments import _U64, Segment
+from qemu_dump_ext.plan.request import MemoryRange
 from qemu_dump_ext.structures.dialect import Dialect
 
 

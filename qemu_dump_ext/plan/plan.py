@@ -6,10 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures._declaration import Architecture, Core, phys_base
-from qemu_dump_ext.dump_request import DumpRequest
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.memory_range import blocks_within, filter_native
 from qemu_dump_ext.paging.segments import (
     Segment,
     identity_segments,
@@ -17,6 +15,8 @@ from qemu_dump_ext.paging.segments import (
     overlap_size,
     unmapped_size,
 )
+from qemu_dump_ext.plan.ranges import blocks_within, filter_native
+from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes
