@@ -21,7 +21,6 @@ from proxy_qmp_upstream import QmpUpstream
 from proxy_upstream import Event, Upstream
 
 from qemu_dump_ext.dump_engine import dump
-from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
     DumpError,
@@ -36,6 +35,7 @@ from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
 from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.sinks._sink import Sink
 from qemu_dump_ext.structures.dialect import QemuVersion
 
 IN_PROCESS = "There is a dump in process, please wait."

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.sinks._sink import Sink
 
 ProgressCallback = Callable[[int], None]
 """Gets the bytes of guest memory that have been added to the dump since the last call."""

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
-from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.pages.pipeline import (
@@ -28,6 +27,7 @@ from qemu_dump_ext.pages.zero_pages import runs_with_content
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.sinks._sink import Sink
 from qemu_dump_ext.structures.elf import (
     EHDR,
     ELF_MAGIC,

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
-from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.flattened_stream import FlattenedStream
 from qemu_dump_ext.guest.memory import GuestMemory
@@ -25,6 +24,7 @@ from qemu_dump_ext.pages.packing_processes import PackingProcesses
 from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.sinks._sink import Sink
 from qemu_dump_ext.structures.c_struct import Abi
 from qemu_dump_ext.structures.kdump import (
     DISK_DUMP_HEADER,

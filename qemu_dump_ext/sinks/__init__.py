@@ -5,8 +5,8 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from qemu_dump_ext.dump_sink import Sink, mode_of
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.sinks._sink import Sink, mode_of
 from qemu_dump_ext.sinks.command import CommandSink
 from qemu_dump_ext.sinks.descriptor import DescriptorSink
 from qemu_dump_ext.sinks.device import DeviceSink

@@ -8,8 +8,8 @@ import os
 import signal
 import subprocess
 
-from qemu_dump_ext.dump_sink import Sink
 from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.sinks._sink import Sink
 
 _COMMAND_ENDS_SECONDS = 2.0
 

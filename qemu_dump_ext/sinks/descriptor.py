@@ -5,8 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 
-from qemu_dump_ext.dump_sink import Sink, is_terminal
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.sinks._sink import Sink, is_terminal
 
 
 class DescriptorSink(Sink):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from qemu_dump_ext.dump_sink import Sink, is_terminal, reason_of
 from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.sinks._sink import Sink, is_terminal, reason_of
 
 
 class DeviceSink(Sink):

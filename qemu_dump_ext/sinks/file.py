@@ -8,10 +8,10 @@ import secrets
 import stat
 from pathlib import Path
 
-from qemu_dump_ext.dump_sink import Sink, mode_of, reason_of
 from qemu_dump_ext.errors import DumpWriteError, RequestError
-from qemu_dump_ext.file_writer import FileWriter
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.sinks._file_writer import FileWriter
+from qemu_dump_ext.sinks._sink import Sink, mode_of, reason_of
 
 _FILE_MODE = 0o600
 

@@ -26,7 +26,6 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from qemu_dump_ext.file_writer import FileWriter
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
@@ -34,6 +33,7 @@ from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.pages.packing import Compression
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, worker_count
+from qemu_dump_ext.sinks._file_writer import FileWriter
 from tests.support.doors import GDB_SCRIPT, child_environment, cli_argv, gdb_argv
 from tests.support.raw_qmp import RawQmp
 

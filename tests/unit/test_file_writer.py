@@ -6,9 +6,9 @@ import os
 
 import pytest
 
-from qemu_dump_ext import direct_io
-from qemu_dump_ext.direct_io import BLOCK_SIZE, DirectWriter
-from qemu_dump_ext.file_writer import FileWriter
+from qemu_dump_ext.sinks import _direct_io as direct_io
+from qemu_dump_ext.sinks._direct_io import BLOCK_SIZE, DirectWriter
+from qemu_dump_ext.sinks._file_writer import FileWriter
 
 MIB = 1 << 20
 

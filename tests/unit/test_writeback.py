@@ -4,10 +4,10 @@ import os
 
 import pytest
 
-from qemu_dump_ext import writeback
 from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.sinks import _writeback as writeback
 from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.writeback import Writeback
+from qemu_dump_ext.sinks._writeback import Writeback
 
 
 def test_a_sync_that_fails_is_told_though_a_later_one_would_not_fail(monkeypatch):

@@ -6,8 +6,8 @@ import mmap
 import os
 import threading
 
-from qemu_dump_ext.direct_io import DirectWriter
-from qemu_dump_ext.writeback import Writeback
+from qemu_dump_ext.sinks._direct_io import DirectWriter
+from qemu_dump_ext.sinks._writeback import Writeback
 
 _AREA_SIZE = 4 << 20
 
