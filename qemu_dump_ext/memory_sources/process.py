@@ -23,7 +23,7 @@ from qemu_dump_ext.guest.access import Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources._declaration import MemorySource
-from qemu_dump_ext.page_map import PageMap
+from qemu_dump_ext.memory_sources._page_map import PageMap
 from qemu_dump_ext.qemu.monitor_text import parse_host_address
 from qemu_dump_ext.qemu.process import MemoryMapping, find_qemu_process, read_mappings, refusal
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.page_map import PageMap
+from qemu_dump_ext.memory_sources._page_map import PageMap
 from qemu_dump_ext.pages import pipeline as page_pipeline
 from qemu_dump_ext.pages import zero_pages
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, PieceWork, cut, read_through
