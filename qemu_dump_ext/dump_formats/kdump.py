@@ -12,11 +12,16 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
+from qemu_dump_ext.dump_formats._flattened_stream import FlattenedStream
+from qemu_dump_ext.dump_formats._kdump_pages import (
+    BulkPageWriter,
+    OrderedPageWriter,
+    PageForm,
+    WriteAt,
+)
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.flattened_stream import FlattenedStream
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.kdump_pages import BulkPageWriter, OrderedPageWriter, PageForm, WriteAt
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
 from qemu_dump_ext.page_codecs._declaration import PageCodec
 from qemu_dump_ext.pages.packing import Compression, Packer
