@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from qemu_dump_ext.dump_file import DumpFile
-from qemu_dump_ext.elf_core_reader import ElfCoreFile
-from qemu_dump_ext.elf_core_verifier import verify_elf_core
+from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers._elf_verifier import verify_elf_core
+from qemu_dump_ext.dump_readers._kdump_verifier import KdumpVerifier
+from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile
+from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.kdump_reader import KdumpFile
-from qemu_dump_ext.kdump_verifier import KdumpVerifier
-from qemu_dump_ext.verify_report import OrderedPool, Progress, VerifyReport
 
 
 def verify_dump(

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import Architecture, Core
-from qemu_dump_ext.dump_file import DumpFile
+from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.linux.kernel_log import LogRecord, read_kernel_log
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch

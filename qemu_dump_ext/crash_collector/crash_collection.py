@@ -34,7 +34,7 @@ from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.dump_engine import dump
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess

@@ -7,10 +7,10 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from qemu_dump_ext.dump_file import DumpFile
-from qemu_dump_ext.elf_core_reader import ElfCoreFile
+from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile
+from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.kdump_reader import KdumpFile
 from qemu_dump_ext.structures.elf import NT_QEMU
 from qemu_dump_ext.structures.elf_notes import Note
 

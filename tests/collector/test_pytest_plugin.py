@@ -15,7 +15,7 @@ import pytest
 
 from qemu_dump_ext.crash_collector.collect_now import collect_crash
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord, parse_record
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest_images.machine import QemuMachine

@@ -12,7 +12,7 @@ import pytest
 
 from qemu_dump_ext.cli import main as qemu_dump
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore

@@ -10,8 +10,8 @@ import pytest
 
 from qemu_dump_ext.cli import main as qemu_dump
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
-from qemu_dump_ext.dump_reader import open_dump
-from qemu_dump_ext.elf_core_reader import ElfCoreFile, Segment
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile, Segment
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import run_gdb

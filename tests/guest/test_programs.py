@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.dump_reader import open_dump
-from qemu_dump_ext.elf_core_reader import ElfCoreFile
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.guest.test_every_guest import of_the_others, of_those_dumped_by_qemu
 from tests.support.doors import run_cli, run_gdb

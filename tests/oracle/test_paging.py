@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.cli.dump_command import main
-from qemu_dump_ext.dump_reader import open_dump
-from qemu_dump_ext.elf_core_reader import ElfCoreFile, Segment
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile, Segment
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.oracle.test_doors import DOORS
 from tests.support.newer_qemu import newer_qemu_command

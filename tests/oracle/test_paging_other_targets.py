@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.dump_reader import open_dump
-from qemu_dump_ext.elf_core_reader import ElfCoreFile
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.doors import run_gdb
 from tests.support.raw_qmp import RawQmp

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from qemu_dump_ext.cli.dump_command import main
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.conftest import PLANTED_AT

@@ -10,12 +10,12 @@ import pytest
 from elftools.elf.elffile import ELFFile
 
 from qemu_dump_ext.cli import main
-from qemu_dump_ext.dump_file import DumpFile
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile
+from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.dump_verifier import verify_dump
-from qemu_dump_ext.elf_core_reader import ElfCoreFile
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
-from qemu_dump_ext.kdump_reader import KdumpFile
 from tests.support.sample_kdump import read_kdump, unflatten
 
 pytestmark = pytest.mark.qemu

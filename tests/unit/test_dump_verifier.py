@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers._verify_report import PROBLEMS_KEPT, VerifyReport
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError
 from qemu_dump_ext.page_codecs import all_page_codecs
-from qemu_dump_ext.verify_report import PROBLEMS_KEPT, VerifyReport
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import (
     BLOCK,

@@ -6,7 +6,7 @@ import struct
 import pytest
 from elftools.elf.elffile import ELFFile
 
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import flatten, note, prstatus

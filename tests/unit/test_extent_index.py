@@ -5,8 +5,8 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_dump_ext import extent_index
-from qemu_dump_ext.extent_index import ExtentIndex
+from qemu_dump_ext.dump_readers import _extent_index as extent_index
+from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 
 EXTENTS = st.lists(st.tuples(st.integers(0, 60), st.integers(1, 20)), max_size=12)
 

@@ -4,9 +4,9 @@ import struct
 
 import pytest
 
-from qemu_dump_ext.dump_image import PlainImage
+from qemu_dump_ext.dump_readers._flattened_image import FlattenedImage
+from qemu_dump_ext.dump_readers._image import PlainImage
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.flattened_reader import FlattenedImage
 from tests.support.sample_kdump import FLAT_END, FLAT_HEAD, flatten
 
 

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers.kdump import runs_of_ones
 from qemu_dump_ext.errors import (
     CorruptDumpError,
     GuestMemoryFaultError,
     NotADumpError,
     RequestError,
 )
-from qemu_dump_ext.kdump_reader import runs_of_ones
 from qemu_dump_ext.page_codecs import all_page_codecs
 from tests.support.sample_kdump import BLOCK, ZERO, flatten, make_kdump
 

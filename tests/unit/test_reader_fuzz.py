@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.errors import DumpError

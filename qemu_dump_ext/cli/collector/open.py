@@ -13,7 +13,7 @@ from qemu_dump_ext.crash_collector.crash_collection import kernel_file
 from qemu_dump_ext.crash_collector.crash_readers import reader_command
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.guest_watch import Guest, GuestFinder
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import RequestError
 
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_log import GuestLog, log_of_dump, log_of_guest

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_reader import open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.inspect import _LISTED_JSON, describe
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from qemu_dump_ext.elf_core_reader import ElfCoreFile, Segment
+from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile, Segment
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import EV_CURRENT
-from qemu_dump_ext.verify_report import OrderedPool, Progress, VerifyReport
 
 _READ_SIZE = 1 << 20
 

@@ -5,9 +5,9 @@ Source: makedumpfile IMPLEMENTATION ("flattened format"), makedumpfile.c (rearra
 
 from __future__ import annotations
 
-from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
+from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.extent_index import ExtentIndex
 from qemu_dump_ext.structures.flattened import (
     FLATTENED_ABI,
     FLATTENED_CHUNK,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 
-from qemu_dump_ext.dump_file import DumpFile
-from qemu_dump_ext.dump_image import DumpImage, PlainImage
-from qemu_dump_ext.elf_core_reader import ElfCoreFile, is_elf
+from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers._flattened_image import FlattenedImage, is_flattened
+from qemu_dump_ext.dump_readers._image import DumpImage, PlainImage
+from qemu_dump_ext.dump_readers.elf import ElfCoreFile, is_elf
+from qemu_dump_ext.dump_readers.kdump import KdumpFile, is_kdump
 from qemu_dump_ext.errors import NotADumpError
-from qemu_dump_ext.flattened_reader import FlattenedImage, is_flattened
-from qemu_dump_ext.kdump_reader import KdumpFile, is_kdump
 
 _HEAD_SIZE = 16
 

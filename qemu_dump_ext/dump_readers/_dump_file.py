@@ -8,7 +8,7 @@ from functools import cached_property
 from types import MappingProxyType, TracebackType
 from typing import Self
 
-from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes

@@ -14,8 +14,8 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import TypeAlias
 
-from qemu_dump_ext.dump_file import NOTES_SIZE_MAX, DumpFile
-from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.dump_readers._dump_file import NOTES_SIZE_MAX, DumpFile
+from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, RequestError
 from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.kdump_reader import (
+from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
+from qemu_dump_ext.dump_readers.kdump import (
     BITMAP_PIECE,
     PAGES_AT_ONCE,
     Descriptor,
     KdumpFile,
     PageUnpacker,
 )
+from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_INCOMPLETE
-from qemu_dump_ext.verify_report import OrderedPool, Progress, VerifyReport
 
 _MAX_MAPNR_32 = (1 << 32) - 1
 

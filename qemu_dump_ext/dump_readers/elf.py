@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
-from qemu_dump_ext.dump_file import DumpFile
-from qemu_dump_ext.dump_image import DumpImage
+from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
+from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
-from qemu_dump_ext.extent_index import ExtentIndex
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import (
     EHDR,
