@@ -17,7 +17,7 @@ from qemu_dump_ext.dump_arguments import (
     read_registers,
     request_of,
 )
-from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.progress import ProgressMeter

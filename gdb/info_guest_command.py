@@ -8,8 +8,8 @@ from gdb_boundary import GdbParser, QemuCommand, option_words
 from gdb_guest import guest_access
 
 import gdb
+from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS
-from qemu_dump_ext.guest_description import describe_guest
 
 
 def _parser() -> GdbParser:

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from gdb_boundary import GdbParser, QemuCommand, option_words
 
 import gdb
-from qemu_dump_ext.capabilities import query_capabilities
+from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import EXIT_SUCCESS
 
 

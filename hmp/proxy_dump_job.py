@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from proxy_qmp_upstream import QmpUpstream
 from proxy_upstream import Event, Upstream
 
-from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
     DumpError,

@@ -17,7 +17,7 @@ from proxy_qmp_upstream import QmpUpstream, Reply, formats_of
 from proxy_upstream import Event
 from qmp_json import JsonError, JsonStream
 
-from qemu_dump_ext.capabilities import query_capabilities
+from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import (
     CodecUnavailableError,
     DumpError,

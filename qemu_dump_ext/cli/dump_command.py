@@ -17,7 +17,7 @@ from qemu_dump_ext.dump_arguments import (
     read_registers,
     request_of,
 )
-from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.progress import ProgressMeter

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qemu_dump_ext.cli import dump_command
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, DumpError
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import GuestImage

@@ -33,13 +33,13 @@ from qemu_dump_ext.crash_collector.crash_signature import make_signature
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
 from qemu_dump_ext.crash_collector.guest_watch import Guest
-from qemu_dump_ext.dump_engine import dump
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest
+from qemu_dump_ext.engine.dump import dump
+from qemu_dump_ext.engine.info import describe_guest
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.guest_description import describe_guest
-from qemu_dump_ext.guest_log import GuestLog, log_of_guest
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.plan.request import request_of_format

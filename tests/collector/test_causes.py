@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.bare_crashes import bare_machine
 from tests.support.crash_agent import CrashAgent, run_collector

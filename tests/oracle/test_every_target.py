@@ -20,7 +20,7 @@ import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.cli.gdb_driver import gdb_script_path
-from qemu_dump_ext.dump_engine import dump
+from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import stopped_machine
 from qemu_dump_ext.memory_sources import AUTO

@@ -11,7 +11,7 @@ import pytest
 
 from qemu_dump_ext.cli.dump_command import main
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.conftest import PLANTED_AT
 from tests.support.doors import run_gdb

@@ -14,7 +14,7 @@ from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers.elf import ElfCoreFile
 from qemu_dump_ext.dump_readers.kdump import KdumpFile
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
 from tests.support.sample_kdump import read_kdump, unflatten
 

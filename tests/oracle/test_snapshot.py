@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext import dump_engine
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
+from qemu_dump_ext.engine import dump as dump_engine
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.doors import child_environment
 from tests.support.waiting import SECONDS, wait_until

@@ -13,7 +13,7 @@ import pytest
 
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers._verify_report import PROBLEMS_KEPT, VerifyReport
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError
 from qemu_dump_ext.page_codecs import all_page_codecs
 from tests.support.sample_elf import Load, make_elf

@@ -14,8 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_verifier import verify_dump
 from qemu_dump_ext.engine.inspect import describe
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import DumpError
 from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.structures.c_struct import ByteOrder

@@ -7,9 +7,9 @@ import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.engine.dmesg import GuestLog, log_of_dump, log_of_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.guest_log import GuestLog, log_of_dump, log_of_guest
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.qemu.qmp import connect_qmp
 

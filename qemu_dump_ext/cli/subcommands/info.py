@@ -6,11 +6,11 @@ import argparse
 import json
 from dataclasses import asdict
 
-from qemu_dump_ext.capabilities import query_capabilities
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.engine.capabilities import query_capabilities
+from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.guest_description import describe_guest
 from qemu_dump_ext.qemu.qmp import connect_qmp
 
 

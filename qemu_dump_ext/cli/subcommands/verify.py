@@ -16,7 +16,7 @@ import time
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers._verify_report import VerifyReport
-from qemu_dump_ext.dump_verifier import verify_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 
 _PROGRESS_INTERVAL_S = 0.2
