@@ -8,7 +8,9 @@ from gdb_boundary import GdbParser, QemuCommand, option_words, show_line, somebo
 from gdb_guest import guest_access
 
 import gdb
-from qemu_dump_ext.dump_arguments import (
+from qemu_dump_ext.engine.dump import dump
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.options.dump_options import (
     FILE_HELP,
     PROGRESS_CHOICES,
     add_dump_arguments,
@@ -17,8 +19,6 @@ from qemu_dump_ext.dump_arguments import (
     read_registers,
     request_of,
 )
-from qemu_dump_ext.engine.dump import dump
-from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.sinks import open_sink

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import gdb
-from qemu_dump_ext.dump_arguments import OneLineParser
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError
+from qemu_dump_ext.options.dump_options import OneLineParser
 
 STATUS_VARIABLE = "_qemu_dump_status"
 

@@ -27,8 +27,8 @@ from qemu_dump_ext.errors import (
     RequestError,
     UnsupportedTargetError,
 )
-from qemu_dump_ext.hmp_expression import parse_expressions, registers_in, with_register
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
 from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 

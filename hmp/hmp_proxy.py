@@ -20,7 +20,6 @@ from proxy_listener import Listener
 from proxy_terminal import PipeFront, PlainFront, TerminalFront
 from proxy_upstream import Upstream
 
-from qemu_dump_ext.dump_arguments import OneLineParser
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
     EXIT_SUCCESS,
@@ -29,6 +28,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.options.dump_options import OneLineParser
 from qemu_dump_ext.qemu.address import is_loopback, split_host
 
 PROGRAM = "qemu-hmp-proxy"

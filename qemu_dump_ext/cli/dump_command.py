@@ -7,7 +7,10 @@ from collections.abc import Sequence
 
 from qemu_dump_ext.cli import run_guarded
 from qemu_dump_ext.cli.gdb_driver import dump_through_gdb
-from qemu_dump_ext.dump_arguments import (
+from qemu_dump_ext.engine.dump import dump
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.options.dump_options import (
     FILE_HELP,
     OneLineParser,
     add_dump_arguments,
@@ -17,9 +20,6 @@ from qemu_dump_ext.dump_arguments import (
     read_registers,
     request_of,
 )
-from qemu_dump_ext.engine.dump import dump
-from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink

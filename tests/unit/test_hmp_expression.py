@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import pytest
 
-from qemu_dump_ext.dump_arguments import (
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.options.dump_options import (
     OneLineParser,
     add_dump_arguments,
     add_file_arguments,
     parse_dump_arguments,
 )
-from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.hmp_expression import is_expression, parse_expressions
+from qemu_dump_ext.options.expressions import is_expression, parse_expressions
 
 # Values are those that QEMU 7.2's monitor prints for `print EXPRESSION`.
 VALUES = {

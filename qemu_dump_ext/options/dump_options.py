@@ -8,13 +8,13 @@ from typing import NoReturn
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import Monitor
-from qemu_dump_ext.hmp_expression import (
+from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.options.expressions import (
     is_expression,
     parse_expressions,
     registers_in,
     with_register,
 )
-from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
