@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.crash_collector.configuration import Configuration
-from qemu_dump_ext.crash_collector.configuration_file import load_configuration
+from qemu_dump_ext.crash_collector.config.file import load_configuration
+from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 

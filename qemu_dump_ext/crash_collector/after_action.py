@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from qemu_dump_ext.crash_collector.configuration import AfterCommand
+from qemu_dump_ext.crash_collector.config.settings import AfterCommand
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.guest_session import GuestSession

@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-from qemu_dump_ext.crash_collector.configuration import Configuration, GuestEntry
+from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
 from qemu_dump_ext.crash_collector.control_socket import Answer, serve_control
 from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_store import CrashStore

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
-from qemu_dump_ext.crash_collector.configuration import GuestEntry, Limits
+from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
 from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.crash_events import cause_of_status
 from qemu_dump_ext.crash_collector.crash_record import (

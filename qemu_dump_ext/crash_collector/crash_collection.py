@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.configuration import Settings
+from qemu_dump_ext.crash_collector.config.settings import Settings
 from qemu_dump_ext.crash_collector.console_watch import read_tail
 from qemu_dump_ext.crash_collector.crash_readers import (
     ReaderError,

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from qemu_dump_ext.crash_collector.configuration import Limits
+from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from qemu_dump_ext.crash_collector.configuration import Configuration
+from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.metrics import AgentState, Metrics

@@ -8,7 +8,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from qemu_dump_ext.crash_collector.configuration import Limits
+from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.store.prune import prune

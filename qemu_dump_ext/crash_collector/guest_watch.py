@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_dump_ext.crash_collector.configuration import Configuration, GuestEntry, Settings
+from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.crash_record import is_guest_name
 from qemu_dump_ext.qemu.address import tcp_address
 

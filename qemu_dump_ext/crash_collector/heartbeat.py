@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 
 from qemu.qmp import QMPClient, QMPError
 
-from qemu_dump_ext.crash_collector.configuration import Heartbeat
+from qemu_dump_ext.crash_collector.config.settings import Heartbeat
 from qemu_dump_ext.errors import SourceError
 
 _PING_SECONDS = 5.0

@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-from qemu_dump_ext.crash_collector.configuration import Upload
+from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.outlets.destination import Destination, check_upload

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.crash_collector.after_action import run_action, run_command
-from qemu_dump_ext.crash_collector.configuration import AfterCommand
+from qemu_dump_ext.crash_collector.config.settings import AfterCommand
 from qemu_dump_ext.crash_collector.console_watch import ConsoleLog
 from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.crash_events import (

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from qemu_dump_ext.crash_collector.agent import Agent
-from qemu_dump_ext.crash_collector.configuration_file import parse_configuration
+from qemu_dump_ext.crash_collector.config.file import parse_configuration
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.journal import replay
 from qemu_dump_ext.guest_images.machine import QemuMachine

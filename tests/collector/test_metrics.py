@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from qemu_dump_ext.crash_collector.configuration import GuestEntry, Limits, Rate
+from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits, Rate
 from qemu_dump_ext.crash_collector.dump_budget import DumpBudget, kind_of_refusal
 from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.metrics import AgentState, Metrics

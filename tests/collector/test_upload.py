@@ -19,7 +19,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from qemu_dump_ext.crash_collector.configuration import Upload
+from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.crash_record import parse_record
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload, without_password

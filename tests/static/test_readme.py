@@ -13,7 +13,7 @@ from qemu_dump_ext.cli import collector
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.dump_command import dump_parser
 from qemu_dump_ext.cli.subcommands.targets import table_of_targets
-from qemu_dump_ext.crash_collector.configuration_file import parse_configuration
+from qemu_dump_ext.crash_collector.config.file import parse_configuration
 from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.metrics import AgentState, Metrics

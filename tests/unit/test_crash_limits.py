@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from qemu_dump_ext.crash_collector.configuration import Limits
+from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.crash_limits import choose_removals
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord, FileFacts, UploadFacts
 from tests.support.crashes import make_record

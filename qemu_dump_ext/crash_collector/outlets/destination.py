@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import urlsplit
 
-from qemu_dump_ext.crash_collector.configuration import Upload
+from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashRecord,
     FileFacts,

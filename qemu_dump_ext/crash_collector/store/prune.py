@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from qemu_dump_ext.crash_collector.configuration import Limits
+from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.crash_limits import Removal, choose_removals
 from qemu_dump_ext.crash_collector.crash_store import CrashStore
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from qemu_dump_ext.crash_collector.configuration import Configuration
+from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.errors import RequestError
 
 _CONFIGURATION = TypeAdapter(Configuration)
