@@ -10,7 +10,7 @@ from pathlib import Path
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.crash_collector.config.file import load_configuration
 from qemu_dump_ext.crash_collector.config.settings import Configuration
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 
 _ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"

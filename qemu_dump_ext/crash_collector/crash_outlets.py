@@ -16,9 +16,9 @@ from pathlib import Path
 
 from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.report import write_report
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.upload import Uploader
 from qemu_dump_ext.errors import DumpError
 

@@ -18,8 +18,8 @@ from typing import TypeVar
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.outlets.destination import Destination, check_upload
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError, DumpWriteError
 
 _STOP_SECONDS = 2.0

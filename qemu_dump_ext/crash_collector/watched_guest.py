@@ -26,7 +26,6 @@ from qemu_dump_ext.crash_collector.crash_events import (
 from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
 from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.dump_budget import CollectionGivenUpError, DumpBudget
 from qemu_dump_ext.crash_collector.guest_session import GuestSession
 from qemu_dump_ext.crash_collector.guest_watch import Guest
@@ -34,6 +33,7 @@ from qemu_dump_ext.crash_collector.heartbeat import watch_progress
 from qemu_dump_ext.crash_collector.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.panic_action import require_pause
 from qemu_dump_ext.crash_collector.store.prune import prune
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError, SourceError
 
 _STOP_SECONDS = 5.0

@@ -21,8 +21,8 @@ import pytest
 
 from qemu_dump_ext.crash_collector.agent import Agent
 from qemu_dump_ext.crash_collector.config.file import parse_configuration
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.journal import replay
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.bare_crashes import bare_machine
 from tests.support.crash_agent import CrashAgent, run_collector

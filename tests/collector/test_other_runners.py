@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from tests.support.bare_crashes import bare_machine, bare_rom
 from tests.support.doors import guest_status
 

@@ -15,7 +15,7 @@ import yaml
 
 from qemu_dump_ext.crash_collector.control_socket import ask_agent
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import ConnectError
 from tests.support.doors import child_environment
 from tests.support.waiting import wait_until

@@ -12,7 +12,7 @@ from qemu_dump_ext.crash_collector.crash_record import (
     QemuFacts,
     Signature,
 )
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 TIME = "2026-01-31T12:00:00.000001+00:00"
 

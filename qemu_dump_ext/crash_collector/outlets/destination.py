@@ -19,8 +19,8 @@ from qemu_dump_ext.crash_collector.crash_record import (
     parse_record,
     utc_text,
 )
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
 from qemu_dump_ext.crash_collector.store.files import CHECKSUM_FILE, RECORD_FILE, record_files
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 
 _BLOCK = 1 << 20

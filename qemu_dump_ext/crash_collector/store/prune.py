@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
-from qemu_dump_ext.crash_collector.crash_limits import Removal, choose_removals
-from qemu_dump_ext.crash_collector.crash_store import CrashStore
+from qemu_dump_ext.crash_collector.store.limits import Removal, choose_removals
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 
 def prune(
