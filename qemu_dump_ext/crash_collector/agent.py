@@ -18,12 +18,12 @@ from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEn
 from qemu_dump_ext.crash_collector.control_socket import Answer, serve_control
 from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.dump_budget import DumpBudget
-from qemu_dump_ext.crash_collector.guest_watch import Guest, GuestFinder
 from qemu_dump_ext.crash_collector.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.metrics import AgentState
 from qemu_dump_ext.crash_collector.service_manager import keep_alive, notify, notify_reloading
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
 from qemu_dump_ext.crash_collector.watched_guest import Services, WatchedGuest
 from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
 

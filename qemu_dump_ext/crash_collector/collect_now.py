@@ -11,7 +11,6 @@ from types import MappingProxyType
 
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
 from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
-from qemu_dump_ext.crash_collector.crash_events import cause_of_status
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
     CrashRecord,
@@ -20,9 +19,10 @@ from qemu_dump_ext.crash_collector.crash_record import (
     utc_text,
 )
 from qemu_dump_ext.crash_collector.dump_budget import DumpBudget
-from qemu_dump_ext.crash_collector.guest_session import find_command_line, read_command_line
-from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.events import cause_of_status
+from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.session import find_command_line, read_command_line
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.plan.request import request_of_format
 from qemu_dump_ext.qemu.process import find_qemu_process

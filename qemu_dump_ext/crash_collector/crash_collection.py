@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.crash_collector.config.settings import Settings
-from qemu_dump_ext.crash_collector.console_watch import read_tail
 from qemu_dump_ext.crash_collector.crash_readers import (
     ReaderError,
     has_drgn,
@@ -31,8 +30,9 @@ from qemu_dump_ext.crash_collector.crash_record import (
 )
 from qemu_dump_ext.crash_collector.crash_signature import make_signature
 from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
-from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.console import read_tail
+from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest
 from qemu_dump_ext.engine.dump import dump

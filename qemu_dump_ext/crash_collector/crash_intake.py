@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Mapping
 
 from qemu_dump_ext.crash_collector.crash_record import CrashCause
-from qemu_dump_ext.crash_collector.guest_watch import Guest
+from qemu_dump_ext.crash_collector.watch.guests import Guest
 
 _ALSO_MAX = 20
 _RECORDS_PER_DUMP = 10

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
-from qemu_dump_ext.crash_collector.guest_watch import Guest
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.errors import DumpWriteError
 
 _MIB = 1 << 20

@@ -14,26 +14,26 @@ from typing import Any
 
 from qemu_dump_ext.crash_collector.after_action import run_action, run_command
 from qemu_dump_ext.crash_collector.config.settings import AfterCommand
-from qemu_dump_ext.crash_collector.console_watch import ConsoleLog
 from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
-from qemu_dump_ext.crash_collector.crash_events import (
+from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
+from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
+from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
+from qemu_dump_ext.crash_collector.dump_budget import CollectionGivenUpError, DumpBudget
+from qemu_dump_ext.crash_collector.journal import GuestState, Journal
+from qemu_dump_ext.crash_collector.store.prune import prune
+from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.console import ConsoleLog
+from qemu_dump_ext.crash_collector.watch.events import (
     STOPPED_BY_QEMU,
     Event,
     cause_of_event,
     cause_of_status,
     waits_for_stop,
 )
-from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
-from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
-from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
-from qemu_dump_ext.crash_collector.dump_budget import CollectionGivenUpError, DumpBudget
-from qemu_dump_ext.crash_collector.guest_session import GuestSession
-from qemu_dump_ext.crash_collector.guest_watch import Guest
-from qemu_dump_ext.crash_collector.heartbeat import watch_progress
-from qemu_dump_ext.crash_collector.journal import GuestState, Journal
-from qemu_dump_ext.crash_collector.panic_action import require_pause
-from qemu_dump_ext.crash_collector.store.prune import prune
-from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.heartbeat import watch_progress
+from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
+from qemu_dump_ext.crash_collector.watch.session import GuestSession
 from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError, SourceError
 
 _STOP_SECONDS = 5.0

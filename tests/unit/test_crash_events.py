@@ -4,14 +4,14 @@ import re
 
 import pytest
 
-from qemu_dump_ext.crash_collector.console_watch import ConsoleLog, read_tail
-from qemu_dump_ext.crash_collector.crash_events import (
+from qemu_dump_ext.crash_collector.watch.console import ConsoleLog, read_tail
+from qemu_dump_ext.crash_collector.watch.events import (
     cause_of_event,
     cause_of_status,
     waits_for_stop,
 )
-from qemu_dump_ext.crash_collector.heartbeat import Stillness
-from qemu_dump_ext.crash_collector.panic_action import panic_action
+from qemu_dump_ext.crash_collector.watch.heartbeat import Stillness
+from qemu_dump_ext.crash_collector.watch.panic_action import panic_action
 
 
 def event(name: str, **data: object) -> dict[str, object]:

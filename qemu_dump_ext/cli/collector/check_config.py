@@ -7,10 +7,10 @@ import json
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector_arguments import add_configuration, add_json, configuration_of
-from qemu_dump_ext.crash_collector.guest_session import find_command_line
-from qemu_dump_ext.crash_collector.guest_watch import GuestFinder
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload
-from qemu_dump_ext.crash_collector.panic_action import panic_action
+from qemu_dump_ext.crash_collector.watch.guests import GuestFinder
+from qemu_dump_ext.crash_collector.watch.panic_action import panic_action
+from qemu_dump_ext.crash_collector.watch.session import find_command_line
 from qemu_dump_ext.errors import EXIT_SUCCESS
 
 

@@ -12,7 +12,7 @@ from qemu_dump_ext.cli.collector_arguments import add_store, configuration_of, s
 from qemu_dump_ext.crash_collector.crash_collection import kernel_file
 from qemu_dump_ext.crash_collector.crash_readers import reader_command
 from qemu_dump_ext.crash_collector.crash_record import CrashRecord
-from qemu_dump_ext.crash_collector.guest_watch import Guest, GuestFinder
+from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import RequestError
 

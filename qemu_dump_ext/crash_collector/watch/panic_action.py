@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from qemu_dump_ext.crash_collector.guest_session import GuestSession
+from qemu_dump_ext.crash_collector.watch.session import GuestSession
 from qemu_dump_ext.errors import SourceError
 
 _DEFAULT = "shutdown"

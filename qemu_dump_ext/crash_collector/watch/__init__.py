@@ -1,0 +1,3 @@
+"""Notice that a guest crashed."""
+
+from __future__ import annotations
