@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 
+from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
+from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
-from qemu_dump_ext.crash_collector.crash_collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
     CrashRecord,
@@ -18,7 +19,6 @@ from qemu_dump_ext.crash_collector.crash_record import (
     is_guest_name,
     utc_text,
 )
-from qemu_dump_ext.crash_collector.dump_budget import DumpBudget
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.events import cause_of_status
 from qemu_dump_ext.crash_collector.watch.guests import Guest

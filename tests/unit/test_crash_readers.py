@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qemu_dump_ext.crash_collector.crash_readers import ReaderError, prove_open, trace_by_drgn
+from qemu_dump_ext.crash_collector.collect.readers import ReaderError, prove_open, trace_by_drgn
 
 
 def test_what_drgn_does_not_open_gives_no_trace(tmp_path):

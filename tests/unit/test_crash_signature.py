@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from qemu_dump_ext.crash_collector.collect.signature import make_signature, normalise
 from qemu_dump_ext.crash_collector.crash_record import CauseKind, CrashCause
-from qemu_dump_ext.crash_collector.crash_signature import make_signature, normalise
 
 SYSRQ = """\
 [   10.1] usb: nothing

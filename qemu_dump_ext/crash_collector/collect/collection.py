@@ -14,13 +14,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.config.settings import Settings
-from qemu_dump_ext.crash_collector.crash_readers import (
+from qemu_dump_ext.crash_collector.collect.budget import DumpAllowance, DumpBudget
+from qemu_dump_ext.crash_collector.collect.readers import (
     ReaderError,
     has_drgn,
     prove_open,
     trace_by_drgn,
 )
+from qemu_dump_ext.crash_collector.collect.signature import make_signature
+from qemu_dump_ext.crash_collector.config.settings import Settings
 from qemu_dump_ext.crash_collector.crash_record import (
     CrashCause,
     CrashRecord,
@@ -28,8 +30,6 @@ from qemu_dump_ext.crash_collector.crash_record import (
     QemuFacts,
     Signature,
 )
-from qemu_dump_ext.crash_collector.crash_signature import make_signature
-from qemu_dump_ext.crash_collector.dump_budget import DumpAllowance, DumpBudget
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.crash_collector.watch.guests import Guest

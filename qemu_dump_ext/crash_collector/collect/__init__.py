@@ -1,0 +1,3 @@
+"""Collect one crash of one guest."""
+
+from __future__ import annotations
