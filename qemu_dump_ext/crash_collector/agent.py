@@ -17,9 +17,9 @@ from typing import Any
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
 from qemu_dump_ext.crash_collector.control_socket import Answer, serve_control
-from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.journal import GuestState, Journal
-from qemu_dump_ext.crash_collector.metrics import AgentState
+from qemu_dump_ext.crash_collector.outlets.metrics import AgentState
+from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.service_manager import keep_alive, notify, notify_reloading
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore

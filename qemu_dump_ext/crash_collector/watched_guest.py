@@ -17,9 +17,9 @@ from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError,
 from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.config.settings import AfterCommand
 from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
-from qemu_dump_ext.crash_collector.crash_outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
 from qemu_dump_ext.crash_collector.journal import GuestState, Journal
+from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog

@@ -12,7 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget, kind_of_refusal
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits, Rate
-from qemu_dump_ext.crash_collector.metrics import AgentState, Metrics
+from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store

@@ -22,8 +22,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.crash_record import parse_record
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload, without_password
+from qemu_dump_ext.crash_collector.outlets.upload import Uploader
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.crash_collector.upload import Uploader
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store
 from tests.support.ports import reserved_port
