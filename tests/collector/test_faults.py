@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from qemu_dump_ext.crash_collector.agent import Agent
+from qemu_dump_ext.crash_collector.agent.agent import Agent
+from qemu_dump_ext.crash_collector.agent.journal import replay
 from qemu_dump_ext.crash_collector.config.file import parse_configuration
-from qemu_dump_ext.crash_collector.journal import replay
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.bare_crashes import bare_machine

@@ -7,7 +7,7 @@ import json
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector_arguments import add_configuration, add_json, configuration_of
-from qemu_dump_ext.crash_collector.control_socket import ask_agent
+from qemu_dump_ext.crash_collector.agent.control_socket import ask_agent
 from qemu_dump_ext.errors import EXIT_SUCCESS
 
 

@@ -14,17 +14,17 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
+from qemu_dump_ext.crash_collector.agent.control_socket import Answer, serve_control
+from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
+from qemu_dump_ext.crash_collector.agent.service_manager import keep_alive, notify, notify_reloading
+from qemu_dump_ext.crash_collector.agent.watched_guest import Services, WatchedGuest
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
-from qemu_dump_ext.crash_collector.control_socket import Answer, serve_control
-from qemu_dump_ext.crash_collector.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState
 from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
-from qemu_dump_ext.crash_collector.service_manager import keep_alive, notify, notify_reloading
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
-from qemu_dump_ext.crash_collector.watched_guest import Services, WatchedGuest
 from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError
 
 _COMES_BACK_SECONDS = 10.0

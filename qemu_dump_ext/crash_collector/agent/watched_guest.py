@@ -12,13 +12,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.after_action import run_action, run_command
+from qemu_dump_ext.crash_collector.agent.after_action import run_action, run_command
+from qemu_dump_ext.crash_collector.agent.intake import CrashIntake
+from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError, DumpBudget
 from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.config.settings import AfterCommand
-from qemu_dump_ext.crash_collector.crash_intake import CrashIntake
 from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
-from qemu_dump_ext.crash_collector.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
