@@ -12,7 +12,7 @@ from types import MappingProxyType
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
-from qemu_dump_ext.crash_collector.crash_record import (
+from qemu_dump_ext.crash_collector.record import (
     CrashCause,
     CrashRecord,
     QemuFacts,

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from tests.support.bare_crashes import bare_machine, bare_rom
 from tests.support.doors import guest_status

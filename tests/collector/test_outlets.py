@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qemu_dump_ext.crash_collector.crash_record import parse_record
+from qemu_dump_ext.crash_collector.record import parse_record
 from tests.collector.test_faults import trigger
 from tests.collector.test_metrics import scrape
 from tests.support.bare_crashes import bare_machine

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.crash_collector.collect_now import collect_crash
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord, parse_record
+from qemu_dump_ext.crash_collector.record import CrashRecord, parse_record
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import RequestError

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.cli.crash_collector_command import main
-from qemu_dump_ext.crash_collector.crash_record import CrashCause, Signature, UploadFacts
 from qemu_dump_ext.crash_collector.outlets.report import render_report, write_report
+from qemu_dump_ext.crash_collector.record import CrashCause, Signature, UploadFacts
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store

@@ -20,9 +20,9 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
-from qemu_dump_ext.crash_collector.crash_record import parse_record
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload, without_password
 from qemu_dump_ext.crash_collector.outlets.upload import Uploader
+from qemu_dump_ext.crash_collector.record import parse_record
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qemu_dump_ext.crash_collector.collect_now import collect_crash
-from qemu_dump_ext.crash_collector.crash_record import parse_record
+from qemu_dump_ext.crash_collector.record import parse_record
 from tests.support.doors import guest_status
 
 pytestmark = pytest.mark.guest

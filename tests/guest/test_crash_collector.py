@@ -12,7 +12,7 @@ import drgn
 import pytest
 from drgn.helpers.linux.printk import get_dmesg
 
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore

@@ -14,8 +14,8 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.dump_command import dump_parser
 from qemu_dump_ext.cli.subcommands.targets import table_of_targets
 from qemu_dump_ext.crash_collector.config.file import parse_configuration
-from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
+from qemu_dump_ext.crash_collector.record import CAUSE_KINDS
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.guest_images.manifest import load_manifest

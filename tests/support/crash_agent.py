@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from qemu_dump_ext.crash_collector.agent.control_socket import ask_agent
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import ConnectError
 from tests.support.doors import child_environment

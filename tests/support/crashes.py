@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from qemu_dump_ext.crash_collector.crash_record import (
+from qemu_dump_ext.crash_collector.record import (
     CrashCause,
     CrashRecord,
     DumpFacts,

@@ -6,7 +6,7 @@ import pytest
 
 from qemu_dump_ext.crash_collector.config.file import load_configuration, parse_configuration
 from qemu_dump_ext.crash_collector.config.settings import DEFAULT_CAUSES, AfterCommand
-from qemu_dump_ext.crash_collector.crash_record import CAUSE_KINDS
+from qemu_dump_ext.crash_collector.record import CAUSE_KINDS
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.plan.request import request_of_format
 

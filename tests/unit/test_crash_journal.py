@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal, replay
-from qemu_dump_ext.crash_collector.crash_record import CrashCause
+from qemu_dump_ext.crash_collector.record import CrashCause
 from qemu_dump_ext.errors import DumpWriteError
 
 CAUSE = CrashCause("guest-panicked", "the guest panicked", {"event": "GUEST_PANICKED"})

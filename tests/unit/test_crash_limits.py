@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 import pytest
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord, FileFacts, UploadFacts
+from qemu_dump_ext.crash_collector.record import CrashRecord, FileFacts, UploadFacts
 from qemu_dump_ext.crash_collector.store.limits import choose_removals
 from tests.support.crashes import make_record
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qemu_dump_ext.crash_collector.collect.signature import make_signature, normalise
-from qemu_dump_ext.crash_collector.crash_record import CauseKind, CrashCause
+from qemu_dump_ext.crash_collector.record import CauseKind, CrashCause
 
 SYSRQ = """\
 [   10.1] usb: nothing

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from qemu_dump_ext.crash_collector.crash_record import CorruptRecordError, parse_record
+from qemu_dump_ext.crash_collector.record import CorruptRecordError, parse_record
 from qemu_dump_ext.crash_collector.store import store as crash_store
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from tests.support.crashes import commit, make_record, make_store

@@ -11,7 +11,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector_arguments import add_store, configuration_of, store_of
 from qemu_dump_ext.crash_collector.collect.collection import kernel_file
 from qemu_dump_ext.crash_collector.collect.readers import reader_command
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import RequestError

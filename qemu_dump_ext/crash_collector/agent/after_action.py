@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.config.settings import AfterCommand
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.session import GuestSession
 from qemu_dump_ext.errors import SourceError

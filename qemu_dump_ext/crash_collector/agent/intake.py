@@ -7,7 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Mapping
 
-from qemu_dump_ext.crash_collector.crash_record import CrashCause
+from qemu_dump_ext.crash_collector.record import CrashCause
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 
 _ALSO_MAX = 20

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.crash_record import CrashCause
+from qemu_dump_ext.crash_collector.record import CrashCause
 from qemu_dump_ext.errors import DumpWriteError
 
 _SIZE_MAX = 1 << 20

@@ -18,8 +18,8 @@ from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError, DumpBudget
 from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.config.settings import AfterCommand
-from qemu_dump_ext.crash_collector.crash_record import CrashCause, CrashRecord, QemuFacts, utc_text
 from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
+from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, QemuFacts, utc_text
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog

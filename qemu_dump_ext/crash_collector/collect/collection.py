@@ -23,7 +23,7 @@ from qemu_dump_ext.crash_collector.collect.readers import (
 )
 from qemu_dump_ext.crash_collector.collect.signature import make_signature
 from qemu_dump_ext.crash_collector.config.settings import Settings
-from qemu_dump_ext.crash_collector.crash_record import (
+from qemu_dump_ext.crash_collector.record import (
     CrashCause,
     CrashRecord,
     DumpFacts,

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 
-from qemu_dump_ext.crash_collector.crash_record import CrashCause, Signature
+from qemu_dump_ext.crash_collector.record import CrashCause, Signature
 
 _FRAMES_COUNTED = 6
 _FRAMES_KEPT = 32

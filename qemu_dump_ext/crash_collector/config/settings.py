@@ -26,7 +26,7 @@ from qemu_dump_ext.crash_collector.config.quantities import (
     Size,
     template,
 )
-from qemu_dump_ext.crash_collector.crash_record import CauseKind
+from qemu_dump_ext.crash_collector.record import CauseKind
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.page_codecs import all_page_codecs

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
-from qemu_dump_ext.crash_collector.crash_record import (
+from qemu_dump_ext.crash_collector.record import (
     CrashRecord,
     FileFacts,
     UploadFacts,

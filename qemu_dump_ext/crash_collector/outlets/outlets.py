@@ -15,10 +15,10 @@ from datetime import datetime
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.config.settings import Configuration
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.outlets.report import write_report
 from qemu_dump_ext.crash_collector.outlets.upload import Uploader
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError
 

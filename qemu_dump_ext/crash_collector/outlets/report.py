@@ -16,7 +16,7 @@ from typing import TypeAlias
 from urllib.parse import quote
 from xml.etree.ElementTree import Element, tostring
 
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.files import replace_file
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
 from qemu_dump_ext.errors import DumpWriteError, RequestError

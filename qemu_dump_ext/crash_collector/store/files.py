@@ -7,7 +7,7 @@ import os
 import secrets
 from pathlib import Path
 
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord, FileFacts
+from qemu_dump_ext.crash_collector.record import CrashRecord, FileFacts
 
 RECORD_FILE = "crash.json"
 CHECKSUM_FILE = "SHA256SUMS"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
-from qemu_dump_ext.crash_collector.crash_record import CrashRecord
+from qemu_dump_ext.crash_collector.record import CrashRecord
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from qemu_dump_ext.crash_collector.crash_record import (
+from qemu_dump_ext.crash_collector.record import (
     GUEST_NAME,
     CorruptRecordError,
     CrashRecord,

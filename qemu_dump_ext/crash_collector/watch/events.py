@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from qemu_dump_ext.crash_collector.crash_record import CauseKind, CrashCause
+from qemu_dump_ext.crash_collector.record import CauseKind, CrashCause
 
 Event: TypeAlias = Mapping[str, Any]
 _Found: TypeAlias = tuple[CauseKind, str] | None

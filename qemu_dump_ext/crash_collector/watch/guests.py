@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
-from qemu_dump_ext.crash_collector.crash_record import is_guest_name
+from qemu_dump_ext.crash_collector.record import is_guest_name
 from qemu_dump_ext.qemu.address import tcp_address
 
 _logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 
 from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate, qmp_client
 
-from qemu_dump_ext.crash_collector.crash_record import QemuFacts
+from qemu_dump_ext.crash_collector.record import QemuFacts
 from qemu_dump_ext.crash_collector.watch.events import Event
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.qemu.address import tcp_address
