@@ -6,7 +6,7 @@ import argparse
 import json
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector_arguments import add_configuration, add_json, configuration_of
+from qemu_dump_ext.cli.collector._arguments import add_configuration, add_json, configuration_of
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload
 from qemu_dump_ext.crash_collector.watch.guests import GuestFinder
 from qemu_dump_ext.crash_collector.watch.panic_action import panic_action

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector_arguments import add_json, add_store, store_of
+from qemu_dump_ext.cli.collector._arguments import add_json, add_store, store_of
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.errors import EXIT_SUCCESS
 

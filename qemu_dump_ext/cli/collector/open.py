@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector_arguments import add_store, configuration_of, store_of
+from qemu_dump_ext.cli.collector._arguments import add_store, configuration_of, store_of
 from qemu_dump_ext.crash_collector.collect.collection import kernel_file
 from qemu_dump_ext.crash_collector.collect.readers import reader_command
 from qemu_dump_ext.crash_collector.record import CrashRecord

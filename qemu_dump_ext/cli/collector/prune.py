@@ -6,7 +6,7 @@ import argparse
 import json
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector_arguments import add_configuration, add_json, configuration_of
+from qemu_dump_ext.cli.collector._arguments import add_configuration, add_json, configuration_of
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS

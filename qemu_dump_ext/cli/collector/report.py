@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector_arguments import add_store, configuration_of
+from qemu_dump_ext.cli.collector._arguments import add_store, configuration_of
 from qemu_dump_ext.crash_collector.outlets.report import REPORT_FILE, write_report
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector_arguments import add_configuration, configuration_of
+from qemu_dump_ext.cli.collector._arguments import add_configuration, configuration_of
 from qemu_dump_ext.crash_collector.agent.agent import Agent
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError

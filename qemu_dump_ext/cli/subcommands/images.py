@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.guest_matrix import matrix_lines, try_guest
+from qemu_dump_ext.cli.subcommands._guest_matrix import matrix_lines, try_guest
 from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image, load_manifest
