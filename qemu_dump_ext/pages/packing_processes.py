@@ -28,7 +28,7 @@ from qemu_dump_ext.third_party import interpreter
 
 _PROGRAM = (
     "import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job.pop('path');"
-    " from qemu_dump_ext.packing_processes import serve; serve(**job)"
+    " from qemu_dump_ext.pages.packing_processes import serve; serve(**job)"
 )
 _NO_INTERPRETER = "false"
 """Ends at once, so that pages are packed here."""
@@ -41,7 +41,7 @@ class _PackingProcess:
         self._connection, theirs = Pipe()
         with theirs:
             job = {
-                "path": [str(Path(__file__).parents[1]), *sys.path],
+                "path": [str(Path(__file__).parents[2]), *sys.path],
                 "connection": theirs.fileno(),
                 "memory": memory,
                 "page_size": page_size,

@@ -32,8 +32,8 @@ def test_the_tree_is_clean(argv: tuple[str, ...]):
 
 def test_gdb_scripts_and_what_they_load_need_the_standard_library_alone():
     script = (
-        "import sys, qemu_dump_ext.dump_engine, qemu_dump_ext.dump_arguments, "
-        "qemu_dump_ext.sync_qmp, qemu_dump_ext.guest_description, qemu_dump_ext.capabilities\n"
+        "import sys, qemu_dump_ext.engine.dump, qemu_dump_ext.options.dump_options, "
+        "qemu_dump_ext.qemu.qmp, qemu_dump_ext.engine.info, qemu_dump_ext.engine.capabilities\n"
         "foreign = {m.partition('.')[0] for m in sys.modules} "
         "- set(sys.stdlib_module_names) - {'qemu_dump_ext', '__main__'}\n"
         "print(sorted(name for name in foreign if not name.startswith('_')))"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hmp_command_table import parse_tables, with_our_help
-from hmp_dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
-from hmp_readline import HISTORY_MAX, LINE_MAX, LineEditor
-from qmp_json import JsonError, JsonStream
 
+from hmp.human.command_table import parse_tables, with_our_help
+from hmp.human.dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
+from hmp.qmp.json_stream import JsonError, JsonStream
+from hmp.readline import HISTORY_MAX, LINE_MAX, LineEditor
 from qemu_dump_ext.qemu.address import is_loopback, split_host
 
 CODECS = ("zlib", "lzo", "snappy", "zstd", "none")

@@ -1,4 +1,4 @@
-"""What a configuration may say; `configuration_file` reads one.
+"""What a configuration may say; `file` reads one.
 
 Its words are the attributes of the classes below, from `Configuration` on; `defaults` has any of
 the `Settings`, and each entry of `guests`, too, beside what says which guests it is about.

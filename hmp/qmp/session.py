@@ -9,14 +9,6 @@ from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
-from hmp_command_table import DUMP_COMMAND
-from hmp_interpreter import DumpDefaults, HmpClient, Interpreter
-from proxy_connection import Connection
-from proxy_dump_job import IN_PROCESS, DumpManager, DumpTarget
-from proxy_qmp_upstream import QmpUpstream, Reply, formats_of
-from proxy_upstream import Event
-from qmp_json import JsonError, JsonStream
-
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import (
     CodecUnavailableError,
@@ -26,6 +18,16 @@ from qemu_dump_ext.errors import (
     UnsupportedTargetError,
 )
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+
+from ..dump_job import IN_PROCESS
+from ..dump_manager import DumpManager
+from ..dump_target import DumpTarget
+from ..human.command_table import DUMP_COMMAND
+from ..human.interpreter import DumpDefaults, HmpClient, Interpreter
+from ..sockets.connection import Connection
+from ..upstream.by_qmp import QmpUpstream, Reply, formats_of
+from ..upstream.upstream import Event
+from .json_stream import JsonError, JsonStream
 
 _OOB = "oob"
 _NEGOTIATE = "qmp_capabilities"

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from hmp_interpreter import HmpClient, Interpreter
-from hmp_readline import PROMPT, LineEditor
-from proxy_connection import Connection
+from ..readline import PROMPT, LineEditor
+from ..sockets.connection import Connection
+from .interpreter import HmpClient, Interpreter
 
 GONE_PROMPT = b"(qemu gone) "
 _OUTPUT_STEP = 1 << 16

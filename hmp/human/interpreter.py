@@ -8,18 +8,6 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hmp_command_table import (
-    CANCEL_COMMAND,
-    CANCEL_HELP,
-    DUMP_COMMAND,
-    CommandTable,
-    parse_tables,
-    with_our_help,
-)
-from hmp_dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
-from proxy_dump_job import IN_PROCESS, DumpJob, DumpManager, DumpTarget
-from proxy_upstream import Upstream
-
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
     CodecUnavailableError,
@@ -31,6 +19,20 @@ from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
 from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+
+from ..dump_job import IN_PROCESS, DumpJob
+from ..dump_manager import DumpManager
+from ..dump_target import DumpTarget
+from ..upstream.upstream import Upstream
+from .command_table import (
+    CANCEL_COMMAND,
+    CANCEL_HELP,
+    DUMP_COMMAND,
+    CommandTable,
+    parse_tables,
+    with_our_help,
+)
+from .dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 
 _RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
 _HELP_NAMES = frozenset(("help", "?"))

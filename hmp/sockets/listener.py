@@ -9,10 +9,10 @@ import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
-from proxy_connection import Connection
-
 from qemu_dump_ext.errors import ConnectError, RequestError
 from qemu_dump_ext.qemu.address import is_loopback, split_host
+
+from .connection import Connection
 
 _BACKLOG = 64
 CLIENTS_MAX = 256

@@ -9,16 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from pathlib import Path
 from typing import Any
-
-from hmp_interpreter import DumpDefaults, Interpreter
-from hmp_session import HmpSession
-from proxy_connection import Connection
-from proxy_dump_job import DumpManager
-from proxy_listener import Listener
-from proxy_terminal import PipeFront, PlainFront, TerminalFront
-from proxy_upstream import Upstream
 
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
@@ -30,6 +21,14 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import OneLineParser
 from qemu_dump_ext.qemu.address import is_loopback, split_host
+
+from .dump_manager import DumpManager
+from .human.interpreter import DumpDefaults, Interpreter
+from .human.session import HmpSession
+from .human.terminal import PipeFront, PlainFront, TerminalFront
+from .sockets.connection import Connection
+from .sockets.listener import Listener
+from .upstream.upstream import Upstream
 
 PROGRAM = "qemu-hmp-proxy"
 Front = PipeFront | PlainFront | TerminalFront
@@ -136,21 +135,21 @@ class _Proxy:
 
 def _upstream(arguments: argparse.Namespace) -> Upstream:
     if arguments.qmp is not None:
-        from proxy_qmp_upstream import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
+        from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
         return QmpUpstream(arguments.qmp)
     if arguments.hmp is not None:
         if arguments.qmp_listen:
             raise RequestError("--qmp-listen needs a QEMU that is reached by --qmp")
-        from proxy_hmp_upstream import HmpUpstream  # noqa: PLC0415
+        from .upstream.by_hmp import HmpUpstream  # noqa: PLC0415
 
         return HmpUpstream(arguments.hmp)
     raise RequestError("which guest?", hint="--qmp SOCKET or --hmp SOCKET")
 
 
 def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
-    from proxy_qmp_upstream import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
-    from qmp_session import QmpDoor  # noqa: PLC0415
+    from .qmp.session import QmpDoor  # noqa: PLC0415
+    from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
     if not isinstance(proxy.upstream, QmpUpstream):
         raise RequestError("--qmp-listen needs a QEMU that is reached by --qmp")
@@ -271,9 +270,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         _complain("interrupted")
         return EXIT_INTERRUPTED
-
-
-if __name__ == "__main__":
-    here = Path(__file__).resolve().parent
-    sys.path.insert(0, str(here.parent))
-    sys.exit(main())

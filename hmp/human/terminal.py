@@ -14,9 +14,9 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hmp_interpreter import HmpClient, Interpreter
-from proxy_connection import Connection
-from proxy_dump_job import DumpJob
+from ..dump_job import DumpJob
+from ..sockets.connection import Connection
+from .interpreter import HmpClient, Interpreter
 
 if TYPE_CHECKING:
     from prompt_toolkit import PromptSession

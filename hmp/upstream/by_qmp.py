@@ -11,10 +11,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from proxy_upstream import Event, Upstream
 from qemu.qmp import Message, QMPClient, QMPError, Runstate
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
+
+from .upstream import Event, Upstream
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0

@@ -16,11 +16,11 @@ import termios
 import tty
 from pathlib import Path
 
-from hmp_readline import LINE_MAX, PROMPT, LineEditor
-from proxy_upstream import Upstream
-
 from qemu_dump_ext.errors import ConnectError, SourceError
 from qemu_dump_ext.qemu.address import split_host
+
+from ..readline import LINE_MAX, PROMPT, LineEditor
+from .upstream import Upstream
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0

@@ -1,0 +1,94 @@
+"""Where a dump of the proxy goes, in the words of QEMU."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.sinks._sink import Sink
+from qemu_dump_ext.structures.dialect import QemuVersion
+
+CREATE_SINCE: QemuVersion = (8, 0, 0)  # `Could not create`; 7.2 says open, 11.1 create
+
+
+@dataclass(frozen=True)
+class DumpTarget:
+    """Where a dump goes.
+
+    Attributes:
+        name: As the client wrote it.
+        path: Absolute; or None for a descriptor.
+        descriptor: Ours to close; or None for a path.
+    """
+
+    name: str
+    path: Path | None
+    descriptor: int | None = None
+
+
+@contextmanager
+def opened(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> Iterator[Sink]:
+    """Keep the target of a dump open for the time of a `with` block.
+
+    Raises:
+        DumpWriteError: It cannot be opened, in the words of a QEMU of this version.
+        RequestError: A kdump is to be raw, and the target is not seekable.
+    """
+    verb = "create" if version >= CREATE_SINCE else "open"
+    failure = f"Could not {verb} '{target.name}'"
+    with contextlib.ExitStack() as stack:
+        if target.path is None:
+            name = f"fd:{target.descriptor}"
+        else:
+            name = f"file:{target.path}"
+            if reason := _why_not(target.name, target.path):
+                raise DumpWriteError(f"{failure}: {reason}")
+        try:
+            sink = stack.enter_context(open_sink(name, force=True, standard_output=None))
+        except DumpWriteError as error:
+            cause = error.__cause__
+            reason = (cause.strerror if isinstance(cause, OSError) else None) or error.message
+            raise DumpWriteError(f"{failure}: {reason}") from error
+        if request.raw and request.codec is not None and not sink.seekable:
+            raise RequestError("kdump-raw formats require a seekable file")
+        yield sink
+
+
+def _why_not(name: str, path: Path) -> str | None:
+    # What the kernel says to whoever opens it; we write aside, and would notice later.
+    if not name:
+        return os.strerror(errno.ENOENT)
+    try:
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            return os.strerror(errno.ENOTDIR)
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        missing = path.parent if not path.parent.exists() else None
+        return os.strerror(errno.ENOENT) if missing or name.endswith("/") else None
+    except OSError as error:
+        return error.strerror
+    if stat.S_ISDIR(mode):
+        return os.strerror(errno.EISDIR)
+    return None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+
+
+def in_words_of_qemu(error: DumpWriteError, sink: Sink, request: DumpRequest) -> DumpWriteError:
+    """Return what QEMU would say where the target could not be written."""
+    cause = error.__cause__
+    if not isinstance(cause, OSError):
+        return error
+    if request.codec is None:
+        what = "save memory" if sink.bytes_written else "write elf header"
+        return DumpWriteError(f"dump: failed to {what}: {cause.strerror}")
+    what = "write page data" if sink.bytes_written else "write start flat header"
+    # QEMU leaves the reason out.
+    return DumpWriteError(f"dump: failed to {what}")

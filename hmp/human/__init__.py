@@ -1,0 +1,3 @@
+"""The human monitor's side of the proxy."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""The QMP side of the proxy."""
+
+from __future__ import annotations

@@ -1,0 +1,3 @@
+"""The QEMU behind the proxy."""
+
+from __future__ import annotations
