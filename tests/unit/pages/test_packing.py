@@ -124,8 +124,8 @@ def test_without_processes_pages_are_packed_here(
 def test_no_process_outlives_a_killed_program():
     program = (
         "import os, time;"
-        " from qemu_dump_ext.page_packing import Compression;"
-        " from qemu_dump_ext.packing_processes import PackingProcesses;"
+        " from qemu_dump_ext.pages.packing import Compression;"
+        " from qemu_dump_ext.pages.packing_processes import PackingProcesses;"
         " packer = PackingProcesses(4096, Compression('zlib'), 2);"
         " print(packer.pack(packer.buffers[0]).tolist().count(0), flush=True); time.sleep(600)"
     )
