@@ -11,7 +11,6 @@ import gdb
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import (
-    FILE_HELP,
     PROGRESS_CHOICES,
     add_dump_arguments,
     add_file_arguments,
@@ -21,7 +20,7 @@ from qemu_dump_ext.options.dump_options import (
 )
 from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.sinks import open_sink, target_forms
 
 
 def _parser() -> GdbParser:
@@ -32,7 +31,7 @@ def _parser() -> GdbParser:
         " missing in it, and another exit status of the command of that name if it failed.",
     )
     add_dump_arguments(parser)
-    add_file_arguments(parser, FILE_HELP)
+    add_file_arguments(parser, target_forms())
     return parser
 
 

@@ -1,7 +1,7 @@
 """Collect the one declaration that each file of a folder makes.
 
-Architectures, page codecs, formats and memory sources are found by scanning their folder, so that
-adding one is adding a file. The name of the declaration is the name of the file.
+Architectures, page codecs, formats, memory sources and sinks are found by scanning their folder,
+so that adding one is adding a file. The name of the declaration is the name of the file.
 """
 
 from __future__ import annotations

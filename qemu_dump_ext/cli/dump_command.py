@@ -11,7 +11,6 @@ from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.options.dump_options import (
-    FILE_HELP,
     OneLineParser,
     add_dump_arguments,
     add_file_arguments,
@@ -22,7 +21,7 @@ from qemu_dump_ext.options.dump_options import (
 )
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
-from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.sinks import open_sink, target_forms
 
 PROGRAM = "qemu-dump-guest-memory"
 _STDOUT = 1
@@ -43,7 +42,7 @@ def dump_parser() -> OneLineParser:
         help="drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state"
         " before gdb stopped the guest is known",
     )
-    add_file_arguments(parser, f"{FILE_HELP}, or - for standard output")
+    add_file_arguments(parser, f"{target_forms()}, or - for standard output")
     return parser
 
 

@@ -22,7 +22,6 @@ DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")
 COMMAND = "dump-guest-memory"
 """QEMU's name of the command, for its messages."""
-FILE_HELP = "PATH, file:PATH, fd:N (an open descriptor), '|COMMAND'"
 
 
 class OneLineParser(argparse.ArgumentParser):

@@ -1,16 +1,26 @@
-"""Where a dump goes: one file for each kind of target."""
+"""One file for each kind of target that a dump can go to."""
 
 from __future__ import annotations
 
-import stat
-from pathlib import Path
+import sys
+from functools import cache
 
+from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.sinks._sink import Sink, mode_of
-from qemu_dump_ext.sinks.command import CommandSink
-from qemu_dump_ext.sinks.descriptor import DescriptorSink
-from qemu_dump_ext.sinks.device import DeviceSink
-from qemu_dump_ext.sinks.file import FileSink
+from qemu_dump_ext.sinks._declaration import SinkKind, Target
+from qemu_dump_ext.sinks._sink import Sink
+
+
+@cache
+def all_sinks() -> dict[str, SinkKind]:
+    """Return every kind of target by name, in the order in which they are asked."""
+    kinds = collect(sys.modules[__name__], "SINK", SinkKind)
+    return dict(sorted(kinds.items(), key=lambda item: item[1].rank))
+
+
+def target_forms() -> str:
+    """Return how targets are written, for the help."""
+    return ", ".join(kind.form for kind in reversed(all_sinks().values()) if kind.form)
 
 
 def open_sink(target: str, *, force: bool, standard_output: int | None) -> Sink:
@@ -25,34 +35,8 @@ def open_sink(target: str, *, force: bool, standard_output: int | None) -> Sink:
         RequestError: `target` is malformed, or exists and `force` is false.
         DumpWriteError: It cannot be created.
     """
-    if target.startswith("|"):
-        if not target[1:].strip():
-            raise RequestError("no command behind |", hint="as in '|zstd > out.zst'")
-        return CommandSink(target[1:])
-    if target == "-":
-        if standard_output is None:
-            raise RequestError("- is not possible here", hint="name a file, fd:N or |command")
-        return DescriptorSink("-", standard_output)
-    if target.startswith("fd:"):
-        number = target.removeprefix("fd:")
-        if not (number.isascii() and number.isdecimal()):
-            raise RequestError(f"{target}: fd: wants the number of an open descriptor, as in fd:3")
-        return DescriptorSink(target, int(number))
-    path = target.removeprefix("file:")
-    if not path:
-        raise RequestError("the name of the dump is empty")
-    return _path_sink(path, force=force)
-
-
-def _path_sink(path: str, *, force: bool) -> Sink:
-    try:
-        # A symbolic link stays one: its target is what is replaced.
-        resolved = Path(path).expanduser().resolve()
-    except RuntimeError as error:  # no such user's home, or a loop of links
-        raise RequestError(f"{path} names no file: {error}") from error
-    mode = mode_of(resolved)
-    if mode is not None and (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)):
-        return DeviceSink(resolved)
-    if mode is not None and (stat.S_ISBLK(mode) or stat.S_ISSOCK(mode)):
-        raise RequestError(f"{path} is a block device or a socket", hint="name a file or fd:N")
-    return FileSink(resolved, force=force)
+    wanted = Target(target, force, standard_output)
+    for kind in all_sinks().values():
+        if (sink := kind.make(wanted)) is not None:
+            return sink
+    raise RequestError(f"{target} is nothing that a dump can be written to")

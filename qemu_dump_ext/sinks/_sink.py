@@ -169,20 +169,6 @@ def is_terminal(name: str) -> RequestError:
     return RequestError(f"{name} is a terminal, and a dump is not text", hint="name a file")
 
 
-def mode_of(path: Path) -> int | None:
-    """Return what is at a path, as st_mode has it, or None where nothing is.
-
-    Raises:
-        DumpWriteError: That cannot be told.
-    """
-    try:
-        return path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise DumpWriteError(f"cannot create {path}: {reason_of(error)}") from error
-
-
 def reason_of(error: OSError) -> str:
     """Return the system's words for an error."""
     return os.strerror(error.errno or errno.EIO)

@@ -8,7 +8,8 @@ import os
 import signal
 import subprocess
 
-from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.sinks._declaration import SinkKind, Target
 from qemu_dump_ext.sinks._sink import Sink
 
 _COMMAND_ENDS_SECONDS = 2.0
@@ -63,3 +64,15 @@ class CommandSink(Sink):
             status = self._process.wait(_COMMAND_ENDS_SECONDS)
             how = f"ended with status {status}"
         return DumpWriteError(f"command {self.name} {how} before it had read the whole dump")
+
+
+def _make(target: Target) -> CommandSink | None:
+    if not target.word.startswith("|"):
+        return None
+    command = target.word.removeprefix("|")
+    if not command.strip():
+        raise RequestError("no command behind |", hint="as in '|zstd > out.zst'")
+    return CommandSink(command)
+
+
+SINK = SinkKind("command", 10, "'|COMMAND'", _make)

@@ -6,6 +6,7 @@ import fcntl
 import os
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.sinks._declaration import SinkKind, Target
 from qemu_dump_ext.sinks._sink import Sink, is_terminal
 
 
@@ -31,3 +32,20 @@ class DescriptorSink(Sink):
 
     def _open(self) -> int:
         return self._given
+
+
+def _make(target: Target) -> DescriptorSink | None:
+    word = target.word
+    if word == "-":
+        if target.standard_output is None:
+            raise RequestError("- is not possible here", hint="name a file, fd:N or |command")
+        return DescriptorSink(word, target.standard_output)
+    if not word.startswith("fd:"):
+        return None
+    number = word.removeprefix("fd:")
+    if not (number.isascii() and number.isdecimal()):
+        raise RequestError(f"{word}: fd: wants the number of an open descriptor, as in fd:3")
+    return DescriptorSink(word, int(number))
+
+
+SINK = SinkKind("descriptor", 20, "fd:N (an open descriptor)", _make)

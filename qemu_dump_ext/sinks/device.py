@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 
-from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.sinks._declaration import SinkKind, Target
+from qemu_dump_ext.sinks._paths import mode_of, path_of
 from qemu_dump_ext.sinks._sink import Sink, is_terminal, reason_of
 
 
@@ -33,3 +36,17 @@ class DeviceSink(Sink):
             self._descriptor = -1
 
     abort = commit
+
+
+def _make(target: Target) -> DeviceSink | None:
+    path = path_of(target.word)
+    mode = mode_of(path)
+    if mode is None:
+        return None
+    if stat.S_ISBLK(mode) or stat.S_ISSOCK(mode):
+        name = target.word.removeprefix("file:")
+        raise RequestError(f"{name} is a block device or a socket", hint="name a file or fd:N")
+    return DeviceSink(path) if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) else None
+
+
+SINK = SinkKind("device", 30, "", _make)

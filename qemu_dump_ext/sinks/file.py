@@ -10,8 +10,10 @@ from pathlib import Path
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.sinks._declaration import SinkKind, Target
 from qemu_dump_ext.sinks._file_writer import FileWriter
-from qemu_dump_ext.sinks._sink import Sink, mode_of, reason_of
+from qemu_dump_ext.sinks._paths import mode_of, path_of
+from qemu_dump_ext.sinks._sink import Sink, reason_of
 
 _FILE_MODE = 0o600
 
@@ -106,3 +108,10 @@ class FileSink(Sink):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _make(target: Target) -> FileSink:
+    return FileSink(path_of(target.word), force=target.force)
+
+
+SINK = SinkKind("file", 90, "PATH, file:PATH", _make)
