@@ -21,6 +21,7 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import OneLineParser
 from qemu_dump_ext.qemu.address import is_loopback, split_host
+from qemu_dump_ext.third_party import require_extra
 
 from .dump_manager import DumpManager
 from .human.interpreter import DumpDefaults, Interpreter
@@ -159,8 +160,8 @@ def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
 
 
 def _front(arguments: argparse.Namespace, proxy: _Proxy) -> Front | None:
-    if sys.stdin.isatty() and sys.stdout.isatty():
-        if arguments.plain or os.environ.get("TERM", "dumb") == "dumb":
+    if _at_terminal():
+        if _is_plain(arguments):
             return PlainFront(proxy.serve_hmp)
         return TerminalFront(proxy.interpreter)
     if arguments.listen or arguments.qmp_listen:
@@ -168,7 +169,17 @@ def _front(arguments: argparse.Namespace, proxy: _Proxy) -> Front | None:
     return PipeFront(proxy.interpreter)
 
 
+def _at_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
+def _is_plain(arguments: argparse.Namespace) -> bool:
+    return arguments.plain or os.environ.get("TERM", "dumb") == "dumb"
+
+
 async def _serve(arguments: argparse.Namespace) -> int:
+    if _at_terminal() and not _is_plain(arguments):
+        require_extra("proxy", "a terminal without --plain")
     asyncio.get_running_loop().set_exception_handler(_ignore_lost_connection)
     upstream = _upstream(arguments)
     _warn_of_remote(arguments)

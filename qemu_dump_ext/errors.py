@@ -4,7 +4,8 @@
 
     DumpError                        exit status 1
      +- RequestError                 2  asked for something impossible
-     |   +- CodecUnavailableError       .package
+     |   +- MissingPackageError         .package is not installed
+     |   |   +- CodecUnavailableError
      |   +- UnsupportedTargetError
      |   +- NotDumpedByQemuError        QEMU refuses what is to be like its own
      |   +- PauseLimitError             the guest would stand still for too long
@@ -49,12 +50,16 @@ class RequestError(DumpError):
     exit_status = 2
 
 
-class CodecUnavailableError(RequestError):
-    """The page codec needs a Python package that this interpreter cannot import."""
+class MissingPackageError(RequestError):
+    """A Python package is needed that this interpreter cannot import."""
 
     def __init__(self, message: str, *, package: str, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.package = package
+
+
+class CodecUnavailableError(MissingPackageError):
+    """The Python package of a page codec cannot be imported."""
 
 
 class UnsupportedTargetError(RequestError):

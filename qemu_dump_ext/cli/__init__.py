@@ -9,11 +9,11 @@ import sys
 from collections.abc import Callable, Sequence
 from types import FrameType, ModuleType
 
-from qemu_dump_ext import __version__
 from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
+from qemu_dump_ext.options.dump_options import add_version
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
@@ -58,7 +58,7 @@ def run_subcommand(
         argv: Behind the program; None: of this process.
     """
     parser = argparse.ArgumentParser(prog=program, description=description)
-    parser.add_argument("--version", action="version", version=__version__)
+    add_version(parser)
     choices = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
     commands = {
         name.replace("_", "-"): command

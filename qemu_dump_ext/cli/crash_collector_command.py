@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qemu_dump_ext.cli import collector, run_subcommand
+from qemu_dump_ext.cli import collector, run_guarded, run_subcommand
+from qemu_dump_ext.third_party import require_extra
+
+_PROGRAM = "qemu-crash-collector"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
+    return run_guarded(_PROGRAM, lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    require_extra("collector", _PROGRAM)
     description = "Watch QEMU guests, and collect what their crashes leave behind."
-    return run_subcommand("qemu-crash-collector", description, collector, argv)
+    return run_subcommand(_PROGRAM, description, collector, argv)

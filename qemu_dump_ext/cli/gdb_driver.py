@@ -30,7 +30,7 @@ from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.third_party import missing_package
+from qemu_dump_ext.third_party import import_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
 _CONNECT_SECONDS = 10
@@ -80,11 +80,9 @@ class _Gdb:
     """A gdb behind its machine interface."""
 
     def __init__(self, output: TextIO) -> None:
-        try:
-            from pygdbmi.gdbcontroller import GdbController
-        except ImportError as error:
-            message, hint = missing_package("--gdb", "pygdbmi")
-            raise ConnectError(message, hint=hint) from error
+        import_package("pygdbmi", "--gdb")
+        from pygdbmi.gdbcontroller import GdbController
+
         program = next((name for name in _GDB_PROGRAMS if shutil.which(name)), None)
         if program is None:
             raise ConnectError("there is no gdb on this machine", hint="install gdb-multiarch")

@@ -19,9 +19,11 @@ from typing import Protocol
 
 import pytest
 
+from qemu_dump_ext.third_party import require_extra
+
 _OPTION = "--qemu-crash-dir"
 _SECTION = "qemu guest crash"
-_PROPERTY = "qemu_guest_crash"
+_FIXTURE = "qemu_guest_crash"
 
 
 class RegisterGuest(Protocol):
@@ -65,6 +67,7 @@ def qemu_guest_crash(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> RegisterGuest:
     """Register a QEMU guest: if the test fails, its dump, log and console are stored."""
+    require_extra("collector", _FIXTURE)
 
     def directory() -> Path:
         config = request.config
@@ -93,7 +96,7 @@ def pytest_runtest_makereport(
             where = _collect(guest, item.nodeid)
             report.sections.append((_SECTION, where))
             for owner in (report, item):  # junit takes those of the item
-                owner.user_properties.append((_PROPERTY, where))
+                owner.user_properties.append((_FIXTURE, where))
         item.stash[_GUESTS] = []
     return report
 

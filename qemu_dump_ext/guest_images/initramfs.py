@@ -16,6 +16,7 @@ from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest_images.manifest import GuestImage
+from qemu_dump_ext.third_party import import_package
 
 _CPIO_MAGIC = b"070701"  # "newc": Documentation/driver-api/early-userspace/buffer-format.rst
 _CPIO_TRAILER = "TRAILER!!!"
@@ -114,9 +115,9 @@ def read_module(path: Path) -> bytes:
         case ".gz":
             return gzip.decompress(data)
         case ".zst":
-            import zstandard  # not needed by what gdb loads
-
-            return zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            zstandard = import_package("zstandard", path.name)
+            unpacked: bytes = zstandard.ZstdDecompressor().decompressobj().decompress(data)
+            return unpacked
         case _:
             return data
 

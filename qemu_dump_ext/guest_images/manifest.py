@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.third_party import import_package
 
 _CHECKOUT_IMAGES = Path(__file__).parents[2] / "images"
 _INSTALLED_IMAGES = Path(__file__).parents[1] / "images_data"
@@ -175,8 +176,7 @@ def parse_manifest(text: str, where: str) -> dict[str, GuestImage]:
     Raises:
         RequestError: A key is missing, unknown or of the wrong type.
     """
-    import yaml  # not needed by what gdb loads
-
+    yaml = import_package("yaml", where)
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:

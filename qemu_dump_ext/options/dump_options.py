@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import NoReturn
 
+from qemu_dump_ext import __version__
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
@@ -24,8 +25,24 @@ COMMAND = "dump-guest-memory"
 """QEMU's name of the command, for its messages."""
 
 
+def add_version(parser: argparse.ArgumentParser) -> None:
+    """Declare `--version`, which prints the name of the program and the version of the package."""
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"%(prog)s {__version__}",
+        help="show the version and exit",
+    )
+
+
 class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing its usage."""
+    """Says what is wrong in one line instead of printing its usage; knows `--version`."""
+
+    def __init__(
+        self, *, prog: str, description: str | None = None, epilog: str | None = None
+    ) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog)
+        add_version(self)
 
     def error(self, message: str) -> NoReturn:
         """Raise RequestError with argparse's message."""

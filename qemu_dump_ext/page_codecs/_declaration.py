@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeAlias
 
-from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError, RequestError
-from qemu_dump_ext.third_party import missing_package
+from qemu_dump_ext import third_party
+from qemu_dump_ext.errors import (
+    CodecUnavailableError,
+    CorruptDumpError,
+    MissingPackageError,
+    RequestError,
+)
 
 Compress: TypeAlias = Callable[[bytes | memoryview], bytes]
 Decompress: TypeAlias = Callable[[bytes | memoryview, int], bytes]
@@ -22,7 +26,6 @@ class PageCodec:
     Attributes:
         name: The word behind `kdump-`; equal to the name of the file.
         page_flag: `DUMP_DH_COMPRESSED_*` of the page descriptor.
-        package: What `pip install` calls the package, None where the standard library will do.
         compressor: Makes a function that packs one page; the answer may be longer than the page.
             Byte-identical to QEMU's where QEMU knows the codec and the library is the same.
         tuned: Makes a compressor of a level, None: the best trade of time and size. Same format,
@@ -36,29 +39,27 @@ class PageCodec:
 
     name: str
     page_flag: int
-    package: str | None
     compressor: Callable[[], Compress]
     decompressor: Callable[[], Decompress]
     tuned: Callable[[int | None], Compress] | None = None
 
 
-def import_package(module: str, codec: str, package: str, needs: str = "") -> ModuleType:
+def import_package(module: str, codec: str) -> ModuleType:
     """Import a third-party module when it is needed: gdb's own Python may lack it.
 
     Args:
         module: Name of the module.
         codec: Name of the codec, for the message.
-        package: What `pip install` calls it.
-        needs: What must be there before `pip install` can work, for the hint.
 
     Raises:
         CodecUnavailableError: It cannot be imported.
     """
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        message, hint = missing_package(f"page codec {codec}", package, needs)
-        raise CodecUnavailableError(message, package=package, hint=hint) from error
+        return third_party.import_package(module, f"page codec {codec}")
+    except MissingPackageError as error:
+        raise CodecUnavailableError(
+            error.message, package=error.package, hint=error.hint
+        ) from error
 
 
 def no_level(codec: str, level: int, highest: int) -> RequestError:

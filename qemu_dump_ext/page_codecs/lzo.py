@@ -17,12 +17,11 @@ from qemu_dump_ext.page_codecs._declaration import (
 )
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_LZO
 
-_PACKAGE = "python-lzo"
 _LEVEL = 1
 
 
 def _import() -> ModuleType:
-    return import_package("lzo", "lzo", _PACKAGE, needs="liblzo2-dev and a C compiler")
+    return import_package("lzo", "lzo")
 
 
 def _compressor() -> Compress:
@@ -48,7 +47,6 @@ def _decompressor() -> Decompress:
 CODEC = PageCodec(
     name="lzo",
     page_flag=DUMP_DH_COMPRESSED_LZO,
-    package=_PACKAGE,
     compressor=_compressor,
     decompressor=_decompressor,
 )

@@ -19,13 +19,12 @@ from qemu_dump_ext.page_codecs._declaration import (
 )
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_SNAPPY
 
-_PACKAGE = "python-snappy"
 _PREAMBLE_MAX = 5
 """Bytes of a length below 2^32, 7 bits in each."""
 
 
 def _import() -> ModuleType:
-    return import_package("snappy", "snappy", _PACKAGE)
+    return import_package("snappy", "snappy")
 
 
 def _unpacked_size(data: bytes | memoryview) -> int:
@@ -61,7 +60,6 @@ def _decompressor() -> Decompress:
 CODEC = PageCodec(
     name="snappy",
     page_flag=DUMP_DH_COMPRESSED_SNAPPY,
-    package=_PACKAGE,
     compressor=_compressor,
     decompressor=_decompressor,
 )

@@ -62,7 +62,6 @@ def _decompress(data: bytes | memoryview, page_size: int) -> bytes:
 CODEC = PageCodec(
     name="zlib",
     page_flag=DUMP_DH_COMPRESSED_ZLIB,
-    package=None,
     compressor=_compressor,
     decompressor=lambda: _decompress,
     tuned=_tuned,

@@ -18,7 +18,6 @@ from qemu_dump_ext.page_codecs._declaration import (
 )
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_ZSTD
 
-_PACKAGE = "zstandard"
 _LEVEL = 2
 """Of one page as fast as level 1, and smaller."""
 _FAST_LEVEL = -1
@@ -27,7 +26,7 @@ _SIZE_UNKNOWN = -1
 
 
 def _import() -> ModuleType:
-    return import_package("zstandard", "zstd", _PACKAGE)
+    return import_package("zstandard", "zstd")
 
 
 def _compressor() -> Compress:
@@ -64,7 +63,6 @@ def _decompressor() -> Decompress:
 CODEC = PageCodec(
     name="zstd",
     page_flag=DUMP_DH_COMPRESSED_ZSTD,
-    package=_PACKAGE,
     compressor=_compressor,
     decompressor=_decompressor,
     tuned=_tuned,

@@ -20,7 +20,7 @@ from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
-from qemu_dump_ext.third_party import missing_package
+from qemu_dump_ext.third_party import import_package
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
@@ -197,11 +197,9 @@ class QmpMonitor(SharedQmp):
 
     def __init__(self, address: str) -> None:
         # Not at module level: gdb's own Python may lack the package.
-        try:
-            from qemu.qmp import QMPClient  # noqa: PLC0415
-        except ImportError as error:
-            message, hint = missing_package("QMP", "qemu.qmp")
-            raise ConnectError(message, hint=hint) from error
+        import_package("qemu.qmp", "QMP")
+        from qemu.qmp import QMPClient  # noqa: PLC0415
+
         super().__init__(QMPClient("qemu-dump"), asyncio.new_event_loop(), address)
         # What it logs is in the exceptions as well, and these become one line.
         logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qemu_dump_ext.errors import CodecUnavailableError, CorruptDumpError
 from qemu_dump_ext.page_codecs import PageCodec, all_page_codecs
+from qemu_dump_ext.third_party import PACKAGES
 
 CODECS = list(all_page_codecs().values())
 EVERY_CODEC = pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
@@ -113,7 +114,7 @@ def test_rubbish_raises_nothing_else(codec: PageCodec, where, what, raw):
 
 
 @pytest.mark.parametrize(
-    "codec", [codec for codec in CODECS if codec.package], ids=lambda codec: codec.name
+    "codec", [codec for codec in CODECS if codec.name != "zlib"], ids=lambda codec: codec.name
 )
 def test_missing_package(codec: PageCodec, monkeypatch):
     def refuse(name):
@@ -121,9 +122,11 @@ def test_missing_package(codec: PageCodec, monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", refuse)
     for make in (codec.compressor, codec.decompressor):
-        with pytest.raises(CodecUnavailableError, match=f"pip install {codec.package}") as caught:
+        with pytest.raises(
+            CodecUnavailableError, match=r"-m pip install 'qemu_dump_ext\["
+        ) as caught:
             make()
-        assert caught.value.package == codec.package
+        assert caught.value.package in {package.name for package in PACKAGES.values()}
         assert codec.name in caught.value.message
 
 

@@ -393,7 +393,7 @@ _PACKAGES = {
     "-l": ("page codec lzo", "python-lzo", 2),
     "-s": ("page codec snappy", "python-snappy", 2),
     "-z zstd": ("page codec zstd", "zstandard", 2),
-    "--qmp SOCKET": ("QMP", "qemu.qmp", 3),
+    "--qmp SOCKET": ("QMP", "qemu.qmp", 2),
 }
 
 

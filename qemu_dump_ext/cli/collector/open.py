@@ -15,6 +15,7 @@ from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.third_party import require_extra
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             "crash needs the kernel's vmlinux", hint="--vmlinux FILE, or `symbols: {vmlinux: ...}`"
         )
+    if reader == "drgn":
+        require_extra("drgn", "--reader drgn")
     argv = reader_command(reader, dump, vmlinux)
     try:
         os.execvp(argv[0], argv)  # noqa: S606 - the reader is what the user wants to be in

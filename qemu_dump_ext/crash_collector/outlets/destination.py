@@ -22,6 +22,7 @@ from qemu_dump_ext.crash_collector.record import (
 from qemu_dump_ext.crash_collector.store.files import CHECKSUM_FILE, RECORD_FILE, record_files
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.third_party import import_package
 
 _BLOCK = 1 << 20
 _RECORD_BYTES_MAX = 16 << 20
@@ -49,8 +50,7 @@ class Destination:
             RequestError: No package for such URLs is installed.
         """
         check_upload(settings)
-        import fsspec  # noqa: PLC0415 - an extra, and slow to import
-
+        fsspec = import_package("fsspec", "upload")
         url = settings.url.format(host=socket.gethostname()).rstrip("/")
         # A connection that was lost must not be found again in a cache.
         filesystem, root = fsspec.url_to_fs(url, skip_instance_cache=True, **settings.options)
@@ -137,12 +137,7 @@ def check_upload(settings: Upload) -> None:
     Raises:
         RequestError: There is none; says which one would be.
     """
-    try:
-        import fsspec  # noqa: PLC0415 - an extra, and slow to import
-    except ImportError as error:
-        raise RequestError(
-            "upload needs the Python package fsspec", hint="pip install 'qemu_dump_ext[upload]'"
-        ) from error
+    fsspec = import_package("fsspec", "upload")
     scheme = urlsplit(settings.url).scheme
     try:
         fsspec.get_filesystem_class(scheme)

@@ -208,7 +208,7 @@ def test_missing_codec_package(run, monkeypatch):
     sample = make_kdump({0: b"text" * 1024}, compress=lambda _: b"packed", flag=2)
     status, out, err = run("verify", sample.data)
     assert (status, out) == (2, "")
-    assert "pip install python-lzo" in err
+    assert "pip install 'qemu_dump_ext[lzo]'" in err
 
 
 def test_progress_on_a_terminal_only(run, monkeypatch):
