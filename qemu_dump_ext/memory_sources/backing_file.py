@@ -209,7 +209,7 @@ def _property(monitor: Monitor, identifier: str, name: str) -> object:
     answer = monitor.execute(f"qom-get /objects/{identifier} {name}")
     try:
         value: object = json.loads(answer)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value
 
