@@ -19,8 +19,14 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 
-def run_guarded(program: str, work: Callable[[], int]) -> int:
-    """Run `work`; turn an expected error into one line on stderr and its exit status."""
+def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "") -> int:
+    """Run `work`; turn an expected error into one line on stderr and its exit status.
+
+    Args:
+        program: What users call it.
+        work: Returns the exit status.
+        interrupted: What to say of what an interrupted `work` leaves.
+    """
     for number in _INTERRUPTS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, _interrupt)
@@ -30,7 +36,7 @@ def run_guarded(program: str, work: Callable[[], int]) -> int:
         print(f"{program}: {error}", file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
-        print(f"{program}: interrupted: no partial dump was left behind", file=sys.stderr)
+        print(": ".join(filter(None, (program, "interrupted", interrupted))), file=sys.stderr)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more is to be flushed at exit.

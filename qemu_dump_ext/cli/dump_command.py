@@ -48,7 +48,11 @@ def dump_parser() -> OneLineParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    return run_guarded(PROGRAM, lambda: _run(sys.argv[1:] if argv is None else argv))
+    return run_guarded(
+        PROGRAM,
+        lambda: _run(sys.argv[1:] if argv is None else argv),
+        interrupted="no partial dump was left behind",
+    )
 
 
 def _run(words: Sequence[str]) -> int:

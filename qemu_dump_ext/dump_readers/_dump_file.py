@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from types import MappingProxyType, TracebackType
 from typing import Self
@@ -112,6 +112,10 @@ class DumpFile(ABC):
         Raises:
             CorruptDumpError: The dump cannot be read so far.
         """
+
+    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+        """Return (gpa, end) of what may not be zero in a part of one of `memory_ranges`."""
+        return [(gpa, gpa + size)]
 
     @abstractmethod
     def read_into(self, gpa: int, buffer: memoryview) -> None:

@@ -5,6 +5,8 @@ Source: makedumpfile IMPLEMENTATION ("flattened format"), makedumpfile.c (rearra
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
@@ -93,6 +95,16 @@ class FlattenedImage(DumpImage):
                     f"{size:#x} bytes at offset {offset + done:#x} are missing: {self.problems[0]}"
                 )
             done += size
+
+    def stored(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, end) of what is in a chunk, and no hole of the file."""
+        for length, place in self._index.pieces(offset, size):
+            if place is not None:
+                for start, end in self._file.stored(place, length):
+                    yield offset + start - place, offset + end - place
+            elif offset >= self.size or not self._ended:
+                yield offset, offset + length
+            offset += length
 
     def close(self) -> None:
         """Close the file."""

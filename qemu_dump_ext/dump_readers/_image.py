@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from qemu_dump_ext.errors import CorruptDumpError, NotADumpError, RequestError
 
@@ -48,6 +50,10 @@ class DumpImage(ABC):
         """Fill `buffer` from `offset`; as `read`. May be called by several threads."""
 
     @abstractmethod
+    def stored(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, end) of a range, ascending, but for its holes, which read as zero."""
+
+    @abstractmethod
     def close(self) -> None:
         """Give the file back."""
 
@@ -81,6 +87,23 @@ class PlainImage(DumpImage):
                 raise CorruptDumpError(f"the file became shorter than {offset:#x} bytes")
             offset += count
             buffer = buffer[count:]
+
+    def stored(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, end) of what is no hole of the file."""
+        last = offset + size
+        while offset < last:
+            start, end = self._next_data(offset) if offset < self.size else (offset, last)
+            if start < min(end, last):
+                yield start, min(end, last)
+            offset = end
+
+    def _next_data(self, offset: int) -> tuple[int, int]:
+        try:
+            start = os.lseek(self._fd, offset, os.SEEK_DATA)
+            return start, os.lseek(self._fd, start, os.SEEK_HOLE)
+        except OSError as error:
+            # ENXIO: there is a hole up to the end; else, the file system does not tell.
+            return self.size if error.errno == errno.ENXIO else offset, self.size
 
     def close(self) -> None:
         """Close the file."""

@@ -5,7 +5,7 @@ Source: System V gABI; QEMU dump/dump.c (section headers before the program head
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -176,6 +176,19 @@ class ElfCoreFile(DumpFile):
     def memory_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
         return self._index.ranges()
+
+    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+        """Return (gpa, end) of what is in the file, holes left out."""
+        found: list[tuple[int, int]] = []
+        for length, place in self._index.pieces(gpa, size):
+            if place is not None and place < _ZEROES:
+                for start, end in self.image.stored(place, length):
+                    low, high = gpa + start - place, gpa + end - place
+                    if found and found[-1][1] == low:
+                        low = found.pop()[0]
+                    found.append((low, high))
+            gpa += length
+        return found
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` with guest memory from `gpa`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,12 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.architectures._declaration import Architecture, Core
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers.kdump import KdumpFile
-from qemu_dump_ext.errors import SourceError, UnsupportedTargetError
+from qemu_dump_ext.errors import (
+    CorruptDumpError,
+    GuestMemoryFaultError,
+    SourceError,
+    UnsupportedTargetError,
+)
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
@@ -49,12 +55,17 @@ class _Guest:
     ram_blocks: Sequence[RamBlock]
     vcpus: Sequence[Vcpu] = ()
 
-    def log(self, vmcoreinfo: bytes, kernel: str | None) -> GuestLog:
+    def log(self, vmcoreinfo: bytes, kernel: str | None, seconds: float = math.inf) -> GuestLog:
         remarks: Sequence[str] = ()
         byte_order = self.core.byte_order
         if not vmcoreinfo or kernel is not None:
             search = NoteSearch(
-                self.architecture, byte_order, self.memory, self.ram_blocks, self.vcpus
+                self.architecture,
+                byte_order,
+                self.memory,
+                self.ram_blocks,
+                self.vcpus,
+                seconds=seconds,
             )
             result = search.find(kernel)
             if result.chosen is None:
@@ -89,7 +100,10 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
 
 
 class _DumpMemory:
-    """A dump as guest memory; it begins at the gpa that the dump counts as 0."""
+    """A dump as guest memory; it begins at the gpa that the dump counts as 0.
+
+    Where the dump is damaged, there is no memory: the rest of it is read all the same.
+    """
 
     name = "dump"
 
@@ -105,24 +119,39 @@ class _DumpMemory:
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""
-        self._dump.read_into(gpa - self._first, buffer)
+        try:
+            self._dump.read_into(gpa - self._first, buffer)
+        except CorruptDumpError as error:
+            raise GuestMemoryFaultError(gpa, len(buffer), str(error)) from error
+
+    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+        """Return where there may be something else than zeros."""
+        first = self._first
+        return [
+            (start + first, end + first) for start, end in self._dump.populated(gpa - first, size)
+        ]
 
     def close(self) -> None:
         """Leave the dump to its owner."""
 
 
-def log_of_dump(dump: DumpFile, *, kernel: str | None) -> GuestLog:
+def log_of_dump(dump: DumpFile, *, kernel: str | None, seconds: float = math.inf) -> GuestLog:
     """Read the log in a dump.
+
+    Args:
+        dump: Not used by anyone else meanwhile.
+        kernel: Which kernel's, as `NoteSearch.find` takes it; None: the live one.
+        seconds: How long VMCOREINFO may be searched for, where the dump has none.
 
     Raises:
         SourceError: It has no log that can be read.
         RequestError: There is no such kernel.
-        CorruptDumpError: The dump is damaged.
+        CorruptDumpError: The dump's headers or notes are damaged.
     """
     architecture, core = _architecture_of(dump)
     memory = _DumpMemory(dump, architecture)
     guest = _Guest(architecture, core, memory, memory.blocks)
-    return guest.log(dump.vmcoreinfo or b"", kernel)
+    return guest.log(dump.vmcoreinfo or b"", kernel, seconds)
 
 
 def _architecture_of(dump: DumpFile) -> tuple[Architecture, Core]:

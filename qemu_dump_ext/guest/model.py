@@ -5,7 +5,8 @@ The protocols live here, with their user; memory sources, QMP and gdb implement 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -29,6 +30,13 @@ class RamBlock:
     def end(self) -> int:
         """First guest physical address behind the block."""
         return self.gpa + self.size
+
+
+def block_at(blocks: Sequence[RamBlock], gpa: int) -> RamBlock | None:
+    """Return the one of `blocks`, which go by ascending gpa, that has the byte at `gpa`."""
+    index = bisect_right(blocks, gpa, key=lambda block: block.end)
+    found = blocks[index] if index < len(blocks) else None
+    return found if found is not None and found.gpa <= gpa else None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations
 from qemu_dump_ext.paging.walk import translate_by
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
@@ -76,7 +76,8 @@ class KernelMemory:
         return found
 
     def _read_physical(self, gva: int, gpa: int, view: memoryview) -> None:
-        if not any(block.gpa <= gpa and gpa + len(view) <= block.end for block in self._blocks):
+        block = block_at(self._blocks, gpa)
+        if block is None or gpa + len(view) > block.end:
             raise SourceError(f"kernel address {gva:#x} leads to no memory: {gpa:#x}")
         try:
             self._memory.read_into(gpa, view)
@@ -104,7 +105,8 @@ def read_utsname(
     if found is None:
         return UtsName()
     gpa = found[0]
-    if not any(b.gpa <= gpa and gpa + UTSNAME_TOTAL_SIZE <= b.end for b in ram_blocks):
+    block = block_at(ram_blocks, gpa)
+    if block is None or gpa + UTSNAME_TOTAL_SIZE > block.end:
         return UtsName()
     buffer = bytearray(UTSNAME_TOTAL_SIZE)
     try:

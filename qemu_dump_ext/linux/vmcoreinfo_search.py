@@ -7,6 +7,7 @@ of the kernel loaded for kdump, or made up by a hostile guest. The live one is t
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from qemu_dump_ext.architectures._declaration import Architecture
 from qemu_dump_ext.architectures._page_tables import PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.paging.walk import translate, translate_by
@@ -106,6 +107,7 @@ class NoteSearch:
         vcpus: Sequence[Vcpu] = (),
         *,
         advance: Callable[[int], None] = lambda _size: None,
+        seconds: float = math.inf,
     ) -> None:
         """Prepare.
 
@@ -116,6 +118,7 @@ class NoteSearch:
             ram_blocks: Where it has memory.
             vcpus: Whose page tables tell which kernel is live; may be empty.
             advance: Is told the bytes of each piece that is searched; may raise.
+            seconds: How long the search may take; memory that is read slowly gets 20 at most.
         """
         self._architecture = architecture
         self._byte_order = byte_order
@@ -131,6 +134,9 @@ class NoteSearch:
             ]
         self._advance = advance
         self._incomplete = ""
+        self._is_slow = getattr(memory, "is_slow", False)
+        self._seconds = min(seconds, _SLOW_SECONDS) if self._is_slow else seconds
+        self._started = time.monotonic()
 
     def find(self, wanted: str | None = None) -> SearchResult:
         """Search until a kernel is found that is live beyond doubt.
@@ -143,6 +149,7 @@ class NoteSearch:
             RequestError: There is no such kernel; says which there are.
         """
         found: list[KernelNote] = []
+        self._started = time.monotonic()
         for candidate in self.candidates():
             if any(candidate.text == other.text for other in found):
                 continue
@@ -193,24 +200,31 @@ class NoteSearch:
 
     def _page_starts(self) -> Iterator[int]:
         """Yield the pages that begin like a text or a note; memory is read in ascending order."""
-        is_slow = getattr(self._memory, "is_slow", False)
-        started = time.monotonic()
         for block in self._blocks:
             for start, end in populated_ranges(self._memory, block.gpa, block.end):
                 first = -(-start // _PAGE) * _PAGE
-                if not is_slow:
-                    yield from self._in_pieces(first, end)
-                    continue
-                for gpa in range(first, end - _HEAD + 1, _PAGE):
-                    self._advance(_HEAD)
-                    if self._is_start(self._read(gpa, _HEAD)):
-                        yield gpa
-                    if time.monotonic() - started > _SLOW_SECONDS:
-                        self._incomplete = (
-                            f"guest memory is read slowly here, and was searched for VMCOREINFO"
-                            f" up to {gpa:#x} only"
-                        )
-                        return
+                search = self._one_by_one if self._is_slow else self._in_pieces
+                yield from search(first, end)
+                if self._is_late(end):
+                    return
+
+    def _is_late(self, gpa: int) -> bool:
+        if time.monotonic() - self._started < self._seconds:
+            return False
+        slowly = "guest memory is read slowly here, and" if self._is_slow else "guest memory"
+        self._incomplete = self._incomplete or (
+            f"{slowly} was searched for VMCOREINFO up to {gpa:#x} only,"
+            f" which took {self._seconds:g} s"
+        )
+        return True
+
+    def _one_by_one(self, first: int, end: int) -> Iterator[int]:
+        for gpa in range(first, end - _HEAD + 1, _PAGE):
+            self._advance(_HEAD)
+            if self._is_start(self._read(gpa, _HEAD)):
+                yield gpa
+            if self._is_late(gpa):
+                return
 
     def _in_pieces(self, first: int, end: int) -> Iterator[int]:
         # One byte of each page: of n_namesz 11 that is not 0, and the first letter of the text.
@@ -220,6 +234,8 @@ class NoteSearch:
         )
         buffer = memoryview(bytearray(min(_PIECE, max(end - first, 0))))
         for gpa in range(first, end, _PIECE):
+            if self._is_late(gpa):
+                return
             piece = buffer[: end - gpa]
             self._advance(len(piece))
             try:
@@ -236,6 +252,8 @@ class NoteSearch:
             for place in sorted(places):
                 if self._is_start(bytes(piece[place : place + _HEAD])):
                     yield gpa + place
+                    if self._is_late(gpa + place):
+                        return
 
     @staticmethod
     def _is_start(head: bytes) -> bool:
@@ -250,8 +268,9 @@ class NoteSearch:
         return bytes(data)
 
     def _note_at(self, gpa: int) -> bytes | None:
-        block = next(block for block in self._blocks if block.gpa <= gpa < block.end)
-        content = self._read(gpa, min(MAX_VMCOREINFO_SIZE, block.end - gpa))
+        block = block_at(self._blocks, gpa)
+        end = gpa if block is None else block.end
+        content = self._read(gpa, min(MAX_VMCOREINFO_SIZE, end - gpa))
         if not content.startswith(_TEXT_START):
             return note_at_page_start(content, self._byte_order)
         text = content.partition(b"\0")[0]

@@ -27,6 +27,8 @@ _HOLE_SIZE = 1 << 20
 """Fewer bytes known to be zero are filled with zeros in a buffer that has other content."""
 _QUESTION_SIZE = 16 << 30
 """Bytes of guest memory for which a source is asked at a time where it is populated."""
+_QUESTIONS_MAX = 1024
+"""Of one RAM block: a dump file may claim more memory than could be asked for in such parts."""
 
 ResultT = TypeVar("ResultT")
 
@@ -95,8 +97,9 @@ def populated_ranges(memory: GuestMemory, gpa: int, end: int) -> Iterator[tuple[
     if not isinstance(memory, SparseMemory):
         yield gpa, end
         return
-    for start in range(gpa, end, _QUESTION_SIZE):
-        yield from memory.populated(start, min(_QUESTION_SIZE, end - start))
+    size = max(_QUESTION_SIZE, -(-(end - gpa) // _QUESTIONS_MAX))
+    for start in range(gpa, end, size):
+        yield from memory.populated(start, min(size, end - start))
 
 
 def cut(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
@@ -12,6 +13,8 @@ from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.qemu.qmp import connect_qmp
+
+_SEARCH_SECONDS = 60.0
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +35,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         " memory has several",
     )
 
+    parser.add_argument(
+        "--search-seconds",
+        type=_seconds,
+        default=_SEARCH_SECONDS,
+        metavar="N",
+        help="with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory;"
+        f" default: {_SEARCH_SECONDS:g}",
+    )
+
+
+def _seconds(word: str) -> float:
+    seconds = float(word)
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return seconds
+
 
 def _run(arguments: argparse.Namespace) -> int:
     log = _read(arguments)
@@ -47,7 +66,7 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
         raise RequestError("whose log?", hint="name a dump, or a live guest by --qmp SOCKET")
     if arguments.file is not None:
         with open_dump(arguments.file) as dump:
-            return log_of_dump(dump, kernel=arguments.kernel)
+            return log_of_dump(dump, kernel=arguments.kernel, seconds=arguments.search_seconds)
     with connect_qmp(arguments.qmp) as monitor:
         access = GuestAccess(
             monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name, monitor

@@ -152,3 +152,27 @@ def test_bad_notes(open_image, notes, message):
 def test_executables_are_no_dumps(open_image):
     with pytest.raises(NotADumpError, match="type 2"):
         open_image(patched(16, "H", 2))
+
+
+@pytest.mark.parametrize("wrap", [bytes, flatten])
+def test_what_the_file_does_not_have_is_not_populated(open_image, wrap):
+    dump = open_image(wrap(make_elf([Load(0x1000, A, memsz=1 << 40), Load(1 << 41, B)])))
+    assert list(dump.populated(0x1000, 1 << 40)) == [(0x1000, 0x1000 + len(A))]
+    assert list(dump.populated(1 << 41, len(B))) == [(1 << 41, (1 << 41) + len(B))]
+    assert list(dump.populated(0x2000, 16)) == [(0x2000, 0x2010)]
+
+
+def test_holes_are_not_populated_but_what_was_cut_off_may_be(tmp_path):
+    path = tmp_path / "dump"
+    data = make_elf([Load(0, bytes(1 << 22))])
+    start = len(data) - (1 << 22) - len(b"\0.shstrtab\0")
+    path.write_bytes(data[:start])
+    with path.open("r+b") as file:
+        file.seek(start + (1 << 21))
+        file.write(b"x" * 4096)
+        file.truncate(start + (3 << 20))
+    with open_dump(path) as dump:
+        populated = list(dump.populated(0, 1 << 22))
+        assert sum(end - gpa for gpa, end in populated) < (1 << 20) + (3 << 16)
+        assert any(gpa <= 1 << 21 < end for gpa, end in populated)
+        assert populated[-1] == (3 << 20, 1 << 22)

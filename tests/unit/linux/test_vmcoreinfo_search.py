@@ -155,3 +155,14 @@ def test_the_search_can_be_given_up(*, is_slow: bool):
     with pytest.raises(PauseLimitError):
         given_up.find()
     assert memory.reads < 1024
+
+
+@pytest.mark.parametrize("is_slow", [False, True])
+def test_the_search_ends_in_time_and_says_how_far_it_came(*, is_slow: bool):
+    memory = FlatMemory(64 * MIB)
+    memory.is_slow = is_slow  # type: ignore[attr-defined]
+    search = NoteSearch(X86_64, "little", memory, memory.blocks, seconds=0)
+    result = search.find()
+    assert result.chosen is None
+    assert any(remark.endswith("up to 0x0 only, which took 0 s") for remark in result.remarks)
+    assert memory.reads <= 1
