@@ -18,6 +18,8 @@ from qemu_dump_ext.sinks._sink import Sink
 from qemu_dump_ext.structures.dialect import QemuVersion
 
 CREATE_SINCE: QemuVersion = (8, 0, 0)  # `Could not create`; 7.2 says open, 11.1 create
+_DESCRIPTORS_OF_QEMU = "/dev/fdset/"
+_LINKS_MAX = 40
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,32 @@ class DumpTarget:
     name: str
     path: Path | None
     descriptor: int | None = None
+
+
+def is_for_qemu_alone(name: str, directory: Path) -> bool:
+    """Tell whether a name means what it means to QEMU only if QEMU itself opens it.
+
+    Such are `/dev/fdset/N`, which is no file but QEMU's name for descriptors that it was given by
+    add-fd, and what the kernel shows of the process that looks: `/dev/fd/3`, `/proc/self/fd/3`.
+
+    Args:
+        name: As the client wrote it.
+        directory: QEMU's working directory.
+    """
+    return name.startswith(_DESCRIPTORS_OF_QEMU) or _leads_into_own_process(directory / name)
+
+
+def _leads_into_own_process(path: Path) -> bool:
+    # One link after the other: behind the last one, the process is not to be seen any more.
+    for _ in range(_LINKS_MAX):
+        try:
+            folder = path.parent.resolve()
+            if folder.is_relative_to(f"/proc/{os.getpid()}"):
+                return True
+            path = folder / (folder / path.name).readlink()
+        except (OSError, RuntimeError):
+            return False
+    return False
 
 
 @contextmanager
@@ -65,20 +93,27 @@ def opened(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> It
 
 def _why_not(name: str, path: Path) -> str | None:
     # What the kernel says to whoever opens it; we write aside, and would notice later.
-    if not name:
-        return os.strerror(errno.ENOENT)
     try:
-        if not stat.S_ISDIR(path.parent.stat().st_mode):
-            return os.strerror(errno.ENOTDIR)
-        mode = path.stat().st_mode
-    except FileNotFoundError:
-        missing = path.parent if not path.parent.exists() else None
-        return os.strerror(errno.ENOENT) if missing or name.endswith("/") else None
+        number = _error_of(name, path)
     except OSError as error:
         return error.strerror
+    return os.strerror(number) if number else None
+
+
+def _error_of(name: str, path: Path) -> int:
+    if not name:
+        return errno.ENOENT
+    if not stat.S_ISDIR(path.parent.stat().st_mode):
+        return errno.ENOTDIR
+    if name.endswith("/"):
+        return errno.EISDIR  # whatever is there, or is not
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return 0
     if stat.S_ISDIR(mode):
-        return os.strerror(errno.EISDIR)
-    return None if os.access(path, os.W_OK) else os.strerror(errno.EACCES)
+        return errno.EISDIR
+    return 0 if os.access(path, os.W_OK) else errno.EACCES
 
 
 def in_words_of_qemu(error: DumpWriteError, sink: Sink, request: DumpRequest) -> DumpWriteError:

@@ -29,6 +29,7 @@ class DumpLine:
         memory: Name of the memory source; None: the proxy's default.
         mended: Not as QEMU writes it; None: the proxy's default.
         snapshot: Copy guest memory, let the guest run, write the copy.
+        names_codec: It stands behind -z.
     """
 
     filename: str
@@ -38,6 +39,13 @@ class DumpLine:
     memory: str | None = None
     mended: bool | None = None
     snapshot: bool = False
+    names_codec: bool = False
+
+    @property
+    def extends_qemu(self) -> bool:
+        """Whether there are words in the line that QEMU does not know."""
+        ours = self.memory is not None or self.mended is not None or self.snapshot
+        return ours or self.names_codec
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,12 @@ def _parse(
     if codec and codec_word is None and (bounds.strip() or "p" in flags):
         raise _QemuRefuses
     return replace(
-        parsed, filename=filename, flags=frozenset(flags), codec=codec, bounds=bounds.strip()
+        parsed,
+        filename=filename,
+        flags=frozenset(flags),
+        codec=codec,
+        bounds=bounds.strip(),
+        names_codec=codec_word is not None,
     )
 
 

@@ -22,7 +22,7 @@ from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 from ..dump_job import IN_PROCESS, DumpJob
 from ..dump_manager import DumpManager
-from ..dump_target import DumpTarget
+from ..dump_target import DumpTarget, is_for_qemu_alone
 from ..upstream.upstream import Upstream
 from .command_table import (
     CANCEL_COMMAND,
@@ -194,7 +194,7 @@ class Interpreter:
             return await self._native(parsed.line, client)
         try:
             request = await self._request_of(parsed, client)
-        except _QemuRefusesError:
+        except _LeftToQemuError:
             return await self._native(line, client)
         target = DumpTarget(parsed.filename, self.upstream.qemu_directory() / parsed.filename)
         memory = parsed.memory or self._defaults.memory
@@ -231,6 +231,13 @@ class Interpreter:
                 await asyncio.wait({watcher})
 
     async def _request_of(self, parsed: DumpLine, client: HmpClient) -> DumpRequest:
+        if is_for_qemu_alone(parsed.filename, self.upstream.qemu_directory()):
+            if not parsed.extends_qemu:
+                raise _LeftToQemuError
+            raise RequestError(
+                f"{parsed.filename} is opened by QEMU alone, which knows no codec behind -z and no"
+                " option of two dashes"
+            )
         mended = self._defaults.mended if parsed.mended is None else parsed.mended
         memory_range = None
         if parsed.bounds:
@@ -238,9 +245,9 @@ class Interpreter:
             try:
                 values = parse_expressions(bounds, DUMP_COMMAND, 2)
             except RequestError as error:
-                raise _QemuRefusesError from error
-            if len(values) < 2:
-                raise _QemuRefusesError
+                raise _LeftToQemuError from error
+            if len(values) < 2 or (min(values) < 0 and not parsed.extends_qemu):
+                raise _LeftToQemuError
             memory_range = MemoryRange(values[0], values[1])
         return DumpRequest(
             codec=parsed.codec,
@@ -257,12 +264,12 @@ class Interpreter:
             try:
                 text = with_register(text, register, answer)
             except RequestError as error:
-                raise _QemuRefusesError from error
+                raise _LeftToQemuError from error
         return text
 
 
-class _QemuRefusesError(Exception):
-    """QEMU is to say what is wrong with the line."""
+class _LeftToQemuError(Exception):
+    """QEMU is to take the dump, or to say what is wrong with the line."""
 
 
 def _nothing_to_release() -> None:

