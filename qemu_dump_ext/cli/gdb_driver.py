@@ -27,6 +27,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.options.dump_options import words_of_options
 from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
@@ -187,7 +188,7 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
         with _attached(gdb, arguments.gdb, known):
             gdb.console(f"source {gdb_script_path()}")
             try:
-                gdb.console(f"qemu-dump-guest-memory {_command_words(arguments)}", show=True)
+                gdb.console(f"qemu-dump-guest-memory {command_words(arguments)}", show=True)
             except _CommandError as error:
                 status = int(gdb.run("-data-evaluate-expression $_qemu_dump_status")["value"])
                 if status == EXIT_INTERRUPTED:
@@ -286,34 +287,18 @@ def _resume(gdb: _Gdb) -> None:
         gdb.monitor("cont")
 
 
-def _command_words(arguments: argparse.Namespace) -> str:
+def command_words(arguments: argparse.Namespace) -> str:
+    """Return what stands behind the command inside gdb.
+
+    Args:
+        arguments: Of `qemu-dump-guest-memory`.
+    """
     watched = (
         sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
     )
-    words: Sequence[str] = (
-        *(("-z", arguments.codec) if arguments.codec else ()),
-        *(("-R",) if arguments.raw else ()),
-        *(("-p",) if arguments.paging else ()),
-        *(("--range", *arguments.range) if arguments.range else ()),
-        *(("--exact",) if arguments.exact else ()),
-        *(() if arguments.vmcoreinfo else ("--no-vmcoreinfo",)),
-        *(("--kernel", arguments.kernel) if arguments.kernel else ()),
-        *(("--level", str(arguments.level)) if arguments.level is not None else ()),
-        *(("--threads", str(arguments.threads)) if arguments.threads else ()),
-        *(("--exclude-zero",) if arguments.exclude_zero else ()),
-        *(() if arguments.sparse else ("--no-sparse",)),
-        *(("--snapshot",) if arguments.snapshot else ()),
-        *(("--max-pause", str(arguments.max_pause)) if arguments.max_pause else ()),
-        *(("--force",) if arguments.force else ()),
-        *(("--json",) if arguments.json else ()),
-        *(("--qmp", arguments.qmp) if arguments.qmp else ()),
-        "--memory",
-        arguments.memory,
-        "--progress",
-        "always" if watched and not arguments.json else "never",
-        arguments.file,
-        *arguments.bounds,
-    )
+    progress = "always" if watched and not arguments.json else "never"
+    inside = argparse.Namespace(**{**vars(arguments), "progress": progress})
+    words = [*words_of_options(inside), arguments.file, *arguments.bounds]
     return " ".join(map(_quote_for_gdb, words))
 
 

@@ -202,6 +202,41 @@ def _with_explicit_codec(words: Sequence[str]) -> list[str]:
     return explicit
 
 
+def words_of_options(arguments: argparse.Namespace) -> list[str]:
+    """Return the options that give these arguments, but for what is as it is without any.
+
+    Args:
+        arguments: With everything that `add_dump_arguments` declares.
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    add_dump_arguments(parser)
+    words: list[str] = []
+    given = {
+        action.dest: getattr(arguments, action.dest)
+        for action in parser._actions  # noqa: SLF001 - argparse has no other way
+        if getattr(arguments, action.dest) != action.default
+    }
+    for action in parser._actions:  # noqa: SLF001
+        if action.dest in given and (found := _words_for(action, given[action.dest])):
+            words += found
+            del given[action.dest]
+    if given:
+        raise TypeError(f"no option gives {given}")
+    return words
+
+
+def _words_for(action: argparse.Action, value: object) -> list[str]:
+    """Return how an option is written that gives `value`; nothing where it cannot."""
+    option = action.option_strings[0]
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [option if value else action.option_strings[-1]]
+    if action.nargs == 0:
+        return [option] if value == action.const else []
+    if action.nargs is not None:
+        return [option, *value] if isinstance(value, list) else []
+    return [f"{option}={value}"] if option.startswith("--") else [option, str(value)]
+
+
 def names_registers(arguments: argparse.Namespace) -> bool:
     """Tell whether BEGIN or LENGTH names a register, which the guest must be asked for."""
     return any(registers_in(word) for word in (*arguments.bounds, *(arguments.range or ())))
