@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import threading
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -23,11 +26,15 @@ from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.events import cause_of_status
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.session import find_command_line, read_command_line
-from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.errors import MonitorAnswerError, RequestError, SourceError
 from qemu_dump_ext.plan.request import request_of_format
 from qemu_dump_ext.qemu.process import find_qemu_process
 from qemu_dump_ext.qemu.qmp import SharedQmp, connect_qmp
+from qemu_dump_ext.qemu.qmp_message import run_state, version_text
 
+_RELEASE_SECONDS = 60.0
+_RETRY_SECONDS = 0.5
+_logger = logging.getLogger(__name__)
 _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 _ANY_NUMBER = 1 << 30
 _NO_LABELS: Mapping[str, str] = MappingProxyType({})
@@ -80,28 +87,52 @@ def collect_crash(
     guest = Guest(guest_name, address, settings)
     store = CrashStore(Path(directory))
     store.prepare()
+    is_stopped = threading.Event()
     with contextlib.ExitStack() as stack:
+        # Behind the end of this connection, for QEMU serves one client.
+        stack.callback(_release, address, is_stopped)
         monitor: SharedQmp | None = None
         facts, gone = _UNKNOWN, ""
+        cause = CrashCause("trigger", detail)
         try:
             monitor = stack.enter_context(connect_qmp(address))
             facts = _facts(monitor, address)
-            status = str(monitor.qmp("query-status")["status"])
-            cause = cause_of_status(status) or CrashCause("trigger", detail)
+            with contextlib.suppress(MonitorAnswerError):  # the collection says what it was
+                cause = cause_of_status(run_state(monitor.qmp("query-status"))) or cause
         except SourceError as error:
             gone = str(error)
-            died = find_command_line(address) is None
-            cause = CrashCause("qemu-died" if died else "trigger", detail)
+            if find_command_line(address) is None:
+                cause = CrashCause("qemu-died", detail)
         task = CrashTask(
             guest, cause, utc_text(datetime.now(UTC)), facts, None if gone else monitor, gone, {}
         )
-        record = _collect(task, store)
+        record = _collect(task, store, is_stopped)
     return store.directory(record.id)
 
 
-def _collect(task: CrashTask, store: CrashStore) -> CrashRecord:
+def _release(address: str, is_stopped: threading.Event) -> None:
+    """Let the guest run again where the connection was lost that had stopped it."""
+    deadline = time.monotonic() + _RELEASE_SECONDS
+    while is_stopped.is_set():
+        try:
+            with connect_qmp(address) as monitor:
+                if run_state(monitor.qmp("query-status")) == "paused":
+                    monitor.qmp("cont")
+                return
+        except SourceError as error:
+            if time.monotonic() > deadline or find_command_line(address) is None:
+                _logger.error("the guest may still be stopped: %s", error)  # noqa: TRY400
+                return
+            time.sleep(_RETRY_SECONDS)
+
+
+def _collect(task: CrashTask, store: CrashStore, is_stopped: threading.Event) -> CrashRecord:
     budget = DumpBudget(store, Limits())
-    collector = CrashCollector(task, store, budget, set_stopped=lambda _stopped: None)
+
+    def set_stopped(stopped: bool) -> None:
+        (is_stopped.set if stopped else is_stopped.clear)()
+
+    collector = CrashCollector(task, store, budget, set_stopped=set_stopped)
     # Which leaves signals to this thread; an interrupt gives up, and lets the guest run again.
     with ThreadPoolExecutor(1) as pool:
         collected = pool.submit(collector.collect)
@@ -113,12 +144,12 @@ def _collect(task: CrashTask, store: CrashStore) -> CrashRecord:
 
 
 def _facts(monitor: SharedQmp, address: str) -> QemuFacts:
-    version = monitor.qmp("query-version")["qemu"]
+    version = monitor.qmp("query-version")
     pid = None
     with contextlib.suppress(SourceError):
         pid = find_qemu_process((address,))
     return QemuFacts(
-        ".".join(str(version[part]) for part in ("major", "minor", "micro")),
+        version_text(version),
         monitor.target_name() or "unknown",
         pid,
         None if pid is None else read_command_line(pid),

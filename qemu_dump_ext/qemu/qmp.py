@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator
@@ -20,6 +19,8 @@ from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
+from qemu_dump_ext.qemu.qmp_client import new_client
+from qemu_dump_ext.qemu.qmp_message import bad_reply, monitor_text, target_of
 from qemu_dump_ext.third_party import import_package
 
 if TYPE_CHECKING:
@@ -101,7 +102,8 @@ class SharedQmp:
             address: Of the socket.
             answer_seconds: How long QEMU may take for a command.
         """
-        from qemu.qmp import QMPError, qmp_client  # noqa: PLC0415 - gdb's own Python may lack it
+        # Not at module level: gdb's own Python may lack the package.
+        from qemu.qmp import QMPError, qmp_client  # noqa: PLC0415
 
         self._client = client
         self._loop = loop
@@ -109,6 +111,7 @@ class SharedQmp:
         self._answer_seconds = answer_seconds
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
+        self._bad_reply_error = qmp_client.BadReplyError
 
     def qmp(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Execute a QMP command and return what it returns.
@@ -123,16 +126,23 @@ class SharedQmp:
         self, command: str, arguments: dict[str, object] | None = None
     ) -> Callable[[], Any]:
         """Have a QMP command executed; what is returned waits for what it returns."""
+        return self._begin(command, arguments, command)
+
+    def _begin(
+        self, command: str, arguments: dict[str, object] | None, told: str
+    ) -> Callable[[], Any]:
         question: _Question[Any] = _Question(
             self._loop, lambda: self._client.execute(command, arguments), self._answer_seconds
         )
-        return partial(self._answer, command, question)
+        return partial(self._answer, told, question)
 
     def _answer(self, command: str, question: _Question[Any]) -> Any:
         try:
             return question.answer()
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
+        except self._bad_reply_error as error:
+            raise bad_reply(command) from error
         except TimeoutError as error:
             raise SourceError(
                 f"QEMU does not answer {command} in {self._answer_seconds:.0f} s"
@@ -146,13 +156,13 @@ class SharedQmp:
 
     def begin(self, command: str) -> Callable[[], str]:
         """Have a command of the human monitor executed; what is returned waits for its answer."""
-        answer = self.begin_qmp("human-monitor-command", {"command-line": command})
-        return lambda: str(answer()).replace("\r\n", "\n")
+        answer = self._begin("human-monitor-command", {"command-line": command}, command)
+        return lambda: monitor_text(command, answer())
 
     def target_name(self) -> str | None:
         """Return QEMU's name of the target, such as `mipsel`, or None where it does not tell."""
         try:
-            return str(self.qmp("query-target")["arch"])
+            return target_of(self.qmp("query-target"))
         except MonitorAnswerError:
             return None
 
@@ -196,13 +206,8 @@ class QmpMonitor(SharedQmp):
     """
 
     def __init__(self, address: str) -> None:
-        # Not at module level: gdb's own Python may lack the package.
         import_package("qemu.qmp", "QMP")
-        from qemu.qmp import QMPClient  # noqa: PLC0415
-
-        super().__init__(QMPClient("qemu-dump"), asyncio.new_event_loop(), address)
-        # What it logs is in the exceptions as well, and these become one line.
-        logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+        super().__init__(new_client(), asyncio.new_event_loop(), address)
         self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
 
     def connect(self) -> None:

@@ -18,6 +18,8 @@ from qemu_dump_ext.crash_collector.agent.agent import Agent
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 
+# What these log is in their exceptions as well.
+_TOLD_BY_EXCEPTIONS = ("paramiko", "botocore", "aiobotocore")
 _FIELDS = ("guest", "cause", "crash", "signature")
 
 
@@ -83,6 +85,8 @@ def _run(arguments: argparse.Namespace) -> int:
     handler.setFormatter(_TextFormatter() if as_text else _JsonFormatter())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    for name in _TOLD_BY_EXCEPTIONS:
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     agent_of = partial(Agent, _load(arguments), partial(_load, arguments))
 
     async def watch() -> None:

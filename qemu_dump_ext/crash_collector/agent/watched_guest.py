@@ -33,10 +33,17 @@ from qemu_dump_ext.crash_collector.watch.events import (
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.heartbeat import watch_progress
 from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
-from qemu_dump_ext.crash_collector.watch.session import GuestSession
-from qemu_dump_ext.errors import DumpError, DumpWriteError, RequestError, SourceError
+from qemu_dump_ext.crash_collector.watch.session import Contact, GuestSession
+from qemu_dump_ext.errors import (
+    DumpError,
+    DumpWriteError,
+    MonitorAnswerError,
+    RequestError,
+    SourceError,
+)
 
 _STOP_SECONDS = 5.0
+_RELEASE_SECONDS = 2.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
 _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 
@@ -87,6 +94,8 @@ class WatchedGuest:
         self._collection: asyncio.Task[CrashRecord] | None = None
         self._intake = CrashIntake(guest)
         self._has_stopped = asyncio.Event()
+        self._is_attempting = False
+        self._greeted: Contact | None = None
         self._shut_down = False
         self._console: ConsoleLog | None = None
         if guest.settings.console is not None and "console" in guest.settings.causes:
@@ -184,10 +193,7 @@ class WatchedGuest:
     async def _look_at_status(self) -> None:
         with suppress(SourceError):
             status = await self.session.status()
-            state = self._journal.states.get(self.guest.name)
-            if state is not None and state.stopped and status == "paused":
-                await self._resume_owed()
-            elif cause := cause_of_status(status):
+            if not await self._resume_owed(status) and (cause := cause_of_status(status)):
                 self._crash(cause)
 
     def _on_still(self, seconds: float) -> None:
@@ -199,9 +205,10 @@ class WatchedGuest:
         contact = self.session.contact
         if contact is None:
             return
-        self._shut_down = False
-        _logger.info("connected: QEMU %s", contact.facts.version, extra=self._extra())
-        await require_pause(self.session, contact.facts.command_line or (), self.guest.name)
+        if self._greeted is not contact:
+            self._greeted, self._shut_down = contact, False
+            _logger.info("connected: QEMU %s", contact.facts.version, extra=self._extra())
+            await require_pause(self.session, contact.facts.command_line or (), self.guest.name)
         status = await self.session.status()
         state = self._journal.states.get(self.guest.name)
         if state is not None and state.qemu != contact.instance:
@@ -209,11 +216,10 @@ class WatchedGuest:
             if state.cause is None:
                 await self._forget()
             state = None
+        if not self._is_attempting and await self._resume_owed(status):
+            status = await self.session.status()
         if self.is_collecting:
             return
-        if state is not None and state.stopped and status == "paused":
-            await self._resume_owed()
-            status = await self.session.status()
         if state is not None and state.cause is not None:
             _logger.warning("a crash is taken up again", extra=self._extra())
             self._begin(state.cause, time=state.time)
@@ -233,10 +239,27 @@ class WatchedGuest:
         if not self.is_collecting:
             self._spawn(self._forget())
 
-    async def _resume_owed(self) -> None:
-        await self.session.qmp("cont")
+    async def _resume_owed(self, status: str) -> bool:
+        """Let the guest run again if we stopped it and it still stands still for that alone."""
+        state, contact = self._journal.states.get(self.guest.name), self.session.contact
+        if state is None or not state.stopped or not contact or state.qemu != contact.instance:
+            return False
+        if status == "paused":
+            await self.session.qmp("cont")
+            _logger.warning("we had stopped the guest: it runs again", extra=self._extra())
         await self._note(stopped=False)
-        _logger.warning("we had stopped the guest: it runs again", extra=self._extra())
+        return status == "paused"
+
+    async def _release(self) -> None:
+        """Pay what the last attempt to collect owes the guest; without QEMU, `_on_contact` does."""
+        while self.session.contact is not None:
+            try:
+                await self._resume_owed(await self.session.status())
+            except SourceError as error:
+                _logger.error("the guest may still be stopped: %s", error, extra=self._extra())  # noqa: TRY400
+            else:
+                return
+            await asyncio.sleep(_RELEASE_SECONDS)
 
     # What is done about it
 
@@ -310,9 +333,7 @@ class WatchedGuest:
             record.dump.file or f"no dump: {record.dump.reason}",
             extra=self._extra(crash=record.id, signature=record.signature.id),
         )
-        with suppress(SourceError):
-            status = await self.session.status() if self.session.contact else "gone"
-            await self._finish(record.id, status)
+        await self._finish(record.id, await self._status_or_gone())
         return record
 
     async def _store_crash(self, time: str, gone: str | None) -> CrashRecord:
@@ -332,7 +353,12 @@ class WatchedGuest:
                 task, self._services.store, self._services.budget, set_stopped=self._set_stopped
             )
             try:
-                record = await loop.run_in_executor(self._services.pool, collector.collect)
+                self._is_attempting = True
+                try:
+                    record = await loop.run_in_executor(self._services.pool, collector.collect)
+                finally:
+                    self._is_attempting = False
+                    self._spawn(self._release())
             except DumpWriteError as error:
                 self._services.outlets.crash_not_stored()
                 if task.cause.kind == "trigger":
@@ -366,7 +392,7 @@ class WatchedGuest:
                 await self._act(crash_id, status)
             except (SourceError, RequestError, DumpError, OSError) as error:
                 _logger.error("after-action: %s", error, extra=self._extra(crash=crash_id))  # noqa: TRY400
-            status = await self.session.status() if self.session.contact else "gone"
+            status = await self._status_or_gone()
         await self._note(stored=None, handled=status if status in STOPPED_BY_QEMU else None)
         try:
             await asyncio.to_thread(
@@ -378,6 +404,15 @@ class WatchedGuest:
             )
         except DumpWriteError as error:
             _logger.error("%s", error, extra=self._extra())  # noqa: TRY400
+
+    async def _status_or_gone(self) -> str:
+        try:
+            return await self.session.status()
+        except MonitorAnswerError as error:
+            _logger.warning("%s", error, extra=self._extra())
+            return "unknown"
+        except SourceError:
+            return "gone"
 
     async def _act(self, crash_id: str, status: str) -> None:
         action = self.guest.settings.after

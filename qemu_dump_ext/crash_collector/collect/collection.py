@@ -6,7 +6,9 @@ had is said in the record; nothing that cannot be had keeps the rest from being 
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,17 +40,20 @@ from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.engine.verify import verify_dump
-from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
+from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.plan.request import request_of_format
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.qemu.qmp import SharedQmp
+from qemu_dump_ext.qemu.qmp_message import command_names, run_state
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
 
 VERIFIER = "verify"
+_logger = logging.getLogger(__name__)
 _ROOM_EVERY_BYTES = 32 << 20
 _LOG_TEXT_MAX = 64 << 20
 # Large, and the same for every QEMU of this version.
@@ -170,13 +175,16 @@ class CrashCollector:
         self._take_console()
         try:
             if self._task.qmp is None:
-                raise SourceError(self._task.gone)
-            with self._stopped(self._task.qmp):
-                self._take_from_qemu(self._task.qmp)
+                self._without_dump(self._task.gone)
+            else:
+                with self._stopped(self._task.qmp):
+                    self._take_from_qemu(self._task.qmp)
+        except DumpWriteError:
+            raise
         except DumpError as error:
-            if isinstance(error, DumpWriteError):
-                raise
             self._without_dump(str(error))
+        except Exception as error:  # noqa: BLE001 - a mistake of ours must not cost the crash
+            self._without_dump(_told(error))
         self._found.signature = self._found.signature or self._sign(None)
         if self._found.dump is not None and self._found.dump.file is not None:
             self._found.dump = self._signed(self._found.dump)
@@ -186,7 +194,7 @@ class CrashCollector:
     @contextmanager
     def _stopped(self, qmp: SharedQmp) -> Iterator[None]:
         # What we stop is remembered before, and forgotten after it runs again.
-        if not qmp.qmp("query-status")["running"]:
+        if not _is_running(qmp):
             yield
             return
         self._set_stopped(True)
@@ -216,10 +224,14 @@ class CrashCollector:
             return work()
         except DumpWriteError:
             raise
-        except DumpError as error:
-            qmp.qmp("query-status")
+        except MonitorAnswerError as error:
             self._found.remarks.append(f"{what}: {error}")
-            return None
+        except DumpError as error:
+            _require_qemu(qmp)
+            self._found.remarks.append(f"{what}: {error}")
+        except Exception as error:  # noqa: BLE001 - a mistake of ours must not cost the rest
+            self._found.remarks.append(f"{what}: {_told(error)}")
+        return None
 
     def _take_registers(self, qmp: SharedQmp) -> None:
         text = self._try(qmp, "registers", lambda: qmp.execute("info registers -a"))
@@ -227,14 +239,14 @@ class CrashCollector:
             self._write("registers.txt", text.encode())
 
     def _take_queries(self, qmp: SharedQmp) -> None:
-        commands = self._try(qmp, "queries", lambda: qmp.qmp("query-commands")) or []
+        def ask() -> list[str]:
+            return command_names(qmp.qmp("query-commands"))
+
         answers = {}
-        for name in sorted(command["name"] for command in commands):
+        for name in sorted(self._try(qmp, "queries", ask) or ()):
             if name.startswith("query-") and name not in _DULL_QUERIES:
-                try:
+                with contextlib.suppress(MonitorAnswerError):  # it wants arguments, or tells none
                     answers[name] = qmp.qmp(name)
-                except SourceError:
-                    qmp.qmp("query-status")  # it only wants arguments, or has nothing to tell
         self._write("queries.json", json.dumps(answers, indent=1).encode())
 
     def _take_log(self, qmp: SharedQmp, access: GuestAccess) -> None:
@@ -333,8 +345,8 @@ class CrashCollector:
                 report = dump(request, access, sink, memory=settings.memory, progress=meter)
         except DumpError as error:
             self._without_dump(str(error))
-            if not isinstance(error, DumpWriteError):
-                qmp.qmp("query-status")
+            if not isinstance(error, (DumpWriteError, MonitorAnswerError)):
+                _require_qemu(qmp)
             return
         self.dump_seconds = report.seconds
         left_out = tuple(
@@ -406,6 +418,34 @@ class CrashCollector:
                 file.write(content)
         except OSError as error:
             raise DumpWriteError(f"cannot write {name}: {error.strerror}") from error
+
+
+def _is_running(qmp: SharedQmp) -> bool:
+    """Tell whether the guest runs, by the other monitor where QMP makes no sense.
+
+    Raises:
+        SourceError: Nobody tells.
+    """
+    try:
+        return run_state(qmp.qmp("query-status")) == "running"
+    except MonitorAnswerError as error:
+        _logger.warning("%s", error)
+        return parse_status(qmp.execute("info status")) == RUNNING
+
+
+def _require_qemu(qmp: SharedQmp) -> None:
+    """Ask QEMU anything, for it may be gone.
+
+    Raises:
+        SourceError: It does not answer.
+    """
+    with contextlib.suppress(MonitorAnswerError):
+        qmp.qmp("query-status")
+
+
+def _told(error: Exception) -> str:
+    _logger.error("while a crash was collected", exc_info=error)
+    return f"an error of the collector: {type(error).__name__}: {error}"
 
 
 def kernel_file(guest: Guest, template: str | None, release: str | None) -> Path | None:

@@ -28,9 +28,6 @@ _HANGING_MAX = 8
 _T = TypeVar("_T")
 
 _logger = logging.getLogger(__name__)
-# What they log is in their exceptions as well.
-for _name in ("paramiko", "botocore", "aiobotocore"):
-    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable
 
-from qemu.qmp import QMPClient, QMPError
+from qemu.qmp import QMPError
 
 from qemu_dump_ext.crash_collector.config.settings import Heartbeat
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.qemu.qmp_client import new_client
 
 _PING_SECONDS = 5.0
 
@@ -75,7 +76,7 @@ class AgentPing:
         status = await qmp("query-status")
         if not (isinstance(status, dict) and status.get("running")):
             return None
-        agent = QMPClient("qemu-crash-collector")
+        agent = new_client()
         agent.await_greeting = agent.negotiate = False
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             try:

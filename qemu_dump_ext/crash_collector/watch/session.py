@@ -16,21 +16,23 @@ from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate, qmp_
 
 from qemu_dump_ext.crash_collector.record import QemuFacts
 from qemu_dump_ext.crash_collector.watch.events import Event
-from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
+from qemu_dump_ext.errors import ConnectError, DumpError, MonitorAnswerError, SourceError
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.process import process_at_other_end
 from qemu_dump_ext.qemu.qmp import SharedQmp
+from qemu_dump_ext.qemu.qmp_client import new_client
+from qemu_dump_ext.qemu.qmp_message import bad_reply, run_state, target_of, version_text
 
 _GREETING_SECONDS = 5.0
 _RETRY_SECONDS = 0.2
 _RETRY_SECONDS_MAX = 5.0
 _GONE_SECONDS = 5.0
+_ENDED_SECONDS = 0.1
+_COMPLAINTS_MAX = 5
 _COMMAND_LINE_MAX = 1 << 20
 _START_TIME_FIELD = 19  # of /proc/PID/stat, behind the name in parentheses
 
 _logger = logging.getLogger(__name__)
-# What it logs is in its exceptions as well.
-logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
 class _Events(EventListener):
@@ -40,7 +42,23 @@ class _Events(EventListener):
         self._handle = handle
 
     async def put(self, event: Message) -> None:
-        self._handle(dict(event))
+        try:
+            self._handle(dict(event))
+        except Exception:  # a mistake of ours must not end the connection
+            _logger.exception("an event is passed over")
+
+
+class _Complaints:
+    # A peer that talks nonsense all day is told about a few times.
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._left = _COMPLAINTS_MAX
+
+    def __call__(self, message: str) -> None:
+        if self._left > 0:
+            self._left -= 1
+            more = "" if self._left else "; more of this connection are not told"
+            _logger.warning("%s: %s%s", self._address, message, more)
 
 
 @dataclass(frozen=True)
@@ -84,31 +102,73 @@ class GuestSession:
 
         Args:
             on_event: Gets every event.
-            on_contact: Called when QEMU is there.
+            on_contact: Called when QEMU is there; called again when it raises.
             on_lost: Called when it is gone; is told whether its process has ended, too.
         """
-        pause = _RETRY_SECONDS
+        contact: Contact | None = None
         while True:
+            contact = contact or await self._connect_again(on_event)
+            self.contact, self.last_facts, self._told = contact, contact.facts, None
             try:
-                async with asyncio.timeout(2 * _GREETING_SECONDS):
-                    contact = await self._connect(on_event)
-            except (ConnectError, SourceError, TimeoutError) as error:
-                self._tell(str(error) or f"{self.address} does not answer")
-                await asyncio.sleep(pause * (1 + random.random() / 4))  # noqa: S311 - not all at once
-                pause = min(2 * pause, _RETRY_SECONDS_MAX)
-                continue
-            pause, self._told = _RETRY_SECONDS, None
-            self.contact, self.last_facts = contact, contact.facts
-            try:
-                with contextlib.suppress(SourceError):
-                    await on_contact()
+                await self._greet(contact.client, on_contact)
                 while contact.client.runstate is Runstate.RUNNING:
                     await contact.client.runstate_changed()
             finally:
                 self.contact = None
-                with contextlib.suppress(QMPError, OSError, EOFError):
-                    await contact.client.disconnect()
-            on_lost(await _has_ended(contact))
+                await _disconnect(contact.client)
+            ended, contact = await self._look_behind(contact, on_event)
+            try:
+                on_lost(ended)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the guest is watched again
+                self._tell_why(error)
+
+    async def _connect_again(self, on_event: Callable[[Event], None]) -> Contact:
+        pause = _RETRY_SECONDS
+        while True:
+            if (contact := await self._try_to_connect(on_event)) is not None:
+                return contact
+            await asyncio.sleep(pause * (1 + random.random() / 4))  # noqa: S311 - not all at once
+            pause = min(2 * pause, _RETRY_SECONDS_MAX)
+
+    async def _try_to_connect(self, on_event: Callable[[Event], None]) -> Contact | None:
+        try:
+            async with asyncio.timeout(2 * _GREETING_SECONDS):
+                return await self._connect(on_event)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the guest is watched again
+            self._tell_why(error)
+            return None
+
+    async def _look_behind(
+        self, lost: Contact, on_event: Callable[[Event], None]
+    ) -> tuple[bool, Contact | None]:
+        """Tell whether QEMU has ended, and return the next connection if there is one at once.
+
+        Its process ends a little later than its connections.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + _GONE_SECONDS
+        while loop.time() < deadline:
+            if _has_ended(lost):
+                return True, None
+            if (contact := await self._try_to_connect(on_event)) is not None:
+                return contact.instance != lost.instance, contact
+            await asyncio.sleep(_ENDED_SECONDS)
+        return lost.facts.pid is None, None  # as far as anybody can see
+
+    async def _greet(self, client: QMPClient, on_contact: Callable[[], Awaitable[None]]) -> None:
+        """Call `on_contact` until QEMU has answered what it asks, or is gone."""
+        pause = _RETRY_SECONDS
+        while client.runstate is Runstate.RUNNING:
+            try:
+                await on_contact()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the guest is watched further
+                self._tell_why(error)
+            else:
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await client.runstate_changed()
+            pause = min(2 * pause, _RETRY_SECONDS_MAX)
 
     async def qmp(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
         """Execute a QMP command and return what it returns.
@@ -123,7 +183,7 @@ class GuestSession:
 
     async def status(self) -> str:
         """Return the run state; as `qmp`."""
-        return str((await self.qmp("query-status"))["status"])
+        return run_state(await self.qmp("query-status"))
 
     def for_thread(self) -> SharedQmp:
         """Return the connection for another thread.
@@ -139,10 +199,10 @@ class GuestSession:
         )
 
     async def _connect(self, on_event: Callable[[Event], None]) -> Contact:
-        connection = await self._open_socket()
+        connection = await _open_socket(self.address)
         try:
             pid = await asyncio.to_thread(_pid_of_peer, connection, self.address)
-            client = QMPClient("qemu-crash-collector")
+            client = new_client(_Complaints(self.address))
             client.events.event_filter = lambda _event: False
             client.register_listener(_Events(on_event))
             async with asyncio.timeout(_GREETING_SECONDS):
@@ -162,52 +222,60 @@ class GuestSession:
             raise
         try:
             facts = await self._ask_facts(client, pid)
-        except (KeyError, TypeError) as error:
-            await client.disconnect()
-            raise ConnectError(f"{self.address} is no QMP socket of QEMU") from error
         except BaseException:
-            with contextlib.suppress(QMPError, OSError, EOFError):
-                await client.disconnect()
+            await _disconnect(client)
             raise
         start = None if pid is None else _start_time(pid)
         return Contact(client, facts, f"{pid}:{start}" if start else self.address)
 
-    async def _open_socket(self) -> socket.socket:
-        target = tcp_address(self.address)
-        family: socket.AddressFamily = socket.AF_UNIX
-        where: Any = self.address
-        if target is not None:
-            loop = asyncio.get_running_loop()
-            try:
-                infos = await loop.getaddrinfo(*target, type=socket.SOCK_STREAM)
-            except OSError as error:
-                raise ConnectError(f"nobody is called {target[0]}") from error
-            family, where = infos[0][0], infos[0][4]
-        connection = socket.socket(family)
-        connection.setblocking(False)
-        try:
-            async with asyncio.timeout(_GREETING_SECONDS):
-                await asyncio.get_running_loop().sock_connect(connection, where)
-        except (OSError, TimeoutError) as error:
-            connection.close()
-            raise ConnectError(f"nobody listens at {self.address}") from error
-        return connection
-
     async def _ask_facts(self, client: QMPClient, pid: int | None) -> QemuFacts:
         greeting = client.greeting
-        version: Any = greeting.QMP.version["qemu"] if greeting else {}
-        target = await _execute(client, self._answer_seconds, "query-target")
+        try:
+            target = target_of(await _execute(client, self._answer_seconds, "query-target"))
+        except MonitorAnswerError as error:
+            if _is_unknown_command(error):  # another program's QMP, such as qemu-storage-daemon's
+                raise
+            target = "unknown"
+            _logger.warning("%s: %s", self.address, error)
         return QemuFacts(
-            version=".".join(str(version.get(part)) for part in ("major", "minor", "micro")),
-            target=str(target["arch"]),
+            version=version_text(greeting.QMP.version if greeting else None),
+            target=target,
             pid=pid,
             command_line=None if pid is None else read_command_line(pid),
         )
+
+    def _tell_why(self, error: Exception) -> None:
+        if not isinstance(error, (DumpError, TimeoutError)):
+            _logger.error("%s: watched again after", self.address, exc_info=error)
+            return
+        self._tell(str(error) or f"{self.address} does not answer")
 
     def _tell(self, message: str) -> None:
         if message != self._told:
             self._told = message
             _logger.info("%s", message)
+
+
+async def _open_socket(address: str) -> socket.socket:
+    target = tcp_address(address)
+    family: socket.AddressFamily = socket.AF_UNIX
+    where: Any = address
+    if target is not None:
+        loop = asyncio.get_running_loop()
+        try:
+            infos = await loop.getaddrinfo(*target, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise ConnectError(f"nobody is called {target[0]}") from error
+        family, where = infos[0][0], infos[0][4]
+    connection = socket.socket(family)
+    connection.setblocking(False)
+    try:
+        async with asyncio.timeout(_GREETING_SECONDS):
+            await asyncio.get_running_loop().sock_connect(connection, where)
+    except (OSError, TimeoutError) as error:
+        connection.close()
+        raise ConnectError(f"nobody listens at {address}") from error
+    return connection
 
 
 async def _execute(
@@ -218,10 +286,24 @@ async def _execute(
             return await client.execute(command, arguments)
     except qmp_client.ExecuteError as error:
         raise MonitorAnswerError(command, str(error)) from error
+    except qmp_client.BadReplyError as error:
+        raise bad_reply(command) from error
     except TimeoutError as error:
         raise SourceError(f"QEMU does not answer {command} in {seconds:.0f} s") from error
     except (QMPError, OSError, EOFError) as error:
         raise SourceError("the guest is gone: QEMU closed the QMP connection") from error
+
+
+def _is_unknown_command(error: MonitorAnswerError) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, qmp_client.ExecuteError) and cause.error_class == "CommandNotFound"
+
+
+async def _disconnect(client: QMPClient) -> None:
+    # It raises whatever ended the connection, which is of no interest any more.
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(_GONE_SECONDS):
+            await client.disconnect()
 
 
 def _pid_of_peer(connection: socket.socket, address: str) -> int | None:
@@ -248,16 +330,11 @@ def _start_time(pid: int) -> str | None:
     return text.rpartition(")")[2].split()[_START_TIME_FIELD]
 
 
-async def _has_ended(contact: Contact) -> bool:
-    """Tell whether QEMU's process has ended; its connections are closed a little earlier."""
+def _has_ended(contact: Contact) -> bool:
     pid = contact.facts.pid
     if pid is None:
-        return True  # as far as anybody can see
-    for _ in range(int(_GONE_SECONDS / 0.1)):
-        if not contact.instance.endswith(f":{_start_time(pid)}") or _is_zombie(pid):
-            return True
-        await asyncio.sleep(0.1)
-    return False
+        return False  # nobody can see
+    return not contact.instance.endswith(f":{_start_time(pid)}") or _is_zombie(pid)
 
 
 def _is_zombie(pid: int) -> bool:

@@ -1,0 +1,188 @@
+"""A QMP peer that lies costs an answer: never the crash, the watch or the guest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qemu_dump_ext.crash_collector.agent.control_socket import ask_agent
+from qemu_dump_ext.crash_collector.agent.journal import replay
+from qemu_dump_ext.crash_collector.collect_now import collect_crash
+from qemu_dump_ext.crash_collector.record import CrashRecord, parse_record
+from qemu_dump_ext.guest_images.machine import QemuMachine
+from tests.support.bare_crashes import bare_machine
+from tests.support.crash_agent import CrashAgent
+from tests.support.doors import guest_status
+from tests.support.lying_qmp import DEEP, WRONG_KINDS, LyingQmp
+from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.qemu
+
+REPLIES = {
+    "neither": b'{"id": "@ID@"}\n',
+    "error null": b'{"error": null, "id": "@ID@"}\n',
+    "no id": b'{"return": {}}\n',
+    "list for id": b'{"return": {}, "id": []}\n',
+    "no JSON": b'{"return": nonsense, "id": "@ID@"}\n',
+    "list": b"[1]\n",
+    "deep error": b'{"error": {"class": %s, "desc": ""}, "id": "@ID@"}\n' % DEEP,
+    "deep event first": b'{"event": %s}\n{"return": {}, "id": "@ID@"}\n' % DEEP,
+    "odd events first": b'{"event": []}\n{"event": null, "data": 7}\n'
+    b'{"event": "SHUTDOWN", "data": []}\n{"return": {}, "id": "@ID@"}\n',
+    "5000 digits": b'{"return": %s, "id": "@ID@"}\n' % (b"9" * 5000),
+    "lone surrogate": b'{"error": {"class": "G", "desc": "\\ud800"}, "id": "@ID@"}\n',
+}
+
+
+@pytest.fixture(scope="module")
+def spinning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
+    with bare_machine(tmp_path_factory.mktemp("machine"), "spin", "-m", "64") as machine:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("cont")
+        yield machine
+
+
+@pytest.fixture
+def liar(tmp_path: Path, spinning: QemuMachine) -> Iterator[LyingQmp]:
+    with LyingQmp(spinning.qmp_sockets[0], tmp_path / "qmp").running() as peer:
+        yield peer
+
+
+def agent_of(directory: Path, liar: LyingQmp, **settings: Any) -> CrashAgent:
+    guest: dict[str, Any] = {
+        "socket": str(liar.path),
+        "name": "box",
+        "memory": "pmemsave",
+        "rate": {"dumps": 99},
+    }
+    guest |= {"dumps_per_signature": 99, **settings}
+    return CrashAgent(directory, guests=[guest], answer_timeout="20s")
+
+
+def trigger(agent: CrashAgent) -> CrashRecord:
+    """Have a crash collected; returns what is stored."""
+    control = agent.store.path / ".control"
+    before = len(agent.store.directories())
+    answer = ask_agent(control, {"command": "trigger", "guest": "box"})
+    assert len(agent.store.directories()) == before + 1
+    return agent.store.record(answer["id"])
+
+
+def check_next_crash(agent: CrashAgent, liar: LyingQmp, machine: QemuMachine) -> None:
+    """The guest runs, and its next crash is collected, too."""
+    wait_until(lambda: guest_status(machine) == "running", "the guest runs")
+    liar.lies, liar.replies = {}, {}
+    agent.wait_connected()
+    assert trigger(agent).dump.complete
+    wait_until(lambda: guest_status(machine) == "running", "the guest runs")
+    assert "exception" not in agent.log.read_text()
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["query-status", "query-target", "query-commands", "set-action", "stop", "info mtree -f"],
+)
+def test_answer_of_the_wrong_kind_costs_that_question_alone(tmp_path, spinning, liar, command):
+    agent = agent_of(tmp_path, liar)
+    with agent.running():
+        for kind, lie in WRONG_KINDS.items():
+            agent.wait_connected()
+            liar.lies, liar.told = {command: lie}, {}
+            connections = liar.connections
+            liar.hang_up()
+            wait_until(lambda: liar.connections > connections, "a new connection")  # noqa: B023
+            agent.wait_connected()
+            record = trigger(agent)
+            assert liar.told[command] > 0, kind
+            if command == "info mtree -f":
+                assert record.dump.file is None
+                assert "mtree" in str(record.dump.reason)
+            if command == "query-commands":
+                assert any(text.startswith("queries: ") for text in record.remarks), kind
+            if command == "query-target":
+                assert record.qemu.target == "unknown"
+            wait_until(lambda: guest_status(spinning) == "running", "the guest runs")
+        check_next_crash(agent, liar, spinning)
+
+
+def test_reply_that_is_none_costs_that_question_alone(tmp_path, spinning, liar):
+    agent = agent_of(tmp_path, liar)
+    with agent.running():
+        agent.wait_connected()
+        for kind, reply in REPLIES.items():
+            liar.replies, liar.told = {"query-commands": reply, "stop": reply}, {}
+            trigger(agent)
+            assert liar.told["stop"] > 0, kind
+            wait_until(lambda: guest_status(spinning) == "running", kind)
+            assert (agent.guests() or [])[0]["connected"], kind
+        check_next_crash(agent, liar, spinning)
+
+
+def test_guest_is_let_run_by_a_new_connection_where_the_one_that_stopped_it_is_lost(
+    tmp_path, spinning, liar
+):
+    agent = agent_of(tmp_path, liar)
+    journal = agent.store.path / ".journal"
+    with agent.running():
+        for command in ("stop", "query-commands", "info mtree -f", "cont"):
+            agent.wait_connected()
+            liar.replies = {command: b""}
+            trigger(agent)
+            liar.replies = {}
+            check_next_crash(agent, liar, spinning)
+            wait_until(lambda: not replay(journal.read_bytes().splitlines()), "nothing owed")
+
+
+@pytest.mark.parametrize(
+    ("lies", "replies"),
+    [
+        (dict.fromkeys(("query-status", "query-version"), WRONG_KINDS["wrong members"]), {}),
+        ({"query-commands": DEEP, "info registers -a": b"{}"}, {}),
+        ({}, {"stop": b""}),
+        ({}, {"query-commands": b""}),
+    ],
+    ids=["kinds", "deep", "lost at stop", "lost later"],
+)
+def test_crash_collected_once_is_stored_and_the_guest_runs(tmp_path, spinning, liar, lies, replies):
+    liar.lies, liar.replies = lies, replies
+    directory = collect_crash(liar.path, tmp_path / "store", name="box")
+    record = parse_record((directory / "crash.json").read_bytes())
+    assert record.cause.kind == "trigger"
+    assert guest_status(spinning) == "running"
+
+
+def test_guest_that_crashed_while_query_status_lied_is_collected_later(tmp_path):
+    with bare_machine(tmp_path, "panic", "-action", "panic=pause") as machine:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("cont")
+            qmp.wait_for_event("GUEST_PANICKED")
+        peer = LyingQmp(machine.qmp_sockets[0], tmp_path / "qmp")
+        peer.lies = {"query-status": b"null"}
+        agent = agent_of(tmp_path, peer)
+        with peer.running(), agent.running():
+            agent.wait_logged("query-status': the answer makes no sense: it is null")
+            assert not agent.records()
+            peer.lies = {}
+            (record,) = agent.wait_records()
+            assert record.cause.kind == "guest-panicked"
+
+
+def test_heartbeat_goes_on_behind_answers_of_the_wrong_kind(tmp_path):
+    heartbeat = {"by": "program-counters", "interval": "50ms", "after": "500ms"}
+    with bare_machine(tmp_path, "halt") as machine:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("cont")
+        peer = LyingQmp(machine.qmp_sockets[0], tmp_path / "qmp")
+        agent = agent_of(tmp_path, peer, heartbeat=heartbeat)
+        with peer.running(), agent.running():
+            agent.wait_connected()
+            for lie in WRONG_KINDS.values():
+                peer.lies, peer.told = {"query-status": lie, "info registers -a": lie}, {}
+                wait_until(lambda: peer.told.get("query-status"), "asked")
+            peer.lies = {}
+            (record,) = agent.wait_records()
+            assert record.cause.kind == "no-progress"
