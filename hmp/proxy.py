@@ -97,8 +97,8 @@ class _Proxy:
     def __init__(self, arguments: argparse.Namespace, upstream: Upstream) -> None:
         self.upstream = upstream
         self.dumps = DumpManager(upstream)
-        self.defaults = DumpDefaults(arguments.memory, arguments.mended)
-        self.interpreter = Interpreter(upstream, self.dumps, self.defaults)
+        defaults = DumpDefaults(arguments.memory, arguments.mended)
+        self.interpreter = Interpreter(upstream, self.dumps, defaults)
         self.sessions: set[HmpSession | PipeFront | TerminalFront] = set()
         upstream.on_state.append(self._state_changed)
         upstream.on_text = self._tell_all
@@ -149,12 +149,12 @@ def _upstream(arguments: argparse.Namespace) -> Upstream:
 
 
 def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
-    from .qmp.session import QmpDoor  # noqa: PLC0415
+    from .qmp.door import QmpDoor  # noqa: PLC0415
     from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
     if not isinstance(proxy.upstream, QmpUpstream):
         raise RequestError("--qmp-listen needs a QEMU that is reached by --qmp")
-    door = QmpDoor(proxy.upstream, proxy.dumps, proxy.interpreter, proxy.defaults)
+    door = QmpDoor(proxy.upstream, proxy.interpreter)
     proxy.upstream.on_state.append(door.state_changed)
     return door.serve
 

@@ -88,13 +88,14 @@ class Interpreter:
     Attributes:
         upstream: QEMU.
         dumps: Ours.
+        defaults: Of our dumps.
         table: Of QEMU's commands; empty until it was learned.
     """
 
     def __init__(self, upstream: Upstream, dumps: DumpManager, defaults: DumpDefaults) -> None:
         self.upstream = upstream
         self.dumps = dumps
-        self._defaults = defaults
+        self.defaults = defaults
         self.table = CommandTable()
 
     async def learn(self) -> None:
@@ -197,7 +198,7 @@ class Interpreter:
         except _LeftToQemuError:
             return await self._native(line, client)
         target = DumpTarget(parsed.filename, self.upstream.qemu_directory() / parsed.filename)
-        memory = parsed.memory or self._defaults.memory
+        memory = parsed.memory or self.defaults.memory
         try:
             job = await self.dumps.start(request, target, memory, release=_nothing_to_release)
         except UnsupportedTargetError:
@@ -238,7 +239,7 @@ class Interpreter:
                 f"{parsed.filename} is opened by QEMU alone, which knows no codec behind -z and no"
                 " option of two dashes"
             )
-        mended = self._defaults.mended if parsed.mended is None else parsed.mended
+        mended = self.defaults.mended if parsed.mended is None else parsed.mended
         memory_range = None
         if parsed.bounds:
             bounds = await self._with_registers(parsed.bounds, client)

@@ -102,6 +102,7 @@ REFUSED_BY_QMP: list[dict[str, Any]] = [
     *({**PLAIN, "length": 1}, {**PLAIN, "foo": 1}, {**PLAIN, "foo": None}),
     *({**RANGE, "length": 0}, {**RANGE, "begin": 1 << 50}, {**RANGE, "begin": MEMORY}),
     {**RANGE, "begin": (1 << 63) - 1, "length": (1 << 63) - 1},
+    {**RANGE, "begin": None, "length": None},
     {**RANGE, "protocol": "file:/dev/full", "length": 1 << 20},
 ]
 

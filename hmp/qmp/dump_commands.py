@@ -1,0 +1,174 @@
+"""The commands of QMP about dumps, which the proxy answers itself."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from qemu_dump_ext.engine.capabilities import query_capabilities
+from qemu_dump_ext.errors import CodecUnavailableError, RequestError, UnsupportedTargetError
+from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+
+from ..dump_job import DumpJob
+from ..dump_manager import DumpManager
+from ..dump_target import DumpTarget, is_for_qemu_alone
+from ..human.command_table import DUMP_COMMAND
+from ..human.interpreter import DumpDefaults
+from ..upstream.by_qmp import QmpUpstream, formats_of
+from .descriptors import NamedDescriptors
+from .messages import LeftToQemuError, Message, arguments_of, name_of
+
+CommandHandler = Callable[[Message], Coroutine[Any, Any, object]]
+"""Returns what a command returns."""
+
+_ELF = "elf"
+_RAW_KDUMP, _KDUMP = "kdump-raw-", "kdump-"
+_BY_DESCRIPTOR, _BY_NAME = "fd:", "file:"
+_ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "format"))
+_INT_MAX = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class _Destination:
+    # Where a dump goes, and what is to be done when QEMU would have used it up.
+    target: DumpTarget
+    release: Callable[[], None]
+    forget: Callable[[], None]
+
+
+class DumpCommands:
+    """Those of one client."""
+
+    def __init__(
+        self,
+        upstream: QmpUpstream,
+        dumps: DumpManager,
+        defaults: DumpDefaults,
+        descriptors: NamedDescriptors,
+        gone: Callable[[], Coroutine[Any, Any, object]],
+    ) -> None:
+        self._upstream = upstream
+        self._dumps = dumps
+        self._defaults = defaults
+        self._descriptors = descriptors
+        self._gone = gone
+        self.handlers: Mapping[str, CommandHandler] = {
+            DUMP_COMMAND: self._dump,
+            "query-dump": self._query_dump,
+            "query-dump-guest-memory-capability": self._query_capability,
+        }
+
+    async def _query_dump(self, request: Message) -> object:
+        if arguments_of(request) or self._dumps.job is None or self._dumps.latest_is_native:
+            raise LeftToQemuError
+        return self._dumps.query()
+
+    async def _query_capability(self, request: Message) -> object:
+        if arguments_of(request):
+            raise LeftToQemuError
+        native = formats_of(await self._upstream.call(name_of(request)))
+        ours = query_capabilities().formats
+        return {"formats": [*ours, *(name for name in native if name not in ours)]}
+
+    async def _dump(self, request: Message) -> object:
+        arguments = arguments_of(request)
+        dump_request = _request_of(arguments, mended=self._defaults.mended)
+        destination = self._destination_of(arguments["protocol"])
+        try:
+            job = await self._dumps.start(
+                dump_request,
+                destination.target,
+                self._defaults.memory,
+                release=destination.release,
+            )
+        except UnsupportedTargetError as error:
+            destination.forget()
+            raise LeftToQemuError from error
+        except CodecUnavailableError as error:
+            raise RequestError(f"kdump-{dump_request.codec} is not available now") from error
+        if not arguments.get("detach", False):
+            await self._wait(job)
+        return {}
+
+    async def _wait(self, job: DumpJob) -> None:
+        gone = asyncio.ensure_future(self._gone())
+        ends: set[asyncio.Future[Any]] = {job.finished, gone}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        gone.cancel()
+        if not job.finished.done():
+            job.cancel()
+        await asyncio.shield(job.finished)
+
+    def _destination_of(self, protocol: str) -> _Destination:
+        if protocol.startswith(_BY_DESCRIPTOR):
+            return self._descriptor_of(protocol, protocol.removeprefix(_BY_DESCRIPTOR))
+        name, directory = protocol.removeprefix(_BY_NAME), self._upstream.qemu_directory()
+        if is_for_qemu_alone(name, directory):
+            raise LeftToQemuError
+        return _Destination(DumpTarget(name, directory / name), _nothing, _nothing)
+
+    def _descriptor_of(self, protocol: str, name: str) -> _Destination:
+        descriptor = self._descriptors.get(name)
+        if descriptor is None:
+            raise LeftToQemuError
+        return _Destination(
+            DumpTarget(protocol, None, descriptor),
+            release=partial(self._use_up, name),
+            forget=partial(self._descriptors.drop, name),
+        )
+
+    def _use_up(self, name: str) -> None:
+        self._descriptors.drop(name)
+        closing = {"execute": "closefd", "arguments": {"fdname": name}}
+        self._upstream.post(closing, lambda _reply: None)
+
+
+def _request_of(arguments: Mapping[str, Any], *, mended: bool) -> DumpRequest:
+    if not _is_ours(arguments):
+        raise LeftToQemuError
+    dump_format = arguments.get("format", _ELF)
+    begin = arguments.get("begin")
+    raw = dump_format.startswith(_RAW_KDUMP)
+    codec = dump_format.removeprefix(_RAW_KDUMP if raw else _KDUMP)
+    return DumpRequest(
+        codec=None if dump_format == _ELF else codec,
+        raw=raw,
+        exact=not mended,
+        paging=arguments["paging"],
+        memory_range=None if begin is None else MemoryRange(begin, arguments["length"]),
+    )
+
+
+def _is_ours(arguments: Mapping[str, Any]) -> bool:
+    # What QEMU would refuse is left to QEMU, for its words.
+    dump_format, protocol = arguments.get("format", _ELF), arguments.get("protocol")
+    bounds = [arguments[name] for name in ("begin", "length") if name in arguments]
+    is_whole = not arguments.get("paging") and not bounds
+    return (
+        not arguments.keys() - _ARGUMENTS
+        and isinstance(arguments.get("paging"), bool)
+        and isinstance(arguments.get("detach", False), bool)
+        and isinstance(protocol, str)
+        and protocol.startswith((_BY_NAME, _BY_DESCRIPTOR))
+        and _is_format(dump_format)
+        and len(bounds) != 1
+        and all(map(_is_bound, bounds))
+        and (dump_format == _ELF or is_whole)
+    )
+
+
+def _is_format(name: object) -> bool:
+    known = query_capabilities()
+    return isinstance(name, str) and (name in known.formats or name in known.unavailable)
+
+
+def _is_bound(value: object) -> bool:
+    # QMP's int has 64 bits and a sign; what QEMU makes of a negative one depends on its version.
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _INT_MAX
+
+
+def _nothing() -> None:
+    pass
