@@ -13,8 +13,7 @@ from pathlib import Path
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from qemu_dump_ext.plan.request import DumpRequest
-from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.sinks._sink import Sink
+from qemu_dump_ext.sinks import Sink, open_sink
 from qemu_dump_ext.structures.dialect import QemuVersion
 
 CREATE_SINCE: QemuVersion = (8, 0, 0)  # `Could not create`; 7.2 says open, 11.1 create

@@ -6,9 +6,47 @@ import sys
 from collections.abc import Iterable
 from functools import cache
 
-from qemu_dump_ext.architectures._declaration import Architecture, TargetClues
+from qemu_dump_ext.architectures._declaration import (
+    Architecture,
+    Core,
+    NoteLayout,
+    Register,
+    TargetClues,
+    VcpuReadings,
+    phys_base,
+)
+from qemu_dump_ext.architectures._page_tables import (
+    ALWAYS_LEAF,
+    AddressWindow,
+    PageTableGeometry,
+    PageTableRoot,
+    TableLevel,
+    Translation,
+    passes,
+)
+from qemu_dump_ext.architectures._register_text import parse_named_values
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import UnsupportedTargetError
+
+__all__ = [
+    "ALWAYS_LEAF",
+    "AddressWindow",
+    "Architecture",
+    "Core",
+    "NoteLayout",
+    "PageTableGeometry",
+    "PageTableRoot",
+    "Register",
+    "TableLevel",
+    "TargetClues",
+    "Translation",
+    "VcpuReadings",
+    "all_architectures",
+    "architecture_for_cpu_types",
+    "parse_named_values",
+    "passes",
+    "phys_base",
+]
 
 
 @cache

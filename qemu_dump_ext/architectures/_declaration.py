@@ -11,11 +11,9 @@ from dataclasses import dataclass, field
 
 from qemu_dump_ext.architectures._page_tables import Translation
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder, StructLayout
+from qemu_dump_ext.structures.c_struct import U64_MAX, Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.structures.dialect import Dialect, QemuVersion
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
-
-_U64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True)
@@ -220,4 +218,4 @@ def phys_base(architecture: Architecture, vmcoreinfo: bytes, *, is_hex: bool = F
     if architecture.phys_base_key is None:
         return None
     value = vmcoreinfo_number(vmcoreinfo, architecture.phys_base_key, 16 if is_hex else 0)
-    return None if value is None else value & _U64
+    return None if value is None else value & U64_MAX

@@ -24,7 +24,7 @@ from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._page_tables import AddressWindow, ones_above
 from qemu_dump_ext.architectures._undumped import g_packet
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import U32_MAX, ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_MIPS, NT_PRFPREG
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
@@ -42,7 +42,6 @@ _CONFIG0_BE = 1 << 15
 _CONFIG0_AT = 3 << 13  # 0: a processor of 32 bits
 _CONFIG1_FP = 1
 _STATUS_FR = 1 << 26  # 32 registers of 64 bits instead of 16 pairs
-_U32 = (1 << 32) - 1
 
 _FLOATING_POINT = NoteLayout(
     "CORE",
@@ -117,7 +116,7 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     values = {**readings.monitor, **readings.gdb}
     for name in ("status", "cause"):
         if values.get(name, 0) >> 31 == 1:  # shown as 32 bits; Linux keeps it sign-extended
-            values[name] |= _U32 << 32
+            values[name] |= U32_MAX << 32
     fprs = _FPRS.split()
     if not values.get("config1", _CONFIG1_FP) & _CONFIG1_FP:
         values |= dict.fromkeys((*fprs, "fsr", "fir"), 0)
@@ -125,7 +124,7 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
         # The stub shows halves, the monitor pairs; Linux stores pairs.
         for even, odd in zip(fprs[::2], fprs[1::2], strict=True):
             if odd in readings.gdb:
-                values[even] = (values[odd] & _U32) << 32 | values[even] & _U32
+                values[even] = (values[odd] & U32_MAX) << 32 | values[even] & U32_MAX
             values[odd] = 0
     return values
 

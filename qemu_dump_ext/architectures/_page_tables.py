@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from qemu_dump_ext.structures.c_struct import ByteOrder
-
-_U64 = (1 << 64) - 1
+from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
 
 
 @dataclass(frozen=True)
@@ -126,14 +124,14 @@ class PageTableRoot:
 
     geometry: PageTableGeometry
     gpa: int
-    address_mask: int = _U64
+    address_mask: int = U64_MAX
     first: int = 0
-    last: int = _U64
+    last: int = U64_MAX
     exchanged: tuple[int, int] | None = None
 
     def parts(self, gva: int, gpa: int, size: int) -> Iterator[tuple[int, int, int]]:
         """Yield what is left of a run of pages as (gva, gpa, size)."""
-        if self.first == 0 and self.last == _U64 and self.exchanged is None:
+        if self.first == 0 and self.last == U64_MAX and self.exchanged is None:
             yield gva, gpa, size
             return
         start, end = max(gva, self.first), min(gva + size, self.last + 1)
@@ -178,4 +176,4 @@ def passes(entry: int, mask: int, wanted: int | None) -> bool:
 
 def ones_above(bits: int) -> int:
     """Return an address of 64 bits that has ones above the lowest `bits`."""
-    return _U64 & -1 << bits
+    return U64_MAX & -1 << bits

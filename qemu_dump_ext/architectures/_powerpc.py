@@ -24,7 +24,14 @@ from qemu_dump_ext.architectures._declaration import (
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus_layout, wide_fields
 from qemu_dump_ext.architectures._register_text import parse_rows
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import (
+    U32_MAX,
+    U64_MAX,
+    ByteOrder,
+    Field,
+    StructLayout,
+    fields_of,
+)
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import NT_PPC_SPE, NT_PPC_VMX, NT_PPC_VSX, NT_PRFPREG, NT_PRSTATUS
 
@@ -48,7 +55,6 @@ _HID0_HILE_POWER9 = 1 << 59
 _FIRST_ISA_3_PVRS = frozenset((0x4E, 0x80))  # POWER9, POWER10
 _MSR_LE_BYTE = 1
 _PSERIES = "pseries"
-_U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
 
 _REGISTERS = (
     *(
@@ -162,10 +168,13 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
             values.setdefault(_MONITOR_NAMES[name], int(value, 16))
     # On a 32-bit processor with SPE the rows show the high halves of its registers as well; a
     # 64-bit processor has no SPE.
-    word = _U32 if re.search(r"\bNIP [0-9a-f]{8}\b", text) else _U64
+    word = U32_MAX if re.search(r"\bNIP [0-9a-f]{8}\b", text) else U64_MAX
     for index in range(32):
         if (both := values.get(f"r{index}")) is not None:
-            values |= {f"r{index}": both & word, f"ev{index}h": both >> 32 if word == _U32 else 0}
+            values |= {
+                f"r{index}": both & word,
+                f"ev{index}h": both >> 32 if word == U32_MAX else 0,
+            }
     return values
 
 
@@ -175,7 +184,7 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     # The stub shows the low halves of these.
     for name in ("fpscr", "xer"):
         for wide in (readings.monitor, readings.native):
-            if name in wide and wide[name] & _U32 == values[name] & _U32:
+            if name in wide and wide[name] & U32_MAX == values[name] & U32_MAX:
                 values[name] = wide[name]
     if readings.gdb:
         absent = set(_OPTIONAL) - values.keys()

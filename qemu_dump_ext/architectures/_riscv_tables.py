@@ -16,9 +16,9 @@ from qemu_dump_ext.architectures._page_tables import (
     PageTableRoot,
     TableLevel,
 )
+from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
-_U64 = (1 << 64) - 1
 _VALID = LeafTest(mask=1, wanted=1)
 _LEAF = LeafTest(mask=0b1110, wanted=None)  # readable, writable or executable
 _PPN_LEFT = 2  # bit 10 of the entry is bit 12 of the address
@@ -72,7 +72,7 @@ def linux_tables(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[PageTabl
     va_bits = vmcoreinfo_number(vmcoreinfo, "NUMBER(VA_BITS)")
     mode = vmcoreinfo_number(vmcoreinfo, "NUMBER(satp)")
     if mode is not None:
-        va_bits = _MODES.get((mode & _U64) >> 60)
+        va_bits = _MODES.get((mode & U64_MAX) >> 60)
     if table is None or offset is None or va_bits not in _MODES.values():
         return ()
     return (PageTableRoot(riscv_tables(va_bits or 0), (table - offset) & (1 << 56) - 1),)

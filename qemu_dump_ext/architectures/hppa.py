@@ -16,7 +16,7 @@ from qemu_dump_ext.architectures._declaration import Core, Register
 from qemu_dump_ext.architectures._linux_notes import fpregset, numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import fields_of
+from qemu_dump_ext.structures.c_struct import U32_MAX, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import ELFOSABI_LINUX, EM_PARISC
 
@@ -41,7 +41,6 @@ _MONITOR_NAMES |= {"IPSW": "ipsw"} | {f"TR{index}": f"cr{24 + index}" for index 
 _EFA_PARISC_1_1 = 0x210
 _EFA_PARISC_2_0_WIDE = 0x80214
 _PSW_C = 1 << 18
-_U32 = (1 << 32) - 1
 
 
 def _parse_monitor(text: str) -> Mapping[str, int]:
@@ -65,7 +64,7 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
         values[f"iasq_{end.lower()}"] = int(space, 16)
         values[f"iaoq_{end.lower()}"] = int(value, 16)
     for end, value in re.findall(r"\bIA_([FB]) +([0-9a-f]{16})\b", text):
-        values[f"iaoq_{end.lower()}"] = int(value, 16) & _U32
+        values[f"iaoq_{end.lower()}"] = int(value, 16) & U32_MAX
         if values.get("psw", 0) & _PSW_C:
             values[f"iasq_{end.lower()}"] = int(value, 16) >> 32
     return values

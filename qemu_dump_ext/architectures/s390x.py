@@ -29,7 +29,7 @@ from qemu_dump_ext.architectures._page_tables import (
     TableLevel,
 )
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import (
     EM_S390,
@@ -53,7 +53,6 @@ _VECTOR_LOW = " ".join(f"v{index}l" for index in range(16))
 _VECTOR_HIGH = numbered("v", 16, first=16)
 _GUARDED_STORAGE = "gs_reserved gsd gssm gsepla"
 _CONDITION_CODE_SHIFT = 44
-_LOW_64 = (1 << 64) - 1
 
 
 def _linux(note_type: int, name: str, *fields: Field) -> NoteLayout:
@@ -206,7 +205,7 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
     for number, digits in re.findall(r"\bV(\d\d)=([0-9a-f]{32})\b", text):
         index, value = int(number), int(digits, 16)
         if index < 16:
-            values |= {f"f{index}": value >> 64, f"v{index}l": value & _LOW_64}
+            values |= {f"f{index}": value >> 64, f"v{index}l": value & U64_MAX}
         else:
             values[f"v{index}"] = value
     for number, digits in re.findall(r"\bF(\d\d)=([0-9a-f]{16})\b", text):

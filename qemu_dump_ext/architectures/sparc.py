@@ -15,14 +15,13 @@ from collections.abc import Mapping
 from qemu_dump_ext.architectures._declaration import Core, NoteLayout, Register
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._undumped import g_packet, make_architecture
-from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import U32_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.elf import EM_SPARC, NT_PRFPREG
 
 _WINDOWED = " ".join(numbered(letter, 8) for letter in "goli")
 _FPRS = numbered("f", 32)
 _CONTROL = "psr pc npc y"
 _QUEUE_ENTRY_SIZE = 8
-_U32 = (1 << 32) - 1
 
 _FPREGSET = StructLayout(
     "elf_fpregset_t",
@@ -42,7 +41,7 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
     for first, row in re.findall(r"^%f(\d\d):((?: +[0-9a-f]{16})+) *$", text, re.MULTILINE):
         for index, pair in enumerate(row.split()):
             even = int(first) + 2 * index
-            values |= {f"f{even}": int(pair, 16) >> 32, f"f{even + 1}": int(pair, 16) & _U32}
+            values |= {f"f{even}": int(pair, 16) >> 32, f"f{even + 1}": int(pair, 16) & U32_MAX}
     for name, value in re.findall(r"\b(psr|pc|npc|y|fsr): ([0-9a-f]{8})\b", text):
         values[name] = int(value, 16)
     return values

@@ -30,7 +30,7 @@ from qemu_dump_ext.architectures._page_tables import (
     ones_above,
 )
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_386, EM_X86_64, NT_QEMU
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
@@ -51,7 +51,6 @@ _SEGMENT_L = 1 << 21
 _PRINTED_FLAGS = 0x00FFFF00
 _CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
 _4G = 1 << 32
-_U64 = (1 << 64) - 1
 _KERNEL_MAP_BASE = 0xFFFFFFFF80000000
 """__START_KERNEL_map: where the kernel image is linked, and mapped but for KASLR."""
 
@@ -238,7 +237,7 @@ def _long_mode_tables(count: int, *, native: bool) -> PageTableGeometry:
 @cache
 def pae_tables(*, native: bool) -> PageTableGeometry:
     """Return the tables of 32-bit mode with entries of 8 bytes."""
-    next_table = _U64 & ~0xFFF if native else _ADDRESS
+    next_table = U64_MAX & ~0xFFF if native else _ADDRESS
     directory_pointers = TableLevel(30, 4, None, next_table, ())
     return PageTableGeometry(
         "x86, PAE",
@@ -272,7 +271,7 @@ def _page_table_roots(registers: Mapping[str, int], native: bool) -> Sequence[Pa
     cr3, cr4 = registers["cr3"], registers["cr4"]
     # In system management mode the line A20 is not masked.
     masked = not registers.get("a20", 1) and not registers.get("smm", 0)
-    address_mask = _U64 & ~_A20 if masked else _U64
+    address_mask = U64_MAX & ~_A20 if masked else U64_MAX
     if not cr4 & _CR4_PAE:
         tables = legacy_tables(large_pages=bool(cr4 & _CR4_PSE))
         return (PageTableRoot(tables, cr3 & ~0xFFF, address_mask),)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
-from qemu_dump_ext.sinks._sink import Sink
+from qemu_dump_ext.sinks import Sink
 
 ProgressCallback = Callable[[int], None]
 """Gets the bytes of guest memory that have been added to the dump since the last call."""

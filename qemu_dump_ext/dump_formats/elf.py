@@ -27,7 +27,7 @@ from qemu_dump_ext.pages.zero_pages import runs_with_content
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
-from qemu_dump_ext.sinks._sink import Sink
+from qemu_dump_ext.sinks import Sink
 from qemu_dump_ext.structures.elf import (
     EHDR,
     ELF_MAGIC,

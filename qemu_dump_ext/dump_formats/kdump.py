@@ -22,15 +22,14 @@ from qemu_dump_ext.dump_formats._kdump_pages import (
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
-from qemu_dump_ext.page_codecs._declaration import PageCodec
+from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs
 from qemu_dump_ext.pages.packing import Compression, Packer
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
 from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
-from qemu_dump_ext.sinks._sink import Sink
-from qemu_dump_ext.structures.c_struct import Abi
+from qemu_dump_ext.sinks import Sink
+from qemu_dump_ext.structures.c_struct import U32_MAX, Abi
 from qemu_dump_ext.structures.kdump import (
     DISK_DUMP_HEADER,
     HEADER_VERSION,
@@ -39,7 +38,6 @@ from qemu_dump_ext.structures.kdump import (
     PAGE_DESCRIPTOR,
 )
 
-_U32 = (1 << 32) - 1
 _DUMP_LEVEL = 1
 _WORTH_PROCESSES = 256 << 20
 """Bytes of guest memory from which on starting them takes less time than they save."""
@@ -129,7 +127,7 @@ def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
     end = plan.ram_blocks[-1].end
     max_mapnr = (end // page_size if exact else -(-end // page_size)) - plan.pfn_base
     bitmap_blocks = -(-max_mapnr // (8 * page_size))
-    if 2 * bitmap_blocks > _U32:
+    if 2 * bitmap_blocks > U32_MAX:
         raise RequestError(
             f"the page map of a kdump does not reach guest memory at {plan.ram_blocks[-1].gpa:#x}",
             hint="take an ELF core, or what is below with --range BEGIN LENGTH",
@@ -155,7 +153,7 @@ def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
             block_size=page_size,
             sub_hdr_size=sub_header_blocks,
             bitmap_blocks=2 * bitmap_blocks,
-            max_mapnr=min(max_mapnr, _U32),
+            max_mapnr=min(max_mapnr, U32_MAX),
             nr_cpus=plan.vcpu_count,
         ),
         sub_header=sub_header.pack(

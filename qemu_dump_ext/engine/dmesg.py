@@ -6,8 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.architectures._declaration import Architecture, Core
+from qemu_dump_ext.architectures import Architecture, Core, all_architectures
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.errors import (

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from qemu_dump_ext.architectures._page_tables import Translation
+from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceError
@@ -28,7 +28,7 @@ from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.qemu.run_state import stopped
-from qemu_dump_ext.sinks._sink import Sink
+from qemu_dump_ext.sinks import Sink
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text

@@ -14,7 +14,8 @@ from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.elf import NT_QEMU
 from qemu_dump_ext.structures.elf_notes import Note
 
-_LISTED_JSON = 1024
+LISTED_JSON = 1024
+"""Segments or ranges of memory that are listed; of more, the count is told."""
 _QEMU_NOTE_HEAD = 8
 """Bytes of version and size, both u32, at the start of QEMU's note."""
 
@@ -66,7 +67,7 @@ def describe(file: str, dump: DumpFile) -> dict[str, Any]:
     }
     if isinstance(dump, ElfCoreFile):
         facts["segment_count"] = len(dump.segments)
-        facts["segments"] = [asdict(segment) for segment in dump.segments[:_LISTED_JSON]]
+        facts["segments"] = [asdict(segment) for segment in dump.segments[:LISTED_JSON]]
     if isinstance(dump, KdumpFile):
         facts["sub_header"] = dict(dump.sub_header)
         parts["pages"] = lambda: _describe_pages(dump)
@@ -119,7 +120,7 @@ def _describe_pages(dump: KdumpFile) -> dict[str, Any]:
 
 def _describe_memory(ranges: Iterable[tuple[int, int]]) -> dict[str, Any]:
     ranges = iter(ranges)
-    listed = [{"gpa": gpa, "size_bytes": size} for gpa, size in islice(ranges, _LISTED_JSON)]
+    listed = [{"gpa": gpa, "size_bytes": size} for gpa, size in islice(ranges, LISTED_JSON)]
     size, count = sum(item["size_bytes"] for item in listed), len(listed)
     for _, more in ranges:
         size, count = size + more, count + 1

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.architectures import Architecture
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations
 from qemu_dump_ext.paging.walk import translate_by
+from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
-_U64 = (1 << 64) - 1
 _TWO_POINTERS_OF_32_BITS = 8
 
 
@@ -66,7 +66,7 @@ class KernelMemory:
             gpa, run = self._translate(gva)
             part = view[: min(run, len(view))]
             self._read_physical(gva, gpa, part)
-            gva, view = (gva + len(part)) & _U64, view[len(part) :]
+            gva, view = (gva + len(part)) & U64_MAX, view[len(part) :]
         return bytes(data)
 
     def _translate(self, gva: int) -> tuple[int, int]:

@@ -14,8 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
 
-from qemu_dump_ext.architectures._declaration import Architecture
-from qemu_dump_ext.architectures._page_tables import PageTableRoot, Translation
+from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at

@@ -13,11 +13,11 @@ import re
 from collections.abc import Callable
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.structures.c_struct import U64_MAX
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
 _REGISTER = re.compile(r"\$[\w.]+", re.ASCII)
 _REGISTER_VALUE = re.compile(r"(0x)?[0-9a-f]+")
-_U64 = (1 << 64) - 1
 _NESTING_MAX = 64
 _OPERATORS: tuple[dict[str, Callable[[int, int], int]], ...] = (
     {"+": operator.add, "-": operator.sub},
@@ -169,7 +169,7 @@ class _Parser:
             value = int(digits, 8)
         else:
             value = int(digits, 0)
-        if value > _U64:
+        if value > U64_MAX:
             raise RequestError("number too large")
         self._position += len(digits)
         self._skip_blanks()
@@ -186,5 +186,5 @@ def _divide(sign: str, value: int, other: int) -> int:
 
 
 def _signed(value: int) -> int:
-    value &= _U64
+    value &= U64_MAX
     return value - (1 << 64) if value >> 63 else value

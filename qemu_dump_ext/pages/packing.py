@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from qemu_dump_ext.page_codecs import all_page_codecs
-from qemu_dump_ext.page_codecs._declaration import Compress
+from qemu_dump_ext.page_codecs import Compress, all_page_codecs
 from qemu_dump_ext.pages.pipeline import Buffer
 
 PAGE_SIZES = "I"

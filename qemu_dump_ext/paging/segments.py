@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from qemu_dump_ext.guest.model import RamBlock
-
-_U64 = (1 << 64) - 1
+from qemu_dump_ext.structures.c_struct import U64_MAX
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ class NativeMappingList:
         """Add consecutive pages, as if one by one."""
         while size:
             last = self._last
-            if last is not None and gpa == last.end and gva == (last.gva + last.size) & _U64:
+            if last is not None and gpa == last.end and gva == (last.gva + last.size) & U64_MAX:
                 self._resize(last, last.gva, last.size + size)
                 return
             found = self._find(gva, gpa, page_size)
@@ -78,7 +77,7 @@ class NativeMappingList:
                 return
             self._last = found
             taken = self._merge(found, gva, gpa, size, page_size)
-            gva, gpa, size = (gva + taken) & _U64, gpa + taken, size - taken
+            gva, gpa, size = (gva + taken) & U64_MAX, gpa + taken, size - taken
 
     def segments(self) -> list[Segment]:
         """Return the list in QEMU's order."""
@@ -86,7 +85,7 @@ class NativeMappingList:
         return [Segment(element.gva, element.gpa, element.size) for element in ordered]
 
     def _find(self, gva: int, gpa: int, page_size: int) -> _Element | None:
-        chain = self._chains.get((gva - gpa) & _U64)
+        chain = self._chains.get((gva - gpa) & U64_MAX)
         if not chain:
             return None
         index = bisect_left(chain, gpa, key=_END)
@@ -96,21 +95,21 @@ class NativeMappingList:
 
     def _merge(self, found: _Element, gva: int, gpa: int, size: int, page_size: int) -> int:
         """Merge the first page, or all pages where the result is the same; return the bytes."""
-        wraps = found.gva + found.size > _U64 or gva + size > _U64
+        wraps = found.gva + found.size > U64_MAX or gva + size > U64_MAX
         if gpa >= found.gpa and not wraps:
             # Pages inside change nothing, and behind the end each continues the element.
             if gpa + size > found.end:
                 self._resize(found, found.gva, gpa + size - found.gpa)
             return size
         start, length = found.gva, found.size
-        if gpa == found.end and gva == (start + length) & _U64:
+        if gpa == found.end and gva == (start + length) & U64_MAX:
             length += page_size
         else:
             if gva < start:
                 length += start - gva
                 start = gva
-            if (gva + page_size) & _U64 > (start + length) & _U64:
-                length = (gva + page_size - start) & _U64
+            if (gva + page_size) & U64_MAX > (start + length) & U64_MAX:
+                length = (gva + page_size - start) & U64_MAX
         self._resize(found, start, length)
         return page_size
 
@@ -122,7 +121,7 @@ class NativeMappingList:
 
     def _resize(self, element: _Element, gva: int, size: int) -> None:
         if element.hider is None and gva == element.gva and size > element.size:
-            chain = self._chains[(gva - element.gpa) & _U64]
+            chain = self._chains[(gva - element.gpa) & U64_MAX]
             if chain[-1] is element:  # the usual case: nothing behind it to hide
                 element.size = size
                 return
@@ -131,7 +130,7 @@ class NativeMappingList:
         self._link(element)
 
     def _link(self, element: _Element) -> None:
-        chain = self._chains.setdefault((element.gva - element.gpa) & _U64, [])
+        chain = self._chains.setdefault((element.gva - element.gpa) & U64_MAX, [])
         index = bisect_left(chain, element.key, key=_KEY)
         if index and chain[index - 1].end >= element.end:
             element.hider = chain[index - 1]
@@ -148,7 +147,7 @@ class NativeMappingList:
             element.hider.hidden.remove(element)
             element.hider = None
         else:
-            chain = self._chains[(element.gva - element.gpa) & _U64]
+            chain = self._chains[(element.gva - element.gpa) & U64_MAX]
             del chain[bisect_left(chain, element.key, key=_KEY)]
         hidden, element.hidden = element.hidden, []
         for other in hidden:
@@ -174,7 +173,7 @@ def merge_within_blocks(runs: Iterable[Segment], blocks: Sequence[RamBlock]) -> 
     """
     by_distance: dict[int, list[tuple[int, int]]] = {}
     for run in runs:
-        distance = (run.gva - run.gpa) & _U64
+        distance = (run.gva - run.gpa) & U64_MAX
         by_distance.setdefault(distance, []).append((run.gpa, run.gpa + run.size))
     ends = [block.end for block in blocks]
     segments = []
@@ -188,7 +187,7 @@ def merge_within_blocks(runs: Iterable[Segment], blocks: Sequence[RamBlock]) -> 
             index = bisect_right(ends, start)
             while index < len(blocks) and blocks[index].gpa < end:
                 low, high = max(start, blocks[index].gpa), min(end, ends[index])
-                segments.append(Segment((low + distance) & _U64, low, high - low))
+                segments.append(Segment((low + distance) & U64_MAX, low, high - low))
                 index += 1
             start, end = first, behind
     segments.sort(key=attrgetter("gva", "gpa"))

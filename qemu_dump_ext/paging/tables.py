@@ -6,8 +6,13 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from functools import partial
 
-from qemu_dump_ext.architectures._declaration import Architecture, phys_base
-from qemu_dump_ext.architectures._page_tables import AddressWindow, PageTableRoot, Translation
+from qemu_dump_ext.architectures import (
+    AddressWindow,
+    Architecture,
+    PageTableRoot,
+    Translation,
+    phys_base,
+)
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from struct import Struct
 
-from qemu_dump_ext.architectures._page_tables import (
+from qemu_dump_ext.architectures import (
     ALWAYS_LEAF,
     AddressWindow,
     PageTableGeometry,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.architectures._declaration import Architecture, Core, phys_base
+from qemu_dump_ext.architectures import Architecture, Core, phys_base
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.paging.segments import (

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.paging.segments import _U64, Segment
+from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.plan.request import MemoryRange
+from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.dialect import Dialect
 
 
@@ -66,7 +67,7 @@ def filter_native(segments: Iterable[Segment], wanted: MemoryRange) -> list[Segm
         if gpa < wanted.begin:
             size -= wanted.begin - gpa
             if gva:
-                gva = (gva + wanted.begin - gpa) & _U64
+                gva = (gva + wanted.begin - gpa) & U64_MAX
             gpa = wanted.begin
         kept.append(Segment(gva, gpa, min(size, wanted.end - gpa)))
     return kept

@@ -6,8 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from qemu_dump_ext.architectures import all_architectures, architecture_for_cpu_types
-from qemu_dump_ext.architectures._declaration import Architecture, TargetClues, VcpuReadings
+from qemu_dump_ext.architectures import (
+    Architecture,
+    TargetClues,
+    VcpuReadings,
+    all_architectures,
+    architecture_for_cpu_types,
+)
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess, Monitor
 from qemu_dump_ext.guest.model import RamBlock, Vcpu

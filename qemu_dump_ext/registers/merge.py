@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from qemu_dump_ext.architectures._declaration import Architecture, Register, VcpuReadings
-from qemu_dump_ext.architectures._register_text import parse_named_values
+from qemu_dump_ext.architectures import Architecture, Register, VcpuReadings, parse_named_values
 from qemu_dump_ext.guest.access import Stub
 from qemu_dump_ext.registers.from_stub import read_stub_registers
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLayout
+from qemu_dump_ext.architectures import Architecture, Core, NoteLayout
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, encode_note

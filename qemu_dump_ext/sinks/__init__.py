@@ -10,6 +10,8 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.sinks._declaration import SinkKind, Target
 from qemu_dump_ext.sinks._sink import Sink
 
+__all__ = ["Sink", "SinkKind", "Target", "all_sinks", "open_sink", "target_forms"]
+
 
 @cache
 def all_sinks() -> dict[str, SinkKind]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+U32_MAX = (1 << 32) - 1
+U64_MAX = (1 << 64) - 1
 ByteOrder = Literal["little", "big"]
 
 _INTEGER_SIZES = {"u8": 1, "u16": 2, "u32": 4, "s32": 4, "u64": 8, "s64": 8}

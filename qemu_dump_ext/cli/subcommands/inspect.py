@@ -28,7 +28,7 @@ from typing import Any
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.inspect import _LISTED_JSON, describe
+from qemu_dump_ext.engine.inspect import LISTED_JSON, describe
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 
 _LISTED_WORDS = 32
@@ -113,7 +113,7 @@ def _in_words(facts: dict[str, Any]) -> Iterator[str]:
 
 def _rest(count: int) -> Iterator[str]:
     if count > _LISTED_WORDS:
-        yield f"  and {count - _LISTED_WORDS} more (--json lists up to {_LISTED_JSON})"
+        yield f"  and {count - _LISTED_WORDS} more (--json lists up to {LISTED_JSON})"
 
 
 def _aligned(facts: dict[str, Any]) -> Iterator[str]:

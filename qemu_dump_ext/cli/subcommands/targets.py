@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 
-from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.architectures._declaration import Architecture
+from qemu_dump_ext.architectures import Architecture, all_architectures
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.guest_images.manifest import load_manifest
