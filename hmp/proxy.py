@@ -39,7 +39,8 @@ _EPILOG = (
 )
 
 
-def _parser() -> OneLineParser:
+def proxy_parser() -> OneLineParser:
+    """Return the parser of the command line."""
     parser = OneLineParser(
         prog=PROGRAM,
         description="QEMU's human monitor, in which dump-guest-memory is that of qemu_dump_ext.",
@@ -273,7 +274,7 @@ def _complain(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     try:
-        arguments = _parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+        arguments = proxy_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
         return asyncio.run(_serve(arguments))
     except DumpError as error:
         _complain(str(error))

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType, ModuleType
 
 from qemu_dump_ext.cli import subcommands
@@ -52,32 +53,47 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run_subcommand(
-    program: str, description: str, folder: ModuleType, argv: Sequence[str] | None
-) -> int:
-    """Run the subcommand that the command line names; returns the exit status.
+def subcommand_parser(
+    program: str, description: str, folder: ModuleType
+) -> argparse.ArgumentParser:
+    """Return the parser of a program of several words, for `run_subcommand`.
 
     Args:
         program: What users call it.
         description: One line.
         folder: Has one file for each subcommand; `_` in its name is `-` in the word.
-        argv: Behind the program; None: of this process.
     """
     parser = argparse.ArgumentParser(prog=program, description=description)
     add_version(parser)
-    choices = parser.add_subparsers(dest="subcommand", metavar="COMMAND", required=True)
-    commands = {
-        name.replace("_", "-"): command
-        for name, command in collect(folder, "COMMAND", Subcommand).items()
-    }
-    for word, command in commands.items():
-        command.add_arguments(choices.add_parser(word, help=command.help, description=command.help))
+    choices = parser.add_subparsers(
+        title="commands", dest="subcommand", metavar="COMMAND", required=True
+    )
+    for name, command in collect(folder, "COMMAND", Subcommand).items():
+        word = name.replace("_", "-")
+        subparser = choices.add_parser(word, help=command.help, description=command.help)
+        command.add_arguments(subparser)
+        subparser.set_defaults(run_subcommand=command.run)
+    return parser
+
+
+def run_subcommand(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Run the subcommand that the command line names; returns the exit status.
+
+    Args:
+        parser: Made by `subcommand_parser`.
+        argv: The words behind the program; None: those of this process.
+    """
     arguments = parser.parse_args(argv)
-    word = arguments.subcommand
-    return run_guarded(f"{program} {word}", lambda: commands[word].run(arguments))
+    run = partial(arguments.run_subcommand, arguments)
+    return run_guarded(f"{parser.prog} {arguments.subcommand}", run)
+
+
+def tools_parser() -> argparse.ArgumentParser:
+    """Return the parser of `qemu-dump`."""
+    description = "Look at crash dumps, and at guests to take them from."
+    return subcommand_parser("qemu-dump", description, subcommands)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `qemu-dump`; returns the exit status."""
-    description = "Look at crash dumps, and at guests to take them from."
-    return run_subcommand("qemu-dump", description, subcommands, argv)
+    return run_subcommand(tools_parser(), argv)

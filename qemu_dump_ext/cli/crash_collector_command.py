@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
-from qemu_dump_ext.cli import collector, run_guarded, run_subcommand
+from qemu_dump_ext.cli import collector, run_guarded, run_subcommand, subcommand_parser
 from qemu_dump_ext.third_party import require_extra
 
 _PROGRAM = "qemu-crash-collector"
+
+
+def collector_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line; needs the packages of the extra `collector`."""
+    description = "Watch QEMU guests, and collect what their crashes leave behind."
+    return subcommand_parser(_PROGRAM, description, collector)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,5 +24,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     require_extra("collector", _PROGRAM)
-    description = "Watch QEMU guests, and collect what their crashes leave behind."
-    return run_subcommand(_PROGRAM, description, collector, argv)
+    return run_subcommand(collector_parser(), argv)

@@ -64,7 +64,8 @@ def _add_action(
         type=Path,
         default=default_cache(),
         metavar="DIR",
-        help="where downloads are kept (default: %(default)s)",
+        help="where downloads are kept; default: images/cache of the checkout, or"
+        " ~/.cache/qemu_dump_ext",
     )
     return parser
 

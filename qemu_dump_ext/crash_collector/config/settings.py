@@ -79,6 +79,10 @@ class Rate:
     """At most so many dumps of one guest in so many seconds.
 
     More crashes are recorded without a dump, and above ten times as many only counted.
+
+    Attributes:
+        dumps: How many dumps of one guest are taken within `per`.
+        per: The time in which dumps are counted.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -94,9 +98,10 @@ class Heartbeat:
     Attributes:
         by: `program-counters`: the registers of all vCPUs are the same whenever they are looked
             at; `guest-agent`: the agent in the guest, once it has answered, answers no more.
-        interval: How often it is looked at.
-        after: For how long nothing must have changed.
-        socket: Of the guest agent; `{name}`, `{stem}` and `{directory}` are those of the guest.
+        interval: How often the guest is looked at.
+        after: How long a guest must have shown no progress to count as crashed.
+        socket: The socket of the guest agent; `{name}`, `{stem}` and `{directory}` are those of
+            the guest.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -115,7 +120,12 @@ class Heartbeat:
 
 @dataclass(frozen=True)
 class AfterCommand:
-    """Run a program when a crash is stored, with CRASH_DIRECTORY and others in its environment."""
+    """Run a program when a crash is stored, with CRASH_DIRECTORY and others in its environment.
+
+    Attributes:
+        command: The program and its arguments.
+        timeout: How long the program may take; it is ended then.
+    """
 
     __pydantic_config__ = _NO_MORE
 
@@ -128,8 +138,10 @@ class Symbols:
     """Where the guest kernel's symbols are; `{release}` is the kernel's release.
 
     Attributes:
-        system_map: Names the functions at which vCPUs stand, where neither log nor drgn names any.
-        vmlinux: With DWARF, for crash and drgn; names those of the dump, where the log names none.
+        system_map: The kernel's System.map, which names the functions at which the vCPUs stand
+            where neither the kernel's log nor drgn names any.
+        vmlinux: The kernel's vmlinux with DWARF, for crash and drgn; drgn names the functions of
+            the crash by it, where the kernel's log names none.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -144,19 +156,22 @@ class Settings:
 
     Attributes:
         causes: What counts as a crash.
-        format: Of the dump, by the name that QMP has for it.
-        level: Of the page codec.
-        memory: Where guest memory comes from, as `--memory` has it.
-        console: File to which QEMU logs the console; `{name}`, `{stem}`, `{directory}`.
-        console_patterns: Regular expressions; a new line of the console with one is a crash.
-        heartbeat: How a guest is found that makes no progress; None: it is not looked for.
+        format: The format of the dump, by the name that QMP has for it.
+        level: The level of the page codec; low is fast, high is small.
+        memory: Where guest memory comes from, as `--memory` of the dump command has it.
+        console: The file to which QEMU logs the console of the guest.
+        console_patterns: Regular expressions; a new line of the console that one of them matches
+            is a crash.
+        heartbeat: How a guest is found that makes no progress; without, none is looked for.
         dumps_per_signature: How many dumps of crashes of the same signature are kept in the
-            store; of more, everything but the dump is stored.
-        rate: For each guest.
-        after: What is done with the guest when its crash is stored.
-        labels: Any words; stored with each crash.
-        symbols: Where the kernel's are.
-        verify_with: Readers that must open a dump too before it is called verified.
+            store; of more crashes, everything but the dump is stored.
+        rate: How many dumps of each guest are taken at most.
+        after: What is done with the guest when its crash is stored; or `{command: [...]}`, a
+            program that is run.
+        labels: Any words and their values, which are stored with each crash.
+        symbols: Where the symbols of the guest's kernel are.
+        verify_with: Readers that must open a dump, beside our own verifier, before it is called
+            verified.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -194,11 +209,11 @@ class GuestEntry(Settings):
     """One guest, or many; exactly one of the first three.
 
     Attributes:
-        socket: Path of a QMP socket, or HOST:PORT.
-        glob: Pattern of paths of QMP sockets, which come and go.
-        directory: Every socket in it is a QMP socket.
-        name: Of the guest: `{stem}` is the name of the socket without what is behind its last
-            dot, `{directory}` that of the directory around it.
+        socket: The path of a QMP socket, or HOST:PORT.
+        glob: A pattern of paths of QMP sockets, which may come and go.
+        directory: A directory in which every socket is a QMP socket.
+        name: The name of the guest: `{stem}` is the name of the socket without what is behind its
+            last dot, `{directory}` that of the directory around it.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -217,13 +232,13 @@ class GuestEntry(Settings):
 
 @dataclass(frozen=True)
 class Limits:
-    """What the store may take; what goes first is said in `crash_limits`.
+    """What the store may take.
 
     Attributes:
-        bytes: Of all crashes together; None: any.
-        count: Of crashes; None: any.
-        age: Of a crash, in seconds; None: any.
-        free: What the file system must have left, in bytes.
+        bytes: How much all crashes together may take; without, any.
+        count: How many crashes are kept.
+        age: How old a crash may become; without, any age.
+        free: How much the file system of the store must have left.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -239,13 +254,15 @@ class Upload:
     """Where crashes are copied to once they are in the store.
 
     Attributes:
-        url: Any that fsspec knows; `{host}` is the name of this host.
+        url: A URL of any kind that fsspec knows; `{host}` is the name of this host.
         options: What fsspec takes besides, for such URLs: `key`, `username`, `endpoint_url`, ...
-        confirm: `content`: what arrived is read back and compared; `size`: only its size is.
-        keep_dump: False: the dump is removed here when the upload is confirmed; the rest stays.
+        confirm: How an upload is confirmed: `content` reads back what arrived and compares it,
+            `size` compares sizes only.
+        keep_dump: Whether the dump stays here when the upload is confirmed; the rest of the crash
+            stays in any case.
         timeout: How long one attempt to upload one crash may take.
-        retry: How soon it is tried again; after each failure twice as late.
-        retry_max: How late at most.
+        retry: How soon an upload that failed is tried again; after each failure twice as late.
+        retry_max: How late an upload that failed is tried again at most.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -261,21 +278,24 @@ class Upload:
 
 @dataclass(frozen=True)
 class Configuration:
-    """All of it.
+    """The whole configuration of an agent.
 
     Attributes:
-        store: Directory of the crashes.
-        guests: Which guests are watched.
-        control: Socket for people and scripts; None: `.control` in the store.
-        concurrent_dumps: How many are taken at the same time.
+        store: The directory in which crashes are stored, one directory each.
+        guests: Which guests are watched, a list.
+        control: The socket by which `qemu-crash-collector` talks to the agent; without, `.control`
+            in the store.
+        concurrent_dumps: How many dumps are taken at the same time.
         scan_interval: How often globs, directories and console logs are looked at.
         answer_timeout: How long QEMU may take to answer a command.
-        retry_interval: Until a crash that could not be stored is collected again.
+        retry_interval: How soon a crash that could not be stored is collected again.
         limits: What the store may take.
-        upload: Where crashes are copied to; None: nowhere.
-        report: File of the report in HTML, written anew after each crash; None: only when asked.
-        metrics_port: Where Prometheus finds the metrics on 127.0.0.1; None: nowhere.
-        defaults: For guests that do not say otherwise.
+        upload: Where crashes are copied to; without, nowhere.
+        report: The file of the report in HTML, written anew after each crash; without, a report
+            is written only by `qemu-crash-collector report`.
+        metrics_port: The port on 127.0.0.1 at which Prometheus finds the metrics; without, there
+            are none.
+        defaults: What holds for guests that do not say otherwise.
     """
 
     __pydantic_config__ = _NO_MORE
