@@ -1,4 +1,4 @@
-# Set up a Debian 12 or Ubuntu machine: system packages, and a virtual environment in .venv.
+# Set up a machine with Debian 12, Debian 13 or Ubuntu: system packages, and a virtual environment in .venv.
 # Sourced by images/demo.sh and tests/run.sh, which say what they need:
 #   set_up "APT PACKAGES" "PIP EXTRAS"
 
@@ -20,7 +20,11 @@ install_packages() {
     say "installing$missing"
     as_root apt-get update -qq
     as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get install -y -qq --no-install-recommends $missing >/dev/null
+        apt-get install -o DPkg::Lock::Timeout=600 -y -qq --no-install-recommends $missing >/dev/null
+}
+
+pip_install() {
+    .venv/bin/python -m pip install -q --disable-pip-version-check -c images/constraints.txt -e "$1"
 }
 
 set_up() {
@@ -33,13 +37,13 @@ set_up() {
         say "making the virtual environment .venv"
         python3 -m venv .venv
     fi
-    # Once for each state of pyproject.toml.
-    wanted="$2 $(cksum <pyproject.toml)"
+    # Once for each state of what is asked for.
+    wanted="$2 $(cat pyproject.toml images/constraints.txt | cksum)"
     [ "$(cat .venv/installed 2>/dev/null)" != "$wanted" ] || return 0
     say "installing qemu_dump_ext with [$2]"
-    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[$2]"
+    pip_install ".[$2]"
     # python-lzo is built from source, which not every machine can do.
-    .venv/bin/python -m pip install -q --disable-pip-version-check -e ".[lzo]" ||
+    pip_install ".[lzo]" ||
         echo "python-lzo could not be built: everything works but -l (see above)" >&2
     echo "$wanted" >.venv/installed
 }

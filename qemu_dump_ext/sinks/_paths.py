@@ -19,9 +19,12 @@ def path_of(target: str) -> Path:
         raise RequestError("the name of the dump is empty")
     try:
         # A symbolic link stays one: its target is what is replaced.
-        return Path(path).expanduser().resolve()
+        resolved = Path(path).expanduser().resolve()
     except RuntimeError as error:  # no such user's home, or a loop of links
         raise RequestError(f"{path} names no file: {error}") from error
+    if resolved.is_symlink():  # where Python 3.13 leaves a loop
+        raise RequestError(f"{path} names no file: a loop of symbolic links")
+    return resolved
 
 
 def mode_of(path: Path) -> int | None:
