@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,9 @@ from qemu_dump_ext.qemu.qmp import connect_qmp
 ResultT = TypeVar("ResultT")
 
 _MOST_VCPUS_ON_UNIX_SOCKET = 32
+_PACKET_SIZE = re.compile(r"PacketSize=([0-9a-f]{1,6})(?:;|$)")
+_SMALLEST_PACKET = 256
+_PACKET_MARGIN = 64
 _GONE = "the guest is gone: QEMU closed the connection to gdb"
 
 
@@ -53,6 +57,9 @@ class GdbMonitor:
 class GdbStub:
     """QEMU's gdbstub by gdb's own connection."""
 
+    def __init__(self) -> None:
+        self._packet_bytes: int | None = None
+
     def addresses(self) -> Sequence[str]:
         """Return what the user told gdb to connect to."""
         connection = gdb.selected_inferior().connection
@@ -70,16 +77,26 @@ class GdbStub:
         return (reply or b"").decode("ascii", "replace")
 
     def read(self, address: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `address` on."""
-        try:
-            content = gdb.selected_inferior().read_memory(address, len(buffer))
-            buffer[:] = memoryview(content).cast("B")
-        except gdb.MemoryError as error:
-            if not _connected():
-                raise SourceError(_GONE) from error
-            raise GuestMemoryFaultError(address, len(buffer), str(error)) from error
-        except gdb.error as error:
-            raise _lost_or(error, "reading memory") from error
+        """Fill `buffer` from `address` on.
+
+        By packets of ours: as fast as gdb's own reading, and gdb 16 ends with an internal error
+        behind one that finds the connection lost.
+        """
+        size = self._bytes_in_packet()
+        for start in range(0, len(buffer), size):
+            piece = buffer[start : start + size]
+            reply = self.packet(f"m{address + start:x},{len(piece):x}")
+            if len(reply) != 2 * len(piece):
+                raise GuestMemoryFaultError(address + start, len(piece), reply or "no answer")
+            piece[:] = bytes.fromhex(reply)
+
+    def _bytes_in_packet(self) -> int:
+        if self._packet_bytes is None:
+            told = _PACKET_SIZE.search(self.packet("qSupported"))
+            letters = int(told[1], 16) if told else _SMALLEST_PACKET
+            # Somewhat less: QEMU is slow where a packet is full to the last letter.
+            self._packet_bytes = max(letters, _SMALLEST_PACKET) // 2 - _PACKET_MARGIN
+        return self._packet_bytes
 
     def flush(self) -> None:
         """Drop gdb's cache of memory."""
