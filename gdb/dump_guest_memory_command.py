@@ -63,4 +63,4 @@ def _complete(before: Sequence[str], word: str) -> Sequence[str] | None:
     return option_words(_parser()) if word.startswith("-") else None
 
 
-QemuCommand(_parser(), _run, _complete)
+QemuCommand(_parser(), _run, _complete, interrupted="no partial dump was left behind")

@@ -42,6 +42,8 @@ class QemuCommand(gdb.Command):
         parser: GdbParser,
         run: Callable[[Sequence[str]], int],
         complete: Callable[[Sequence[str], str], Sequence[str] | None],
+        *,
+        interrupted: str = "",
     ) -> None:
         """Register the command under the name of `parser`.
 
@@ -50,7 +52,9 @@ class QemuCommand(gdb.Command):
             run: Gets the words behind the command, returns an exit status.
             complete: Gets the words before the last one, and the beginning of the last one;
                 returns words, or None to complete file names.
+            interrupted: What to say of what the command leaves when it is interrupted.
         """
+        self._interrupted = interrupted
         self._run = run
         self._complete = complete
         self.__doc__ = parser.format_help()
@@ -69,7 +73,8 @@ class QemuCommand(gdb.Command):
             raise gdb.GdbError(str(error)) from error
         except KeyboardInterrupt as error:
             _set_status(EXIT_INTERRUPTED)
-            raise gdb.GdbError("interrupted: no partial dump was left behind") from error
+            said = ": ".join(filter(None, ("interrupted", self._interrupted)))
+            raise gdb.GdbError(said) from error
         _set_status(status)
 
     def complete(self, text: str, word: str) -> Sequence[str] | int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from types import MappingProxyType, TracebackType
 from typing import Self
 
@@ -13,8 +14,11 @@ from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 
-NOTES_SIZE_MAX = 256 << 20
+_NOTES_SIZE_MAX = 64 << 20
 """More bytes of notes than thousands of vCPUs need; a larger number in a header is damage."""
+_NOTES_MAX = 1 << 16
+VMCOREINFO_SIZE_MAX = 1 << 20
+"""More than Linux ever gives it, which is one page of at most 64 KiB."""
 _PRSTATUS64_SIZE_MIN = 300
 """Between the largest struct elf_prstatus with 32-bit words, 268 bytes (PPC), and the smallest with
 64-bit words, 328 (QEMU on 32-bit PPC, which has the prefix of the 64-bit one). The words of the
@@ -65,10 +69,16 @@ class DumpFile(ABC):
             CorruptDumpError: They are not well-formed.
         """
         found: list[Note] = []
+        total = 0
         for offset, size in self._note_areas():
-            if size > NOTES_SIZE_MAX:
+            total += size
+            if total > _NOTES_SIZE_MAX:
                 raise CorruptDumpError(f"notes at offset {offset:#x} of {size:#x} bytes: too large")
-            found += parse_notes(self.image.read(offset, size), self.byte_order, offset)
+            left = _NOTES_MAX - len(found)
+            notes = parse_notes(self.image.read(offset, size), self.byte_order, offset)
+            found += islice(notes, left + 1)
+            if len(found) > _NOTES_MAX:
+                raise CorruptDumpError(f"more than {_NOTES_MAX} notes: more than any dump has")
         return tuple(found)
 
     @abstractmethod
@@ -84,6 +94,10 @@ class DumpFile(ABC):
         """
         for note in self.notes:
             if note.name == "VMCOREINFO":
+                if len(note.descriptor) > VMCOREINFO_SIZE_MAX:
+                    raise CorruptDumpError(
+                        f"VMCOREINFO of {len(note.descriptor):#x} bytes: too large"
+                    )
                 return note.descriptor.partition(b"\0")[0]
         return None
 

@@ -117,25 +117,28 @@ def _read_all(
     dump: ElfCoreFile, report: VerifyReport, pool: OrderedPool, progress: Progress
 ) -> None:
     # Nothing in the memory can be wrong, but a medium that lost it says so.
-    def read(piece: tuple[int, int]) -> CorruptDumpError | None:
+    def read(piece: tuple[int, int]) -> tuple[int, CorruptDumpError | None]:
         try:
             dump.image.read(*piece)
         except CorruptDumpError as error:
-            return error
-        return None
+            return piece[1], error
+        return piece[1], None
 
     ranges = list(_stored_ranges(dump))
     total = sum(size for _, size in ranges)
-    pieces = [
-        (offset + done, min(_READ_SIZE, size - done))
+    done = 0
+    pieces = (
+        (start, min(_READ_SIZE, end - start))
         for offset, size in ranges
-        for done in range(0, size, _READ_SIZE)
-    ]
-    for (_, size), error in zip(pieces, pool.map(read, pieces), strict=True):
-        report.memory_bytes += size
+        for first, end in dump.image.stored(offset, size)
+        for start in range(first, end, _READ_SIZE)
+    )
+    for size, error in pool.map(read, pieces):
+        done += size
         if error:
             report.add_problem(error)
-        progress(report.memory_bytes, total)
+        progress(done, total)
+    report.memory_bytes = total
 
 
 def _stored_ranges(dump: ElfCoreFile) -> Iterator[tuple[int, int]]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
 from qemu_dump_ext.dump_readers.kdump import (
@@ -19,6 +20,8 @@ from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_INCOMPLETE
 
 _MAX_MAPNR_32 = (1 << 32) - 1
+_PROBLEMS_MAX = 1 << 16
+"""Enough to call a dump damaged; bitmaps of a small file may claim millions of pages."""
 
 
 @dataclass
@@ -67,6 +70,9 @@ class KdumpVerifier:
             report.memory_bytes += len(result.pfns) * dump.page_size
             self._note_extents(result)
             progress(report.memory_bytes, total)
+            if report.problem_count > _PROBLEMS_MAX:
+                report.add_problem("so many problems that the other pages were not looked at")
+                return
         self._verify_extents()
 
     def _verify_headers(self) -> None:
@@ -92,8 +98,7 @@ class KdumpVerifier:
     def _verify_bitmaps(self) -> None:
         dump, report = self._dump, self._report
         unknown = beyond = 0
-        pieces = zip(dump.bitmap_pieces(0), dump.bitmap_pieces(1), strict=True)
-        for number, (first, second) in enumerate(pieces):
+        for number, first, second in self._bitmaps():
             left = max(0, dump.max_mapnr - 8 * BITMAP_PIECE * number)
             bits, in_dump = (int.from_bytes(piece, "little") for piece in (first, second))
             unknown += (in_dump & ~bits).bit_count()
@@ -102,6 +107,17 @@ class KdumpVerifier:
         report.expect(
             not beyond, f"{beyond} bits of the bitmaps lie beyond max_mapnr {dump.max_mapnr:#x}"
         )
+
+    def _bitmaps(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """Yield (index, piece of the first bitmap, of the second); empty where it is zero."""
+
+        def tagged(number: int) -> Iterator[tuple[int, int, bytes]]:
+            return ((index, number, piece) for index, piece in self._dump.bitmap_pieces(number))
+
+        both = heapq.merge(tagged(0), tagged(1))
+        for index, group in groupby(both, key=lambda item: item[0]):
+            pieces = {number: piece for _, number, piece in group}
+            yield index, pieces.get(0, b""), pieces.get(1, b"")
 
     def _batches(self) -> Iterator[_Batch]:
         pfns, rank = self._dump.pfns(), 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from types import MappingProxyType
 
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
@@ -34,7 +35,7 @@ _IDENT_SIZE = 16
 _EI_CLASS, _EI_DATA = 4, 5
 _WORD_SIZES = {ELFCLASS32: 4, ELFCLASS64: 8}
 _BYTE_ORDERS: dict[int, ByteOrder] = {number: order for order, number in ELFDATA.items()}
-_PHDRS_MAX = 1 << 22
+_PHDRS_MAX = 1 << 20
 """More program headers than a paged dump of any guest was seen to have."""
 _PHDRS_AT_ONCE = 4096
 _OFFSET_END = 1 << 63
@@ -108,20 +109,19 @@ class ElfCoreFile(DumpFile):
             raise CorruptDumpError(f"{count} program headers are more than any dump has")
         self.headers_end = start + count * size
         self.image.check(start, count * size)
+        place = self._phdr.offsets
+        names = [name for name in Segment.__slots__ if name != "number"]
+        order = {name: index for index, name in enumerate(place)}
+        kind, offset, filesz = (order[name] for name in ("p_type", "p_offset", "p_filesz"))
+        wanted = itemgetter(*(order[name] for name in names))
         for first in range(0, count, _PHDRS_AT_ONCE):
             number = min(_PHDRS_AT_ONCE, count - first)
             data = self.image.read(start + first * size, number * size)
-            for index in range(number):
-                phdr = self._phdr.unpack_integers(data, index * size)
-                if phdr["p_type"] == PT_NOTE:
-                    self._notes.append((phdr["p_offset"], phdr["p_filesz"]))
-                elif phdr["p_type"] == PT_LOAD:
-                    self.segments.append(
-                        Segment(
-                            first + index,
-                            *(phdr[name] for name in Segment.__slots__ if name != "number"),
-                        )
-                    )
+            for index, phdr in enumerate(self._phdr.codec.iter_unpack(data), first):
+                if phdr[kind] == PT_NOTE:
+                    self._notes.append((phdr[offset], phdr[filesz]))
+                elif phdr[kind] == PT_LOAD:
+                    self.segments.append(Segment(index, *wanted(phdr)))
 
     @cached_property
     def program_header_count(self) -> int:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate
 from types import MappingProxyType
 from typing import TypeAlias
 
-from qemu_dump_ext.dump_readers._dump_file import NOTES_SIZE_MAX, DumpFile
+from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, RequestError
 from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
@@ -247,31 +247,46 @@ class KdumpFile(DumpFile):
         offset, size = self.sub_header["offset_vmcoreinfo"], self.sub_header["size_vmcoreinfo"]
         if not size:
             return None
-        if size > NOTES_SIZE_MAX:
+        if size > VMCOREINFO_SIZE_MAX:
             raise CorruptDumpError(f"VMCOREINFO of {size:#x} bytes: too large")
         return self.image.read(offset, size).partition(b"\0")[0]
 
-    def bitmap_pieces(self, number: int) -> Iterator[bytes]:
-        """Yield the first (0) or second (1) bitmap in pieces of at most `BITMAP_PIECE` bytes."""
-        start = self.bitmaps_offset + number * self.bitmap_size
-        for done in range(0, self.bitmap_size, BITMAP_PIECE):
-            yield self.image.read(start + done, min(BITMAP_PIECE, self.bitmap_size - done))
+    def bitmap_pieces(self, number: int) -> Iterator[tuple[int, bytes]]:
+        """Yield (index, content) of the pieces of the first (0) or second (1) bitmap, ascending.
+
+        A piece has `BITMAP_PIECE` bytes, the last one may have fewer. Pieces in a hole of the
+        file are left out: they are zero.
+        """
+        start, next_index = self.bitmaps_offset + number * self.bitmap_size, 0
+        for first, end in self.image.stored(start, self.bitmap_size):
+            low, high = (first - start) // BITMAP_PIECE, -(-(end - start) // BITMAP_PIECE)
+            for index in range(max(low, next_index), high):
+                yield index, self._bitmap_piece(number, index)
+            next_index = high
+
+    def _bitmap_piece(self, number: int, index: int) -> bytes:
+        done = index * BITMAP_PIECE
+        start = self.bitmaps_offset + number * self.bitmap_size + done
+        return self.image.read(start, min(BITMAP_PIECE, self.bitmap_size - done))
 
     def count_bits(self, number: int) -> int:
         """Return the number of pages in the first (0) or second (1) bitmap."""
         pieces = self.bitmap_pieces(number)
-        return sum(int.from_bytes(piece, "little").bit_count() for piece in pieces)
+        return sum(int.from_bytes(piece, "little").bit_count() for _, piece in pieces)
 
     @cached_property
-    def _ranks(self) -> array[int]:
-        # Number of descriptors before each piece of the second bitmap, and in all.
-        counts = (int.from_bytes(piece, "little").bit_count() for piece in self.bitmap_pieces(1))
-        return array("Q", accumulate(counts, initial=0))
+    def _ranks(self) -> tuple[array[int], array[int]]:
+        # Indexes of the pieces of the second bitmap; descriptors before each, and in all.
+        indexes, ranks = array("Q"), array("Q", (0,))
+        for index, piece in self.bitmap_pieces(1):
+            indexes.append(index)
+            ranks.append(ranks[-1] + int.from_bytes(piece, "little").bit_count())
+        return indexes, ranks
 
     @property
     def page_count(self) -> int:
         """Number of pages in the dump: of bits in the second bitmap."""
-        return self._ranks[-1]
+        return self._ranks[1][-1]
 
     @cached_property
     def data_offset(self) -> int:
@@ -313,7 +328,7 @@ class KdumpFile(DumpFile):
     def page_runs(self) -> Iterator[tuple[int, int]]:
         """Yield (pfn, pages) of what the second bitmap has, ascending, merged."""
         start = end = 0
-        for number, piece in enumerate(self.bitmap_pieces(1)):
+        for number, piece in self.bitmap_pieces(1):
             for pfn, count in runs_of_ones(piece, 8 * BITMAP_PIECE * number):
                 if pfn != end:
                     if end > start:
@@ -337,8 +352,9 @@ class KdumpFile(DumpFile):
         counts = PageCounts()
         zero_page, codecs = self.zero_page_descriptor, self.codecs_by_flag
         packed = counts.packed
-        for rank in range(0, self.page_count, PAGES_AT_ONCE):
-            number = min(PAGES_AT_ONCE, self.page_count - rank)
+        looked_at = 0
+        for rank, number in self._stored_descriptors():
+            looked_at += number
             for descriptor in self.read_descriptors(rank, number):
                 if descriptor == zero_page:
                     counts.zero += 1
@@ -353,22 +369,32 @@ class KdumpFile(DumpFile):
                         packed[name] = packed.get(name, 0) + 1
                     else:
                         counts.raw += 1
+        counts.lost += self.page_count - looked_at
         return counts
+
+    def _stored_descriptors(self) -> Iterator[tuple[int, int]]:
+        # (rank, count) of descriptors that are not in a hole of the file, where they are empty.
+        size, start, next_rank = PAGE_DESCRIPTOR_SIZE, self.descriptors_offset, 0
+        for first, end in self.image.stored(start, size * self.page_count):
+            stop = -(-(end - start) // size)
+            for rank in range(max((first - start) // size, next_rank), stop, PAGES_AT_ONCE):
+                yield rank, min(PAGES_AT_ONCE, stop - rank)
+            next_rank = stop
 
     def _run_from(self, pfn: int, limit: int) -> tuple[int, int]:
         # (rank of pfn, number of present pages from pfn on, at most limit), within one piece.
         number, bit = divmod(pfn, 8 * BITMAP_PIECE)
-        if number + 1 >= len(self._ranks):
+        indexes, ranks = self._ranks
+        place = bisect_left(indexes, number)
+        if place == len(indexes) or indexes[place] != number:
             return 0, 0
         if number != self._piece_number:
-            start = self.bitmaps_offset + self.bitmap_size + number * BITMAP_PIECE
-            size = min(BITMAP_PIECE, self.bitmap_size - number * BITMAP_PIECE)
-            self._piece, self._piece_number = self.image.read(start, size), number
+            self._piece, self._piece_number = self._bitmap_piece(1, number), number
         byte, bit = divmod(bit, 8)
         before = int.from_bytes(self._piece[:byte], "little").bit_count()
         window = self._piece[byte : byte + limit // 8 + 2]
         bits = int.from_bytes(window, "little")
-        rank = self._ranks[number] + before + (bits & (1 << bit) - 1).bit_count()
+        rank = ranks[place] + before + (bits & (1 << bit) - 1).bit_count()
         bits >>= bit
         run = (~bits & (bits + 1)).bit_length() - 1
         return rank, min(run, limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from qemu_dump_ext.architectures import Architecture, Core, all_architectures
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
@@ -29,6 +30,9 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
 _UNKNOWN = "Unknown"
 """The machine in a kdump by QEMU of all but x86, and since 9.2 of every target."""
+
+_RANGES_MAX = 1 << 20
+"""More than a guest's memory has with every page left out that makedumpfile can leave out."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,11 @@ class _DumpMemory:
     def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
         self._dump = dump
         self._first = 0
-        ranges = list(dump.memory_ranges())
+        ranges = list(islice(dump.memory_ranges(), _RANGES_MAX + 1))
+        if len(ranges) > _RANGES_MAX:
+            raise CorruptDumpError(
+                f"memory in more than {_RANGES_MAX} ranges: no guest has so many"
+            )
         if architecture.pfn_from_phys_base and isinstance(dump, KdumpFile) and ranges:
             # QEMU's own dumps count from 0 nevertheless.
             base = dump.sub_header["phys_base"]
