@@ -6,7 +6,6 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TypeVar
 
 from gdb_boundary import selection_kept
@@ -15,7 +14,6 @@ import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
-from qemu_dump_ext.qemu.native_dump import dump_byte_through_file
 from qemu_dump_ext.qemu.qmp import connect_qmp
 
 ResultT = TypeVar("ResultT")
@@ -182,9 +180,7 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     if qmp is None:
         _require_qemu(stub)
         _require_short_answers()
-        monitor = GdbMonitor()
-        native_dump = partial(dump_byte_through_file, monitor)
-        yield GuestAccess(monitor, stub, native_dump, stub.addresses())
+        yield GuestAccess.by_monitor(GdbMonitor(), stub=stub)
     else:
         with connect_qmp(qmp) as qmp_monitor:
             # The first packet would stop it, and what gdb knows of it is old.
@@ -194,12 +190,4 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
                     hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",
                 )
             _require_qemu(stub)
-            addresses = (qmp, *stub.addresses())
-            yield GuestAccess(
-                qmp_monitor,
-                stub,
-                qmp_monitor.native_dump,
-                addresses,
-                qmp_monitor.target_name,
-                qmp_monitor,
-            )
+            yield GuestAccess.by_qmp(qmp_monitor, stub)

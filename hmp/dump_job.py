@@ -15,7 +15,6 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, NotDumpedByQemuError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
 
 from .dump_target import DumpTarget, in_words_of_qemu, opened
 from .upstream.by_qmp import QmpUpstream
@@ -67,22 +66,24 @@ class _ThreadMonitor:
         return lambda: answer().replace("\r\n", "\n")
 
 
-class _ThreadQmp:
-    """QMP for the engine, likewise."""
+class _ThreadQmp(_ThreadMonitor):
+    """QMP for the engine, and the human monitor through it, likewise."""
 
     def __init__(self, job: DumpJob, upstream: QmpUpstream) -> None:
-        self._job = job
-        self._upstream = upstream
+        super().__init__(job, upstream)
+        self._qmp = upstream
+        self.address = upstream.address
+        self.passes_descriptors = upstream.passes_descriptors
 
     def begin_qmp(
         self, command: str, arguments: dict[str, object] | None = None
     ) -> Callable[[], Any]:
         """Have a QMP command executed; what is returned waits for what it returns."""
-        return self._job.begin_work(self._upstream.call(command, arguments), command)
+        return self._job.begin_work(self._qmp.call(command, arguments), command)
 
     def hand_over(self, descriptor: int, name: str) -> None:
         """Give QEMU a descriptor."""
-        self._job.wait_for(self._upstream.hand_over(descriptor, name), "getfd")
+        self._job.wait_for(self._qmp.hand_over(descriptor, name), "getfd")
 
 
 class DumpJob:
@@ -176,14 +177,11 @@ class DumpJob:
                 raise in_words_of_qemu(error, sink, request) from error
 
     def _access(self) -> GuestAccess:
-        monitor = _ThreadMonitor(self, self._upstream)
-        addresses = (self._upstream.address,)
-        if not isinstance(self._upstream, QmpUpstream):
-            native_dump = partial(dump_byte_through_file, monitor)
-            return GuestAccess(monitor, None, native_dump, addresses)
-        qmp = _ThreadQmp(self, self._upstream)
-        native_dump = partial(dump_byte_through_descriptor, qmp)
-        return GuestAccess(monitor, None, native_dump, addresses, qmp=qmp)
+        if isinstance(self._upstream, QmpUpstream):
+            return GuestAccess.by_qmp(_ThreadQmp(self, self._upstream))
+        return GuestAccess.by_monitor(
+            _ThreadMonitor(self, self._upstream), [self._upstream.address]
+        )
 
     def end(self, report: DumpReport | None, error: DumpError | None) -> None:
         """Be over."""

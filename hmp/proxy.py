@@ -20,7 +20,7 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import OneLineParser
-from qemu_dump_ext.qemu.address import is_loopback, split_host
+from qemu_dump_ext.qemu.address import is_loopback, tcp_address
 from qemu_dump_ext.third_party import require_extra
 
 from .dump_manager import DumpManager
@@ -262,7 +262,7 @@ def _ignore_lost_connection(_loop: asyncio.AbstractEventLoop, context: dict[str,
 
 def _warn_of_remote(arguments: argparse.Namespace) -> None:
     for address in (*arguments.listen, *arguments.qmp_listen):
-        target = split_host(address)
+        target = tcp_address(address)
         if target and arguments.allow_remote and not is_loopback(target[0]):
             _complain(f"warning: whoever reaches {address} has full control of the guest")
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from qemu_dump_ext.errors import ConnectError, RequestError
-from qemu_dump_ext.qemu.address import is_loopback, split_host
+from qemu_dump_ext.qemu.address import format_tcp_address, is_loopback, tcp_address, unix_path
 
 from .connection import Connection
 
@@ -39,17 +39,17 @@ class Listener:
         self._serve = serve
         self._tasks: set[asyncio.Task[None]] = set()
         self._path: Path | None = None
-        target = split_host(address)
+        target = tcp_address(address)
         try:
             if target is None:
-                self._socket = self._listen_unix(Path(address))
+                self._socket = self._listen_unix(Path(unix_path(address)))
             else:
                 self._socket = _listen_tcp(address, target, allow_remote=allow_remote)
         except OSError as error:
             reason = error.strerror or error  # a path that is too long has no number
             raise ConnectError(f"cannot listen at {address}: {reason}") from error
         if target is not None:
-            self.address = f"{target[0]}:{self._socket.getsockname()[1]}"
+            self.address = format_tcp_address(target[0], self._socket.getsockname()[1])
         self._socket.setblocking(False)
         asyncio.get_running_loop().add_reader(self._socket, self._accept)
 

@@ -17,7 +17,7 @@ import tty
 from pathlib import Path
 
 from qemu_dump_ext.errors import ConnectError, SourceError
-from qemu_dump_ext.qemu.address import split_host
+from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
 from ..readline import LINE_MAX, PROMPT, LineEditor
 from .upstream import Upstream
@@ -178,7 +178,7 @@ class HmpUpstream(Upstream):
         self._editor = LineEditor(self.version)
 
     async def _open(self) -> int:
-        target = split_host(self.address)
+        target = tcp_address(self.address)
         loop = asyncio.get_running_loop()
         if target is None and _is_terminal(self.address):
             descriptor = os.open(self.address, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
@@ -191,7 +191,7 @@ class HmpUpstream(Upstream):
         if target is None:
             connected = socket.socket(socket.AF_UNIX)
             connected.setblocking(False)
-            where: str | tuple[object, ...] = self.address
+            where: str | tuple[object, ...] = unix_path(self.address)
         else:
             found = await loop.getaddrinfo(*target, type=socket.SOCK_STREAM)
             connected = socket.socket(found[0][0])

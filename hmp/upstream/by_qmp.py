@@ -14,6 +14,7 @@ from typing import Any
 from qemu.qmp import Message, QMPClient, QMPError, Runstate
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
+from qemu_dump_ext.qemu.address import socket_address, tcp_address
 
 from .upstream import Event, Upstream
 
@@ -142,6 +143,11 @@ class QmpUpstream(Upstream):
         except (QMPError, OSError, ValueError, AttributeError) as error:
             raise SourceError(f"the QMP socket passes no descriptor: {error}") from error
 
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether the socket is one that passes descriptors: a unix socket."""
+        return tcp_address(self.address) is None
+
     def qemu_directory(self) -> Path:
         """Return QEMU's working directory, as the kernel tells who is behind a unix socket."""
         return self._directory or Path.cwd()
@@ -169,11 +175,10 @@ class QmpUpstream(Upstream):
     async def _connect(self) -> None:
         self._client = _Client(self._route)
         self._hidden_dumps = 0
-        host, colon, port = self.address.rpartition(":")
-        is_tcp = bool(colon) and port.isdecimal() and "/" not in self.address
-        target: str | tuple[str, int] = (host, int(port)) if is_tcp else self.address
         try:
-            await asyncio.wait_for(self._client.connect(target), _GREETING_SECONDS)
+            await asyncio.wait_for(
+                self._client.connect(socket_address(self.address)), _GREETING_SECONDS
+            )
         except TimeoutError as error:
             raise ConnectError(
                 f"QMP socket {self.address} is busy: no greeting in {_GREETING_SECONDS:.0f} s",

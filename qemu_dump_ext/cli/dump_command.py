@@ -74,14 +74,7 @@ def _run(words: Sequence[str]) -> int:
         if request is None:
             read_registers(arguments, monitor)
             request = request_of(arguments)
-        access = GuestAccess(
-            monitor,
-            stub=None,
-            native_dump=monitor.native_dump,
-            addresses=(arguments.qmp,),
-            target_name=monitor.target_name,
-            qmp=monitor,
-        )
+        access = GuestAccess.by_qmp(monitor)
         report = dump(request, access, sink, memory=arguments.memory, progress=progress)
     if watched:
         _show_line("")

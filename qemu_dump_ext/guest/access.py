@@ -1,10 +1,14 @@
-"""What the engine wants from a door: the monitor, the gdbstub and QMP of one guest."""
+"""What the engine wants from a door: the monitor, the gdbstub and QMP of one guest.
+
+There is one constructor for each way to a guest: by QMP, which carries the human monitor as well,
+and by the human monitor alone; a gdbstub may come to either.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
 
@@ -52,8 +56,23 @@ class DescriptorMonitor(Protocol):
         """
 
 
+class QmpMonitor(DescriptorMonitor, Monitor, Protocol):
+    """QEMU's QMP, and its human monitor through the same socket."""
+
+    @property
+    def address(self) -> str:
+        """Where QEMU listens: a path or HOST:PORT."""
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether the socket is one that passes descriptors: a unix socket."""
+
+
 class Stub(Protocol):
     """A gdbstub of QEMU with a debugger in front of it."""
+
+    def addresses(self) -> Sequence[str]:
+        """Return where QEMU listens, as far as it is known."""
 
     def packet(self, text: str) -> str:
         """Send one packet of the remote protocol and return the reply; "" where unsupported."""
@@ -70,25 +89,38 @@ class Stub(Protocol):
 
 @dataclass(frozen=True)
 class GuestAccess:
-    """The ways to a guest that a door has.
+    """The ways to a guest that a door has; made by `by_qmp` or `by_monitor`.
 
     Attributes:
         monitor: QEMU's human monitor.
         stub: The gdbstub, or None.
-        native_dump: Lets QEMU dump one byte at a gpa and returns the ELF file; raises
-            SourceError where that is not possible.
-        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
-        target_name: Returns QEMU's name of the target, such as `mipsel`, or None where it does
-            not tell; None where the door cannot ask.
         qmp: QEMU's QMP, or None.
+        addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
     """
 
     monitor: Monitor
     stub: Stub | None
-    native_dump: Callable[[int], bytes]
-    addresses: Sequence[str] = ()
-    target_name: Callable[[], str | None] | None = None
-    qmp: DescriptorMonitor | None = None
+    qmp: QmpMonitor | None
+    addresses: Sequence[str]
+
+    @classmethod
+    def by_qmp(cls, qmp: QmpMonitor, stub: Stub | None = None) -> Self:
+        """Reach a guest by its QMP socket, and by its gdbstub where there is a debugger."""
+        addresses = (qmp.address, *(stub.addresses() if stub else ()))
+        return cls(qmp, stub, qmp, addresses)
+
+    @classmethod
+    def by_monitor(
+        cls, monitor: Monitor, addresses: Sequence[str] = (), stub: Stub | None = None
+    ) -> Self:
+        """Reach a guest by its human monitor alone, and by its gdbstub where there is a debugger.
+
+        Args:
+            monitor: Whatever carries it.
+            addresses: Where QEMU listens for this connection, if that is known.
+            stub: The gdbstub.
+        """
+        return cls(monitor, stub, None, (*addresses, *(stub.addresses() if stub else ())))
 
     def source_context(self, ram_blocks: Sequence[RamBlock]) -> SourceContext:
         """Return what memory sources may use to get at `ram_blocks`."""

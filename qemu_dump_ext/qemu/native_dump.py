@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable
 
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
-from qemu_dump_ext.guest.access import DescriptorMonitor, Monitor
+from qemu_dump_ext.guest.access import DescriptorMonitor, GuestAccess, Monitor
 from qemu_dump_ext.qemu.shared_directory import quote_for_monitor, shared_directory
 
 LONGEST_EHDR = 64
@@ -56,7 +56,18 @@ def begin_dump_into(
     return wait
 
 
-def dump_byte_through_descriptor(qmp: DescriptorMonitor, gpa: int) -> bytes:
+def native_dump(access: GuestAccess, gpa: int) -> bytes:
+    """Let QEMU dump the byte at `gpa`, and return the ELF file.
+
+    Raises:
+        SourceError: QEMU refuses, or is elsewhere.
+    """
+    if access.qmp is not None and access.qmp.passes_descriptors:
+        return _dump_byte_through_descriptor(access.qmp, gpa)
+    return _dump_byte_through_file(access.monitor, gpa)
+
+
+def _dump_byte_through_descriptor(qmp: DescriptorMonitor, gpa: int) -> bytes:
     """Let QEMU dump one byte at `gpa` into memory of ours, and return the ELF file.
 
     Raises:
@@ -70,7 +81,7 @@ def dump_byte_through_descriptor(qmp: DescriptorMonitor, gpa: int) -> bytes:
         os.close(content)
 
 
-def dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
+def _dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
     """Let QEMU dump one byte at `gpa` into a file that both sides can open.
 
     Returns:

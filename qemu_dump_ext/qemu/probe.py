@@ -30,6 +30,8 @@ from qemu_dump_ext.qemu.monitor_text import (
     parse_status,
     parse_version,
 )
+from qemu_dump_ext.qemu.native_dump import native_dump
+from qemu_dump_ext.qemu.target_name import target_name
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
@@ -94,7 +96,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     native, refusal = NativeNotes((), b""), None
     try:
         if ram_blocks:
-            content = access.native_dump(ram_blocks[0].gpa)
+            content = native_dump(access, ram_blocks[0].gpa)
             native = parse_native_notes(content, architecture, len(texts))
     except SourceError as error:
         refusal = str(error)
@@ -156,9 +158,9 @@ def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
 
 
 def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str | None]:
-    if access.target_name is None or version >= _ONE_NAME_FOR_BOTH_BYTE_ORDERS:
+    if version >= _ONE_NAME_FOR_BOTH_BYTE_ORDERS:
         return lambda: None
-    return access.target_name
+    return lambda: target_name(access)
 
 
 def _number(text: str | None) -> int | None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<flags>\S+) (?P<offset>[0-9a-f]+)"
@@ -199,9 +200,9 @@ def _leads_to(connection: socket.socket, address: str) -> bool:
     except OSError:
         return False
     if connection.family == socket.AF_UNIX:
-        return _is_path(peer, address.removeprefix("unix:"))
+        return _is_path(peer, unix_path(address))
     if connection.family in {socket.AF_INET, socket.AF_INET6}:
-        return _is_host_and_port(peer, re.sub(r"^tcp[46]?:", "", address))
+        return _is_host_and_port(peer, tcp_address(address))
     return False
 
 
@@ -214,12 +215,11 @@ def _is_path(peer: str | bytes, path: str) -> bool:
     return False
 
 
-def _is_host_and_port(peer: tuple[str, int], address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    if not port.isdecimal() or peer[1] != int(port):
+def _is_host_and_port(peer: tuple[str, int], target: tuple[str, int] | None) -> bool:
+    if target is None or peer[1] != target[1]:
         return False
     with contextlib.suppress(OSError):
-        known = socket.getaddrinfo(host.strip("[]") or None, int(port), type=socket.SOCK_STREAM)
+        known = socket.getaddrinfo(*target, type=socket.SOCK_STREAM)
         return peer[0] in {entry[4][0] for entry in known}
     return False
 

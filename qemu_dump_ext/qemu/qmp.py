@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
-from qemu_dump_ext.qemu.address import tcp_address
-from qemu_dump_ext.qemu.native_dump import dump_byte_through_descriptor, dump_byte_through_file
+from qemu_dump_ext.qemu.address import socket_address, tcp_address
 from qemu_dump_ext.qemu.qmp_client import new_client
 from qemu_dump_ext.qemu.qmp_message import bad_reply, monitor_text, target_of
 from qemu_dump_ext.third_party import import_package
@@ -84,7 +83,11 @@ class _Question(Generic[ResultT]):
 
 
 class SharedQmp:
-    """QEMU's monitors through a QMP client that lives in an event loop of another thread."""
+    """QEMU's monitors through a QMP client that lives in an event loop of another thread.
+
+    Attributes:
+        address: Of the socket.
+    """
 
     def __init__(
         self,
@@ -107,11 +110,16 @@ class SharedQmp:
 
         self._client = client
         self._loop = loop
-        self._address = address
+        self.address = address
         self._answer_seconds = answer_seconds
         self._qmp_error = QMPError
         self._execute_error = qmp_client.ExecuteError
         self._bad_reply_error = qmp_client.BadReplyError
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether the socket is one that passes descriptors: a unix socket."""
+        return tcp_address(self.address) is None
 
     def qmp(self, command: str, arguments: dict[str, object] | None = None) -> Any:
         """Execute a QMP command and return what it returns.
@@ -166,23 +174,13 @@ class SharedQmp:
         except MonitorAnswerError:
             return None
 
-    def native_dump(self, gpa: int) -> bytes:
-        """Let QEMU dump the byte at `gpa` as ELF, through a descriptor of ours or a file.
-
-        Raises:
-            SourceError: QEMU refuses, or is elsewhere.
-        """
-        if tcp_address(self._address):
-            return dump_byte_through_file(self, gpa)
-        return dump_byte_through_descriptor(self, gpa)
-
     def hand_over(self, descriptor: int, name: str) -> None:
         """Give QEMU a descriptor, which a command can ask for by `name`; ours stays open.
 
         Raises:
             SourceError: The socket passes none.
         """
-        if tcp_address(self._address):
+        if not self.passes_descriptors:
             raise SourceError(
                 "a QMP socket of TCP passes no descriptors", hint="a unix socket does"
             )
@@ -216,20 +214,20 @@ class QmpMonitor(SharedQmp):
         Raises:
             ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
         """
-        target = tcp_address(self._address) or self._address
+        target = socket_address(self.address)
         with uninterrupted():
             self._thread.start()
         try:
             self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
         except TimeoutError as error:
             raise ConnectError(
-                f"QMP socket {self._address} is busy, or no QMP socket:"
+                f"QMP socket {self.address} is busy, or no QMP socket:"
                 f" no greeting in {_GREETING_SECONDS:.0f} s",
                 hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
             ) from error
         except (self._qmp_error, OSError) as error:
             raise ConnectError(
-                f"cannot connect to QMP socket {self._address}: {_reason(error)}",
+                f"cannot connect to QMP socket {self.address}: {_reason(error)}",
                 hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
             ) from error
 

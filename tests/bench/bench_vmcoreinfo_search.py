@@ -25,7 +25,7 @@ GIB = 1 << 30
 def search_seconds(socket: str, memory: str) -> tuple[float, int]:
     """Return how long all memory takes, and how many bytes that is."""
     with connect_qmp(socket) as monitor:
-        access = GuestAccess(monitor, None, monitor.native_dump, (socket,), monitor.target_name)
+        access = GuestAccess.by_qmp(monitor)
         guest = probe_guest(access)
         core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
         context = SourceContext(monitor, None, guest.ram_blocks, (socket,))

@@ -276,7 +276,7 @@ def _plant_memory(row: Row, qmp: RawQmp, gdb_socket: Path) -> None:
 
 def _qmp_dumps(socket: Path, folder: Path) -> None:
     with connect_qmp(str(socket)) as monitor:
-        access = GuestAccess(monitor, None, monitor.native_dump)
+        access = GuestAccess.by_qmp(monitor)
         for name, request in (
             ("qmp.elf", DumpRequest(exact=True)),
             ("qmp.kdump", DumpRequest(exact=True, codec="zlib")),

@@ -127,8 +127,7 @@ def test_memory_that_is_not_shared_is_in_no_file(private_file_machine, tmp_path:
 @contextmanager
 def opened(machine: QemuMachine, source: str) -> Iterator[tuple[GuestMemory, ProbedGuest]]:
     with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
-        addresses = (str(machine.qmp_sockets[0]),)
-        access = GuestAccess(monitor, None, monitor.native_dump, addresses, qmp=monitor)
+        access = GuestAccess.by_qmp(monitor)
         guest = probe_guest(access)
         with open_memory(source, access.source_context(guest.ram_blocks)) as chosen:
             yield chosen.memory, guest
@@ -203,7 +202,7 @@ def test_what_is_not_populated_is_zero(
 @contextmanager
 def opened_by_qmp2(machine: QemuMachine) -> Iterator[GuestMemory]:
     with connect_qmp(str(machine.qmp_sockets[1])) as monitor:
-        guest = probe_guest(GuestAccess(monitor, None, monitor.native_dump))
+        guest = probe_guest(GuestAccess.by_qmp(monitor))
         with open_memory("pmemsave", SourceContext(monitor, None, guest.ram_blocks)) as chosen:
             yield chosen.memory
 

@@ -52,7 +52,7 @@ def opened(
 ) -> Iterator[tuple[GuestMemory, RamBlock]]:
     address = str(machine.qmp_sockets[socket])
     with connect_qmp(address) as monitor:
-        access = GuestAccess(monitor, None, monitor.native_dump, (address,), qmp=monitor)
+        access = GuestAccess.by_qmp(monitor)
         context = access.source_context(probe_guest(access).ram_blocks)
         with open_memory(source, context) as chosen:
             yield chosen.memory, max(context.ram_blocks, key=lambda block: block.size)

@@ -113,18 +113,12 @@ class FakeGuest:
     @property
     def access(self) -> GuestAccess:
         """All ways that a door can have."""
-        return GuestAccess(
-            FakeMonitor(self), FakeStub(self), _no_native_dump, (self.address,), qmp=FakeQmp(self)
-        )
+        return GuestAccess.by_qmp(FakeQmp(self), FakeStub(self))
 
     @property
     def context(self) -> SourceContext:
         """What memory sources get."""
         return self.access.source_context(self.blocks)
-
-
-def _no_native_dump(_gpa: int) -> bytes:
-    raise SourceError("this QEMU does not dump the target")
 
 
 class FakeMonitor:
@@ -223,6 +217,10 @@ class FakeStub:
     def __init__(self, guest: FakeGuest) -> None:
         self._guest = guest
 
+    def addresses(self) -> Sequence[str]:
+        """Tell none: the socket of QMP leads to the process."""
+        return ()
+
     def packet(self, text: str) -> str:
         """Answer the packets of the memory mode; all others are unsupported."""
         if text == "qqemu.PhyMemMode":
@@ -247,11 +245,14 @@ class FakeStub:
         yield 0
 
 
-class FakeQmp:
-    """QEMU's QMP by a socket that passes descriptors."""
+class FakeQmp(FakeMonitor):
+    """QEMU's QMP, and its human monitor, by a socket that passes descriptors."""
+
+    passes_descriptors = True
 
     def __init__(self, guest: FakeGuest) -> None:
-        self._guest = guest
+        super().__init__(guest)
+        self.address = guest.address
         self._descriptors: dict[str, int] = {}
 
     def hand_over(self, descriptor: int, name: str) -> None:

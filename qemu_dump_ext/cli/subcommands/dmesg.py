@@ -68,10 +68,9 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
         with open_dump(arguments.file) as dump:
             return log_of_dump(dump, kernel=arguments.kernel, seconds=arguments.search_seconds)
     with connect_qmp(arguments.qmp) as monitor:
-        access = GuestAccess(
-            monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name, monitor
+        return log_of_guest(
+            GuestAccess.by_qmp(monitor), memory=arguments.memory, kernel=arguments.kernel
         )
-        return log_of_guest(access, memory=arguments.memory, kernel=arguments.kernel)
 
 
 COMMAND = Subcommand("dmesg", "show the guest kernel's log", _add_arguments, _run)

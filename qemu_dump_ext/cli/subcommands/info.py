@@ -21,11 +21,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     with connect_qmp(arguments.qmp) as monitor:
-        description = describe_guest(
-            GuestAccess(
-                monitor, None, monitor.native_dump, (arguments.qmp,), monitor.target_name, monitor
-            )
-        )
+        description = describe_guest(GuestAccess.by_qmp(monitor))
     capabilities = query_capabilities()
     if arguments.json:
         print(json.dumps(asdict(description) | asdict(capabilities)))

@@ -209,9 +209,7 @@ class CrashCollector:
             self._set_stopped(False)
 
     def _take_from_qemu(self, qmp: SharedQmp) -> None:
-        access = GuestAccess(
-            qmp, None, qmp.native_dump, (self._task.guest.address,), qmp.target_name, qmp
-        )
+        access = GuestAccess.by_qmp(qmp)
         for take in (self._take_registers, self._take_queries):
             take(qmp)
         self._take_log(qmp, access)

@@ -10,7 +10,6 @@ from hmp.human.command_table import parse_tables, with_our_help
 from hmp.human.dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 from hmp.qmp.json_stream import JsonError, JsonStream
 from hmp.readline import HISTORY_MAX, LINE_MAX, LineEditor
-from qemu_dump_ext.qemu.address import is_loopback, split_host
 
 CODECS = ("zlib", "lzo", "snappy", "zstd", "none")
 SOURCES = ("auto", "pmemsave")
@@ -140,24 +139,3 @@ def test_json_without_end_is_bounded():
     piece = b'{"a":"' + b"x" * (1 << 20)
     found = [value for _ in range(40) for value in stream.feed(piece)]
     assert JsonError("JSON token size limit exceeded") in found
-
-
-@pytest.mark.parametrize(
-    ("address", "expected"),
-    [
-        ("/run/x", None),
-        ("x", None),
-        ("/run/x:5", None),
-        ("localhost:5", ("localhost", 5)),
-        (":5", ("localhost", 5)),
-        ("[::1]:5", ("::1", 5)),
-    ],
-)
-def test_address(address: str, expected: tuple[str, int] | None):
-    assert split_host(address) == expected
-
-
-def test_loopback():
-    assert is_loopback("127.0.0.1")
-    assert is_loopback("::1")
-    assert not is_loopback("0.0.0.0")  # noqa: S104 - that is what is refused
