@@ -5,17 +5,19 @@ Every key is always there; null where something is unknown.
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Annotated, Any, Literal, TypeAlias, get_args
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qemu_dump_ext.errors import DumpError
 
 GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
-
+CRASH_ID = re.compile(rf"{GUEST_NAME.pattern}/[0-9]{{8}}T[0-9.]+Z-[0-9a-f]{{16}}(\.[0-9]{{1,9}})?")
+_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 
 SCHEMA_VERSION: Literal[1] = 1
 
@@ -35,7 +37,31 @@ CauseKind: TypeAlias = Literal[
 ]
 CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 
-_STRICT = ConfigDict(extra="forbid", strict=True)
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+def _check_moment(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time of no time zone")
+    try:
+        datetime.fromisoformat(text).astimezone(UTC)
+    except OverflowError as error:
+        raise ValueError("a time that no calendar has") from error
+    return text
+
+
+def _check_file_name(text: str) -> str:
+    if not _FILE_NAME.fullmatch(text):
+        raise ValueError("it is no name of a file in the directory of a crash")
+    return text
+
+
+Moment: TypeAlias = Annotated[str, Field(max_length=40), AfterValidator(_check_moment)]
+"""ISO 8601, with a time zone."""
+SignatureId: TypeAlias = Annotated[str, Field(pattern=r"\A[0-9a-f]{16}\z")]
+FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
+GuestName: TypeAlias = Annotated[str, Field(pattern=rf"\A{GUEST_NAME.pattern}\z")]
+Number: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
 
 
 class CorruptRecordError(DumpError):
@@ -73,7 +99,7 @@ class Signature:
 
     __pydantic_config__ = _STRICT
 
-    id: str
+    id: SignatureId
     message: str
     frames: tuple[str, ...]
 
@@ -94,9 +120,9 @@ class DumpFacts:
 
     __pydantic_config__ = _STRICT
 
-    file: str | None
+    file: FileName | None
     format: str
-    bytes: int = 0
+    bytes: Number = 0
     complete: bool = False
     left_out: tuple[str, ...] = ()
     reason: str | None = None
@@ -118,7 +144,7 @@ class QemuFacts:
 
     version: str
     target: str
-    pid: int | None
+    pid: Number | None
     command_line: tuple[str, ...] | None
 
 
@@ -129,7 +155,7 @@ class UploadFacts:
     __pydantic_config__ = _STRICT
 
     url: str
-    time: str
+    time: Moment
 
 
 @dataclass(frozen=True)
@@ -138,8 +164,8 @@ class FileFacts:
 
     __pydantic_config__ = _STRICT
 
-    bytes: int
-    sha256: str
+    bytes: Number
+    sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 
 @dataclass(frozen=True)
@@ -167,21 +193,21 @@ class CrashRecord:
 
     __pydantic_config__ = _STRICT
 
-    id: str
-    guest: str
+    id: Annotated[str, Field(pattern=rf"\A({CRASH_ID.pattern})?\z")]
+    guest: GuestName
     labels: dict[str, str]
-    time: str
+    time: Moment
     cause: CrashCause
     signature: Signature
     dump: DumpFacts
     qemu: QemuFacts
-    guest_stopped_seconds: float
+    guest_stopped_seconds: Annotated[float, Field(ge=0)]
     after_action: str
     remarks: tuple[str, ...] = ()
     uploaded: UploadFacts | None = None
-    occurrence: int = 0
+    occurrence: Number = 0
     held: bool = False
-    files: dict[str, FileFacts] = field(default_factory=dict)
+    files: dict[FileName, FileFacts] = field(default_factory=dict)
     schema_version: Literal[1] = SCHEMA_VERSION
 
     @property
@@ -190,8 +216,9 @@ class CrashRecord:
         return datetime.fromisoformat(self.time)
 
     def to_json(self) -> str:
-        """Return the content of `crash.json`."""
-        return _RECORD.dump_json(self, indent=2).decode() + "\n"
+        """Return the content of `crash.json`; what is no text for UTF-8 becomes `?`."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        return text.encode("utf-8", "replace").decode() + "\n"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as it is in `crash.json`, for JSON of more than one crash."""
@@ -208,11 +235,25 @@ def parse_record(text: str | bytes) -> CrashRecord:
         CorruptRecordError: It is no such record; says where it differs.
     """
     try:
-        return _RECORD.validate_json(text)
+        record = _RECORD.validate_json(text)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"])) or "the whole"
-        raise CorruptRecordError(f"crash.json: {place}: {first['msg']}") from error
+        raise CorruptRecordError(f"crash.json: {reason_of(error)}") from error
+    if record.id and not record.id.startswith(f"{record.guest}/"):
+        raise CorruptRecordError(f"crash.json: id: it is none of guest {record.guest}")
+    if record.id and record.dump.file is not None and record.dump.file not in record.files:
+        raise CorruptRecordError(f"crash.json: files: {record.dump.file} is not among them")
+    return record
+
+
+def reason_of(error: Exception) -> str:
+    """Return in one line why something that was read from the disk is refused."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if not isinstance(error, ValidationError):
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    first = error.errors(include_url=False)[0]
+    place = ".".join(map(str, first["loc"]))[:200] or "the whole"
+    return f"{place}: {first['msg']}"
 
 
 def utc_text(moment: datetime) -> str:

@@ -6,6 +6,7 @@ A peer may send anything: whatever is used later is checked here, where it enter
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
@@ -27,7 +28,9 @@ def parse_message(line: bytes) -> dict[str, Any]:
     """
     content: Any = None
     try:
-        content = json.loads(line.decode("utf-8", "replace"), parse_constant=_refuse)
+        content = json.loads(
+            line.decode("utf-8", "replace"), parse_constant=_refuse, parse_float=_float
+        )
         deep = _is_deep(line, content)
     except json.JSONDecodeError as error:
         raise ValueError(f"it is no JSON: {error.msg}") from error
@@ -38,13 +41,18 @@ def parse_message(line: bytes) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError("it is no JSON object")  # noqa: TRY004 - the text is of the wrong form
     if _LONE_SURROGATE.search(line):
-        text = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
-        content = json.loads(text)
+        whole = json.dumps(content, ensure_ascii=False).encode("utf-8", "replace")
+        content = json.loads(whole)
     return dict(content)
 
 
 def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"it has {constant}, which JSON does not know")
+    raise ValueError(f"it has the number {constant}")
+
+
+def _float(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse(digits[:20])
 
 
 def _is_deep(line: bytes, content: object) -> bool:

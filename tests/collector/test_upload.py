@@ -274,7 +274,7 @@ def test_what_has_arrived_is_not_sent_twice(tmp_path, refusing):
 
 def test_another_crash_of_this_name_is_not_overwritten(tmp_path, caplog):
     other = make_store(tmp_path / "other")
-    record = commit(other, make_record(), {"dmesg.txt": b"of another host"})
+    record = commit(other, make_record(dump=False), {"dmesg.txt": b"of another host"})
     url = f"file://{tmp_path}/remote"
     _uploader(other, url).upload_due()
     store = make_store(tmp_path)

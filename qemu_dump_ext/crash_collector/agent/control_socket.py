@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.errors import ConnectError, DumpError, RequestError
+from qemu_dump_ext.qemu.qmp_message import parse_message
 
 _LINE_MAX = 1 << 16
 _PATH_MAX = 107
@@ -70,12 +71,12 @@ def _listen(path: Path) -> socket.socket:
 
 async def _answer(line: bytes, handle: Handler) -> Answer:
     try:
-        request = json.loads(line)
-        if not isinstance(request, dict):
-            raise RequestError("a request is a JSON object")
+        request = parse_message(line)
+    except ValueError as error:
+        text = f"a request is one object of JSON in one line: {error}"
+        return {"error": text, "exit_status": RequestError.exit_status}
+    try:
         return await handle(request)
-    except ValueError:
-        return {"error": "a request is a line of JSON", "exit_status": RequestError.exit_status}
     except DumpError as error:
         return {"error": str(error), "exit_status": error.exit_status}
 

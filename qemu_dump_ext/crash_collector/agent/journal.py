@@ -10,15 +10,21 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from qemu_dump_ext.crash_collector.record import CrashCause
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from qemu_dump_ext.crash_collector.record import CRASH_ID, CrashCause, GuestName, Moment
+from qemu_dump_ext.crash_collector.store.files import set_aside
 from qemu_dump_ext.errors import DumpWriteError
 
 _SIZE_MAX = 1 << 20
+_READ_MAX = 16 << 20
+_ADDRESS_MAX = 5000
+_STATUS_MAX = 100
 
 _logger = logging.getLogger(__name__)
 
@@ -36,17 +42,27 @@ class GuestState:
         handled: The run state in which the guest was left once its crash had been stored.
     """
 
-    qemu: str
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    qemu: Annotated[str, Field(max_length=_ADDRESS_MAX)]
     cause: CrashCause | None = None
-    time: str = ""
+    time: Moment | Literal[""] = ""
     stopped: bool = False
-    stored: str | None = None
-    handled: str | None = None
+    stored: Annotated[str, Field(pattern=rf"\A{CRASH_ID.pattern}\z")] | None = None
+    handled: Annotated[str, Field(max_length=_STATUS_MAX)] | None = None
 
     @property
     def is_idle(self) -> bool:
         """Tell whether it need not be remembered."""
         return not (self.cause or self.stopped or self.stored or self.handled)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Line(GuestState):
+    guest: GuestName
+
+
+_LINE = TypeAdapter(_Line)
 
 
 class Journal:
@@ -57,20 +73,41 @@ class Journal:
     """
 
     def __init__(self, path: Path) -> None:
-        """Read what an earlier agent left; nothing is written yet.
+        """Read what an earlier agent left; a damaged file is set aside, and what is good is kept.
 
         Raises:
             DumpWriteError: The file cannot be read.
         """
         self._path = path
         self._lock = threading.Lock()
-        try:
-            lines = path.read_bytes().splitlines()
-        except FileNotFoundError:
-            lines = []
-        except OSError as error:
-            raise DumpWriteError(f"cannot read {path}: {error.strerror}") from error
+        content = self._read()
+        lines = content.splitlines()
         self.states: dict[str, GuestState] = replay(lines)
+        is_torn = bool(content) and not content.endswith(b"\n")  # as by a power cut
+        bad = sum(_parse(line) is None for line in (lines[:-1] if is_torn else lines))
+        if bad:
+            set_aside(path, f"{bad} of {len(lines)} lines make no sense")
+            self._write_again()
+
+    def _read(self) -> bytes:
+        try:
+            if self._size() > _READ_MAX:
+                set_aside(self._path, f"it has more than {_READ_MAX} bytes")
+            with self._path.open("rb") as file:
+                return file.read(_READ_MAX)
+        except FileNotFoundError:
+            return b""
+        except IsADirectoryError:
+            set_aside(self._path, "it is a directory")
+            return b""
+        except OSError as error:
+            raise DumpWriteError(f"cannot read {self._path}: {error.strerror}") from error
+
+    def _write_again(self) -> None:
+        try:
+            self._compact()
+        except OSError as error:  # as it was, and written before anything is done
+            _logger.warning("cannot write %s: %s", self._path, error.strerror)
 
     def set(self, guest: str, state: GuestState) -> None:
         """Remember, on the disk when this returns.
@@ -143,11 +180,10 @@ def replay(lines: Iterable[bytes]) -> dict[str, GuestState]:
     for line in lines:
         if not line.strip():
             continue
-        try:
-            guest, state = _parse(json.loads(line))
-        except (ValueError, TypeError, KeyError):
+        if (parsed := _parse(line)) is None:
             _logger.warning("a damaged line of the journal is passed over: %r", line[:80])
             continue
+        guest, state = parsed
         if state.is_idle:
             states.pop(guest, None)
         else:
@@ -155,10 +191,10 @@ def replay(lines: Iterable[bytes]) -> dict[str, GuestState]:
     return states
 
 
-def _parse(content: Any) -> tuple[str, GuestState]:
-    if not isinstance(content, Mapping):
-        raise TypeError("no mapping")
-    fields = dict(content)
-    guest = fields.pop("guest")
-    cause = fields.pop("cause", None)
-    return str(guest), GuestState(cause=CrashCause(**cause) if cause else None, **fields)
+def _parse(text: bytes) -> tuple[str, GuestState] | None:
+    try:
+        line = _LINE.validate_json(text)
+    except ValidationError:
+        return None
+    values = {one.name: getattr(line, one.name) for one in fields(GuestState)}
+    return line.guest, GuestState(**values)

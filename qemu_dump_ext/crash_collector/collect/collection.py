@@ -40,7 +40,7 @@ from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.engine.verify import verify_dump
-from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError
+from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
@@ -197,7 +197,10 @@ class CrashCollector:
         if not _is_running(qmp):
             yield
             return
-        self._set_stopped(True)
+        try:
+            self._set_stopped(True)
+        except DumpWriteError as error:
+            raise SourceError(f"the guest is not stopped for it: {error}") from error
         started = time.monotonic()
         try:
             qmp.qmp("stop")
@@ -206,7 +209,10 @@ class CrashCollector:
             # Also where `stop` was not answered: QEMU takes both in order, when it does.
             qmp.qmp("cont")
             self._found.stopped_seconds = time.monotonic() - started
-            self._set_stopped(False)
+            try:
+                self._set_stopped(False)
+            except DumpWriteError as error:  # looked at again when the crash is stored
+                _logger.warning("%s", error)
 
     def _take_from_qemu(self, qmp: SharedQmp) -> None:
         access = GuestAccess.by_qmp(qmp)

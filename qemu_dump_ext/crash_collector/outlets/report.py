@@ -196,8 +196,8 @@ def _section(group: _Group, base: str) -> Element:
 def _crash_row(crash: CrashRecord, base: str) -> Element:
     labels = ", ".join(f"{name}={value}" for name, value in sorted(crash.labels.items()))
     directory = f"./{Path(base).as_posix()}/{crash.id}"
-    files: list[Content] = [_link(f"{quote(directory)}/", "directory")]
-    files += [_link(quote(f"{directory}/{name}"), name) for name in sorted(crash.files)]
+    files: list[Content] = [_link(f"{_quoted(directory)}/", "directory")]
+    files += [_link(_quoted(f"{directory}/{name}"), name) for name in sorted(crash.files)]
     if crash.uploaded is not None:
         files.append(f"uploaded to {crash.uploaded.url}")
     remarks = [*(["held"] if crash.held else []), *crash.dump.left_out, *crash.remarks]
@@ -260,6 +260,11 @@ def _left_out(count: int, what: str) -> Element | None:
 
 def _link(target: str, text: str) -> Element:
     return _element("a", text, href=target)
+
+
+def _quoted(path: str) -> str:
+    # Of a file system that need not know UTF-8.
+    return quote(path.encode("utf-8", "surrogateescape"))
 
 
 def _time(text: str) -> Element:

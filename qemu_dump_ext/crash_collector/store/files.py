@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import secrets
+from datetime import UTC, datetime
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.record import CrashRecord, FileFacts
 
 RECORD_FILE = "crash.json"
 CHECKSUM_FILE = "SHA256SUMS"
+
+_logger = logging.getLogger(__name__)
 
 
 def file_facts(path: Path) -> FileFacts:
@@ -50,6 +54,26 @@ def replace_file(path: Path, content: bytes) -> None:
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Give what is damaged another name, for whoever wants to know why; say so in the log."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
+    aside = path.with_name(f"{path.name}.damaged-{stamp}")
+    try:
+        path.rename(aside)
+    except OSError as error:
+        _logger.error("%s is damaged: %s; it stays: %s", path, reason, error.strerror)  # noqa: TRY400
+    else:
+        _logger.error("%s is damaged, and now %s: %s", path, aside.name, reason)
+
+
+def sync_names(directory: Path) -> None:
+    """As `sync_directory`, for names that hold whether or not the disk takes them now."""
+    try:
+        sync_directory(directory)
+    except OSError as error:
+        _logger.warning("cannot sync %s: %s", directory, error.strerror)
 
 
 def sync_directory(directory: Path) -> None:

@@ -15,7 +15,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import secrets
 import shutil
 import tempfile
@@ -24,19 +23,27 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from qemu_dump_ext.crash_collector.record import (
-    GUEST_NAME,
+    CRASH_ID,
     CorruptRecordError,
     CrashRecord,
+    Moment,
+    SignatureId,
     parse_record,
+    reason_of,
 )
 from qemu_dump_ext.crash_collector.store.files import (
     CHECKSUM_FILE,
     RECORD_FILE,
     file_facts,
     replace_file,
+    set_aside,
     sync_directory,
+    sync_names,
     write_record,
 )
 from qemu_dump_ext.errors import DumpWriteError, RequestError
@@ -45,8 +52,9 @@ _INCOMING = ".incoming"
 _SIGNATURES = ".signatures.json"
 _LOCK = ".lock"
 _TIME_FORMAT = "%Y%m%dT%H%M%S.%fZ"
-_ID = re.compile(rf"{GUEST_NAME.pattern}/[0-9TZ.]+-[0-9a-f]{{16}}(\.\d+)?")
 _RECORD_BYTES_MAX = 16 << 20
+_COUNTS_BYTES_MAX = 64 << 20
+_MESSAGE_MAX = 1000
 _SIGNATURES_MAX = 10_000
 """A guest that makes up a message for every crash pushes out what was seen longest ago."""
 
@@ -57,10 +65,15 @@ _logger = logging.getLogger(__name__)
 class SignatureCount:
     """How often a signature was seen, and when; times as in the records."""
 
-    message: str
-    count: int
-    first_seen: str
-    last_seen: str
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    message: Annotated[str, Field(max_length=_MESSAGE_MAX)]
+    count: Annotated[int, Field(ge=1, lt=1 << 53)]
+    first_seen: Moment
+    last_seen: Moment
+
+
+_COUNTS = TypeAdapter(dict[SignatureId, SignatureCount])
 
 
 class CrashStore:
@@ -72,6 +85,7 @@ class CrashStore:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._is_behind = False  # the file of counts misses something that is stored
 
     def prepare(self) -> None:
         """Make the directory if there is none, and count what was stored but not counted yet.
@@ -84,10 +98,8 @@ class CrashStore:
             (self.path / _INCOMING).mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise DumpWriteError(f"cannot create {self.path}: {error.strerror}") from error
-        try:
+        with self.locked():
             self._count_again()
-        except OSError as error:  # as it was, and done by the next one
-            _logger.warning("cannot write %s: %s", self.path / _SIGNATURES, error.strerror)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -138,7 +150,7 @@ class CrashStore:
                 if path.name not in {RECORD_FILE, CHECKSUM_FILE}
             }
             with self.locked():
-                counts = self.signatures()
+                counts = self._count_again() if self._is_behind else self._counts_to_change()
                 known = counts.get(record.signature.id)
                 record = replace(
                     record,
@@ -151,9 +163,11 @@ class CrashStore:
                 final = self.directory(record.id)
                 final.parent.mkdir(mode=0o700, exist_ok=True)
                 incoming.rename(final)
+                # From here on it is stored, whatever fails.
                 for directory in (final.parent, self.path):
-                    sync_directory(directory)
-                self._count(counts, record)
+                    sync_names(directory)
+                counts[record.signature.id] = _counted(known, record)
+                self._write_counts(counts)
         except OSError as error:
             raise DumpWriteError(
                 f"cannot store a crash of {record.guest} in {self.path}: {error.strerror}"
@@ -166,7 +180,7 @@ class CrashStore:
         Raises:
             RequestError: That is not the form of an id.
         """
-        if not _ID.fullmatch(crash_id):
+        if not CRASH_ID.fullmatch(crash_id):
             raise RequestError(
                 f"{crash_id!r} is no crash: GUEST/TIME-SIGNATURE, as 'list' shows it"
             )
@@ -261,14 +275,31 @@ class CrashStore:
         What is lost or damaged begins again with what the records say.
         """
         try:
-            content = json.loads((self.path / _SIGNATURES).read_bytes())
-            return {name: SignatureCount(**count) for name, count in content.items()}
+            return self._read_counts()
         except FileNotFoundError:
-            pass
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            _logger.warning("%s is counted anew: %s", self.path / _SIGNATURES, error)
+            return self._counted_anew()
+        except (OSError, ValueError) as error:
+            _logger.warning("%s is counted anew: %s", self.path / _SIGNATURES, reason_of(error))
+            return self._counted_anew()
+
+    def _counts_to_change(self) -> dict[str, SignatureCount]:
+        # What is damaged is kept for whoever wants to know why.
+        path = self.path / _SIGNATURES
+        try:
+            return self._read_counts()
+        except FileNotFoundError:
+            return self._counted_anew()
+        except (OSError, ValueError) as error:
+            set_aside(path, reason_of(error))
+            return self._counted_anew()
+
+    def _read_counts(self) -> dict[str, SignatureCount]:
+        with (self.path / _SIGNATURES).open("rb") as file:
+            return _COUNTS.validate_json(file.read(_COUNTS_BYTES_MAX))
+
+    def _counted_anew(self) -> dict[str, SignatureCount]:
         counts: dict[str, SignatureCount] = {}
-        for record in sorted(self.records(), key=lambda record: record.time):
+        for record in sorted(self.records(), key=lambda record: record.moment):
             counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
         return counts
 
@@ -293,28 +324,34 @@ class CrashStore:
             name = f"{record.guest}/{stamp}-{record.signature.id}.{number}"
         return name
 
-    def _count_again(self) -> None:
-        # Whoever was killed behind the renaming left a crash that says which number it has.
-        with self.locked():
-            counts = self.signatures()
-            missed = False
-            for record in sorted(self.records(), key=lambda record: record.occurrence):
-                known = counts.get(record.signature.id)
-                if known is None or known.count < record.occurrence:
-                    counts[record.signature.id] = _counted(known, record)
-                    missed = True
-            if missed:
-                self._write_counts(counts)
-
-    def _count(self, counts: dict[str, SignatureCount], record: CrashRecord) -> None:
-        counts[record.signature.id] = _counted(counts.get(record.signature.id), record)
-        self._write_counts(counts)
+    def _count_again(self) -> dict[str, SignatureCount]:
+        # What was stored behind the last time that the counts could be written, or were: a crash
+        # says which number it has.
+        counts = self._counts_to_change()
+        for record in sorted(self.records(), key=lambda record: record.occurrence):
+            known = counts.get(record.signature.id)
+            if known is None or known.count < record.occurrence:
+                counts[record.signature.id] = _counted(known, record)
+                self._is_behind = True
+        if self._is_behind:
+            self._write_counts(counts)
+        return counts
 
     def _write_counts(self, counts: dict[str, SignatureCount]) -> None:
         while len(counts) > _SIGNATURES_MAX:
             del counts[min(counts, key=lambda name: counts[name].last_seen)]
         content = {name: asdict(count) for name, count in counts.items()}
-        replace_file(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
+        try:
+            replace_file(self.path / _SIGNATURES, json.dumps(content, indent=1).encode())
+        except OSError as error:
+            _logger.warning(
+                "cannot write %s: %s; what it misses is counted later",
+                self.path / _SIGNATURES,
+                error.strerror,
+            )
+            self._is_behind = True
+        else:
+            self._is_behind = False
 
 
 def _stamp(time: str) -> str:
