@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
 from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.errors import RequestError
 
+_BYTES_MAX = 1 << 20
+_NODES_MAX = 100_000
+_DIGITS_MAX = 100
 _CONFIGURATION = TypeAdapter(Configuration)
 
 
@@ -21,10 +24,14 @@ def load_configuration(path: Path) -> Configuration:
         RequestError: It cannot be read, or is wrong; says where, and what would be right.
     """
     try:
-        text = path.read_text("utf-8")
+        with path.open("rb") as file:
+            content = file.read(_BYTES_MAX + 1)
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise RequestError(f"cannot read {path}: {reason}") from error
+    if len(content) > _BYTES_MAX:
+        raise RequestError(f"{path}: it has more than {_BYTES_MAX} bytes")
     return parse_configuration(text, str(path))
 
 
@@ -44,7 +51,8 @@ def parse_configuration(text: str, name: str) -> Configuration:
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
-        _refuse_duplicates(node, name)
+        if node is not None:
+            _Check(name).look_at(node)
         content = loader.construct_document(node) if node is not None else None
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -52,6 +60,10 @@ def parse_configuration(text: str, name: str) -> Configuration:
         raise RequestError(f"{name}{place}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:  # such as a control character
         raise RequestError(f"{name}: {str(error).splitlines()[0]}") from error
+    except RecursionError as error:
+        raise RequestError(f"{name}: it is nested too deep, or in itself") from error
+    except (ValueError, OverflowError) as error:  # of a number that Python does not take
+        raise RequestError(f"{name}: {error}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -107,20 +119,42 @@ def _locate(node: Any, path: Sequence[int | str]) -> tuple[Any, str]:
     return mark, ".".join(words)
 
 
-def _refuse_duplicates(node: Any, name: str) -> None:
-    if node is None or node.id == "scalar":
-        return
-    if node.id == "sequence":
-        for child in node.value:
-            _refuse_duplicates(child, name)
-        return
-    seen = set()
-    for key, child in node.value:
-        if key.value in seen and key.id == "scalar":
-            mark = key.start_mark
-            raise RequestError(
-                f"{name}:{mark.line + 1}:{mark.column + 1}: {key.value} is there twice"
-            )
-        if key.id == "scalar":
+class _Check:
+    # Before anything is made of it: a few lines can stand for very many, by aliases.
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._nodes = 0
+
+    def look_at(self, node: Any) -> None:
+        self._nodes += 1
+        if self._nodes > _NODES_MAX:
+            self._refuse(node, f"there are more than {_NODES_MAX} values")
+        if node.id == "scalar":
+            self._look_at_text(node)
+        elif node.id == "sequence":
+            for child in node.value:
+                self.look_at(child)
+        else:
+            self._look_at_pairs(node)
+
+    def _look_at_pairs(self, node: Any) -> None:
+        seen = set()
+        for key, child in node.value:
+            if key.id != "scalar":
+                self._refuse(key, "a word is no list and no mapping")
+            if key.value in seen:
+                self._refuse(key, f"{key.value} is there twice")
             seen.add(key.value)
-        _refuse_duplicates(child, name)
+            self.look_at(child)
+
+    def _look_at_text(self, node: Any) -> None:
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:
+            self._refuse(node, "it has half a character")
+        if node.tag == "tag:yaml.org,2002:int" and len(node.value) > _DIGITS_MAX:
+            self._refuse(node, f"a number has at most {_DIGITS_MAX} digits")
+
+    def _refuse(self, node: Any, message: str) -> NoReturn:
+        mark = node.start_mark
+        raise RequestError(f"{self._name}:{mark.line + 1}:{mark.column + 1}: {message}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import string
+from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
 from pydantic import (
@@ -12,9 +13,9 @@ from pydantic import (
     Field,
 )
 
-_DURATION = re.compile(r"(\d+(?:\.\d+)?) *(ms|s|min|h|d)")
+_DURATION = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) *(ms|s|min|h|d)")
 _SECONDS_OF = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(B|KiB|MiB|GiB|TiB)")
+_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) *(B|KiB|MiB|GiB|TiB)")
 _BYTES_OF = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
@@ -40,7 +41,10 @@ def template(*names: str) -> AfterValidator:
     """Return a check that a text has no `{name}` but these."""
 
     def check(text: str) -> str:
-        used = {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+        parts = [part for part in string.Formatter().parse(text) if part[1] is not None]
+        used = {str(name) for _, name, _, _ in parts}
+        if any(form or conversion for _, _, form, conversion in parts):
+            raise ValueError("a {name} stands alone in its braces")
         if not used <= set(names):
             known = ", ".join(f"{{{name}}}" for name in names)
             raise ValueError(f"{{{min(used - set(names))}}} is not known here, but {known}")
@@ -49,8 +53,38 @@ def template(*names: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-Seconds: TypeAlias = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0)]
-Size: TypeAlias = Annotated[int, BeforeValidator(_parse_size), Field(ge=0)]
-GuestTemplate: TypeAlias = Annotated[str, template("name", "stem", "directory")]
-KernelTemplate: TypeAlias = Annotated[str, template("name", "stem", "directory", "release")]
-Count: TypeAlias = Annotated[int, Field(ge=0)]
+_YEARS = 100 * 365 * 86400.0
+_NUMBER_MAX = (1 << 63) - 1
+_TEXT_MAX = 4096
+_PATTERN_MAX = 1000
+
+
+def _check_path(path: Path) -> Path:
+    if "\0" in str(path) or len(str(path)) > _TEXT_MAX:
+        raise ValueError("no path has a NUL, or more than 4096 characters")
+    return path
+
+
+def _compile(pattern: Any) -> Any:
+    if not isinstance(pattern, str):
+        return pattern
+    if len(pattern) > _PATTERN_MAX:
+        raise ValueError(f"a pattern has at most {_PATTERN_MAX} characters")
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+        reason = str(error) if isinstance(error, (re.error, OverflowError)) else "it is too much"
+        raise ValueError(f"input should be a valid regular expression: {reason}") from error
+
+
+Seconds: TypeAlias = Annotated[
+    float, BeforeValidator(_parse_duration), Field(gt=0, le=_YEARS, allow_inf_nan=False)
+]
+Size: TypeAlias = Annotated[int, BeforeValidator(_parse_size), Field(ge=0, le=_NUMBER_MAX)]
+Number: TypeAlias = Annotated[int, Field(ge=-_NUMBER_MAX, le=_NUMBER_MAX)]
+PathText: TypeAlias = Annotated[str, Field(max_length=_TEXT_MAX, pattern=r"\A[^\x00]*\z")]
+GuestTemplate: TypeAlias = Annotated[PathText, template("name", "stem", "directory")]
+KernelTemplate: TypeAlias = Annotated[PathText, template("name", "stem", "directory", "release")]
+FilePath: TypeAlias = Annotated[Path, AfterValidator(_check_path)]
+Pattern: TypeAlias = Annotated[re.Pattern[str], BeforeValidator(_compile)]
+Count: TypeAlias = Annotated[int, Field(ge=0, le=_NUMBER_MAX)]

@@ -20,8 +20,12 @@ from pydantic import (
 
 from qemu_dump_ext.crash_collector.config.quantities import (
     Count,
+    FilePath,
     GuestTemplate,
     KernelTemplate,
+    Number,
+    PathText,
+    Pattern,
     Seconds,
     Size,
     template,
@@ -87,7 +91,7 @@ class Rate:
 
     __pydantic_config__ = _NO_MORE
 
-    dumps: Annotated[int, Field(ge=1)] = 6
+    dumps: Annotated[Count, Field(ge=1)] = 6
     per: Seconds = 3600.0
 
 
@@ -178,10 +182,10 @@ class Settings:
 
     causes: tuple[CauseKind, ...] = DEFAULT_CAUSES
     format: Annotated[str, AfterValidator(_parse_format)] = "kdump-raw-zlib"
-    level: int | None = None
+    level: Number | None = None
     memory: Annotated[str, AfterValidator(_parse_memory)] = AUTO
     console: GuestTemplate | None = None
-    console_patterns: tuple[re.Pattern[str], ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))
+    console_patterns: tuple[Pattern, ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))
     heartbeat: Heartbeat | None = None
     dumps_per_signature: Count = 3
     rate: Rate = field(default_factory=Rate)
@@ -218,10 +222,10 @@ class GuestEntry(Settings):
 
     __pydantic_config__ = _NO_MORE
 
-    socket: str | None = None
-    glob: str | None = None
-    directory: Path | None = None
-    name: Annotated[str, template("stem", "directory")] = "{stem}"
+    socket: PathText | None = None
+    glob: PathText | None = None
+    directory: FilePath | None = None
+    name: Annotated[PathText, template("stem", "directory")] = "{stem}"
 
     @model_validator(mode="after")
     def _check(self) -> GuestEntry:
@@ -244,7 +248,7 @@ class Limits:
     __pydantic_config__ = _NO_MORE
 
     bytes: Size | None = None
-    count: Annotated[int, Field(ge=1)] | None = 1000
+    count: Annotated[Count, Field(ge=1)] | None = 1000
     age: Seconds | None = None
     free: Size = 1 << 30
 
@@ -267,7 +271,7 @@ class Upload:
 
     __pydantic_config__ = _NO_MORE
 
-    url: Annotated[str, template("host"), Field(pattern="^[a-z][a-z0-9+.-]*://")]
+    url: Annotated[PathText, template("host"), Field(pattern="^[a-z][a-z0-9+.-]*://")]
     options: dict[str, Any] = field(default_factory=dict)
     confirm: Literal["content", "size"] = "content"
     keep_dump: bool = True
@@ -300,16 +304,16 @@ class Configuration:
 
     __pydantic_config__ = _NO_MORE
 
-    store: Path
+    store: FilePath
     guests: tuple[GuestEntry, ...] = ()
-    control: Path | None = None
-    concurrent_dumps: Annotated[int, Field(ge=1)] = 2
+    control: FilePath | None = None
+    concurrent_dumps: Annotated[int, Field(ge=1, le=64)] = 2
     scan_interval: Seconds = 1.0
     answer_timeout: Seconds = 60.0
     retry_interval: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None
-    report: Path | None = None
+    report: FilePath | None = None
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     defaults: Settings = field(default_factory=Settings)
 

@@ -8,11 +8,14 @@ import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.record import is_guest_name
 from qemu_dump_ext.qemu.address import tcp_address
+
+_SOCKETS_MAX = 10_000
 
 _logger = logging.getLogger(__name__)
 
@@ -76,9 +79,10 @@ def _addresses(entry: GuestEntry) -> Iterator[str]:
         yield entry.socket
     elif entry.glob is not None:
         paths = glob.iglob(entry.glob, recursive=True)  # noqa: PTH207 - of any directory
-        yield from sorted(filter(_is_socket, paths))
+        yield from sorted(islice(filter(_is_socket, paths), _SOCKETS_MAX))
     elif entry.directory is not None:
-        yield from sorted(filter(_is_socket, map(str, entry.directory.glob("*"))))
+        paths = map(str, entry.directory.glob("*"))
+        yield from sorted(islice(filter(_is_socket, paths), _SOCKETS_MAX))
 
 
 def _is_socket(path: str) -> bool:

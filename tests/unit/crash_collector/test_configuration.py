@@ -112,6 +112,63 @@ def test_mistake_is_shown_where_it_is(text, message):
     assert caught.value.message.startswith(message)
 
 
+NINES = "9" * 5000
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [*{other}, *{other}, *{other}, *{other}, *{other}, *{other}, *{other}]\n"
+    for other, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"store: /x\nconcurrent_dumps: {NINES}", "2:19: a number has at most 100 digits"),
+        (f"store: /x\nguests: [{{socket: /a, level: {NINES[:99]}}}]", "2:30: guests.0.level: "),
+        (f"store: /x\nscan_interval: {NINES[:400]} s", "2:16: scan_interval: a duration is"),
+        (f"store: /x\nlimits: {{bytes: {NINES[:400]} B}}", "2:17: limits.bytes: a size is"),
+        ("store: /x\nlimits: {bytes: 999999999999999999 TiB}", "2:17: limits.bytes: input"),
+        ("store: /x\nlimits: {age: .inf}", "2:15: limits.age: input should be"),
+        ("store: /x\nscan_interval: .nan", "2:16: scan_interval: input should be"),
+        ("store: /x\nlimits: {count: .inf}", "2:17: limits.count: input should be"),
+        (
+            "store: /x\nguests: [{socket: /a, name: 'a{stem:9999999999}'}]",
+            "2:29: guests.0.name: a {name} stands alone",
+        ),
+        (
+            "store: /x\nguests: [{socket: /a, console: 'a{name!r}'}]",
+            "2:32: guests.0.console: a {name} stands alone",
+        ),
+        (f"store: /x\nguests: [{{glob: '{'/*' * 3000}'}}]", "2:17: guests.0.glob: string should"),
+        (
+            "store: /x\nguests: [{socket: /a, console_patterns: ['a{99999999999}']}]",
+            "2:42: guests.0.console_patterns.0: input should be a valid regular expression: the",
+        ),
+        (
+            f"store: /x\nguests: [{{socket: /a, console_patterns: ['{'(' * 900}']}}]",
+            "2:42: guests.0.console_patterns.0: input should be a valid regular expression: ",
+        ),
+        (f"store: {'[' * 5000}", " it is nested too deep, or in itself"),
+        ("store: /x\nguests: &a [*a]", " it is nested too deep, or in itself"),
+        (f"store: /x\n{ALIASES}", "2:23: there are more than 100000 values"),
+        ("store: /x\n? [a]\n: 1", "2:3: a word is no list and no mapping"),
+        ('store: "/\\ud800"', "1:8: it has half a character"),
+        ('store: "/\\0"', "1:8: store: no path has a NUL"),
+    ],
+    ids=lambda value: value[:50],
+)
+def test_configuration_that_asks_for_too_much_is_refused_in_a_line(text, message):
+    with pytest.raises(RequestError) as caught:
+        parse_configuration(text, "test")
+    assert caught.value.message.startswith(f"test:{message}"), caught.value.message[:300]
+    assert len(caught.value.message.splitlines()) == 1
+    assert len(caught.value.message) < 1000
+
+
+def test_endless_file_is_no_configuration():
+    with pytest.raises(RequestError, match="has more than"):
+        load_configuration(Path("/dev/zero"))
+
+
 def test_file_that_cannot_be_read_is_said(tmp_path):
     with pytest.raises(RequestError, match=r"cannot read .*: No such file"):
         load_configuration(tmp_path / "none")
