@@ -11,6 +11,7 @@ import pytest
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
 
@@ -60,17 +61,15 @@ def paused_linux(linux_guest: BootedGuest) -> Iterator[BootedGuest]:
 
 
 @pytest.fixture(scope="module")
-def paused_linux_native(
-    paused_linux: BootedGuest, tmp_path_factory: pytest.TempPathFactory
-) -> OracleDumps:
+def paused_linux_native(paused_linux: BootedGuest, request: pytest.FixtureRequest) -> OracleDumps:
     """QEMU's own dumps of the stopped Linux guest."""
-    return OracleDumps(paused_linux, tmp_path_factory.mktemp("native"))
+    return OracleDumps(paused_linux, folder_for(request, "native"))
 
 
 @pytest.fixture(scope="session")
-def bare_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
+def bare_machine(request: pytest.FixtureRequest) -> Iterator[QemuMachine]:
     """Two vCPUs that never ran, and memory with known content of every kind."""
-    arguments = loaded_content(tmp_path_factory.mktemp("content"))
+    arguments = loaded_content(folder_for(request, "content"))
     with stopped_machine(["qemu-system-x86_64"], arguments) as machine:
         yield machine
 
@@ -95,6 +94,6 @@ def planted_content() -> bytes:
 
 
 @pytest.fixture(scope="session")
-def bare_native(bare_machine: QemuMachine, tmp_path_factory: pytest.TempPathFactory) -> OracleDumps:
+def bare_native(bare_machine: QemuMachine, request: pytest.FixtureRequest) -> OracleDumps:
     """QEMU's own dumps of the machine that never ran."""
-    return OracleDumps(bare_machine, tmp_path_factory.mktemp("native"))
+    return OracleDumps(bare_machine, folder_for(request, "native"))

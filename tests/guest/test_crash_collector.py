@@ -18,6 +18,7 @@ from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import guest_status
+from tests.support.folders import folder_for
 from tests.support.raw_qmp import RawQmp
 from tests.support.waiting import wait_until
 
@@ -50,9 +51,9 @@ class Collected:
 
 
 @pytest.fixture(scope="module")
-def collected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collected]:
+def collected(request: pytest.FixtureRequest) -> Iterator[Collected]:
     """One guest that crashes three times; the agent resets it after each."""
-    directory = tmp_path_factory.mktemp("collector")
+    directory = folder_for(request, "collector")
     image = find_image("x86_64")
     store = ImageStore(default_cache())
     files = store.fetch(image, debug_symbols=True)
@@ -208,12 +209,12 @@ WRITE_PVPANIC = (
 
 
 @pytest.fixture(scope="module")
-def other_target(request, tmp_path_factory) -> Iterator[tuple[BootedGuest, CrashAgent]]:
+def other_target(request) -> Iterator[tuple[BootedGuest, CrashAgent]]:
     """A guest of another target; with pvpanic, it runs on when its crash is stored."""
     image, after = find_image(request.param), "leave"
     if OTHER_TARGETS[image.name] == "console":
         image, after = replace(image, devices=(*image.devices, "pvpanic-pci")), "resume"
-    directory = tmp_path_factory.mktemp(image.name)
+    directory = folder_for(request, image.name)
     with BootedGuest(image, ImageStore(default_cache()).fetch(image)) as guest:
         entry = {
             "socket": str(guest.qmp_sockets[0]),

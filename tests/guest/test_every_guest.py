@@ -15,6 +15,7 @@ import pytest
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import child_environment, run_cli, run_gdb
+from tests.support.folders import folder_for
 from tests.support.linux_guests import BEFORE_CONNECTING, IMAGES, NOT_BY_GDB, of_guests
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
@@ -40,14 +41,14 @@ of_the_others = of_guests(*NOT_BY_QEMU)
 
 
 @pytest.fixture(scope="module")
-def native(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> OracleDumps:
-    return OracleDumps(guest, tmp_path_factory.mktemp("native"))
+def native(guest: BootedGuest, request: pytest.FixtureRequest) -> OracleDumps:
+    return OracleDumps(guest, folder_for(request, "native"))
 
 
 @pytest.fixture(scope="module")
-def core(guest: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def core(guest: BootedGuest, request: pytest.FixtureRequest) -> Path:
     """Our ELF core, by gdb and the stub alone."""
-    path = tmp_path_factory.mktemp("ours") / "core"
+    path = folder_for(request, "ours") / "core"
     commands = [f"qemu-dump-guest-memory {path}", "print $_qemu_dump_status"]
     before = BEFORE_CONNECTING.get(guest.image.name, [])
     done = run_gdb(guest, commands, "gdb-multiarch", before=before)

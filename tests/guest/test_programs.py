@@ -16,6 +16,7 @@ from qemu_dump_ext.dump_readers.elf import ElfCoreFile
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.guest.test_every_guest import of_the_others, of_those_dumped_by_qemu
 from tests.support.doors import run_cli, run_gdb
+from tests.support.folders import folder_for
 from tests.support.linux_guests import BEFORE_CONNECTING, gpas_of, of_guests
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
@@ -32,9 +33,9 @@ def guest_in_user_mode(guest: BootedGuest) -> BootedGuest:
 
 @pytest.fixture(scope="module")
 def native_in_user_mode(
-    guest_in_user_mode: BootedGuest, tmp_path_factory: pytest.TempPathFactory
+    guest_in_user_mode: BootedGuest, request: pytest.FixtureRequest
 ) -> OracleDumps:
-    return OracleDumps(guest_in_user_mode, tmp_path_factory.mktemp("native"))
+    return OracleDumps(guest_in_user_mode, folder_for(request, "native"))
 
 
 @of_those_dumped_by_qemu

@@ -20,6 +20,7 @@ from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache
 from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import run_cli, run_gdb
+from tests.support.folders import folder_for
 
 pytestmark = pytest.mark.guest
 
@@ -42,9 +43,9 @@ DumpOf = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def dump_of(paused_linux: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> DumpOf:
+def dump_of(paused_linux: BootedGuest, request: pytest.FixtureRequest) -> DumpOf:
     """Takes each dump once."""
-    directory = tmp_path_factory.mktemp("dumps")
+    directory = folder_for(request, "dumps")
 
     @cache
     def take(name: str) -> Path:

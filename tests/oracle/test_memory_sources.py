@@ -22,6 +22,7 @@ from qemu_dump_ext.qemu.probe import ProbedGuest, probe_guest
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from tests.conftest import planted_content
 from tests.support.doors import child_environment, cli_argv, run_cli
+from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 
@@ -31,8 +32,8 @@ QEMU = "qemu-system-x86_64"
 
 
 @pytest.fixture(scope="module")
-def content(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("content") / "content"
+def content(request: pytest.FixtureRequest) -> Path:
+    path = folder_for(request, "content") / "content"
     path.write_bytes(planted_content())
     return path
 
@@ -45,9 +46,9 @@ def loaders(content: Path, *addresses: int) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def numa_machine(content: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
+def numa_machine(content: Path, request: pytest.FixtureRequest) -> Iterator[QemuMachine]:
     """Two NUMA nodes, one in a memfd and one in a file, video memory, and a hotplugged DIMM."""
-    backing = tmp_path_factory.mktemp("backing") / "memory"
+    backing = folder_for(request, "backing") / "memory"
     arguments = [
         *("-M", "q35", "-m", "64M,slots=2,maxmem=256M", "-smp", "2", "-device", "VGA"),
         *("-object", "memory-backend-memfd,id=node0,size=32M,share=on"),
@@ -65,9 +66,9 @@ def numa_machine(content: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @pytest.fixture(scope="module")
-def private_file_machine(content: Path, tmp_path_factory: pytest.TempPathFactory):
+def private_file_machine(content: Path, request: pytest.FixtureRequest):
     """Memory in a private mapping of a file that had content before QEMU was started."""
-    backing = tmp_path_factory.mktemp("backing") / "memory"
+    backing = folder_for(request, "backing") / "memory"
     backing.write_bytes(b"\xa5\x5a" * 4096 * 64 + planted_content())
     os.truncate(backing, 32 * MIB)
     arguments = [

@@ -12,6 +12,7 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.conftest import loaded_content
 from tests.oracle import known_differences
 from tests.oracle.test_doors import DOORS
+from tests.support.folders import folder_for
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps, differing_fields, kdump_facts
 
@@ -19,15 +20,15 @@ pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 
 @pytest.fixture(scope="module")
-def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
-    arguments = loaded_content(tmp_path_factory.mktemp("content"))
+def machine(request: pytest.FixtureRequest) -> Iterator[QemuMachine]:
+    arguments = loaded_content(folder_for(request, "content"))
     with stopped_machine(newer_qemu_command(), arguments) as machine:
         yield machine
 
 
 @pytest.fixture(scope="module")
-def native(machine: QemuMachine, tmp_path_factory: pytest.TempPathFactory) -> OracleDumps:
-    return OracleDumps(machine, tmp_path_factory.mktemp("native"))
+def native(machine: QemuMachine, request: pytest.FixtureRequest) -> OracleDumps:
+    return OracleDumps(machine, folder_for(request, "native"))
 
 
 @pytest.mark.parametrize("door", DOORS)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.folders import folder_for
+
 pytest.importorskip("setuptools", minversion="77")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -64,8 +66,8 @@ def _build(kind: str, tree: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    folder = tmp_path_factory.mktemp("built")
+def built(request: pytest.FixtureRequest) -> Built:
+    folder = folder_for(request, "built")
     tree = shutil.copytree(REPOSITORY, folder / "tree", ignore=_MADE)
     files = frozenset(_files(tree))
     archive = _build("build_sdist", tree, folder / "sdist")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.folders import folder_for
+
 MACHINES = {
     "x86_64": ["-m", "64", "-smp", "2"],
     "s390x": ["-m", "64"],
@@ -66,12 +68,12 @@ def _dump(target: str, directory: Path) -> NativeDumps:
 
 
 @pytest.fixture(scope="session", params=MACHINES)
-def native_dumps(request, tmp_path_factory) -> NativeDumps:
+def native_dumps(request) -> NativeDumps:
     """One guest after the other."""
-    return _dump(request.param, tmp_path_factory.mktemp(request.param))
+    return _dump(request.param, folder_for(request, request.param))
 
 
 @pytest.fixture(scope="session")
-def x86_dumps(tmp_path_factory) -> NativeDumps:
+def x86_dumps(request: pytest.FixtureRequest) -> NativeDumps:
     """A guest with two vCPUs."""
-    return _dump("x86_64", tmp_path_factory.mktemp("x86"))
+    return _dump("x86_64", folder_for(request, "x86"))
