@@ -16,6 +16,16 @@ from qemu_dump_ext.memory_sources._composite import CompositeMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.qemu.monitor_text import parse_physical_bytes
 
+__all__ = [
+    "AUTO",
+    "MemorySource",
+    "OpenedMemory",
+    "all_memory_sources",
+    "memory_source_states",
+    "monitor_read",
+    "open_memory",
+]
+
 AUTO = "auto"
 _SAMPLE_SIZE = 64
 _SAMPLES = 4
