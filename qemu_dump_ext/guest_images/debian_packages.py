@@ -7,11 +7,13 @@ machine already uses; apt verifies what it downloads.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -219,6 +221,8 @@ def parse_package(text: str) -> Package:
 class PackageArchive:
     """The packages of one suite and architecture.
 
+    Several processes may use the same folder: whoever comes second waits for the first one's apt.
+
     Attributes:
         architecture: As the distribution spells it.
     """
@@ -244,18 +248,26 @@ class PackageArchive:
             (folder / name).mkdir(parents=True, exist_ok=True)
         (folder / "status").touch()
         stanzas = "\n".join(source.stanza() for source in self._sources)
-        (folder / "machine.sources").write_text(stanzas, "utf-8")
-        (folder / "apt.conf").write_text(self._configuration(), "utf-8")
+        configuration = self._configuration()
+        with self._locked():
+            (folder / "machine.sources").write_text(stanzas, "utf-8")
+            (folder / "apt.conf").write_text(configuration, "utf-8")
         try:
             self._run("apt-get", "-q", "--error-on=any", "update")
         except SourceError as error:
             return error.message
         return None
 
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
     def _configuration(self) -> str:
         """Return an apt.conf that replaces the machine's, but for how to download."""
         folder = self._folder.resolve()
-        dump = self._run("apt-config", "dump", own_configuration=False)
+        dump = run_tool("apt-config", "dump", environment=_environment())
         settings = {
             "Dir::Etc::parts": "/dev/null",
             "Dir::Etc::main": "/dev/null",
@@ -332,13 +344,15 @@ class PackageArchive:
         self._run("apt-get", "-q", "-y", "-o", archives, "--download-only", "install", *names)
         return sorted(into.glob("*.deb"))
 
-    def _run(
-        self, *command: str, folder: Path | None = None, own_configuration: bool = True
-    ) -> str:
-        environment = {**os.environ, "LC_ALL": "C.UTF-8"}
-        if own_configuration:
-            environment["APT_CONFIG"] = str(self._folder.resolve() / "apt.conf")
-        return run_tool(*command, folder=folder, environment=environment)
+    def _run(self, *command: str, folder: Path | None = None) -> str:
+        environment = _environment(APT_CONFIG=str(self._folder.resolve() / "apt.conf"))
+        # apt itself does not wait for the lock on its lists.
+        with self._locked():
+            return run_tool(*command, folder=folder, environment=environment)
+
+
+def _environment(**more: str) -> dict[str, str]:
+    return {**os.environ, "LC_ALL": "C.UTF-8", **more}
 
 
 def run_tool(

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.guest_images import debian_packages
 from qemu_dump_ext.guest_images.debian_packages import (
+    Distribution,
+    PackageArchive,
     PackageSource,
     parse_deb822_sources,
     parse_one_line_sources,
@@ -13,6 +19,7 @@ from qemu_dump_ext.guest_images.debian_packages import (
     read_machine_sources,
     select_sources,
 )
+from tests.support.waiting import wait_until
 
 _KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
 _DEB822 = f"""\
@@ -140,3 +147,47 @@ def test_a_package_pins_what_a_meta_package_stands_for():
         ("a", None),
         ("b", None),
     )
+
+
+_APT_GET = """\
+#!/bin/sh
+mkdir {folder}/busy 2>/dev/null || {{ echo "E: Could not get lock" >&2; exit 100; }}
+read -r _ <{folder}/go
+rmdir {folder}/busy
+"""
+
+
+def test_who_comes_second_waits_for_the_others_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tools = {"apt-get": _APT_GET.format(folder=tmp_path), "apt-config": "#!/bin/sh\n"}
+    for name, text in tools.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    os.mkfifo(tmp_path / "go")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    own = PackageSource(("http://mirror.example",), ("bookworm",), ("main",), _KEYRING)
+    monkeypatch.setattr(debian_packages, "read_machine_sources", lambda: [own])
+    archive = PackageArchive(
+        tmp_path,
+        distribution=Distribution("debian", "bookworm"),
+        architecture="amd64",
+        suite=None,
+    )
+    with ThreadPoolExecutor(2) as pool:
+        updates = [pool.submit(archive.update) for _ in range(2)]
+        wait_until(lambda: _somebody_waits(tmp_path) or any(one.done() for one in updates))
+        while not all(one.done() for one in updates):
+            with suppress(OSError):  # nobody reads yet
+                _release(tmp_path / "go")
+        assert [one.result() for one in updates] == [None, None]
+
+
+def _release(fifo: Path) -> None:
+    descriptor = os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
+    os.write(descriptor, b"now\n")
+    os.close(descriptor)
+
+
+def _somebody_waits(folder: Path) -> bool:
+    waiting = [line for line in Path("/proc/locks").read_text().splitlines() if "-> FLOCK" in line]
+    inodes = [f":{lock.stat().st_ino} " for lock in folder.glob("*/lock")]
+    return any(inode in line for inode in inodes for line in waiting)
