@@ -26,7 +26,7 @@ from __future__ import annotations
 EXIT_SUCCESS = 0
 EXIT_FAILURE = 1
 EXIT_INCOMPLETE = 6
-"""The dump was written, and something that belongs into it could not be had."""
+"""The dump was written, and something in it could not be had, or is a guess."""
 EXIT_INTERRUPTED = 130
 
 

@@ -107,6 +107,7 @@ def dump(
         passed_over=opened.passed_over,
         missing=plan.missing,
         remarks=(*remarks, *plan.remarks),
+        doubts=guest.doubts,
     )
 
 

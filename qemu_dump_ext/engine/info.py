@@ -42,6 +42,8 @@ class GuestDescription:
         vcpus: By ascending cpu_index.
         memory_sources: Name, and why it cannot be used or None; the fastest first.
         vmcoreinfo: Where the kernel's VMCOREINFO is, or why there is none.
+        left_out: What of its memory does not go into a dump.
+        doubts: What could not be found out.
     """
 
     qemu_version: str
@@ -51,6 +53,8 @@ class GuestDescription:
     vcpus: Sequence[VcpuLine]
     memory_sources: Sequence[tuple[str, str | None]]
     vmcoreinfo: Sequence[str]
+    left_out: Sequence[str] = ()
+    doubts: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """Say it in words."""
@@ -63,6 +67,8 @@ class GuestDescription:
             f"  {block.gpa:#018x}-{block.end - 1:#018x} {block.size / _MIB:10.2f} MiB  {block.name}"
             for block in self.ram_blocks
         ]
+        lines += self.left_out
+        lines += [f"uncertain: {doubt}" for doubt in self.doubts]
         lines.append(f"{len(self.vcpus)} vCPUs:")
         for vcpu in self.vcpus:
             where = "unknown" if vcpu.pc is None else f"{vcpu.pc:#x}"
@@ -113,6 +119,8 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
         ),
         memory_sources=sources,
         vmcoreinfo=vmcoreinfo,
+        left_out=guest.left_out,
+        doubts=guest.doubts,
     )
 
 

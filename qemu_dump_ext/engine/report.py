@@ -24,6 +24,7 @@ class DumpReport:
         passed_over: Faster memory sources, and why each was not taken.
         missing: Registers that no source gave, by note and cpu_index; zero in the dump.
         remarks: What else the user should know.
+        doubts: What could not be found out, and may be otherwise than in the dump.
     """
 
     target: str
@@ -36,11 +37,12 @@ class DumpReport:
     passed_over: Sequence[tuple[str, str]]
     missing: Mapping[tuple[str, int], Sequence[str]]
     remarks: Sequence[str]
+    doubts: Sequence[str] = ()
 
     @property
     def exit_status(self) -> int:
-        """EXIT_SUCCESS, or EXIT_INCOMPLETE where something had to be left out."""
-        return EXIT_INCOMPLETE if self.missing else EXIT_SUCCESS
+        """EXIT_SUCCESS, or EXIT_INCOMPLETE where something could not be had."""
+        return EXIT_INCOMPLETE if self.missing or self.doubts else EXIT_SUCCESS
 
     def lines(self) -> list[str]:
         """Say it in words."""
@@ -54,6 +56,7 @@ class DumpReport:
         lines = [summary]
         lines += [f"{name} was not used: {reason}" for name, reason in self.passed_over]
         lines += self.remarks
+        lines += [f"uncertain: {doubt}" for doubt in self.doubts]
         lines += [
             f"incomplete: vCPU {index} has zero for {', '.join(names)} in its note {note}:"
             " no source gives them"

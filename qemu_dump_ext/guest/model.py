@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,11 @@ class RamBlock:
     def end(self) -> int:
         """First guest physical address behind the block."""
         return self.gpa + self.size
+
+    def part(self, gpa: int, end: int) -> RamBlock:
+        """Return what of the block lies between two of its addresses."""
+        offset = self.region_offset + gpa - self.gpa
+        return replace(self, gpa=gpa, size=end - gpa, region_offset=offset)
 
 
 def block_at(blocks: Sequence[RamBlock], gpa: int) -> RamBlock | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock
@@ -43,8 +42,7 @@ def blocks_within(
     for block in blocks:
         low, high = max(block.gpa, begin), min(block.end, end)
         if low < high:
-            offset = block.region_offset + low - block.gpa
-            found.append(replace(block, gpa=low, size=high - low, region_offset=offset))
+            found.append(block.part(low, high))
     if not found:
         raise RequestError(
             "dump: no guest memory to dump",

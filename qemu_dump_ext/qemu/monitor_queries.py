@@ -25,6 +25,8 @@ _LEAVES = frozenset(("irq", "memory-region", "qemu:memory-region", "clock", "or-
 # Where boards keep their CPUs; everything else is looked through later.
 _LIKELY = re.compile(r"unattached|soc|cpu|core|thread|hart|cluster|chip|mpu")
 _MAX_OBJECTS = 2000
+_NUMBER_LENGTH = 21
+"""Digits; a number of 64 bits has fewer."""
 # Kernels lie somewhere in the first megabytes.
 _WHERE_TO_LOOK = (0, *(1 << bit for bit in range(12, 25)))
 _WORDS = 32
@@ -78,10 +80,14 @@ def find_machine_objects(monitor: Monitor, cpu_suffixes: tuple[str, ...]) -> Mac
     raise MonitorAnswerError("qom-list /machine", "there is no CPU in it")
 
 
-def has_device(monitor: Monitor, qom_type: str) -> bool:
-    """Tell whether a device of this type was added with -device."""
-    paths = ("/machine/peripheral", "/machine/peripheral-anon")
-    return any(kind == qom_type for path in paths for _, kind in _children(monitor, path))
+def find_devices(monitor: Monitor, type_pattern: str) -> list[str]:
+    """Return the paths of devices that were added with -device, by a pattern of their types."""
+    return [
+        f"{parent}/{name}"
+        for parent in ("/machine/peripheral", "/machine/peripheral-anon")
+        for name, kind in _children(monitor, parent)
+        if re.fullmatch(type_pattern, kind)
+    ]
 
 
 def read_property(monitor: Monitor, path: str, name: str) -> str | None:
@@ -89,6 +95,12 @@ def read_property(monitor: Monitor, path: str, name: str) -> str | None:
     answer = monitor.execute(f"qom-get {path} {name}").strip()
     # QEMU before 5.1 has no such command.
     return None if not answer or answer.startswith(("Error", "unknown command")) else answer
+
+
+def read_number(monitor: Monitor, path: str, name: str) -> int | None:
+    """Return a property as a number, or None where it is none, or the object has none such."""
+    text = read_property(monitor, path, name)
+    return int(text) if text and text.isdecimal() and len(text) < _NUMBER_LENGTH else None
 
 
 def read_byte_order(monitor: Monitor, addresses: Sequence[int]) -> ByteOrder | None:

@@ -7,16 +7,22 @@ They have what no other interface shows: the hidden bits of segment caches, regi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
 from qemu_dump_ext.guest.access import DescriptorMonitor, GuestAccess, Monitor
 from qemu_dump_ext.qemu.shared_directory import quote_for_monitor, shared_directory
+from qemu_dump_ext.structures.elf import parse_loads
 
 LONGEST_EHDR = 64
 """Bytes; that of ELFCLASS64."""
 _FD_NAME = "qemu-dump"
+_HEAD_SIZES = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
+_NOTHING_THERE = ("no guest memory to dump", "Invalid parameter 'begin'")
+_FULL_DEVICE = "/dev/full"
+_CANNOT_WRITE = "failed to write"
 
 
 def begin_dump_into(
@@ -103,3 +109,55 @@ def _dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
     if not content:
         raise SourceError("QEMU's file does not appear here: QEMU is elsewhere")
     return content
+
+
+def native_ranges(qmp: DescriptorMonitor, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+    """Return what of a range QEMU dumps, as its own program headers tell.
+
+    QEMU writes into a file that cannot grow, and gives up when the headers are written.
+
+    Args:
+        qmp: Of the guest, which is stopped.
+        gpa: First guest physical address.
+        size: Of the range, in bytes.
+
+    Returns:
+        Ranges of guest physical memory, first address and the first one behind, ascending.
+
+    Raises:
+        SourceError: QEMU refuses, or descriptors cannot be passed.
+    """
+    for room in _HEAD_SIZES:
+        content = os.memfd_create("qemu-dump-head", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(content, room)
+            fcntl.fcntl(content, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK)
+            try:
+                begin_dump_into(qmp, content, gpa, size)()
+            except MonitorAnswerError as error:
+                if any(words in error.answer for words in _NOTHING_THERE):
+                    return ()
+                if not os.lseek(content, 0, os.SEEK_CUR):
+                    raise
+            head = os.pread(content, os.lseek(content, 0, os.SEEK_CUR), 0)
+        finally:
+            os.close(content)
+        loads = parse_loads(head)
+        if loads is not None:
+            return loads
+    raise SourceError("QEMU's dump has too many program headers")
+
+
+def is_dumped(monitor: Monitor, gpa: int, size: int) -> bool:
+    """Tell whether QEMU dumps anything of a range; nothing is written.
+
+    Raises:
+        SourceError: QEMU says neither.
+    """
+    command = f"dump-guest-memory {_FULL_DEVICE} {gpa:#x} {size:#x}"
+    answer = monitor.execute(command)
+    if any(words in answer for words in _NOTHING_THERE):
+        return False
+    if _CANNOT_WRITE in answer:
+        return True
+    raise MonitorAnswerError(command, answer)

@@ -16,16 +16,17 @@ from qemu_dump_ext.architectures import (
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess, Monitor
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.qemu.dumped_memory import find_dumped_memory
 from qemu_dump_ext.qemu.monitor_queries import (
+    find_devices,
     find_machine_objects,
-    has_device,
     read_byte_order,
+    read_number,
     read_property,
     read_register_texts,
 )
 from qemu_dump_ext.qemu.monitor_text import (
     RUNNING,
-    parse_flat_view,
     parse_readable_ranges,
     parse_status,
     parse_version,
@@ -55,6 +56,8 @@ class ProbedGuest:
             though there is such a device.
         native_refusal: Why QEMU's own notes could not be had, or None.
         machine: QOM type of the machine.
+        left_out: What of its memory does not go into a dump, in words.
+        doubts: What could not be found out, in words.
         shown_first: Registers of each vCPU by cpu_index, as the monitor showed them at first.
     """
 
@@ -66,6 +69,8 @@ class ProbedGuest:
     guest_note: bytes | None
     native_refusal: str | None
     machine: str = ""
+    left_out: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
     shown_first: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
 
 
@@ -82,7 +87,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
     )
     flat_views = monitor.execute("info mtree -f")
-    ram_blocks = parse_flat_view(flat_views)
+    dumped = find_dumped_memory(monitor, access.qmp, flat_views)
+    ram_blocks = dumped.blocks
     texts = read_register_texts(monitor)
     vcpu_property = partial(read_property, monitor, objects.cpu_path)
     clues = TargetClues(
@@ -105,7 +111,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     properties = {
         register.name: number
         for register in architecture.registers
-        if register.qom and (number := _number(vcpu_property(register.qom))) is not None
+        if register.qom
+        and (number := read_number(monitor, objects.cpu_path, register.qom)) is not None
     }
     by_monitor = parse_monitor_registers(architecture, texts)
     by_note = dict(zip(sorted(texts), native.vcpus, strict=False))
@@ -126,7 +133,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         )
         for index in sorted(texts)
     )
-    unknown_note = refusal is not None and has_device(monitor, "vmcoreinfo")
+    unknown_note = refusal is not None and bool(find_devices(monitor, "vmcoreinfo"))
     return ProbedGuest(
         version,
         architecture,
@@ -136,6 +143,8 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
         machine=objects.machine_type,
+        left_out=dumped.left_out,
+        doubts=dumped.doubts,
         shown_first=by_monitor,
     )
 
@@ -161,7 +170,3 @@ def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str 
     if version >= _ONE_NAME_FOR_BOTH_BYTE_ORDERS:
         return lambda: None
     return lambda: target_name(access)
-
-
-def _number(text: str | None) -> int | None:
-    return int(text) if text and text.isdecimal() else None

@@ -96,11 +96,13 @@ class ElfHead:
         header: Fields of the ELF header.
         phdr: Form of a program header.
         byte_order: Of both.
+        abi: Of all structures.
     """
 
     header: Mapping[str, int]
     phdr: BoundStruct
     byte_order: ByteOrder
+    abi: Abi
 
 
 def parse_elf_head(content: bytes) -> ElfHead:
@@ -114,5 +116,34 @@ def parse_elf_head(content: bytes) -> ElfHead:
     abi = elf_abi(byte_order, word_size)
     ehdr = EHDR.bind(abi)
     if len(content) < ehdr.size:
-        raise SourceError("QEMU's dump of one byte is cut")
-    return ElfHead(ehdr.unpack_integers(content), phdr_layout(word_size).bind(abi), byte_order)
+        raise SourceError("QEMU's dump is cut")
+    header = ehdr.unpack_integers(content)
+    return ElfHead(header, phdr_layout(word_size).bind(abi), byte_order, abi)
+
+
+def parse_loads(content: bytes) -> list[tuple[int, int]] | None:
+    """Return the guest physical memory that the PT_LOADs at the start of `content` stand for.
+
+    Returns:
+        First address, and the first one behind, of each, by ascending address; None where their
+        headers are not all there.
+    """
+    try:
+        head = parse_elf_head(content)
+    except SourceError:
+        return None
+    header, phdr = head.header, head.phdr
+    start, count = header["e_phoff"], header["e_phnum"]
+    if count == PN_XNUM:
+        shdr = SHDR.bind(head.abi)
+        if len(content) < header["e_shoff"] + shdr.size:
+            return None
+        count = shdr.unpack_integers(content, header["e_shoff"])["sh_info"]
+    if not start or len(content) < start + count * phdr.size:
+        return None
+    segments = (phdr.unpack_integers(content, start + phdr.size * i) for i in range(count))
+    return sorted(
+        (segment["p_paddr"], segment["p_paddr"] + segment["p_memsz"])
+        for segment in segments
+        if segment["p_type"] == PT_LOAD
+    )

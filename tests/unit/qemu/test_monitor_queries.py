@@ -4,8 +4,8 @@ import pytest
 
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.qemu.monitor_queries import (
+    find_devices,
     find_machine_objects,
-    has_device,
     read_byte_order,
     read_property,
     read_register_texts,
@@ -85,8 +85,8 @@ def test_a_tree_without_an_end_is_an_error():
 
 def test_devices_and_properties():
     monitor = _Monitor(_TREE)
-    assert has_device(monitor, "vmcoreinfo")
-    assert not has_device(monitor, "vmcore")
+    assert find_devices(monitor, "vmcoreinfo")
+    assert not find_devices(monitor, "vmcore")
     assert read_property(monitor, "/machine/soc/cpu[0]", "aarch64") == "true"
     assert read_property(monitor, "/machine/soc/cpu[0]", "sve-max-vq") is None
 
