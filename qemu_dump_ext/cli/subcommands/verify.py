@@ -42,7 +42,7 @@ class _ProgressLine:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", help="ELF or kdump, also flattened")
+    parser.add_argument("file", metavar="FILE", help="ELF or kdump, also flattened")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
