@@ -1,0 +1,101 @@
+"""The commands in a gdb that a person sits at: help, version, completion, Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pexpect
+import pytest
+
+import qemu_dump_ext
+from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
+from tests.support.doors import GDB_SCRIPT, child_environment, guest_status
+from tests.support.traces import no_trace
+from tests.support.waiting import SECONDS
+
+pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
+
+_PROMPT = "(gdb) "
+_COMMANDS = ("qemu-dump-guest-memory", "qemu-info-guest", "qemu-query-dump")
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[QemuMachine]:
+    # So much that a dump through the stub takes a while.
+    with stopped_machine(["qemu-system-x86_64"], ["-m", "64"]) as machine:
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def gdb(machine: QemuMachine) -> Iterator[pexpect.spawn[str]]:
+    terminal = pexpect.spawn(
+        "gdb",
+        ["--nx", "--quiet", "-ex", "set pagination off", "-ex", "set style enabled off"],
+        env=child_environment(PYTHONPATH=None, TERM="dumb", INPUTRC="/dev/null"),
+        encoding="utf-8",
+        timeout=SECONDS,
+        dimensions=(50, 200),
+    )
+    for command in (f"source {GDB_SCRIPT}", f"target remote {machine.gdb_socket}"):
+        terminal.expect_exact(_PROMPT)
+        terminal.sendline(command)
+    terminal.expect_exact(_PROMPT)
+    yield terminal
+    terminal.sendline("disconnect")
+    terminal.expect_exact(_PROMPT)
+    terminal.sendline("quit")
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    assert guest_status(machine) == "prelaunch"
+
+
+def _answer(gdb: pexpect.spawn[str], command: str) -> str:
+    gdb.sendline(command)
+    gdb.expect_exact(_PROMPT)
+    return str(gdb.before).replace("\r", "").partition("\n")[2]
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_each_command_tells_its_version(gdb: pexpect.spawn[str], command: str):
+    assert _answer(gdb, f"{command} --version") == f"{command} {qemu_dump_ext.__version__}\n"
+    assert _answer(gdb, "output $_qemu_dump_status") == "0"
+
+
+@pytest.mark.parametrize("command", _COMMANDS)
+def test_each_command_has_help(gdb: pexpect.spawn[str], command: str):
+    assert _answer(gdb, f"help {command}").startswith(f"usage: {command} [-h]")
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("qemu-dump-g", "qemu-dump-guest-memory "),
+        ("qemu-dump-guest-memory --exclude", "qemu-dump-guest-memory --exclude-zero "),
+        ("qemu-dump-guest-memory --memory back", "qemu-dump-guest-memory --memory backing_file "),
+        ("qemu-dump-guest-memory -z zst", "qemu-dump-guest-memory -z zstd "),
+        ("qemu-info-guest --js", "qemu-info-guest --json "),
+    ],
+)
+def test_the_tab_key_completes(gdb: pexpect.spawn[str], typed: str, completed: str):
+    gdb.send(f"{typed}\t")
+    gdb.expect_exact(completed)
+    gdb.send("\x15\n")  # forget the line
+    gdb.expect_exact(_PROMPT)
+
+
+def test_ctrl_c_ends_a_dump_and_leaves_gdb_and_guest_as_they_were(
+    gdb: pexpect.spawn[str], machine: QemuMachine, tmp_path: Path
+):
+    with no_trace(tmp_path):
+        gdb.sendline(
+            f"qemu-dump-guest-memory --memory gdbstub --progress always {tmp_path}/interrupted"
+        )
+        gdb.expect(r"[0-9.]+ %")
+        gdb.sendintr()
+        gdb.expect_exact("interrupted: no partial dump was left behind")
+        gdb.expect_exact(_PROMPT)
+    assert _answer(gdb, "output $_qemu_dump_status") == "130"
+    said = _answer(gdb, f"qemu-dump-guest-memory --memory process {tmp_path}/whole")
+    assert f"{tmp_path}/whole: elf, 64." in said
+    assert guest_status(machine) == "prelaunch"
