@@ -5,6 +5,6 @@ cd "$(dirname "$0")/.."
 . images/set_up.sh
 
 set_up "gcc python3-dev liblzo2-dev binutils cpio socat util-linux gdb gdb-multiarch gdbserver crash \
-    makedumpfile chromium openssh-sftp-server qemu-system-x86 qemu-system-arm qemu-system-ppc \
+    groff-base makedumpfile chromium openssh-sftp-server qemu-system-x86 qemu-system-arm qemu-system-ppc \
     qemu-system-mips qemu-system-sparc qemu-system-misc qemu-guest-agent" "dev"
 exec .venv/bin/python -m pytest "$@"
