@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Coroutine
-from dataclasses import replace
-from functools import partial
 from typing import Any, TypeVar
 
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.report import DumpReport
-from qemu_dump_ext.errors import DumpError, DumpWriteError, NotDumpedByQemuError, SourceError
+from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
@@ -165,14 +163,15 @@ class DumpJob:
         version = self._upstream.version
         with opened(target, version, request) as sink:
             self.is_open = True
-            take = partial(
-                dump, access=self._access(), sink=sink, memory=memory, progress=_Meter(self)
-            )
             try:
-                try:
-                    return take(request)
-                except NotDumpedByQemuError:
-                    return take(replace(request, exact=False))
+                return dump(
+                    request,
+                    self._access(),
+                    sink,
+                    memory=memory,
+                    progress=_Meter(self),
+                    mend_refused=True,
+                )
             except DumpWriteError as error:
                 raise in_words_of_qemu(error, sink, request) from error
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import all_dump_formats
+from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
+from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.report import DumpReport
-from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, SourceError
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
+from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, RequestError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.linux.kernel_memory import read_utsname
-from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
-from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import (
@@ -26,10 +27,8 @@ from qemu_dump_ext.paging.tables import (
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
-from qemu_dump_ext.qemu.run_state import stopped
+from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.sinks import Sink
-from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
@@ -41,8 +40,9 @@ def dump(
     *,
     memory: str,
     progress: ProgressMeter,
+    mend_refused: bool = False,
 ) -> DumpReport:
-    """Take a dump.
+    """Take a dump of a guest.
 
     The guest is stopped while its memory is read and, if it ran before, runs again afterwards,
     whatever happens. `sink` holds a complete dump when this returns; making it final is up to
@@ -54,6 +54,8 @@ def dump(
         sink: Where to write.
         memory: Name of the memory source, or `auto`.
         progress: Is told of every piece of guest memory.
+        mend_refused: Where QEMU itself refuses the target, no dump can be exact: take one that is
+            not.
 
     Raises:
         RequestError: The request is impossible.
@@ -61,60 +63,137 @@ def dump(
         SourceError: The guest cannot be reached, or was lost.
         DumpWriteError: The dump cannot be written.
     """
-    dump_format = all_dump_formats()["elf" if request.codec is None else "kdump"]
-    dump_format.check(request, sink)
+    check(request, sink)
     started = time.monotonic()
-    copied: CopiedMemory | None = None
     with ExitStack() as copies:
-        with stopped(access.monitor):
-            pause = _Pause(request)
-            guest = probe_guest(access)
-            dialect = _native_dialect(guest) if request.exact else MENDED
-            select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
-            context = access.source_context(guest.ram_blocks)
-            with open_memory(memory, context) as opened:
-                snapshot, remarks = _complete(guest, opened.memory, request, pause.check)
-                plan = make_plan(snapshot, dialect, request)
-                progress.start(plan.memory_size)
-                pause.check(0)
-                if request.snapshot:
-                    copied = copies.enter_context(
-                        room_for_copy(opened.memory, plan.ram_blocks, sink.directory)
-                    )
-                    copied.take(opened.memory, plan.ram_blocks, pause.check)
-                else:
+        with stopped_guest(access, memory) as guest:
+            job = _Dump(request, guest, sink, progress, started)
+            job.plan(mend_refused=mend_refused)
+            if request.snapshot:
+                job.copy(copies)
+            else:
+                job.write_from_guest()
+            guest.check_undisturbed()
+        stopped_seconds = time.monotonic() - guest.stopped_at
+        if request.snapshot:
+            job.write_copy()
+        return job.report(stopped_seconds)
 
-                    def advance(size: int) -> None:
-                        pause.check(size)
-                        progress.advance(size)
 
-                    dump_format.write(request, plan, opened.memory, sink, advance)
-            check_undisturbed(access.monitor, guest)
-        stopped_seconds = pause.seconds()
-        if copied is not None:
-            remarks.append(f"{copied.size >> 20} MiB of guest memory were copied {copied.where}")
-            progress.start(plan.memory_size)
-            dump_format.write(request, plan, copied, sink, progress.advance)
-    ended = time.monotonic()
-    return DumpReport(
-        target=sink.name,
-        format=request.format_name,
-        memory_size=plan.memory_size,
-        bytes_written=sink.bytes_written,
-        seconds=ended - started,
-        stopped_seconds=stopped_seconds,
-        memory_source=opened.memory.name,
-        passed_over=opened.passed_over,
-        missing=plan.missing,
-        remarks=(*remarks, *plan.remarks),
-        doubts=guest.doubts,
-    )
+def dump_stopped(
+    request: DumpRequest, guest: StoppedGuest, sink: Sink, *, progress: ProgressMeter
+) -> DumpReport:
+    """Take a dump of a guest that stands still before and afterwards; otherwise as `dump`."""
+    if request.snapshot:
+        raise RequestError("a guest that stays stopped needs no snapshot")
+    check(request, sink)
+    job = _Dump(request, guest, sink, progress, time.monotonic())
+    job.plan()
+    job.write_from_guest()
+    guest.check_undisturbed()
+    return job.report(time.monotonic() - guest.stopped_at)
+
+
+def check(request: DumpRequest, sink: Sink) -> None:
+    """Refuse what the request and the sink alone make impossible.
+
+    Raises:
+        RequestError: With the reason.
+    """
+    _format_of(request).check(request, sink)
+
+
+def _format_of(request: DumpRequest) -> DumpFormat:
+    return all_dump_formats()["elf" if request.codec is None else "kdump"]
+
+
+class _Dump:
+    # One dump, step by step: some while the guest stands still, some afterwards.
+    def __init__(
+        self,
+        request: DumpRequest,
+        guest: StoppedGuest,
+        sink: Sink,
+        progress: ProgressMeter,
+        started: float,
+    ) -> None:
+        self._request = request
+        self._guest = guest
+        self._sink = sink
+        self._progress = progress
+        self._started = started
+        self._remarks: list[str] = []
+        self._copy: CopiedMemory | None = None
+
+    def plan(self, *, mend_refused: bool = False) -> None:
+        guest = self._guest
+        if mend_refused and self._request.exact and not _is_dumped_by_qemu(guest.probed):
+            self._request = replace(self._request, exact=False)
+        request = self._request
+        dialect = _native_dialect(guest.probed) if request.exact else MENDED
+        select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
+        snapshot, self._remarks = _snapshot(guest, request, self._check_pause)
+        self._plan = make_plan(snapshot, dialect, request)
+        self._source, self._passed_over = guest.memory.name, guest.passed_over
+        self._progress.start(self._plan.memory_size)
+        self._check_pause(0)
+
+    def copy(self, copies: ExitStack) -> None:
+        memory, blocks = self._guest.memory, self._plan.ram_blocks
+        room = room_for_copy(memory, blocks, self._sink.directory)
+        self._copy = copies.enter_context(room)
+        self._copy.take(memory, blocks, self._check_pause)
+
+    def write_from_guest(self) -> None:
+        def advance(size: int) -> None:
+            self._check_pause(size)
+            self._progress.advance(size)
+
+        self._write(self._guest.memory, advance)
+
+    def write_copy(self) -> None:
+        copy = self._copy
+        if copy is not None:
+            self._remarks.append(f"{copy.size >> 20} MiB of guest memory were copied {copy.where}")
+            self._progress.start(self._plan.memory_size)
+            self._write(copy, self._progress.advance)
+
+    def _write(self, memory: GuestMemory, advance: ProgressCallback) -> None:
+        _format_of(self._request).write(self._request, self._plan, memory, self._sink, advance)
+
+    def _check_pause(self, _size: int) -> None:
+        limit = self._request.max_pause
+        if limit is not None and time.monotonic() - self._guest.stopped_at > limit:
+            raise PauseLimitError(
+                f"the guest had stood still for {limit:g} s, the limit of --max-pause:"
+                " the dump was given up",
+                hint=None if self._request.snapshot else "--snapshot is shorter",
+            )
+
+    def report(self, stopped_seconds: float) -> DumpReport:
+        return DumpReport(
+            target=self._sink.name,
+            format=self._request.format_name,
+            memory_size=self._plan.memory_size,
+            bytes_written=self._sink.bytes_written,
+            seconds=time.monotonic() - self._started,
+            stopped_seconds=stopped_seconds,
+            memory_source=self._source,
+            passed_over=self._passed_over,
+            missing=self._plan.missing,
+            remarks=(*self._remarks, *self._plan.remarks),
+            doubts=self._guest.probed.doubts,
+        )
+
+
+def _is_dumped_by_qemu(guest: ProbedGuest) -> bool:
+    since = guest.architecture.dumped_by_qemu_since
+    return since is not None and guest.version >= since
 
 
 def _native_dialect(guest: ProbedGuest) -> Dialect:
     dialect = qemu_dialect(guest.version)
-    since = guest.architecture.dumped_by_qemu_since
-    if since is None or guest.version < since:
+    if not _is_dumped_by_qemu(guest):
         raise NotDumpedByQemuError(
             f"--exact: {dialect.name} itself does not dump {guest.architecture.name} guests",
             hint="without --exact, they are dumped as their Linux does it",
@@ -122,8 +201,48 @@ def _native_dialect(guest: ProbedGuest) -> Dialect:
     return dialect
 
 
+def _snapshot(
+    guest: StoppedGuest, request: DumpRequest, advance: Callable[[int], None]
+) -> tuple[GuestSnapshot, list[str]]:
+    """Return what a dump is planned from, and remarks."""
+    vmcoreinfo, remarks = _vmcoreinfo(guest, request, advance)
+    mappings = None
+    if request.paging:
+        mappings, more = _map_memory(guest, request, vmcoreinfo.text)
+        remarks += more
+    return (
+        GuestSnapshot(
+            architecture=guest.architecture,
+            ram_blocks=guest.ram_blocks,
+            vcpus=guest.vcpus,
+            guest_note=vmcoreinfo.note,
+            utsname=guest.read_utsname(vmcoreinfo),
+            mappings=mappings,
+            machine=guest.probed.machine,
+        ),
+        remarks,
+    )
+
+
+def _vmcoreinfo(
+    guest: StoppedGuest, request: DumpRequest, advance: Callable[[int], None]
+) -> tuple[Vmcoreinfo, list[str]]:
+    """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
+    known = guest.probed.guest_note
+    if not request.vmcoreinfo:
+        return Vmcoreinfo(), []
+    if request.exact and request.kernel is None and known is not None:
+        # No note is what QEMU would have.
+        return Vmcoreinfo(known, vmcoreinfo_text(known, guest.core.byte_order)), []
+    found = guest.find_vmcoreinfo(request.kernel, advance)
+    remarks = list(found.remarks)
+    if known is None:
+        remarks.append(f"QEMU's own VMCOREINFO: {guest.probed.native_refusal}")
+    return found, remarks
+
+
 def _map_memory(
-    guest: ProbedGuest, memory: GuestMemory, request: DumpRequest, vmcoreinfo: bytes
+    guest: StoppedGuest, request: DumpRequest, vmcoreinfo: bytes
 ) -> tuple[list[Segment] | None, list[str]]:
     """Return what the page tables map, and remarks."""
     architecture, native = guest.architecture, request.exact
@@ -148,78 +267,6 @@ def _map_memory(
         return None, remarks
     ranges = [(block.gpa, block.end) for block in guest.ram_blocks]
     if native:
-        ranges = list(guest.readable_ranges)
-    reader = TableReader(memory, guest.ram_blocks)
+        ranges = list(guest.probed.readable_ranges)
+    reader = TableReader(guest.memory, guest.ram_blocks)
     return collect_mappings(roots, reader, ranges, native=native), remarks
-
-
-def _kernel_note(
-    guest: ProbedGuest,
-    memory: GuestMemory,
-    request: DumpRequest,
-    byte_order: ByteOrder,
-    advance: Callable[[int], None],
-) -> tuple[bytes, list[str]]:
-    """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
-    if not request.vmcoreinfo:
-        return b"", []
-    known = guest.guest_note
-    # With --exact, no note is what QEMU would have.
-    if known is not None and request.kernel is None and (known or request.exact):
-        return known, []
-    search = NoteSearch(
-        guest.architecture, byte_order, memory, guest.ram_blocks, guest.vcpus, advance=advance
-    )
-    result = search.find(request.kernel)
-    remarks = list(result.remarks)
-    if known is None:
-        remarks.append(f"QEMU's own VMCOREINFO: {guest.native_refusal}")
-    return (result.chosen.note if result.chosen else b""), remarks
-
-
-class _Pause:
-    # How long the guest has been kept stopped.
-    def __init__(self, request: DumpRequest) -> None:
-        self._started = time.monotonic()
-        self._limit = request.max_pause
-        self._hint = None if request.snapshot else "--snapshot is shorter"
-
-    def seconds(self) -> float:
-        return time.monotonic() - self._started
-
-    def check(self, _size: int) -> None:
-        if self._limit is not None and self.seconds() > self._limit:
-            raise PauseLimitError(
-                f"the guest had stood still for {self._limit:g} s, the limit of --max-pause:"
-                " the dump was given up",
-                hint=self._hint,
-            )
-
-
-def _complete(
-    guest: ProbedGuest,
-    memory: GuestMemory,
-    request: DumpRequest,
-    advance: Callable[[int], None],
-) -> tuple[GuestSnapshot, list[str]]:
-    """Add what only guest memory tells: the kernel's note where QEMU's is out of reach, uname."""
-    core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
-    byte_order = core.byte_order
-    guest_note, remarks = _kernel_note(guest, memory, request, byte_order, advance)
-    text = vmcoreinfo_text(guest_note, byte_order)
-    mappings = None
-    if request.paging:
-        mappings, remark = _map_memory(guest, memory, request, text)
-        remarks += remark
-    return (
-        GuestSnapshot(
-            architecture=guest.architecture,
-            ram_blocks=guest.ram_blocks,
-            vcpus=guest.vcpus,
-            guest_note=guest_note,
-            utsname=read_utsname(memory, guest.architecture, guest.ram_blocks, text),
-            mappings=mappings,
-            machine=guest.machine,
-        ),
-        remarks,
-    )

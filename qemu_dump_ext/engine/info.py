@@ -6,17 +6,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from qemu_dump_ext.engine.guest_view import Vmcoreinfo
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest.access import GuestAccess, SourceContext
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
-from qemu_dump_ext.memory_sources import AUTO, memory_source_states, open_memory
+from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
-from qemu_dump_ext.qemu.probe import ProbedGuest, probe_guest
-from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
-from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text, vmcoreinfo_value
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
 
 _MIB = 1 << 20
 
@@ -90,26 +89,36 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
     Raises:
         SourceError: It cannot be reached.
     """
-    with stopped(access.monitor):
-        guest = probe_guest(access)
-        context = access.source_context(guest.ram_blocks)
-        note, vmcoreinfo = _find_vmcoreinfo(guest, context)
-        plan = make_plan(
-            GuestSnapshot(
-                guest.architecture, guest.ram_blocks, guest.vcpus, note, UtsName(), guest.machine
-            ),
-            MENDED,
-        )
-        sources = tuple(memory_source_states(context))
+    with stopped_guest(access, AUTO) as guest:
+        return describe(guest)
+
+
+def describe(guest: StoppedGuest) -> GuestDescription:
+    """Say what would be dumped of a guest that stands still.
+
+    Raises:
+        SourceError: It cannot be reached.
+    """
+    vmcoreinfo, where = _find_vmcoreinfo(guest)
+    plan = make_plan(
+        GuestSnapshot(
+            guest.architecture,
+            guest.ram_blocks,
+            guest.vcpus,
+            vmcoreinfo.note,
+            UtsName(),
+            guest.probed.machine,
+        ),
+        MENDED,
+    )
     missing: dict[int, set[str]] = {}
     for (_, index), names in plan.missing.items():
         missing.setdefault(index, set()).update(names)
     program_counter = guest.architecture.program_counter
-    text = vmcoreinfo_text(note, plan.core.byte_order)
     return GuestDescription(
-        qemu_version="{}.{}.{}".format(*guest.version),
+        qemu_version="{}.{}.{}".format(*guest.probed.version),
         architecture=guest.architecture.name,
-        osrelease=vmcoreinfo_value(text, "OSRELEASE"),
+        osrelease=vmcoreinfo_value(vmcoreinfo.text, "OSRELEASE"),
         ram_blocks=tuple(guest.ram_blocks),
         vcpus=tuple(
             VcpuLine(
@@ -117,23 +126,17 @@ def describe_guest(access: GuestAccess) -> GuestDescription:
             )
             for vcpu in guest.vcpus
         ),
-        memory_sources=sources,
-        vmcoreinfo=vmcoreinfo,
-        left_out=guest.left_out,
-        doubts=guest.doubts,
+        memory_sources=guest.memory_source_states(),
+        vmcoreinfo=where,
+        left_out=guest.probed.left_out,
+        doubts=guest.probed.doubts,
     )
 
 
-def _find_vmcoreinfo(guest: ProbedGuest, context: SourceContext) -> tuple[bytes, Sequence[str]]:
+def _find_vmcoreinfo(guest: StoppedGuest) -> tuple[Vmcoreinfo, Sequence[str]]:
     """Return the note as a dump would have it, and where it is."""
-    if guest.guest_note:
-        return guest.guest_note, ("VMCOREINFO is known to QEMU, by its vmcoreinfo device",)
-    core = guest.architecture.select_core(guest.vcpus, guest.ram_blocks, MENDED, guest.machine)
     try:
-        with open_memory(AUTO, context) as opened:
-            result = NoteSearch(
-                guest.architecture, core.byte_order, opened.memory, guest.ram_blocks, guest.vcpus
-            ).find()
+        found = guest.find_vmcoreinfo()
     except SourceError as error:
-        return b"", (f"VMCOREINFO was not looked for: {error}",)
-    return (result.chosen.note if result.chosen else b""), result.remarks
+        return Vmcoreinfo(), (f"VMCOREINFO was not looked for: {error}",)
+    return found, found.remarks or ("VMCOREINFO is known to QEMU, by its vmcoreinfo device",)

@@ -7,7 +7,7 @@ and by the human monitor alone; a gdbstub may come to either.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
@@ -137,6 +137,7 @@ class SourceContext:
         ram_blocks: Of the guest, by ascending gpa.
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
         qmp: QEMU's QMP, where the door has one.
+        shown: What the monitor has shown of memory, by gpa and size: the guest stands still.
     """
 
     monitor: Monitor
@@ -144,3 +145,4 @@ class SourceContext:
     ram_blocks: Sequence[RamBlock]
     addresses: Sequence[str] = ()
     qmp: DescriptorMonitor | None = None
+    shown: dict[tuple[int, int], bytes] = field(default_factory=dict, compare=False)

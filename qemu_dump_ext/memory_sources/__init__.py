@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
+from types import MappingProxyType
 
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError, SourceError
@@ -45,10 +46,12 @@ class OpenedMemory:
     Attributes:
         memory: To read from.
         passed_over: Faster sources, and why each was not taken.
+        tried: Which sources were tried for all of memory, and why each cannot be used or None.
     """
 
     memory: GuestMemory
     passed_over: Sequence[tuple[str, str]]
+    tried: Mapping[str, str | None]
 
 
 @contextmanager
@@ -70,6 +73,7 @@ def open_memory(choice: str, context: SourceContext) -> Iterator[OpenedMemory]:
     passed_over: list[tuple[str, str]] = []
     with ExitStack() as stack:
         memory = _first_that_works(stack, first, context, passed_over)
+        tried = {**dict(passed_over), memory.name: None}
         if isinstance(memory, PartialMemory) and memory.missing_blocks:
             # Whatever the choice was: it is about the blocks that it has.
             others = [source for source in sources.values() if source.name != memory.name]
@@ -79,7 +83,7 @@ def open_memory(choice: str, context: SourceContext) -> Iterator[OpenedMemory]:
             memory = CompositeMemory(
                 {b: filler if b in missing else memory for b in context.ram_blocks}
             )
-        yield OpenedMemory(memory, tuple(passed_over))
+        yield OpenedMemory(memory, tuple(passed_over), tried)
 
 
 def _first_that_works(
@@ -106,9 +110,19 @@ def _first_that_works(
     raise SourceError(f"guest memory cannot be read: {reasons}")
 
 
-def memory_source_states(context: SourceContext) -> Iterator[tuple[str, str | None]]:
-    """Try every source; yield its name, and why it cannot be used or None."""
+def memory_source_states(
+    context: SourceContext, known: Mapping[str, str | None] = MappingProxyType({})
+) -> Iterator[tuple[str, str | None]]:
+    """Try every source that was not yet; yield its name, and why it cannot be used or None.
+
+    Args:
+        context: What sources may use.
+        known: What is known of sources that were tried, as `OpenedMemory.tried` has it.
+    """
     for source in all_memory_sources().values():
+        if source.name in known:
+            yield source.name, known[source.name]
+            continue
         try:
             with source.open(context) as memory:
                 _prove(memory, context)
@@ -126,11 +140,17 @@ def _prove(memory: GuestMemory, context: SourceContext) -> None:
     for block in largest:
         size = min(_SAMPLE_SIZE, block.size)
         for gpa in (block.gpa, block.gpa + (block.size - size) // 2 & ~7):
-            expected = monitor_read(context.monitor, gpa, size)
             seen = bytearray(size)
             memory.read_into(gpa, memoryview(seen))
-            if seen != expected:
+            if seen != _shown(context, gpa, size):
                 raise SourceError(f"it reads other memory than the monitor at {gpa:#x}")
+
+
+def _shown(context: SourceContext, gpa: int, size: int) -> bytes:
+    # Asked once, however many sources are proved.
+    if (gpa, size) not in context.shown:
+        context.shown[gpa, size] = monitor_read(context.monitor, gpa, size)
+    return context.shown[gpa, size]
 
 
 def monitor_read(monitor: Monitor, gpa: int, size: int) -> bytes:

@@ -8,7 +8,8 @@ import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.dmesg import GuestLog, log_of_dump, log_of_guest
+from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest, read_log
+from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
@@ -66,7 +67,8 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
         raise RequestError("whose log?", hint="name a dump, or a live guest by --qmp SOCKET")
     if arguments.file is not None:
         with open_dump(arguments.file) as dump:
-            return log_of_dump(dump, kernel=arguments.kernel, seconds=arguments.search_seconds)
+            stored = StoredGuest(dump, search_seconds=arguments.search_seconds)
+            return read_log(stored, kernel=arguments.kernel)
     with connect_qmp(arguments.qmp) as monitor:
         return log_of_guest(
             GuestAccess.by_qmp(monitor), memory=arguments.memory, kernel=arguments.kernel

@@ -36,9 +36,9 @@ from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest
-from qemu_dump_ext.engine.dump import dump
-from qemu_dump_ext.engine.info import describe_guest
+from qemu_dump_ext.engine.dmesg import GuestLog, read_log
+from qemu_dump_ext.engine.dump import dump_stopped
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
@@ -218,9 +218,20 @@ class CrashCollector:
         access = GuestAccess.by_qmp(qmp)
         for take in (self._take_registers, self._take_queries):
             take(qmp)
-        self._take_log(qmp, access)
-        self._found.signature = self._sign(access)
-        self._take_dump(qmp, access)
+        try:
+            with stopped_guest(access, self._settings.memory) as guest:
+                self._take_from_guest(qmp, guest)
+        except DumpWriteError:
+            raise
+        except DumpError as error:
+            qmp.qmp("query-status")
+            self._found.remarks.append(f"kernel log: {error}")
+            self._without_dump(str(error))
+
+    def _take_from_guest(self, qmp: SharedQmp, guest: StoppedGuest) -> None:
+        self._take_log(qmp, guest)
+        self._found.signature = self._sign(guest)
+        self._take_dump(qmp, guest)
 
     def _try(self, qmp: SharedQmp, what: str, work: Callable[[], Any]) -> Any:
         # What one question does not give is a remark; that QEMU is gone ends everything.
@@ -253,11 +264,8 @@ class CrashCollector:
                     answers[name] = qmp.qmp(name)
         self._write("queries.json", json.dumps(answers, indent=1).encode())
 
-    def _take_log(self, qmp: SharedQmp, access: GuestAccess) -> None:
-        def read() -> GuestLog:
-            return log_of_guest(access, memory=self._settings.memory, kernel=None)
-
-        log = self._try(qmp, "kernel log", read)
+    def _take_log(self, qmp: SharedQmp, guest: StoppedGuest) -> None:
+        log: GuestLog | None = self._try(qmp, "kernel log", lambda: read_log(guest))
         if log is None:
             return
         self._found.vmcoreinfo = log.vmcoreinfo
@@ -280,13 +288,13 @@ class CrashCollector:
             "qemu.txt", "\n".join((f"QEMU {facts.version} {facts.target}", *words, "")).encode()
         )
 
-    def _sign(self, access: GuestAccess | None) -> Signature:
+    def _sign(self, guest: StoppedGuest | None) -> Signature:
         log = self._log()
         signature = make_signature(self._task.cause, log)
-        if signature.frames or access is None:
+        if signature.frames or guest is None:
             return signature
         self._found.symbols = self._dump_symbols()
-        return make_signature(self._task.cause, log, functions=self._functions(access))
+        return make_signature(self._task.cause, log, functions=self._functions(guest))
 
     def _log(self) -> Sequence[str]:
         console = self._files / "console.txt"
@@ -316,13 +324,12 @@ class CrashCollector:
         (self._files / str(facts.file)).unlink()
         return DumpFacts(None, facts.format, reason=surplus)
 
-    def _functions(self, access: GuestAccess) -> Sequence[str]:
+    def _functions(self, guest: StoppedGuest) -> Sequence[str]:
         system_map = self._kernel_file(self._settings.symbols.system_map)
         if system_map is None or not self._found.vmcoreinfo:
             return ()
         try:
-            counters = [vcpu.pc for vcpu in describe_guest(access).vcpus if vcpu.pc is not None]
-            return functions_at(system_map, self._found.vmcoreinfo, counters)
+            return functions_at(system_map, self._found.vmcoreinfo, guest.program_counters())
         except DumpError as error:
             self._found.remarks.append(f"symbols: {error}")
             return ()
@@ -331,7 +338,7 @@ class CrashCollector:
         release = vmcoreinfo_value(self._found.vmcoreinfo, "OSRELEASE")
         return kernel_file(self._task.guest, template, release)
 
-    def _take_dump(self, qmp: SharedQmp, access: GuestAccess) -> None:
+    def _take_dump(self, qmp: SharedQmp, guest: StoppedGuest) -> None:
         signature, settings = self._found.signature, self._settings
         if signature is None:
             return
@@ -346,7 +353,7 @@ class CrashCollector:
         try:
             sink = open_sink(str(self._files / name), force=False, standard_output=None)
             with sink:
-                report = dump(request, access, sink, memory=settings.memory, progress=meter)
+                report = dump_stopped(request, guest, sink, progress=meter)
         except DumpError as error:
             self._without_dump(str(error))
             if not isinstance(error, (DumpWriteError, MonitorAnswerError)):

@@ -1,0 +1,118 @@
+"""A guest that does not change while it is looked at: one that stands still, or a dump of one.
+
+What is done with a guest (its log, its description, a dump) is done with a `GuestView` and need
+not know which of the two it has.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from qemu_dump_ext.architectures import Architecture, Core
+from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
+from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
+from qemu_dump_ext.structures.utsname import UtsName
+
+
+@dataclass(frozen=True)
+class Vmcoreinfo:
+    """What the guest's kernel tells readers of dumps about itself.
+
+    Attributes:
+        note: The ELF note of it, header included; empty where there is none.
+        text: The text in that note; empty likewise.
+        remarks: Where in memory it was found, or that it was not; empty where it was not looked
+            for.
+    """
+
+    note: bytes = b""
+    text: bytes = b""
+    remarks: tuple[str, ...] = ()
+
+
+class GuestView(ABC):
+    """A guest that does not change, and its memory.
+
+    Attributes:
+        architecture: Of the guest.
+        core: Form of the headers and notes of its dumps.
+        ram_blocks: By ascending gpa.
+        vcpus: By ascending cpu_index; empty where their registers are not known.
+    """
+
+    architecture: Architecture
+    core: Core
+    ram_blocks: Sequence[RamBlock]
+    vcpus: Sequence[Vcpu]
+
+    def __init__(self) -> None:
+        self._found: dict[str | None, Vmcoreinfo] = {}
+        self._search_seconds = math.inf
+
+    @property
+    @abstractmethod
+    def memory(self) -> GuestMemory:
+        """Guest physical memory.
+
+        Raises:
+            SourceError: It cannot be read.
+        """
+
+    @abstractmethod
+    def _known_vmcoreinfo(self) -> Vmcoreinfo | None:
+        """Return what is known without a search; None where nothing is."""
+
+    def program_counters(self) -> Sequence[int]:
+        """Return where the vCPUs are, as far as that is known."""
+        name = self.architecture.program_counter
+        return [vcpu.registers[name] for vcpu in self.vcpus if name in vcpu.registers]
+
+    def find_vmcoreinfo(
+        self, kernel: str | None = None, advance: Callable[[int], None] = lambda _size: None
+    ) -> Vmcoreinfo:
+        """Return the kernel's VMCOREINFO; memory is searched for it at most once.
+
+        Args:
+            kernel: Which kernel's, as `NoteSearch.find` takes it; None: the live one.
+            advance: Is told the bytes of each piece that is searched; may raise.
+
+        Raises:
+            SourceError: Memory cannot be read.
+            RequestError: There is no such kernel.
+        """
+        if kernel not in self._found:
+            known = self._known_vmcoreinfo() if kernel is None else None
+            self._found[kernel] = known or self._search(kernel, advance)
+        return self._found[kernel]
+
+    def _search(self, kernel: str | None, advance: Callable[[int], None]) -> Vmcoreinfo:
+        search = NoteSearch(
+            self.architecture,
+            self.core.byte_order,
+            self.memory,
+            self.ram_blocks,
+            self.vcpus,
+            advance=advance,
+            seconds=self._search_seconds,
+        )
+        result = search.find(kernel)
+        if result.chosen is None:
+            return Vmcoreinfo(remarks=result.remarks)
+        return Vmcoreinfo(result.chosen.note, result.chosen.text, result.remarks)
+
+    def kernel_memory(self, vmcoreinfo: Vmcoreinfo) -> KernelMemory:
+        """Return memory at the addresses of the kernel that `vmcoreinfo` is of.
+
+        Raises:
+            SourceError: Its addresses cannot be translated.
+        """
+        return KernelMemory(self.architecture, self.memory, self.ram_blocks, vmcoreinfo.text)
+
+    def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:
+        """Return what the kernel that `vmcoreinfo` is of calls itself; empty where unknown."""
+        return read_utsname(self.memory, self.architecture, self.ram_blocks, vmcoreinfo.text)

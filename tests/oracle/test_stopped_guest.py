@@ -1,0 +1,131 @@
+"""A guest that stands still is asked once what it is, however much is done with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from qemu.qmp import QMPClient
+
+from qemu_dump_ext.crash_collector.collect_now import collect_crash
+from qemu_dump_ext.engine.dmesg import read_log
+from qemu_dump_ext.engine.dump import dump, dump_stopped
+from qemu_dump_ext.engine.info import describe
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
+from qemu_dump_ext.errors import PauseLimitError, RequestError, SourceError
+from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
+from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.sinks import open_sink
+from tests.support.doors import guest_status
+from tests.support.raw_qmp import RawQmp
+
+pytestmark = pytest.mark.qemu
+
+# Each is one walk of the object tree, or one answer that grows with the guest.
+ASKED_ONCE = ("info version", "info mtree -f", "qom-list /", "info kvm")
+# May become less.
+QUESTIONS_OF_A_DUMP = 43
+QUESTIONS_OF_ALL = 67
+QUESTIONS_OF_A_CRASH = 53
+
+
+@pytest.fixture(scope="module")
+def machine() -> Iterator[QemuMachine]:
+    with stopped_machine(["qemu-system-x86_64"], ["-M", "q35", "-m", "256"]) as started:
+        yield started
+
+
+@pytest.fixture
+def asked(monkeypatch) -> Counter[str]:
+    """What QEMU is asked, and how often."""
+    questions: Counter[str] = Counter()
+    execute = QMPClient.execute
+
+    def counting(self, command, arguments=None, oob=False):
+        questions[str((arguments or {}).get("command-line", command))] += 1
+        return execute(self, command, arguments, oob)
+
+    monkeypatch.setattr(QMPClient, "execute", counting)
+    return questions
+
+
+def to_file(path: Path):
+    return open_sink(str(path), force=False, standard_output=None)
+
+
+def test_log_description_and_dump_ask_once(machine, asked, tmp_path):
+    quiet = ProgressMeter(None)
+    with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
+        access = GuestAccess.by_qmp(monitor)
+        with to_file(tmp_path / "alone") as sink:
+            dump(DumpRequest(), access, sink, memory="auto", progress=quiet)
+        alone = asked.total()
+        asked.clear()
+        with stopped_guest(access, "auto") as guest:
+            with pytest.raises(SourceError, match="VMCOREINFO was not found"):
+                read_log(guest)
+            described = describe(guest)
+            with to_file(tmp_path / "same") as sink:
+                dump_stopped(DumpRequest(), guest, sink, progress=quiet)
+    assert described.memory_sources
+    assert (tmp_path / "same").read_bytes() == (tmp_path / "alone").read_bytes()
+    assert {question: asked[question] for question in ASKED_ONCE} == dict.fromkeys(ASKED_ONCE, 1)
+    assert alone <= QUESTIONS_OF_A_DUMP
+    assert asked.total() <= QUESTIONS_OF_ALL
+
+
+def test_a_crash_asks_once(machine, asked, tmp_path):
+    collect_crash(machine.qmp_sockets[0], tmp_path / "store")
+    once = {question: asked[question] for question in ASKED_ONCE}
+    assert once == dict.fromkeys(ASKED_ONCE, 1)
+    # What is stored of QEMU's answers is another thing, and depends on QEMU.
+    others = [question for question in asked.elements() if not question.startswith("query-")]
+    assert len(others) <= QUESTIONS_OF_A_CRASH
+
+
+@pytest.fixture
+def running(machine) -> Iterator[QemuMachine]:
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("cont")
+    yield machine
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("stop")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_guest_runs_again_whatever_happens(running, error):
+    def fail_on(guest: StoppedGuest) -> None:
+        assert guest.memory.name
+        assert guest_status(running) == "paused"
+        raise error
+
+    with connect_qmp(str(running.qmp_sockets[0])) as monitor:
+        with pytest.raises(error), stopped_guest(GuestAccess.by_qmp(monitor), "auto") as guest:
+            fail_on(guest)
+        assert guest_status(running) == "running"
+
+
+@pytest.fixture
+def still(machine) -> Iterator[StoppedGuest]:
+    with (
+        connect_qmp(str(machine.qmp_sockets[0])) as monitor,
+        stopped_guest(GuestAccess.by_qmp(monitor), "auto") as guest,
+    ):
+        yield guest
+
+
+def test_the_pause_counts_from_the_stop(still, tmp_path):
+    still.stopped_at -= 60.0
+    with pytest.raises(PauseLimitError), to_file(tmp_path / "late") as sink:
+        dump_stopped(DumpRequest(max_pause=60.0), still, sink, progress=ProgressMeter(None))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_guest_that_stays_stopped_needs_no_snapshot(still, tmp_path):
+    with pytest.raises(RequestError, match="snapshot"), to_file(tmp_path / "x") as sink:
+        dump_stopped(DumpRequest(snapshot=True), still, sink, progress=ProgressMeter(None))
