@@ -8,6 +8,7 @@ from gdb_boundary import GdbParser, QemuCommand, option_words, show_line, somebo
 from gdb_guest import guest_access
 
 import gdb
+from qemu_dump_ext.dump_formats import all_dump_formats, format_words
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import (
@@ -18,7 +19,6 @@ from qemu_dump_ext.options.dump_options import (
     read_registers,
     request_of,
 )
-from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.sinks import open_sink, target_forms
 
@@ -53,7 +53,8 @@ def _run(words: Sequence[str]) -> int:
 
 def _complete(before: Sequence[str], word: str) -> Sequence[str] | None:
     values = {
-        "-z": codec_names(),
+        "-z": format_words(),
+        "--format": list(all_dump_formats()),
         "--memory": [AUTO, *all_memory_sources()],
         "--progress": PROGRESS_CHOICES,
     }

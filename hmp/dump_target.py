@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.dump_formats import find_dump_format
+from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.sinks import Sink, open_sink
 from qemu_dump_ext.structures.dialect import QemuVersion
@@ -68,7 +69,7 @@ def opened(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> It
 
     Raises:
         DumpWriteError: It cannot be opened, in the words of a QEMU of this version.
-        RequestError: A kdump is to be raw, and the target is not seekable.
+        RequestError: The format cannot be written to it.
     """
     verb = "create" if version >= CREATE_SINCE else "open"
     failure = f"Could not {verb} '{target.name}'"
@@ -85,8 +86,7 @@ def opened(target: DumpTarget, version: QemuVersion, request: DumpRequest) -> It
             cause = error.__cause__
             reason = (cause.strerror if isinstance(cause, OSError) else None) or error.message
             raise DumpWriteError(f"{failure}: {reason}") from error
-        if request.raw and request.codec is not None and not sink.seekable:
-            raise RequestError("kdump-raw formats require a seekable file")
+        find_dump_format(request.format).check_sink(sink)
         yield sink
 
 
@@ -120,9 +120,5 @@ def in_words_of_qemu(error: DumpWriteError, sink: Sink, request: DumpRequest) ->
     cause = error.__cause__
     if not isinstance(cause, OSError):
         return error
-    if request.codec is None:
-        what = "save memory" if sink.bytes_written else "write elf header"
-        return DumpWriteError(f"dump: failed to {what}: {cause.strerror}")
-    what = "write page data" if sink.bytes_written else "write start flat header"
-    # QEMU leaves the reason out.
-    return DumpWriteError(f"dump: failed to {what}")
+    failure = find_dump_format(request.format).failure
+    return DumpWriteError(failure(sink.bytes_written > 0, str(cause.strerror)))

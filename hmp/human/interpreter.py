@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from qemu_dump_ext.dump_formats import find_dump_format, format_by_words, format_words
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
     CodecUnavailableError,
@@ -17,7 +18,6 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
-from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 from ..dump_job import IN_PROCESS, DumpJob
@@ -37,7 +37,6 @@ from .dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 _RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
 _HELP_NAMES = frozenset(("help", "?"))
 _QUIT_NAMES = frozenset(("quit", "q"))
-_CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
 _QUIT_SECONDS = 2.0
 _STATUS_OF_OURS = "VM status: paused"
 
@@ -157,7 +156,7 @@ class Interpreter:
         if words[0] in _HELP_NAMES:
             if words[1:] == [CANCEL_COMMAND]:
                 return CANCEL_HELP + "\r\n"
-            return with_our_help(answer, codec_names())
+            return with_our_help(answer, format_words())
         if words[0] == "cpu" and len(words) > 1 and not answer:
             # QEMU forgets it between two lines that come by QMP.
             try:
@@ -188,7 +187,7 @@ class Interpreter:
         return answer
 
     async def _dump(self, line: str, client: HmpClient) -> str:
-        parsed = parse_dump_line(line, codec_names(), all_memory_sources())
+        parsed = parse_dump_line(line, format_words(), all_memory_sources())
         if isinstance(parsed, BadExtension):
             raise RequestError(parsed.message)
         if isinstance(parsed, NativeLine):
@@ -204,7 +203,7 @@ class Interpreter:
         except UnsupportedTargetError:
             return await self._native(line, client)
         except CodecUnavailableError as error:
-            if parsed.codec in _CODECS_OF_QEMU:
+            if find_dump_format(request.format).is_of_qemu:
                 raise RequestError(f"kdump-{parsed.codec} is not available now") from error
             raise
         if "d" in parsed.flags:
@@ -250,14 +249,15 @@ class Interpreter:
             if len(values) < 2 or (min(values) < 0 and not parsed.extends_qemu):
                 raise _LeftToQemuError
             memory_range = MemoryRange(values[0], values[1])
-        return DumpRequest(
-            codec=parsed.codec,
-            raw="R" in parsed.flags,
+        request = DumpRequest(
+            format=format_by_words(parsed.codec, raw="R" in parsed.flags),
             exact=not mended,
             paging="p" in parsed.flags,
             memory_range=memory_range,
             snapshot=parsed.snapshot,
         )
+        find_dump_format(request.format).check(request)
+        return request
 
     async def _with_registers(self, text: str, client: HmpClient) -> str:
         for register in registers_in(text):

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError, UnsupportedTargetError
-from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpRequest, MemoryRange
 
 from ..dump_job import DumpJob
 from ..dump_manager import DumpManager
@@ -24,8 +25,6 @@ from .messages import LeftToQemuError, Message, arguments_of, name_of
 CommandHandler = Callable[[Message], Coroutine[Any, Any, object]]
 """Returns what a command returns."""
 
-_ELF = "elf"
-_RAW_KDUMP, _KDUMP = "kdump-raw-", "kdump-"
 _BY_DESCRIPTOR, _BY_NAME = "fd:", "file:"
 _ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "format"))
 _INT_MAX = (1 << 63) - 1
@@ -88,7 +87,8 @@ class DumpCommands:
             destination.forget()
             raise LeftToQemuError from error
         except CodecUnavailableError as error:
-            raise RequestError(f"kdump-{dump_request.codec} is not available now") from error
+            codec = find_dump_format(dump_request.format).codec
+            raise RequestError(f"kdump-{codec} is not available now") from error
         if not arguments.get("detach", False):
             await self._wait(job)
         return {}
@@ -129,40 +129,35 @@ class DumpCommands:
 def _request_of(arguments: Mapping[str, Any], *, mended: bool) -> DumpRequest:
     if not _is_ours(arguments):
         raise LeftToQemuError
-    dump_format = arguments.get("format", _ELF)
     begin = arguments.get("begin")
-    raw = dump_format.startswith(_RAW_KDUMP)
-    codec = dump_format.removeprefix(_RAW_KDUMP if raw else _KDUMP)
-    return DumpRequest(
-        codec=None if dump_format == _ELF else codec,
-        raw=raw,
+    request = DumpRequest(
+        format=arguments.get("format", DEFAULT_FORMAT),
         exact=not mended,
         paging=arguments["paging"],
         memory_range=None if begin is None else MemoryRange(begin, arguments["length"]),
     )
+    try:
+        find_dump_format(request.format).check(request)
+    except RequestError as error:
+        raise LeftToQemuError from error
+    return request
 
 
 def _is_ours(arguments: Mapping[str, Any]) -> bool:
     # What QEMU would refuse is left to QEMU, for its words.
-    dump_format, protocol = arguments.get("format", _ELF), arguments.get("protocol")
+    dump_format, protocol = arguments.get("format", DEFAULT_FORMAT), arguments.get("protocol")
     bounds = [arguments[name] for name in ("begin", "length") if name in arguments]
-    is_whole = not arguments.get("paging") and not bounds
     return (
         not arguments.keys() - _ARGUMENTS
         and isinstance(arguments.get("paging"), bool)
         and isinstance(arguments.get("detach", False), bool)
         and isinstance(protocol, str)
         and protocol.startswith((_BY_NAME, _BY_DESCRIPTOR))
-        and _is_format(dump_format)
+        and isinstance(dump_format, str)
+        and dump_format in all_dump_formats()
         and len(bounds) != 1
         and all(map(_is_bound, bounds))
-        and (dump_format == _ELF or is_whole)
     )
-
-
-def _is_format(name: object) -> bool:
-    known = query_capabilities()
-    return isinstance(name, str) and (name in known.formats or name in known.unavailable)
 
 
 def _is_bound(value: object) -> bool:

@@ -26,8 +26,8 @@ from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.events import cause_of_status
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.session import find_command_line, read_command_line
+from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.errors import MonitorAnswerError, RequestError, SourceError
-from qemu_dump_ext.plan.request import request_of_format
 from qemu_dump_ext.qemu.process import find_qemu_process
 from qemu_dump_ext.qemu.qmp import SharedQmp, connect_qmp
 from qemu_dump_ext.qemu.qmp_message import run_state, version_text
@@ -73,10 +73,7 @@ def collect_crash(
     guest_name = Path(address).stem if name is None else name
     if not is_guest_name(guest_name):
         raise RequestError(f"{guest_name!r} is no name for a directory", hint="give a `name`")
-    try:
-        request_of_format(dump_format)
-    except ValueError as error:
-        raise RequestError(str(error)) from error
+    find_dump_format(dump_format)
     settings = GuestEntry(
         socket=address,
         format=dump_format,

@@ -110,7 +110,7 @@ class DumpFacts:
 
     Attributes:
         file: Its name in the directory of the crash, or None.
-        format: As `DumpRequest.format_name` has it.
+        format: As `DumpRequest.format` has it.
         bytes: Of the file.
         complete: Nothing that belongs into it is missing.
         left_out: What is missing, one line each.

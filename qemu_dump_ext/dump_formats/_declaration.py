@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.guest.memory import GuestMemory
@@ -14,18 +14,58 @@ ProgressCallback = Callable[[int], None]
 """Gets the bytes of guest memory that have been added to the dump since the last call."""
 
 
+def _accept(_: object) -> None:
+    pass
+
+
+def _failure(_has_begun: bool, reason: str) -> str:
+    return f"dump: failed to write: {reason}"
+
+
 @dataclass(frozen=True)
 class DumpFormat:
-    """One file format.
+    """One format that can be asked for.
 
     Attributes:
-        name: Equal to the name of the file.
-        check: Refuses what the request and the sink alone make impossible, before the guest is
-            stopped.
+        name: The word for it in every door: `elf`, `kdump-raw-zlib`; that of QMP's
+            DumpGuestMemoryFormat where QEMU has it.
+        extension: How the names of its files end, without the dot.
         write: Writes a whole dump. Everything that it can refuse, it refuses before it reads
             guest memory or writes the first byte.
+        check: Refuses what a request asks of it and it does not have, or what excludes each other,
+            by RequestError; in QEMU's words where QEMU has them.
+        require: Refuses what cannot be written here and now: by CodecUnavailableError where a
+            package is missing, by RequestError where a codec has no such level.
+        check_sink: Refuses, by RequestError, a target that it cannot be written to.
+        whole_pages: Stores whole pages only: of a range, all pages that it touches.
+        codec: The word behind `-z` that asks for it; None: the name alone does.
+        raw: `-R` asks for it, besides that word.
+        is_of_qemu: QEMU has it too.
+        failure: What QEMU says where the target cannot be written: gets whether any of it was,
+            and the system's reason.
     """
 
     name: str
-    check: Callable[[DumpRequest, Sink], None]
+    extension: str
     write: Callable[[DumpRequest, DumpPlan, GuestMemory, Sink, ProgressCallback], None]
+    check: Callable[[DumpRequest], None] = _accept
+    require: Callable[[DumpRequest], None] = _accept
+    check_sink: Callable[[Sink], None] = _accept
+    whole_pages: bool = False
+    codec: str | None = None
+    raw: bool = False
+    is_of_qemu: bool = False
+    failure: Callable[[bool, str], str] = _failure
+
+
+@dataclass(frozen=True)
+class FormatFamily:
+    """The formats of one file.
+
+    Attributes:
+        name: Equal to the name of the file.
+        formats: Returns them, in the order in which they are listed.
+    """
+
+    name: str
+    formats: Callable[[], Sequence[DumpFormat]]

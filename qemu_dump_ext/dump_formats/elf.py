@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
+from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.pages.pipeline import (
@@ -174,7 +174,7 @@ def _block_places(plan: DumpPlan, memory_offset: int) -> tuple[list[int], list[i
     return starts, list(accumulate(sizes, initial=memory_offset))
 
 
-def _check(request: DumpRequest, _sink: Sink) -> None:
+def _check(request: DumpRequest) -> None:
     if request.level is not None or request.exclude_zero:
         raise RequestError("--level and --exclude-zero are for kdumps", hint="add -z")
 
@@ -248,4 +248,13 @@ def _places_content(sink: Sink, plan: DumpPlan, memory_offset: int) -> PieceWork
     return PieceWork(write, lambda _: None, lambda _: None)
 
 
-FORMAT = DumpFormat("elf", _check, _write)
+def _failure(has_begun: bool, reason: str) -> str:
+    return f"dump: failed to {'save memory' if has_begun else 'write elf header'}: {reason}"
+
+
+FORMATS = FormatFamily(
+    "elf",
+    lambda: (
+        DumpFormat("elf", "elf", write=_write, check=_check, is_of_qemu=True, failure=_failure),
+    ),
+)

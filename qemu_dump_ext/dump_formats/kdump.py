@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 
-from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
+from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
 from qemu_dump_ext.dump_formats._flattened_stream import FlattenedStream
 from qemu_dump_ext.dump_formats._kdump_pages import (
     BulkPageWriter,
@@ -39,6 +39,7 @@ from qemu_dump_ext.structures.kdump import (
 )
 
 _DUMP_LEVEL = 1
+_CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
 _WORTH_PROCESSES = 256 << 20
 """Bytes of guest memory from which on starting them takes less time than they save."""
 
@@ -115,7 +116,7 @@ def pieces_of_runs(memory: GuestMemory, runs: Sequence[PageRun], page_size: int)
         )
 
 
-def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
+def lay_out(plan: DumpPlan, codec: PageCodec) -> KdumpLayout:
     """Compute headers and offsets.
 
     Raises:
@@ -149,7 +150,7 @@ def lay_out(plan: DumpPlan, codec: PageCodec | None) -> KdumpLayout:
             signature=KDUMP_SIGNATURE,
             header_version=HEADER_VERSION,
             **plan.utsname.encode(),
-            status=codec.page_flag if codec else 0,
+            status=codec.page_flag,
             block_size=page_size,
             sub_hdr_size=sub_header_blocks,
             bitmap_blocks=2 * bitmap_blocks,
@@ -186,85 +187,106 @@ def bitmap_block(runs: Sequence[PageRun], first_pfn: int, size: int) -> bytes:
     return bits.to_bytes(size, "little")
 
 
-def _codec(request: DumpRequest) -> PageCodec | None:
-    return None if request.codec in {None, UNCOMPRESSED} else all_page_codecs()[request.codec]
+@dataclass(frozen=True)
+class _Kdump:
+    # One format: the codec of its pages, and whether it is a stream.
+    codec: PageCodec
+    raw: bool
 
-
-def _check(request: DumpRequest, sink: Sink) -> None:
-    codec = _codec(request)
-    if request.level is not None and (request.exact or codec is None or codec.tuned is None):
-        what = "--exact" if request.exact else f"a kdump of codec {request.codec}"
-        raise RequestError(f"{what} has no levels", hint="leave out --level")
-    if request.exclude_zero and request.exact:
-        raise RequestError("QEMU keeps pages of zeros", hint="--exact or --exclude-zero")
-    if request.raw and not sink.seekable:
-        raise RequestError(
-            f"{sink.name}: kdump-raw formats require a seekable file", hint="leave out -R"
+    def declare(self) -> DumpFormat:
+        return DumpFormat(
+            name=f"kdump-raw-{self.codec.name}" if self.raw else f"kdump-{self.codec.name}",
+            extension="kdump",
+            write=self.write,
+            check=self.check,
+            require=self.require,
+            check_sink=self.check_sink,
+            whole_pages=True,
+            codec=self.codec.name,
+            raw=self.raw,
+            is_of_qemu=self.codec.name in _CODECS_OF_QEMU,
+            failure=_failure,
         )
-    _compression(request).compressor()  # may need a package that is not there
 
+    def check(self, request: DumpRequest) -> None:
+        bounds = request.memory_range
+        refused_range = bounds is not None and (request.exact or not bounds.is_extension)
+        if request.paging or refused_range:
+            raise RequestError(
+                "kdump-compressed format doesn't support paging or filter",
+                hint=None if request.paging or request.exact else "--range BEGIN LENGTH does",
+            )
+        if request.level is not None and (request.exact or self.codec.tuned is None):
+            what = "--exact" if request.exact else f"a kdump of codec {self.codec.name}"
+            raise RequestError(f"{what} has no levels", hint="leave out --level")
+        if request.exclude_zero and request.exact:
+            raise RequestError("QEMU keeps pages of zeros", hint="--exact or --exclude-zero")
 
-def _compression(request: DumpRequest) -> Compression:
-    codec = _codec(request)
-    return Compression(codec.name if codec else None, request.exact, request.level)
+    def check_sink(self, sink: Sink) -> None:
+        if self.raw and not sink.seekable:
+            raise RequestError("kdump-raw formats require a seekable file", hint="leave out -R")
 
+    def require(self, request: DumpRequest) -> None:
+        self._compression(request).compressor()
 
-def _packer(request: DumpRequest, page_size: int, memory_size: int) -> Packer:
-    workers = request.threads or worker_count()
-    compression = _compression(request)
-    if workers == 1 or compression.codec is None or memory_size < _WORTH_PROCESSES:
-        return Packer(page_size, compression)
-    return PackingProcesses(page_size, compression, workers)
+    def _compression(self, request: DumpRequest) -> Compression:
+        return Compression(self.codec.name, request.exact, request.level)
 
+    def _packer(self, request: DumpRequest, page_size: int, memory_size: int) -> Packer:
+        workers = request.threads or worker_count()
+        compression = self._compression(request)
+        if workers == 1 or self.codec == UNCOMPRESSED or memory_size < _WORTH_PROCESSES:
+            return Packer(page_size, compression)
+        return PackingProcesses(page_size, compression, workers)
 
-def _write(
-    request: DumpRequest,
-    plan: DumpPlan,
-    memory: GuestMemory,
-    sink: Sink,
-    progress: ProgressCallback,
-) -> None:
-    codec = _codec(request)
-    layout = lay_out(plan, codec)
-    form = PageForm(
-        page_size=plan.page_size,
-        descriptor=PAGE_DESCRIPTOR.bind(layout.abi),
-        page_flag=codec.page_flag if codec else 0,
-        keep_zero_pages=not request.exclude_zero,
-        pfn_base=plan.pfn_base,
-    )
-    with ExitStack() as stack:
-        write_at = stack.enter_context(_container(sink, raw=request.raw))
-        write_at(0, layout.header)
-        write_at(layout.sub_header_offset, layout.sub_header)
-        write_at(layout.notes_offset, plan.notes)
-        pieces: Iterable[Piece] = pieces_of_runs(memory, layout.runs, plan.page_size)
-        data_offset = layout.data_offset
-        if request.exclude_zero:
-            pieces = list(pieces)
-            most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
-            data_offset = layout.descriptor_offset + most * form.descriptor.size
-        make_writer = OrderedPageWriter if request.exact and not request.raw else BulkPageWriter
-        packer = stack.enter_context(_packer(request, plan.page_size, plan.memory_size))
-        writer = make_writer(
-            form,
-            packer,
-            write_at,
-            descriptor_offset=layout.descriptor_offset,
-            data_offset=data_offset,
+    def write(
+        self,
+        request: DumpRequest,
+        plan: DumpPlan,
+        memory: GuestMemory,
+        sink: Sink,
+        progress: ProgressCallback,
+    ) -> None:
+        layout = lay_out(plan, self.codec)
+        form = PageForm(
+            page_size=plan.page_size,
+            descriptor=PAGE_DESCRIPTOR.bind(layout.abi),
+            page_flag=self.codec.page_flag,
+            keep_zero_pages=not request.exclude_zero,
+            pfn_base=plan.pfn_base,
         )
-        _write_bitmaps(layout, plan, write_at, both=not request.exclude_zero)
-        read_through(
-            memory,
-            pieces,
-            writer.work(),
-            progress,
-            threads=request.threads,
-            buffers=packer.buffers,
-        )
-        writer.finish()
-        if isinstance(writer, BulkPageWriter) and request.exclude_zero:
-            _write_second_bitmap(layout, plan.page_size, writer.bitmap, write_at)
+        with ExitStack() as stack:
+            write_at = stack.enter_context(_container(sink, raw=self.raw))
+            write_at(0, layout.header)
+            write_at(layout.sub_header_offset, layout.sub_header)
+            write_at(layout.notes_offset, plan.notes)
+            pieces: Iterable[Piece] = pieces_of_runs(memory, layout.runs, plan.page_size)
+            data_offset = layout.data_offset
+            if request.exclude_zero:
+                pieces = list(pieces)
+                most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
+                data_offset = layout.descriptor_offset + most * form.descriptor.size
+            make_writer = OrderedPageWriter if request.exact and not self.raw else BulkPageWriter
+            packer = stack.enter_context(self._packer(request, plan.page_size, plan.memory_size))
+            writer = make_writer(
+                form,
+                packer,
+                write_at,
+                descriptor_offset=layout.descriptor_offset,
+                data_offset=data_offset,
+            )
+            _write_bitmaps(layout, plan, write_at, both=not request.exclude_zero)
+            read_through(
+                memory,
+                pieces,
+                writer.work(),
+                progress,
+                threads=request.threads,
+                buffers=packer.buffers,
+            )
+            writer.finish()
+            if isinstance(writer, BulkPageWriter) and request.exclude_zero:
+                _write_second_bitmap(layout, plan.page_size, writer.bitmap, write_at)
 
 
 def _container(sink: Sink, *, raw: bool) -> AbstractContextManager[WriteAt]:
@@ -290,4 +312,14 @@ def _write_second_bitmap(
         write_at(start + index * page_size, bytes(blocks.get(index, bytes(page_size))))
 
 
-FORMAT = DumpFormat("kdump", _check, _write)
+def _failure(has_begun: bool, _reason: str) -> str:
+    # QEMU leaves the reason out.
+    return f"dump: failed to {'write page data' if has_begun else 'write start flat header'}"
+
+
+def _formats() -> list[DumpFormat]:
+    codecs = (*all_page_codecs().values(), UNCOMPRESSED)
+    return [_Kdump(codec, raw).declare() for codec in codecs for raw in (False, True)]
+
+
+FORMATS = FormatFamily("kdump", _formats)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.errors import CodecUnavailableError
-from qemu_dump_ext.page_codecs import UNCOMPRESSED, all_page_codecs
 from qemu_dump_ext.plan.request import DumpRequest
 
 
@@ -31,17 +31,14 @@ class Capabilities:
 
 
 def query_capabilities() -> Capabilities:
-    """Try every codec."""
-    formats = [DumpRequest().format_name]
+    """Try every format."""
+    formats: list[str] = []
     unavailable: dict[str, str] = {}
-    for codec in (*all_page_codecs().values(), None):
-        name = UNCOMPRESSED if codec is None else codec.name
-        both = [DumpRequest(codec=name, raw=raw).format_name for raw in (False, True)]
+    for name, dump_format in all_dump_formats().items():
         try:
-            if codec is not None:
-                codec.compressor()
+            dump_format.require(DumpRequest(format=name))
         except CodecUnavailableError as error:
-            unavailable |= dict.fromkeys(both, str(error))
+            unavailable[name] = str(error)
         else:
-            formats += both
+            formats.append(name)
     return Capabilities(tuple(formats), unavailable)

@@ -8,8 +8,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from qemu_dump_ext.architectures import Translation
-from qemu_dump_ext.dump_formats import all_dump_formats
-from qemu_dump_ext.dump_formats._declaration import DumpFormat, ProgressCallback
+from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
@@ -63,7 +62,7 @@ def dump(
         SourceError: The guest cannot be reached, or was lost.
         DumpWriteError: The dump cannot be written.
     """
-    check(request, sink)
+    _check(request, sink)
     started = time.monotonic()
     with ExitStack() as copies:
         with stopped_guest(access, memory) as guest:
@@ -86,7 +85,7 @@ def dump_stopped(
     """Take a dump of a guest that stands still before and afterwards; otherwise as `dump`."""
     if request.snapshot:
         raise RequestError("a guest that stays stopped needs no snapshot")
-    check(request, sink)
+    _check(request, sink)
     job = _Dump(request, guest, sink, progress, time.monotonic())
     job.plan()
     job.write_from_guest()
@@ -94,17 +93,12 @@ def dump_stopped(
     return job.report(time.monotonic() - guest.stopped_at)
 
 
-def check(request: DumpRequest, sink: Sink) -> None:
-    """Refuse what the request and the sink alone make impossible.
-
-    Raises:
-        RequestError: With the reason.
-    """
-    _format_of(request).check(request, sink)
-
-
-def _format_of(request: DumpRequest) -> DumpFormat:
-    return all_dump_formats()["elf" if request.codec is None else "kdump"]
+def _check(request: DumpRequest, sink: Sink) -> None:
+    # What the request and the sink alone make impossible, before the guest is stopped.
+    dump_format = find_dump_format(request.format)
+    dump_format.check(request)
+    dump_format.check_sink(sink)
+    dump_format.require(request)
 
 
 class _Dump:
@@ -118,6 +112,7 @@ class _Dump:
         started: float,
     ) -> None:
         self._request = request
+        self._format = find_dump_format(request.format)
         self._guest = guest
         self._sink = sink
         self._progress = progress
@@ -131,9 +126,11 @@ class _Dump:
             self._request = replace(self._request, exact=False)
         request = self._request
         dialect = _native_dialect(guest.probed) if request.exact else MENDED
-        select_blocks(guest.ram_blocks, dialect, request, guest.architecture.page_size)
+        whole_pages = self._format.whole_pages
+        granule = guest.architecture.page_size if whole_pages else 1
+        select_blocks(guest.ram_blocks, dialect, request, granule)
         snapshot, self._remarks = _snapshot(guest, request, self._check_pause)
-        self._plan = make_plan(snapshot, dialect, request)
+        self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
         self._source, self._passed_over = guest.memory.name, guest.passed_over
         self._progress.start(self._plan.memory_size)
         self._check_pause(0)
@@ -159,7 +156,7 @@ class _Dump:
             self._write(copy, self._progress.advance)
 
     def _write(self, memory: GuestMemory, advance: ProgressCallback) -> None:
-        _format_of(self._request).write(self._request, self._plan, memory, self._sink, advance)
+        self._format.write(self._request, self._plan, memory, self._sink, advance)
 
     def _check_pause(self, _size: int) -> None:
         limit = self._request.max_pause
@@ -173,7 +170,7 @@ class _Dump:
     def report(self, stopped_seconds: float) -> DumpReport:
         return DumpReport(
             target=self._sink.name,
-            format=self._request.format_name,
+            format=self._format.name,
             memory_size=self._plan.memory_size,
             bytes_written=self._sink.bytes_written,
             seconds=time.monotonic() - self._started,

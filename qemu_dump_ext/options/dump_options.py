@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NoReturn
 
 from qemu_dump_ext import __version__
+from qemu_dump_ext.dump_formats import (
+    all_dump_formats,
+    find_dump_format,
+    format_by_words,
+    format_words,
+)
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
@@ -16,7 +23,6 @@ from qemu_dump_ext.options.expressions import (
     registers_in,
     with_register,
 )
-from qemu_dump_ext.page_codecs import codec_names
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 
 DEFAULT_CODEC = "zlib"
@@ -61,8 +67,8 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     codecs.add_argument(
         "-z",
         dest="codec",
-        metavar=f"[{'|'.join(codec_names())}]",
-        choices=codec_names(),
+        metavar=f"[{'|'.join(format_words())}]",
+        choices=format_words(),
         help=f"kdump-compressed format; without a word behind it: {DEFAULT_CODEC}",
     )
     codecs.add_argument(
@@ -74,6 +80,12 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_const",
         const="snappy",
         help="kdump, pages packed by snappy",
+    )
+    codecs.add_argument(
+        "--format",
+        metavar="NAME",
+        choices=all_dump_formats(),
+        help=f"format of the dump by its name in QMP: {', '.join(all_dump_formats())}",
     )
     parser.add_argument(
         "-R",
@@ -197,7 +209,7 @@ def _with_explicit_codec(words: Sequence[str]) -> list[str]:
             and following[:1] != "-"
             and following in rest
         )
-        if following not in codec_names() and not misspelt:
+        if following not in format_words() and not misspelt:
             explicit.append(DEFAULT_CODEC)
     return explicit
 
@@ -260,12 +272,10 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
     Raises:
         RequestError: They contradict each other.
     """
-    return DumpRequest(
-        codec=arguments.codec,
-        raw=arguments.raw,
+    request = DumpRequest(
+        format=_format_of(arguments),
         exact=arguments.exact,
         paging=arguments.paging,
-        memory_range=_range_of(arguments),
         vmcoreinfo=arguments.vmcoreinfo,
         kernel=arguments.kernel,
         level=arguments.level,
@@ -275,9 +285,20 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         snapshot=arguments.snapshot,
         max_pause=arguments.max_pause,
     )
+    request = replace(request, memory_range=_range_of(arguments, request))
+    find_dump_format(request.format).check(request)
+    return request
 
 
-def _range_of(arguments: argparse.Namespace) -> MemoryRange | None:
+def _format_of(arguments: argparse.Namespace) -> str:
+    if arguments.format is None:
+        return format_by_words(arguments.codec, raw=arguments.raw)
+    if arguments.raw:
+        raise RequestError("-R goes with -z, -l or -s", hint="--format kdump-raw-zlib says it all")
+    return str(arguments.format)
+
+
+def _range_of(arguments: argparse.Namespace, request: DumpRequest) -> MemoryRange | None:
     if arguments.range is not None:
         if arguments.bounds:
             raise RequestError("--range and BEGIN LENGTH are the same: give one of them")
@@ -290,8 +311,8 @@ def _range_of(arguments: argparse.Namespace) -> MemoryRange | None:
     if not values:
         return None
     if len(values) == 1:
-        if arguments.codec is not None:
-            return MemoryRange(values[0], 0)
+        # A format that has no range says so first.
+        find_dump_format(request.format).check(replace(request, memory_range=MemoryRange(0, 0)))
         raise RequestError("Parameter 'length' is missing")
     begin, length = values
     return MemoryRange(begin, length)

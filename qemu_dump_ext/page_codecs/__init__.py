@@ -6,12 +6,16 @@ import sys
 from functools import cache
 
 from qemu_dump_ext.discovery import collect
-from qemu_dump_ext.page_codecs._declaration import Compress, Decompress, PageCodec
+from qemu_dump_ext.page_codecs._declaration import UNCOMPRESSED, Compress, Decompress, PageCodec
 
-__all__ = ["UNCOMPRESSED", "Compress", "Decompress", "PageCodec", "all_page_codecs", "codec_names"]
-
-UNCOMPRESSED = "none"
-"""The word for a kdump whose pages are stored as they are."""
+__all__ = [
+    "UNCOMPRESSED",
+    "Compress",
+    "Decompress",
+    "PageCodec",
+    "all_page_codecs",
+    "find_page_codec",
+]
 
 
 @cache
@@ -20,6 +24,6 @@ def all_page_codecs() -> dict[str, PageCodec]:
     return collect(sys.modules[__name__], "CODEC", PageCodec)
 
 
-def codec_names() -> list[str]:
-    """Return every word that may follow -z."""
-    return [*all_page_codecs(), UNCOMPRESSED]
+def find_page_codec(name: str) -> PageCodec:
+    """Return the codec of this name, which may be that of `UNCOMPRESSED`."""
+    return UNCOMPRESSED if name == UNCOMPRESSED.name else all_page_codecs()[name]

@@ -44,6 +44,21 @@ class PageCodec:
     tuned: Callable[[int | None], Compress] | None = None
 
 
+def _whole(page: bytes | memoryview, page_size: int) -> bytes:
+    if len(page) != page_size:
+        raise wrong_size("uncompressed", len(page), page_size)
+    return bytes(page)
+
+
+UNCOMPRESSED = PageCodec(
+    name="none",
+    page_flag=0,
+    compressor=lambda: bytes,
+    decompressor=lambda: _whole,
+)
+"""Of a kdump whose pages are stored as they are; no page says that it is packed by it."""
+
+
 def import_package(module: str, codec: str) -> ModuleType:
     """Import a third-party module when it is needed: gdb's own Python may lack it.
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from qemu_dump_ext.page_codecs import Compress, all_page_codecs
+from qemu_dump_ext.page_codecs import Compress, find_page_codec
 from qemu_dump_ext.pages.pipeline import Buffer
 
 PAGE_SIZES = "I"
@@ -20,37 +20,35 @@ class Compression:
     """How the pages of a kdump are compressed.
 
     Attributes:
-        codec: Name of it; None: not at all.
+        codec: Name of it.
         exact: As QEMU does it.
         level: Of the codec; None: the best trade of time and size.
     """
 
-    codec: str | None
+    codec: str
     exact: bool = False
     level: int | None = None
 
-    def compressor(self) -> Compress | None:
+    def compressor(self) -> Compress:
         """Return a compressor for one thread.
 
         Raises:
             CodecUnavailableError: A package cannot be imported.
             RequestError: The codec has no such level.
         """
-        if self.codec is None:
-            return None
-        codec = all_page_codecs()[self.codec]
+        codec = find_page_codec(self.codec)
         if self.exact or codec.tuned is None:
             return codec.compressor()
         return codec.tuned(self.level)
 
 
-def pack_pages(view: memoryview, page_size: int, compress: Compress | None) -> array[int]:
+def pack_pages(view: memoryview, page_size: int, compress: Compress) -> array[int]:
     """Pack in place.
 
     Args:
         view: A whole number of pages; afterwards the packed ones, then what is left of others.
         page_size: In bytes.
-        compress: Packs one page; None: pages stay as they are.
+        compress: Packs one page.
 
     Returns:
         For each page its packed size in bytes: 0 for one of zeros, which is left out, and
@@ -66,7 +64,7 @@ def pack_pages(view: memoryview, page_size: int, compress: Compress | None) -> a
             sizes.append(0)
             continue
         page = pages[start : start + page_size]
-        packed = page if compress is None else compress(page)
+        packed: bytes | memoryview = compress(page)
         size = len(packed)
         if size >= page_size:
             packed, size = page, page_size

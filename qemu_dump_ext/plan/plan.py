@@ -97,7 +97,11 @@ class DumpPlan:
 
 
 def make_plan(
-    snapshot: GuestSnapshot, dialect: Dialect, request: DumpRequest | None = None
+    snapshot: GuestSnapshot,
+    dialect: Dialect,
+    request: DumpRequest | None = None,
+    *,
+    whole_pages: bool = False,
 ) -> DumpPlan:
     """Turn a guest into the contents of a dump.
 
@@ -105,6 +109,7 @@ def make_plan(
         snapshot: The guest.
         dialect: How the dump is spelt.
         request: What was asked for; None: everything, as an ELF core.
+        whole_pages: The format stores whole pages only.
 
     Raises:
         RequestError: The guest has no vCPU or no memory, or none in the range asked for.
@@ -124,7 +129,7 @@ def make_plan(
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
     page_size = _page_size(snapshot, dialect, text)
-    blocks = select_blocks(snapshot.ram_blocks, dialect, request, page_size)
+    blocks = select_blocks(snapshot.ram_blocks, dialect, request, page_size if whole_pages else 1)
     segments = _plan_segments(snapshot, dialect, request, blocks)
     remarks = []
     if request.paging and (unmapped := unmapped_size(segments, blocks)):
@@ -175,16 +180,21 @@ def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> 
 
 
 def select_blocks(
-    blocks: Sequence[RamBlock], dialect: Dialect, request: DumpRequest, page_size: int
+    blocks: Sequence[RamBlock], dialect: Dialect, request: DumpRequest, granule: int
 ) -> Sequence[RamBlock]:
     """Return what of the guest's memory goes into the dump.
+
+    Args:
+        blocks: The guest's, by ascending gpa.
+        dialect: How the dump is spelt.
+        request: What was asked for.
+        granule: Bytes of which a range gets all that it touches.
 
     Raises:
         RequestError: Nothing does.
     """
     if request.memory_range is None:
         return blocks
-    granule = 1 if request.codec is None else page_size
     return blocks_within(blocks, request.memory_range, dialect, granule)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.page_codecs import codec_names
+
+DEFAULT_FORMAT = "elf"
+"""The format of QEMU, too, where none is asked for."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ class DumpRequest:
     """One dump.
 
     Attributes:
-        codec: Page codec of a kdump, by name; None for an ELF core.
-        raw: Write the kdump as it is instead of as makedumpfile's flattened stream.
+        format: Name of a `DumpFormat`: `elf`, `kdump-zlib`, `kdump-raw-zlib`, ... Which of the
+            other attributes a format has, and which exclude each other, the format says.
         exact: Byte for byte as the attached QEMU would write it.
         paging: One segment for each range that the page tables of the vCPUs map, at its virtual
             address.
@@ -50,8 +52,7 @@ class DumpRequest:
         max_pause: Seconds for which the guest may stand still; None: any.
     """
 
-    codec: str | None = None
-    raw: bool = False
+    format: str = DEFAULT_FORMAT
     exact: bool = False
     paging: bool = False
     memory_range: MemoryRange | None = None
@@ -65,42 +66,12 @@ class DumpRequest:
     max_pause: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself, in QEMU's words.
+        """Refuse what no format can do, in QEMU's words.
 
         Raises:
-            RequestError: A kdump with paging, or with a range that QEMU knows; a negative range.
+            RequestError: A negative range.
         """
-        bounds = self.memory_range
-        refused_range = bounds is not None and (self.exact or not bounds.is_extension)
-        if self.codec is not None and (self.paging or refused_range):
-            raise RequestError(
-                "kdump-compressed format doesn't support paging or filter",
-                hint=None if self.paging or self.exact else "--range BEGIN LENGTH does",
-            )
-        if bounds is not None:
+        if self.memory_range is not None:
             for name in ("begin", "length"):
-                if getattr(bounds, name) < 0:
+                if getattr(self.memory_range, name) < 0:
                     raise RequestError(f"parameter '{name}' must not be negative")
-
-    @property
-    def format_name(self) -> str:
-        """The name of QMP's DumpGuestMemoryFormat: `elf`, `kdump-zlib`, `kdump-raw-zlib`."""
-        if self.codec is None:
-            return "elf"
-        return f"kdump-raw-{self.codec}" if self.raw else f"kdump-{self.codec}"
-
-
-def request_of_format(name: str, level: int | None = None) -> DumpRequest:
-    """Return the request for a format, by the name that QMP has for it.
-
-    Raises:
-        ValueError: There is no such format.
-    """
-    if name == "elf":
-        return DumpRequest()
-    codecs = codec_names()
-    for prefix, raw in (("kdump-raw-", True), ("kdump-", False)):
-        codec = name.removeprefix(prefix)
-        if name.startswith(prefix) and codec in codecs:
-            return DumpRequest(codec=codec, raw=raw, level=level)
-    raise ValueError(f"a format is elf, or kdump- or kdump-raw- and one of {', '.join(codecs)}")

@@ -186,7 +186,7 @@ def test_every_failure_has_its_dump_and_braces_are_no_templates(tmp_path):
 
 
 def test_unknown_format_is_refused(tmp_path):
-    with pytest.raises(RequestError, match="a format is elf, or kdump-"):
+    with pytest.raises(RequestError, match="unknown format"):
         collect_crash("/nonexistent", tmp_path / "crashes", dump_format="tar")
     assert not (tmp_path / "crashes").exists()
 

@@ -13,6 +13,7 @@ from qemu_dump_ext.architectures._declaration import Architecture, Core, NoteLay
 from qemu_dump_ext.dump_formats.kdump import lay_out
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.page_codecs import UNCOMPRESSED
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.registers.notes import decode_vcpu_registers, encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
@@ -224,7 +225,7 @@ def test_the_sub_header_is_that_of_the_target(
     name: str, dialect: Dialect, size: int, offset_note_at: int
 ):
     plan = make_plan(_snapshot(name, LOW), dialect)
-    layout = lay_out(plan, None)
+    layout = lay_out(plan, UNCOMPRESSED)
     assert len(layout.sub_header) == size
     stored = layout.sub_header[offset_note_at : offset_note_at + 8]
     assert int.from_bytes(stored, plan.core.byte_order) == plan.page_size + size
@@ -243,7 +244,7 @@ def test_a_page_map_that_would_reach_too_far_is_refused():
     architecture = all_architectures()["hppa"]
     snapshot = GuestSnapshot(architecture, [*LOW, *high], [Vcpu(0, {})], b"", UtsName())
     with pytest.raises(RequestError, match="does not reach guest memory at 0xfffffff0f0000000"):
-        lay_out(make_plan(snapshot, MENDED), None)
+        lay_out(make_plan(snapshot, MENDED), UNCOMPRESSED)
 
 
 def test_page_frames_of_arm_count_from_phys_base_where_readers_do():
@@ -251,7 +252,9 @@ def test_page_frames_of_arm_count_from_phys_base_where_readers_do():
     ours, exact = (make_plan(_snapshot("arm", blocks), d) for d in (MENDED, _QEMU_7_2))
     assert (ours.phys_base, ours.pfn_base) == (0x40000000, 0x40000)
     assert (exact.phys_base, exact.pfn_base) == (0x40000000, 0)
-    max_mapnr = [int.from_bytes(lay_out(p, None).header[428:432], "little") for p in (ours, exact)]
+    max_mapnr = [
+        int.from_bytes(lay_out(p, UNCOMPRESSED).header[428:432], "little") for p in (ours, exact)
+    ]
     assert max_mapnr == [0x100, 0x40100]
 
 

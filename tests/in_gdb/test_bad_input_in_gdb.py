@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from qemu_dump_ext.dump_formats import format_words
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.page_codecs import codec_names
 from tests.support.bad_input import BAD_INPUT, strange_files
 from tests.support.doors import (
     GDB_SCRIPT,
@@ -316,7 +316,7 @@ def test_help_and_completion(stopped: QemuMachine, tmp_path: Path):
     (tmp_path / "some file").write_text("")
     completions = {
         f"{_DUMP} --me": ["--memory"],
-        f"{_DUMP} -z ": sorted(codec_names()),
+        f"{_DUMP} -z ": sorted(format_words()),
         f"{_DUMP} -z z": ["zlib", "zstd"],
         f"{_DUMP} -z zlib --memory ": sorted([AUTO, *all_memory_sources()]),
         f"{_DUMP} --memory gd": ["gdbstub"],

@@ -279,7 +279,7 @@ def _qmp_dumps(socket: Path, folder: Path) -> None:
         access = GuestAccess.by_qmp(monitor)
         for name, request in (
             ("qmp.elf", DumpRequest(exact=True)),
-            ("qmp.kdump", DumpRequest(exact=True, codec="zlib")),
+            ("qmp.kdump", DumpRequest(exact=True, format="kdump-zlib")),
             ("qmp.mended", DumpRequest()),
         ):
             with open_sink(str(folder / name), force=False, standard_output=None) as sink:

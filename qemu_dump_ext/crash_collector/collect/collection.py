@@ -35,6 +35,7 @@ from qemu_dump_ext.crash_collector.record import (
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dmesg import GuestLog, read_log
 from qemu_dump_ext.engine.dump import dump_stopped
@@ -44,7 +45,7 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, 
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
-from qemu_dump_ext.plan.request import request_of_format
+from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.qemu.qmp import SharedQmp
@@ -347,8 +348,8 @@ class CrashCollector:
         if refusal is not None:
             self._without_dump(refusal)
             return
-        request = request_of_format(settings.format, settings.level)
-        name = "vmcore.elf" if request.codec is None else "vmcore.kdump"
+        request = DumpRequest(format=settings.format, level=settings.level)
+        name = f"vmcore.{find_dump_format(settings.format).extension}"
         meter = _Meter(self._budget)
         try:
             sink = open_sink(str(self._files / name), force=False, standard_output=None)

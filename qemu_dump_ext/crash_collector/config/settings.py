@@ -31,10 +31,10 @@ from qemu_dump_ext.crash_collector.config.quantities import (
     template,
 )
 from qemu_dump_ext.crash_collector.record import CauseKind
-from qemu_dump_ext.errors import CodecUnavailableError, RequestError
+from qemu_dump_ext.dump_formats import find_dump_format
+from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.page_codecs import all_page_codecs
-from qemu_dump_ext.plan.request import request_of_format
+from qemu_dump_ext.plan.request import DumpRequest
 
 _NO_MORE = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,12 +62,10 @@ _CONSOLE_PATTERNS = (
 
 
 def _parse_format(name: str) -> str:
-    codec = all_page_codecs().get(str(request_of_format(name).codec))
-    if codec is not None:
-        try:
-            codec.compressor()
-        except CodecUnavailableError as error:
-            raise ValueError(str(error)) from error
+    try:
+        find_dump_format(name).require(DumpRequest(format=name))
+    except RequestError as error:
+        raise ValueError(str(error)) from error
     return name
 
 
@@ -196,13 +194,12 @@ class Settings:
 
     @model_validator(mode="after")
     def _check_level(self) -> Settings:
-        codec = all_page_codecs().get(str(request_of_format(self.format).codec))
         if self.level is None:
             return self
-        if codec is None or codec.tuned is None:
-            raise ValueError(f"{self.format} has no levels")
+        request = DumpRequest(format=self.format, level=self.level)
         try:
-            codec.tuned(self.level)
+            find_dump_format(self.format).check(request)
+            find_dump_format(self.format).require(request)
         except RequestError as error:
             raise ValueError(str(error)) from error
         return self

@@ -17,7 +17,7 @@ def parse(*words: str) -> tuple[str, str, str]:
     add_dump_arguments(parser)
     add_file_arguments(parser, "a file")
     arguments = parse_dump_arguments(parser, words)
-    return request_of(arguments).format_name, arguments.file, arguments.memory
+    return request_of(arguments).format, arguments.file, arguments.memory
 
 
 @pytest.mark.parametrize(
