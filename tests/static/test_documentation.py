@@ -22,6 +22,7 @@ from qemu_dump_ext.crash_collector.config.file import parse_configuration
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.record import CAUSE_KINDS
 from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.dump_formats import format_words
 from qemu_dump_ext.guest_images.manifest import load_manifest
 from qemu_dump_ext.memory_sources import all_memory_sources
 from qemu_dump_ext.options.dump_options import (
@@ -30,7 +31,6 @@ from qemu_dump_ext.options.dump_options import (
     add_file_arguments,
     parse_dump_arguments,
 )
-from qemu_dump_ext.page_codecs import codec_names
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -130,7 +130,7 @@ def test_every_line_in_gdb_and_in_the_monitor_is_understood(page: str):
             add_file_arguments(parser, "")
             parse_dump_arguments(parser, shlex.split(command)[1:])
         if prompt == "(qemu" and command.startswith("dump-guest-memory"):
-            parsed = parse_dump_line(command, codec_names(), all_memory_sources())
+            parsed = parse_dump_line(command, format_words(), all_memory_sources())
             assert not isinstance(parsed, BadExtension), command
 
 

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_guest_memory_using
 end
 
 set -g _shtab_qemu_dump_guest_memory_commands
-set -g _shtab_qemu_dump_guest_memory_opts_with_value --gdb --kernel --level --max-pause --memory --progress --qmp --range --threads -z
+set -g _shtab_qemu_dump_guest_memory_opts_with_value --format --gdb --kernel --level --max-pause --memory --progress --qmp --range --threads -z
 
 complete -c qemu-dump-guest-memory -e
 complete -c qemu-dump-guest-memory -f
@@ -62,6 +62,7 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s p -
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s z -xka "lzo snappy zlib zstd none" -d 'kdump-compressed format; without a word behind it: zlib'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s l -d 'kdump, pages packed by lzo'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s s -d 'kdump, pages packed by snappy'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none" -d 'format of the dump by its name in QMP: elf, kdump-lzo, kdump-raw-lzo, kdump-snappy, kdump-raw-snappy, kdump-zlib, kdump-raw-zlib, kdump-zstd, kdump-raw-zstd, kdump-none, kdump-raw-none'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s R -d 'kdump as it is, not as makedumpfile'"'"'s flattened stream; needs a seekable file'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l range -x -d 'guest physical memory to dump, as BEGIN LENGTH behind FILE, but also for a kdump: the pages that the range touches'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l exact -d 'byte for byte what the attached QEMU would write, its known defects included'

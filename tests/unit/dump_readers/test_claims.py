@@ -15,8 +15,9 @@ import pytest
 
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers.kdump import KdumpFile
-from qemu_dump_ext.engine.dmesg import log_of_dump
+from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.inspect import describe
+from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import DumpError
 from tests.support.sample_elf import Load, make_elf
@@ -85,7 +86,7 @@ def test_claims_cost_nothing(claimed: Path, use: str):
     uses: dict[str, Callable[[], object]] = {
         "inspect": lambda: describe("dump", dump),
         "verify": lambda: verify_dump(dump),
-        "dmesg": lambda: log_of_dump(dump, kernel=None, seconds=1),
+        "dmesg": lambda: read_log(StoredGuest(dump, search_seconds=1)),
     }
     tracemalloc.start()
     try:
