@@ -1,17 +1,44 @@
-"""Open a dump of any format that we read."""
+"""One file for each format of a dump that is read."""
 
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
+from qemu_dump_ext.discovery import collect
+from qemu_dump_ext.dump_readers._declaration import HEAD_SIZE, LISTED_MAX, DumpReader, Fit
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._flattened_image import FlattenedImage, is_flattened
 from qemu_dump_ext.dump_readers._image import DumpImage, PlainImage
-from qemu_dump_ext.dump_readers.elf import ElfCoreFile, is_elf
-from qemu_dump_ext.dump_readers.kdump import KdumpFile, is_kdump
-from qemu_dump_ext.errors import NotADumpError
+from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
+from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
 
-_HEAD_SIZE = 16
+__all__ = [
+    "LISTED_MAX",
+    "DumpFile",
+    "DumpReader",
+    "Fit",
+    "OrderedPool",
+    "Progress",
+    "VerifyReport",
+    "all_dump_readers",
+    "open_dump",
+    "reader_of",
+]
+
+
+@cache
+def all_dump_readers() -> dict[str, DumpReader[Any]]:
+    """Return every reader by name."""
+    return collect(sys.modules[__name__], "READER", DumpReader)
+
+
+def reader_of(dump: DumpFile) -> DumpReader[Any]:
+    """Return what has opened a dump."""
+    return all_dump_readers()[dump.reader]
 
 
 def open_dump(path: str | os.PathLike[str]) -> DumpFile:
@@ -19,7 +46,7 @@ def open_dump(path: str | os.PathLike[str]) -> DumpFile:
 
     Raises:
         RequestError: The file cannot be opened, or is one part of a split dump.
-        NotADumpError: It is of no format that we read.
+        NotADumpError: It is of no format that we read; says why, for each of them.
         CorruptDumpError: It is, but its headers contradict the format or are cut off.
     """
     file = PlainImage(path)
@@ -32,13 +59,31 @@ def open_dump(path: str | os.PathLike[str]) -> DumpFile:
 
 def _open_image(file: DumpImage, path: str) -> DumpFile:
     image, suffix = file, ""
-    head = file.read(0, min(_HEAD_SIZE, file.size))
+    head = file.read(0, min(HEAD_SIZE, file.size))
     if is_flattened(head):
         image, suffix = FlattenedImage(file), "-flattened"
-        head = image.read(0, min(_HEAD_SIZE, image.size))
-    if is_elf(head):
-        return ElfCoreFile(image, suffix)
-    if is_kdump(head):
-        return KdumpFile(image, suffix)
+        head = image.read(0, min(HEAD_SIZE, image.size))
+    reasons: dict[str, str] = {}
+    for reader, fit in _candidates(head, reasons):
+        try:
+            dump: DumpFile = reader.open(image, suffix)
+        except CorruptDumpError as error:
+            if fit is Fit.SURE and not isinstance(error, NotADumpError):
+                raise
+            reasons[reader.name] = error.message
+        else:
+            dump.reader = reader.name
+            return dump
     inside = " inside its flattened stream" if suffix else ""
-    raise NotADumpError(f"{path} is neither ELF nor kdump{inside}")
+    why = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
+    raise NotADumpError(f"{path} is no dump of a format that is read{inside}: {why}")
+
+
+def _candidates(head: bytes, reasons: dict[str, str]) -> Iterator[tuple[DumpReader[Any], Fit]]:
+    """Yield who may read a dump, the surest first; add why others cannot."""
+    fits = [(reader, reader.probe(head)) for reader in all_dump_readers().values()]
+    for reader, fit in sorted(fits, key=lambda one: -one[1]):
+        if fit is Fit.NO:
+            reasons[reader.name] = "it does not begin like one"
+        else:
+            yield reader, fit

@@ -32,7 +32,8 @@ class DumpFile(ABC):
 
     Attributes:
         image: The bytes of the dump, rearranged if it is flattened.
-        format: `elf`, `kdump`, `elf-flattened` or `kdump-flattened`.
+        format: `elf`, `kdump`, `elf-flattened`, `kdump-flattened`, ...
+        reader: Name of the `DumpReader` that opened it.
         byte_order: Of the dump, which is the guest's.
         word_size: 4 or 8 bytes, as the dump's headers have it.
         page_size: Unit of presence, in bytes.
@@ -41,6 +42,7 @@ class DumpFile(ABC):
 
     image: DumpImage
     format: str
+    reader: str
     byte_order: ByteOrder
     word_size: int
     page_size: int
@@ -118,6 +120,11 @@ class DumpFile(ABC):
         if not note.is_prstatus or size < start + 4:
             return None
         return int.from_bytes(note.descriptor[start : start + 4], self.byte_order)
+
+    @property
+    def phys_base(self) -> int | None:
+        """Physical minus link address of the kernel; None where the format does not tell."""
+        return None
 
     @abstractmethod
     def memory_ranges(self) -> Iterator[tuple[int, int]]:

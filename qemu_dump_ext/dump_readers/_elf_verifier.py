@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
+from qemu_dump_ext.dump_readers._notes_verifier import verify_notes
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
-from qemu_dump_ext.dump_readers.elf import ElfCoreFile, Segment
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import EV_CURRENT
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.dump_readers.elf import ElfCoreFile, Segment
 
 _READ_SIZE = 1 << 20
 
@@ -16,11 +20,12 @@ _READ_SIZE = 1 << 20
 def verify_elf_core(
     dump: ElfCoreFile, report: VerifyReport, pool: OrderedPool, progress: Progress
 ) -> None:
-    """Verify everything but the notes.
+    """Verify everything.
 
     Raises:
         CorruptDumpError: What follows cannot be looked at.
     """
+    verify_notes(dump, report)
     _verify_elf_headers(dump, report)
     _verify_sections(dump, report)
     _verify_segments(dump, report)

@@ -7,17 +7,15 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
+from typing import TYPE_CHECKING
 
+from qemu_dump_ext.dump_readers._notes_verifier import verify_notes
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
-from qemu_dump_ext.dump_readers.kdump import (
-    BITMAP_PIECE,
-    PAGES_AT_ONCE,
-    Descriptor,
-    KdumpFile,
-    PageUnpacker,
-)
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_INCOMPLETE
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.dump_readers.kdump import Descriptor, KdumpFile
 
 _MAX_MAPNR_32 = (1 << 32) - 1
 _PROBLEMS_MAX = 1 << 16
@@ -52,12 +50,14 @@ class KdumpVerifier:
         self._first_pfns = array("Q")
 
     def verify(self, pool: OrderedPool, progress: Progress) -> None:
-        """Verify everything but the notes.
+        """Verify everything.
 
         Raises:
             CorruptDumpError: What follows cannot be looked at.
         """
         dump, report = self._dump, self._report
+        report.counts_pages = True
+        verify_notes(dump, report)
         self._verify_headers()
         self._verify_bitmaps()
         total = dump.page_count * dump.page_size
@@ -99,7 +99,7 @@ class KdumpVerifier:
         dump, report = self._dump, self._report
         unknown = beyond = 0
         for number, first, second in self._bitmaps():
-            left = max(0, dump.max_mapnr - 8 * BITMAP_PIECE * number)
+            left = max(0, dump.max_mapnr - 8 * dump.bitmap_piece * number)
             bits, in_dump = (int.from_bytes(piece, "little") for piece in (first, second))
             unknown += (in_dump & ~bits).bit_count()
             beyond += ((bits | in_dump) >> left).bit_count()
@@ -121,7 +121,7 @@ class KdumpVerifier:
 
     def _batches(self) -> Iterator[_Batch]:
         pfns, rank = self._dump.pfns(), 0
-        while batch := array("Q", islice(pfns, PAGES_AT_ONCE)):
+        while batch := array("Q", islice(pfns, self._dump.pages_at_once)):
             yield _Batch(batch, rank)
             rank += len(batch)
 
@@ -130,7 +130,7 @@ class KdumpVerifier:
         descriptors = dump.read_descriptors(batch.rank, len(batch.pfns))
         result = _BatchResult(batch.pfns, descriptors, [])
         zero_page = dump.zero_page_descriptor
-        pages = PageUnpacker(dump).unpack(descriptors)
+        pages = dump.unpacker().unpack(descriptors)
         for pfn, descriptor, page in zip(batch.pfns, descriptors, pages, strict=True):
             if isinstance(page, CorruptDumpError):
                 result.problems.append(f"page {pfn:#x}: {page}")
@@ -192,3 +192,14 @@ class KdumpVerifier:
         # Pages with problems are not counted among the extents.
         if behind > (0 if end > data else dump.page_size) and not report.problem_count:
             report.remarks.append(f"{behind} bytes behind the last page")
+
+
+def verify_kdump(
+    dump: KdumpFile, report: VerifyReport, pool: OrderedPool, progress: Progress
+) -> None:
+    """Verify everything.
+
+    Raises:
+        CorruptDumpError: What follows cannot be looked at.
+    """
+    KdumpVerifier(dump, report).verify(pool, progress)

@@ -25,15 +25,17 @@ class VerifyReport:
         problem_count: Of all.
         remarks: What is odd and does no harm.
         memory_bytes: Of guest memory in the file that was looked at.
-        zero_pages: Pages of a kdump that share the page of zeroes.
-        raw_pages: Pages of a kdump stored as they are.
-        packed_pages: Other pages of a kdump that unpacked well.
+        counts_pages: The format stores page by page, so that they are counted.
+        zero_pages: Pages that share the page of zeroes.
+        raw_pages: Pages stored as they are.
+        packed_pages: Other pages that unpacked well.
     """
 
     problems: list[str] = field(default_factory=list)
     problem_count: int = 0
     remarks: list[str] = field(default_factory=list)
     memory_bytes: int = 0
+    counts_pages: bool = False
     zero_pages: int = 0
     raw_pages: int = 0
     packed_pages: int = 0

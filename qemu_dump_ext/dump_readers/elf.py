@@ -5,13 +5,16 @@ Source: System V gABI; QEMU dump/dump.c (section headers before the program head
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from operator import itemgetter
 from types import MappingProxyType
+from typing import Any
 
+from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers._elf_verifier import verify_elf_core
 from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
@@ -41,11 +44,6 @@ _PHDRS_AT_ONCE = 4096
 _OFFSET_END = 1 << 63
 _ZEROES = 1 << 63
 """Place of memory that the file does not have, so that it reads as zero."""
-
-
-def is_elf(head: bytes) -> bool:
-    """Tell from the first bytes of a dump whether it is ELF."""
-    return head.startswith(ELF_MAGIC)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,3 +200,19 @@ class ElfCoreFile(DumpFile):
             else:
                 self.image.read_into(place, part)
             done += size
+
+
+def _describe(dump: ElfCoreFile) -> Mapping[str, Callable[[], Any]]:
+    return {
+        "segment_count": lambda: len(dump.segments),
+        "segments": lambda: [asdict(segment) for segment in dump.segments[:LISTED_MAX]],
+    }
+
+
+READER = DumpReader(
+    name="elf",
+    probe=lambda head: Fit.SURE if head.startswith(ELF_MAGIC) else Fit.NO,
+    open=ElfCoreFile,
+    describe=_describe,
+    verify=verify_elf_core,
+)

@@ -8,14 +8,16 @@ from __future__ import annotations
 import re
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
+from qemu_dump_ext.dump_readers._declaration import DumpReader, Fit
 from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
 from qemu_dump_ext.dump_readers._image import DumpImage
+from qemu_dump_ext.dump_readers._kdump_verifier import verify_kdump
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, RequestError
 from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder
@@ -47,11 +49,6 @@ _SLACK = 1 << 16
 """Bytes between pages that are rather read than stepped over."""
 _BIT_RUNS = re.compile(rb"\xff+|\x00+|[^\x00\xff]")
 _BITS = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
-
-
-def is_kdump(head: bytes) -> bool:
-    """Tell from the first bytes of a dump whether it is kdump-compressed."""
-    return head.startswith(KDUMP_SIGNATURE)
 
 
 @dataclass
@@ -160,8 +157,12 @@ class KdumpFile(DumpFile):
         bitmaps_offset: Of the first bitmap.
         bitmap_size: Of each of the two bitmaps, in bytes.
         descriptors_offset: Of the first page descriptor.
+        bitmap_piece: Bytes of bitmap that are read at one time.
+        pages_at_once: Pages that are read and unpacked as one piece of work.
     """
 
+    bitmap_piece = BITMAP_PIECE
+    pages_at_once = PAGES_AT_ONCE
     codecs_by_flag = MappingProxyType(
         {codec.page_flag: codec for codec in all_page_codecs().values()}
     )
@@ -230,6 +231,15 @@ class KdumpFile(DumpFile):
             exists = fields["size_note"] > 0
             if exists and self.is_in_sub_header("note") and self.is_in_sub_header("vmcoreinfo"):
                 break
+
+    @property
+    def phys_base(self) -> int:
+        """Physical minus link address of the kernel, modulo the size of its word."""
+        return self.sub_header["phys_base"]
+
+    def unpacker(self) -> PageUnpacker:
+        """Return what unpacks pages, for one thread."""
+        return PageUnpacker(self)
 
     def is_in_sub_header(self, what: str) -> bool:
         """Tell whether `note` or `vmcoreinfo` lies where it belongs, or is not there at all."""
@@ -438,3 +448,28 @@ def _header_fault(layout: BoundStruct, fields: dict[str, int]) -> str | None:
         if not good:
             return f"{name} at offset {layout.offsets[name]:#x} is {fields[name]:#x}"
     return None
+
+
+def _describe_pages(dump: KdumpFile) -> dict[str, Any]:
+    counts = dump.count_pages()
+    memory = dump.page_count * dump.page_size
+    return {
+        "page_bytes": dump.page_size,
+        "first_bitmap": dump.count_bits(0),
+        "second_bitmap": dump.page_count,
+        **asdict(counts),
+        "ratio": round(memory / counts.stored_bytes, 2) if counts.stored_bytes else None,
+    }
+
+
+def _describe(dump: KdumpFile) -> Mapping[str, Callable[[], Any]]:
+    return {"sub_header": lambda: dict(dump.sub_header), "pages": lambda: _describe_pages(dump)}
+
+
+READER = DumpReader(
+    name="kdump",
+    probe=lambda head: Fit.SURE if head.startswith(KDUMP_SIGNATURE) else Fit.NO,
+    open=KdumpFile,
+    describe=_describe,
+    verify=verify_kdump,
+)

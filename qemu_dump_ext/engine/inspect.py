@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
-from qemu_dump_ext.dump_readers._dump_file import DumpFile
-from qemu_dump_ext.dump_readers.elf import ElfCoreFile
-from qemu_dump_ext.dump_readers.kdump import KdumpFile
+from qemu_dump_ext.dump_readers import LISTED_MAX, DumpFile, reader_of
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.elf import NT_QEMU
 from qemu_dump_ext.structures.elf_notes import Note
 
-LISTED_JSON = 1024
-"""Segments or ranges of memory that are listed; of more, the count is told."""
 _QEMU_NOTE_HEAD = 8
 """Bytes of version and size, both u32, at the start of QEMU's note."""
 
@@ -62,16 +57,11 @@ def describe(file: str, dump: DumpFile) -> dict[str, Any]:
         "header": dict(dump.header),
     }
     parts: dict[str, Callable[[], Any]] = {
+        **reader_of(dump).describe(dump),
         "notes": lambda: [_describe_note(dump, note) for note in dump.notes],
         "vmcoreinfo": lambda: _describe_vmcoreinfo(dump),
+        "memory": lambda: _describe_memory(dump.memory_ranges()),
     }
-    if isinstance(dump, ElfCoreFile):
-        facts["segment_count"] = len(dump.segments)
-        facts["segments"] = [asdict(segment) for segment in dump.segments[:LISTED_JSON]]
-    if isinstance(dump, KdumpFile):
-        facts["sub_header"] = dict(dump.sub_header)
-        parts["pages"] = lambda: _describe_pages(dump)
-    parts["memory"] = lambda: _describe_memory(dump.memory_ranges())
     for key, describe in parts.items():
         try:
             facts[key] = describe()
@@ -106,21 +96,9 @@ def _describe_vmcoreinfo(dump: DumpFile) -> dict[str, Any] | None:
     return {"size_bytes": len(dump.vmcoreinfo), "facts": dict(dump.vmcoreinfo_facts)}
 
 
-def _describe_pages(dump: KdumpFile) -> dict[str, Any]:
-    counts = dump.count_pages()
-    memory = dump.page_count * dump.page_size
-    return {
-        "page_bytes": dump.page_size,
-        "first_bitmap": dump.count_bits(0),
-        "second_bitmap": dump.page_count,
-        **asdict(counts),
-        "ratio": round(memory / counts.stored_bytes, 2) if counts.stored_bytes else None,
-    }
-
-
 def _describe_memory(ranges: Iterable[tuple[int, int]]) -> dict[str, Any]:
     ranges = iter(ranges)
-    listed = [{"gpa": gpa, "size_bytes": size} for gpa, size in islice(ranges, LISTED_JSON)]
+    listed = [{"gpa": gpa, "size_bytes": size} for gpa, size in islice(ranges, LISTED_MAX)]
     size, count = sum(item["size_bytes"] for item in listed), len(listed)
     for _, more in ranges:
         size, count = size + more, count + 1

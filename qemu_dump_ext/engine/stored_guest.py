@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from qemu_dump_ext.architectures import Architecture, Core, all_architectures
-from qemu_dump_ext.dump_readers._dump_file import DumpFile
-from qemu_dump_ext.dump_readers.kdump import KdumpFile
+from qemu_dump_ext.dump_readers import DumpFile
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, UnsupportedTargetError
 from qemu_dump_ext.guest.memory import GuestMemory
@@ -39,9 +38,9 @@ class _DumpMemory:
             raise CorruptDumpError(
                 f"memory in more than {_RANGES_MAX} ranges: no guest has so many"
             )
-        if architecture.pfn_from_phys_base and isinstance(dump, KdumpFile) and ranges:
+        base = dump.phys_base
+        if architecture.pfn_from_phys_base and base is not None and ranges:
             # QEMU's own dumps count from 0 nevertheless.
-            base = dump.sub_header["phys_base"]
             self._first = base if ranges[0][0] < base else 0
         self.blocks = [RamBlock(self._first + gpa, size, "", 0) for gpa, size in ranges]
 

@@ -26,6 +26,7 @@ NOT_IN_GDB = {
         "dump_readers",
         "engine.dmesg",
         "engine.inspect",
+        "engine.stored_guest",
         "engine.verify",
         "entry",
         "guest_images",

@@ -14,6 +14,7 @@ With `--json` one object is printed. Numbers are numbers, sizes are bytes:
 - `pages` (kdump): `page_bytes`, bits of the `first_bitmap` and `second_bitmap`, pages that are
   `zero`, `raw`, `packed` (by codec), `lost`, `bad`; `stored_bytes`, and `ratio` (memory to stored
   bytes, null if nothing is stored);
+- other parts that the format's reader describes;
 - `problems`: what could not be shown, because the dump is damaged there.
 
 The exit status is 5 if there are problems; `qemu-dump verify` looks at every page.
@@ -27,8 +28,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.inspect import LISTED_JSON, describe
+from qemu_dump_ext.dump_readers import LISTED_MAX, open_dump
+from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 
 _LISTED_WORDS = 32
@@ -47,6 +48,12 @@ _FACTS_SHOWN = (
     "SYMBOL(swapper_pg_dir)",
     "SYMBOL(init_uts_ns)",
     "CRASHTIME",
+)
+_SHOWN_IN_THEIR_WAY = frozenset(
+    (
+        *("file", "format", "size_bytes", "byte_order", "word_bits", "header", "sub_header"),
+        *("notes", "vmcoreinfo", "segment_count", "segments", "memory", "pages", "problems"),
+    )
 )
 _IN_HEX = frozenset(
     (
@@ -105,15 +112,26 @@ def _in_words(facts: dict[str, Any]) -> Iterator[str]:
     if facts.get("pages"):
         yield "\npages:"
         yield from _aligned(_pages_in_words(facts["pages"]))
+    for key in sorted(facts.keys() - _SHOWN_IN_THEIR_WAY):
+        yield from _part_in_words(key, facts[key])
     if facts["problems"]:
         yield ""
     for problem in facts["problems"]:
         yield f"problem: {problem}"
 
 
+def _part_in_words(key: str, part: object) -> Iterator[str]:
+    # Of a format that is described here by nothing else.
+    if isinstance(part, dict):
+        yield f"\n{key.replace('_', ' ')}:"
+        yield from _aligned(part)
+    else:
+        yield f"\n{key.replace('_', ' ')}: {part}"
+
+
 def _rest(count: int) -> Iterator[str]:
     if count > _LISTED_WORDS:
-        yield f"  and {count - _LISTED_WORDS} more (--json lists up to {LISTED_JSON})"
+        yield f"  and {count - _LISTED_WORDS} more (--json lists up to {LISTED_MAX})"
 
 
 def _aligned(facts: dict[str, Any]) -> Iterator[str]:

@@ -14,8 +14,7 @@ import sys
 import time
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_readers._verify_report import VerifyReport
+from qemu_dump_ext.dump_readers import VerifyReport, open_dump
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 
@@ -67,7 +66,7 @@ def _as_json(file: str, dump_format: str, report: VerifyReport) -> dict[str, obj
         "format": dump_format,
         "ok": not report.problem_count,
         "memory_bytes": report.memory_bytes,
-        "pages": None if dump_format.startswith("elf") else pages,
+        "pages": pages if report.counts_pages else None,
         "problem_count": report.problem_count,
         "problems": report.problems,
         "remarks": report.remarks,
@@ -84,10 +83,10 @@ def _print_words(dump_format: str, report: VerifyReport) -> None:
     damaged = report.problem_count
     pages = report.zero_pages + report.raw_pages + report.packed_pages
     counts = (
-        ""
-        if dump_format.startswith("elf")
-        else f"{pages} {'good ' if damaged else ''}pages ({report.packed_pages} packed,"
+        f"{pages} {'good ' if damaged else ''}pages ({report.packed_pages} packed,"
         f" {report.raw_pages} raw, {report.zero_pages} zero), "
+        if report.counts_pages
+        else ""
     )
     verdict = f"damaged, {damaged} problem{'s' * (damaged > 1)}" if damaged else "ok"
     mib = report.memory_bytes / (1 << 20)

@@ -76,7 +76,7 @@ def test_inspect_kdump_as_json(run):
     assert status == 0
     assert list(facts) == [
         *("file", "format", "size_bytes", "byte_order", "word_bits", "header", "sub_header"),
-        *("notes", "vmcoreinfo", "pages", "memory", "problems"),
+        *("pages", "notes", "vmcoreinfo", "memory", "problems"),
     ]
     assert facts["format"] == "kdump-flattened"
     assert facts["size_bytes"] == len(KDUMP)

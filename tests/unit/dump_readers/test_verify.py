@@ -54,7 +54,11 @@ def verify(tmp_path):
 def test_whole_kdump(verify, order, word, packed, wrap):
     sample = make_kdump(PAGES, order=order, word=word, packed=packed, vmcoreinfo=b"A=1", nr_cpus=3)
     assert verify(wrap(sample.data)) == VerifyReport(
-        memory_bytes=len(PAGES) * BLOCK, zero_pages=2, raw_pages=1, packed_pages=300
+        memory_bytes=len(PAGES) * BLOCK,
+        counts_pages=True,
+        zero_pages=2,
+        raw_pages=1,
+        packed_pages=300,
     )
 
 
