@@ -7,51 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 
-import qemu_dump_ext.dump_formats as package
+from qemu_dump_ext import dump_formats
 from qemu_dump_ext.cli import dump_command
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry
-from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import RequestError
-from tests.support.plugins import one_more_file
 from tests.support.raw_qmp import RawQmp
+from tests.support.toys import toy_in
 
 pytestmark = pytest.mark.qemu
 
-TOY = '''
-"""A line of JSON, and all guest memory."""
-
-import json
-
-from qemu_dump_ext.dump_formats import DumpFormat, FormatFamily
-from qemu_dump_ext.errors import RequestError
-
-
-def _check(request):
-    if request.paging:
-        raise RequestError("a toy has no paging")
-
-
-def _write(request, plan, memory, sink, progress):
-    blocks = [(block.gpa, block.size) for block in plan.ram_blocks]
-    sink.write(json.dumps(blocks).encode() + b"\\n")
-    for gpa, size in blocks:
-        buffer = bytearray(size)
-        memory.read_into(gpa, memoryview(buffer))
-        sink.write(memoryview(buffer))
-        progress(size)
-
-
-FORMATS = FormatFamily(
-    "toy", lambda: [DumpFormat("toy", "toy", write=_write, check=_check, whole_pages=True)]
-)
-'''
-
 
 @pytest.fixture
-def toy(tmp_path_factory) -> Iterator[None]:
-    folder = tmp_path_factory.mktemp("toy")
-    with one_more_file(package, folder, "toy", TOY, all_dump_formats):
+def toy() -> Iterator[None]:
+    with toy_in(dump_formats):
         yield
 
 
