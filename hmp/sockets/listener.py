@@ -10,7 +10,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from qemu_dump_ext.errors import ConnectError, RequestError
-from qemu_dump_ext.qemu.address import format_tcp_address, is_loopback, tcp_address, unix_path
+from qemu_dump_ext.qemu.address import (
+    bindable,
+    connectable,
+    format_tcp_address,
+    is_loopback,
+    tcp_address,
+    unix_path,
+)
 
 from .connection import Connection
 
@@ -55,9 +62,9 @@ class Listener:
 
     def _listen_unix(self, path: Path) -> socket.socket:
         if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
+            with socket.socket(socket.AF_UNIX) as probe, connectable(f"unix:{path}") as where:
                 try:
-                    probe.connect(str(path))
+                    probe.connect(where)
                 except ConnectionRefusedError:
                     path.unlink()  # left behind by a process that is gone
                 else:
@@ -65,11 +72,12 @@ class Listener:
         elif path.exists():
             raise RequestError(f"{path} exists and is no socket")
         listening = socket.socket(socket.AF_UNIX)
-        before = os.umask(_MODE_MASK)  # never open to others, not for a moment
-        try:
-            listening.bind(str(path))
-        finally:
-            os.umask(before)
+        with bindable(path) as where:
+            before = os.umask(_MODE_MASK)  # never open to others, not for a moment
+            try:
+                listening.bind(where)
+            finally:
+                os.umask(before)
         self._path = path
         self._inode = path.stat().st_ino
         listening.listen(_BACKLOG)

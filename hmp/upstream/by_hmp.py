@@ -17,10 +17,10 @@ import tty
 from pathlib import Path
 
 from qemu_dump_ext.errors import ConnectError, SourceError
-from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.qemu.address import connectable, tcp_address
 
 from ..readline import LINE_MAX, PROMPT, LineEditor
-from .upstream import Upstream
+from .upstream import Upstream, reason_of
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
@@ -154,7 +154,7 @@ class HmpUpstream(Upstream):
         except (OSError, SourceError, termios.error) as error:
             await self.close()
             raise ConnectError(
-                f"cannot connect to monitor {self.address}: {error}",
+                f"cannot connect to monitor {self.address}: {reason_of(error)}",
                 hint="it is the path behind -monitor unix:PATH,server=on,wait=off",
             ) from error
         self._cpu_index = _CPU_DEFAULT
@@ -189,16 +189,14 @@ class HmpUpstream(Upstream):
                 raise
             return descriptor
         if target is None:
-            connected = socket.socket(socket.AF_UNIX)
-            connected.setblocking(False)
-            where: str | tuple[object, ...] = unix_path(self.address)
+            family, where = socket.AF_UNIX, None
         else:
             found = await loop.getaddrinfo(*target, type=socket.SOCK_STREAM)
-            connected = socket.socket(found[0][0])
-            connected.setblocking(False)
-            where = found[0][4]
-        self._socket = connected
-        await loop.sock_connect(connected, where)
+            family, where = found[0][0], found[0][4]
+        connected = self._socket = socket.socket(family)
+        connected.setblocking(False)
+        with connectable(self.address) as path:
+            await loop.sock_connect(connected, where or path)
         return connected.fileno()
 
     async def _wait_lost(self) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 from qemu.qmp import Message, QMPClient, QMPError, Runstate
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
-from qemu_dump_ext.qemu.address import socket_address, tcp_address
+from qemu_dump_ext.qemu.address import connectable, tcp_address
 
-from .upstream import Event, Upstream
+from .upstream import Event, Upstream, reason_of
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
@@ -176,18 +176,16 @@ class QmpUpstream(Upstream):
         self._client = _Client(self._route)
         self._hidden_dumps = 0
         try:
-            await asyncio.wait_for(
-                self._client.connect(socket_address(self.address)), _GREETING_SECONDS
-            )
+            with connectable(self.address) as target:
+                await asyncio.wait_for(self._client.connect(target), _GREETING_SECONDS)
         except TimeoutError as error:
             raise ConnectError(
                 f"QMP socket {self.address} is busy: no greeting in {_GREETING_SECONDS:.0f} s",
                 hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
             ) from error
         except (QMPError, OSError) as error:
-            reason = error.__cause__ or error
             raise ConnectError(
-                f"cannot connect to QMP socket {self.address}: {reason}",
+                f"cannot connect to QMP socket {self.address}: {reason_of(error)}",
                 hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
             ) from error
         greeting = self._client.greeting

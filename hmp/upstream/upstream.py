@@ -104,3 +104,9 @@ class Upstream(ABC):
 
     @abstractmethod
     async def _wait_lost(self) -> None: ...
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why something could not be connected to, in the words of the operating system."""
+    cause = error.__cause__ or error
+    return (cause.strerror if isinstance(cause, OSError) else None) or str(cause)

@@ -62,7 +62,7 @@ class _FileStore:
     def __init__(self, size: int, directory: Path) -> None:
         room = os.statvfs(directory)
         free = room.f_bavail * room.f_frsize
-        if size > free:
+        if room.f_blocks and size > free:  # a tmpfs without a limit counts no blocks
             raise DumpWriteError(
                 f"no room for --snapshot: {size >> 20} MiB of guest memory fit neither into half"
                 f" of the available memory nor into the {free >> 20} MiB left in {directory}"

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import ipaddress
+import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
-from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.errors import ConnectError, RequestError
 
 _TCP_PREFIX = re.compile(r"^tcp[46]?:")
 _UNIX_PREFIX = "unix:"
 _PORT_MAX = 0xFFFF
+_SUN_PATH_MAX = 107
+"""Bytes: sizeof(sockaddr_un.sun_path) without the final NUL."""
+_OWN_DESCRIPTORS = Path("/proc/self/fd")
 
 
 def tcp_address(address: str) -> tuple[str, int] | None:
@@ -35,9 +42,53 @@ def unix_path(address: str) -> str:
     return address.removeprefix(_UNIX_PREFIX)
 
 
-def socket_address(address: str) -> str | tuple[str, int]:
-    """Return what a socket is connected to: a path, or host and port."""
-    return tcp_address(address) or unix_path(address)
+@contextmanager
+def connectable(address: str) -> Iterator[str | tuple[str, int]]:
+    """Return what to connect a socket to, valid in the `with` block: a path, or host and port.
+
+    A path that is longer than the kernel's address of a unix socket goes by a descriptor.
+
+    Raises:
+        OSError: Nothing is at a path that is so long.
+    """
+    target = tcp_address(address) or unix_path(address)
+    if not isinstance(target, str) or _fits(target) or not _OWN_DESCRIPTORS.is_dir():
+        yield target
+        return
+    descriptor = os.open(target, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield str(_OWN_DESCRIPTORS / str(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def bindable(path: Path) -> Iterator[str]:
+    """Return what to bind a unix socket to, valid in the `with` block, so that it is at `path`.
+
+    Raises:
+        OSError: The directory is not there.
+        ConnectError: The name alone is longer than the kernel's address of a unix socket.
+    """
+    if _fits(str(path)) or not _OWN_DESCRIPTORS.is_dir():
+        yield str(path)
+        return
+    descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        short = str(_OWN_DESCRIPTORS / str(descriptor) / path.name)
+        if not _fits(short):
+            most = _SUN_PATH_MAX - len(short.removesuffix(path.name))
+            raise ConnectError(
+                f"cannot listen at {path}: the name of a socket has at most {most} bytes",
+                hint="the directories before it may have as many as they like",
+            )
+        yield short
+    finally:
+        os.close(descriptor)
+
+
+def _fits(path: str) -> bool:
+    return len(os.fsencode(path)) <= _SUN_PATH_MAX
 
 
 def format_tcp_address(host: str, port: int) -> str:

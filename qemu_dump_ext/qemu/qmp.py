@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
-from qemu_dump_ext.qemu.address import socket_address, tcp_address
+from qemu_dump_ext.qemu.address import connectable, tcp_address
 from qemu_dump_ext.qemu.qmp_client import new_client
 from qemu_dump_ext.qemu.qmp_message import bad_reply, monitor_text, target_of
 from qemu_dump_ext.third_party import import_package
@@ -214,11 +214,11 @@ class QmpMonitor(SharedQmp):
         Raises:
             ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
         """
-        target = socket_address(self.address)
         with uninterrupted():
             self._thread.start()
         try:
-            self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
+            with connectable(self.address) as target:
+                self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
         except TimeoutError as error:
             raise ConnectError(
                 f"QMP socket {self.address} is busy, or no QMP socket:"

@@ -111,7 +111,8 @@ class Sink:
             return
         room = os.fstatvfs(self._descriptor)
         free = room.f_bavail * room.f_frsize
-        if size > free:
+        # One without blocks counts none: that of a memfd, or a tmpfs without a limit.
+        if room.f_blocks and size > free:
             raise DumpWriteError(
                 f"no room for {self.name}: the dump takes {size >> 20} MiB,"
                 f" the file system has {free >> 20} MiB left",

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
-from tests.support.doors import child_environment
+from tests.support.doors import child_environment, run_cli
 from tests.support.hmp_proxy import (
     GONE_PROMPT,
     HmpSocket,
@@ -226,11 +226,29 @@ def test_bad_address_is_one_line(machine: QemuMachine, address: str):
     assert done.stderr.count("\n") == 1
 
 
+def test_socket_paths_that_are_longer_than_an_address(machine: QemuMachine, tmp_path: Path):
+    folder = tmp_path / ("d" * 100)
+    folder.mkdir()
+    hmp, qmp = folder / "hmp", folder / "qmp"
+    words = ("--qmp", machine.qmp_sockets[1], "--listen", hmp, "--qmp-listen", qmp)
+    with Proxy(tmp_path, *words):
+        assert hmp.stat().st_mode & 0o777 == 0o600
+        for way in (("--qmp", qmp), ("--hmp", hmp)):
+            done = run_proxy(*way, text="info status")
+            assert (done.stdout, done.stderr) == ("VM status: paused (prelaunch)\n", "")
+        done = run_proxy("--qmp", qmp, "--listen", hmp)
+        assert done.stderr == f"qemu-hmp-proxy: {hmp}: somebody listens there already\n"
+        done = run_cli("--qmp", qmp, tmp_path / "dump")
+        assert done.returncode == 0, done.stderr  # notes of QEMU's came through the proxy as well
+    assert list(folder.iterdir()) == []
+    done = run_proxy("--qmp", qmp)
+    assert done.returncode == 3
+    assert f"cannot connect to QMP socket {qmp}: No such file or directory" in done.stderr
+
+
 def test_lines_from_a_pipe(machine: QemuMachine):
-    done = run_proxy("--qmp", machine.qmp_sockets[1], text="info status\nnosuch\ninfo dump")
-    assert done.stdout == (
-        "VM status: paused (prelaunch)\nunknown command: 'nosuch'\nStatus: none\n"
-    )
+    done = run_proxy("--qmp", machine.qmp_sockets[1], text="info status\nnosuch\ninfo name")
+    assert done.stdout == "VM status: paused (prelaunch)\nunknown command: 'nosuch'\n"
     assert (done.returncode, done.stderr) == (0, "")
 
 

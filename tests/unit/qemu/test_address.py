@@ -1,8 +1,18 @@
 from __future__ import annotations
 
+import socket
+from pathlib import Path
+
 import pytest
 
-from qemu_dump_ext.qemu.address import format_tcp_address, is_loopback, socket_address, tcp_address
+from qemu_dump_ext.errors import ConnectError
+from qemu_dump_ext.qemu.address import (
+    bindable,
+    connectable,
+    format_tcp_address,
+    is_loopback,
+    tcp_address,
+)
 
 
 @pytest.mark.parametrize(
@@ -29,10 +39,40 @@ def test_address(address: str, expected: tuple[str, int] | None):
     assert tcp_address(address) == expected
 
 
-def test_a_path_is_what_is_no_address_of_tcp():
-    assert socket_address("unix:/run/x") == "/run/x"
-    assert socket_address("/run/x:5") == "/run/x:5"
-    assert socket_address("[::1]:5") == ("::1", 5)
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("unix:/run/x", "/run/x"),
+        ("/run/x:5", "/run/x:5"),
+        ("/" + "x" * 106, "/" + "x" * 106),
+        ("[::1]:5", ("::1", 5)),
+    ],
+)
+def test_what_a_socket_is_connected_to(address: str, expected: object):
+    with connectable(address) as target:
+        assert target == expected
+
+
+@pytest.mark.parametrize("name", ["s", "é" * 40])
+def test_a_path_that_is_longer_than_an_address(tmp_path: Path, name: str):
+    path = tmp_path / ("d" * 100) / name
+    path.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listening, socket.socket(socket.AF_UNIX) as client:
+        with bindable(path) as where:
+            listening.bind(where)
+        assert path.is_socket()
+        listening.listen()
+        with connectable(f"unix:{path}") as target:
+            client.connect(target)
+
+
+def test_what_is_not_there_by_a_path_that_is_longer_than_an_address(tmp_path: Path):
+    with pytest.raises(FileNotFoundError), connectable(str(tmp_path / ("d" * 120))):
+        pass
+    with pytest.raises(FileNotFoundError), bindable(tmp_path / ("d" * 120) / "s"):
+        pass
+    with pytest.raises(ConnectError, match="the name of a socket has at most"):
+        bindable(tmp_path / ("d" * 120)).__enter__()
 
 
 @pytest.mark.parametrize("host", ["::1", "127.0.0.1", "localhost"])
