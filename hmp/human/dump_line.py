@@ -22,9 +22,9 @@ class DumpLine:
     """What a line asks of us.
 
     Attributes:
-        filename: As the user wrote it, without quotes.
+        filename: The filename as the user wrote it, without quotes.
         flags: Letters of the options.
-        codec: Of a kdump; None for an ELF core.
+        codec: The codec of a kdump; None for an ELF core.
         bounds: The text behind the filename: expressions for begin and length.
         memory: Name of the memory source; None: the proxy's default.
         mended: Not as QEMU writes it; None: the proxy's default.
@@ -80,7 +80,7 @@ def parse_dump_line(
     """Parse a line that begins with the command's name.
 
     Args:
-        line: As entered.
+        line: The line as entered.
         codecs: Words that may follow -z.
         sources: Words that may follow --memory.
     """

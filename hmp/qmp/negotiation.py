@@ -12,7 +12,7 @@ _NEGOTIATE = "qmp_capabilities"
 
 
 class Negotiation:
-    """Of one client.
+    """What one client has negotiated.
 
     Attributes:
         done: The client may execute commands.
@@ -31,7 +31,7 @@ class Negotiation:
         """Return the answer of a request that concerns the negotiation.
 
         Args:
-            request: Of the client.
+            request: The request of the client.
             offered: The capabilities in QEMU's greeting.
         """
         if "execute" not in request:

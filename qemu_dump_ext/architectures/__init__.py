@@ -61,7 +61,7 @@ def architecture_for_cpu_types(
     """Find the architecture of a guest by the QOM types of its CPUs.
 
     Args:
-        cpu_types: Such as `cortex-a57-arm-cpu`.
+        cpu_types: The CPU types, such as `cortex-a57-arm-cpu`.
         clues: What else is known, for types that several architectures share.
 
     Raises:

@@ -62,8 +62,9 @@ def long_tables(
         granule_shift: log2 of the page size.
         va_bits: How many bits of an address they translate.
         above: What an address has above them.
-        address_bits: Of a guest physical address in an entry; more than 48 with LPA2.
-        byte_order: Of the entries.
+        address_bits: How many bits a guest physical address has in an entry; more than 48 with
+            LPA2.
+        byte_order: The byte order of the entries.
     """
     stride = granule_shift - 3
     count = -(-(va_bits - granule_shift) // stride)

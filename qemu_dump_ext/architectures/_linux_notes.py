@@ -32,7 +32,7 @@ def prstatus_layout(
     """Declare struct elf_prstatus.
 
     Args:
-        name: Of the architecture, for messages.
+        name: The name of the architecture, for messages.
         word: Kind of `unsigned long`.
         registers: pr_reg.
         pid: Another member in the place of pr_pid.

@@ -29,7 +29,7 @@ class LargeLeaf:
     Attributes:
         test: Which leaves are of such a page.
         shift: log2 of its size, in bytes.
-        masks: As `TableLevel.leaf_masks`.
+        masks: The masks, as `TableLevel.leaf_masks`.
     """
 
     test: LeafTest
@@ -43,11 +43,11 @@ class TableLevel:
 
     Attributes:
         shift: log2 of what one entry maps, in bytes.
-        entry_count: Of one table.
+        entry_count: The number of entries of one table.
         leaf: Tells leaves; None where there are none; `ALWAYS_LEAF` at the last level.
-        table_mask: Of an entry: the bits that are the gpa of the next table, once shifted.
-        leaf_masks: Of a leaf: bits of the gpa, each with a shift to the left.
-        address_shift: To the left, of `table_mask`'s bits.
+        table_mask: The mask of an entry: the bits that are the gpa of the next table, once shifted.
+        leaf_masks: The masks of a leaf: bits of the gpa, each with a shift to the left.
+        address_shift: How far the bits of `table_mask` are shifted to the left.
         present: What an entry must pass as well to count, beside the test of all levels.
         large: Leaves of pages that are larger than what one entry maps.
     """
@@ -79,13 +79,13 @@ class PageTableGeometry:
     """The page tables of one mode of an architecture; each is made once, and is itself only.
 
     Attributes:
-        name: For messages.
-        entry_size: In bytes.
-        levels: From the root to the pages.
+        name: What messages call it.
+        entry_size: The entry size in bytes.
+        levels: The levels of tables, from the root to the pages.
         present: An entry counts only if it is so.
         above: What an address has above the bits that the tables translate; `sign`: all as the
             highest of these.
-        byte_order: Of the entries.
+        byte_order: The byte order of the entries.
     """
 
     name: str
@@ -113,8 +113,8 @@ class PageTableRoot:
     """Where the tables of a vCPU begin.
 
     Attributes:
-        geometry: Of the tables.
-        gpa: Of the root table.
+        geometry: The geometry of the tables.
+        gpa: The gpa of the root table.
         address_mask: Is applied to the gpa of every entry that is read.
         first: The first virtual address that is translated by them,
         last: and the last one; other tables translate the others.
@@ -157,7 +157,7 @@ class AddressWindow:
 
     Attributes:
         gva: First virtual address.
-        size: In bytes.
+        size: The size in bytes.
         gpa: Guest physical address behind the first one.
     """
 

@@ -82,10 +82,10 @@ def recognize_by_byte_order(
     as bytes, or the registers that the monitor shows as numbers and the stub sends as bytes.
 
     Args:
-        name: Of the target.
-        byte_order: Of the target.
+        name: The name of the target.
+        byte_order: The byte order of the target.
         layout: How the `g` packet begins, with our names of registers.
-        parse_monitor: Of the architecture.
+        parse_monitor: The architecture's parser of the monitor's text.
     """
 
     def recognize(clues: TargetClues) -> bool:

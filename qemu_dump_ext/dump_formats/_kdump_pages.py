@@ -33,9 +33,9 @@ class PageForm:
     """How pages are stored.
 
     Attributes:
-        page_size: In bytes.
+        page_size: The page size in bytes.
         descriptor: struct page_desc.
-        page_flag: Of compressed pages.
+        page_flag: The flag of compressed pages.
         keep_zero_pages: Pages of zeros have descriptors, which all point to one page of zeros.
         pfn_base: Number of the page that the first bit of a bitmap stands for.
     """
@@ -53,7 +53,7 @@ class PackedPiece:
 
     Attributes:
         piece: Which.
-        sizes: Of each page, as `pack_pages` has them; None: all are pages of zeros.
+        sizes: The sizes of each page, as `pack_pages` has them; None: all are pages of zeros.
         data: The packed pages, one behind the other.
     """
 

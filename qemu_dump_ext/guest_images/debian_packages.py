@@ -31,8 +31,8 @@ class PackageSource:
 
     Attributes:
         uris: Mirrors.
-        suites: Such as `bookworm bookworm-updates`.
-        components: Such as `main`.
+        suites: The suites, such as `bookworm bookworm-updates`.
+        components: The components, such as `main`.
         signed_by: Value of `Signed-By`: a path or an indented key; empty: not given.
     """
 
@@ -157,7 +157,7 @@ class Distribution:
 
     Attributes:
         name: `debian`, `ubuntu`.
-        codename: Of its suite.
+        codename: The codename of its suite.
     """
 
     name: str
@@ -189,9 +189,9 @@ class Package:
     """A package as the index of the day describes it.
 
     Attributes:
-        name: Of the package.
-        version: Of the package.
-        size: Of the download, in bytes.
+        name: The name of the package.
+        version: The version of the package.
+        size: The size of the download, in bytes.
         depends: Names of dependencies, each with its version if that is pinned.
     """
 
@@ -224,7 +224,7 @@ class PackageArchive:
     Several processes may use the same folder: whoever comes second waits for the first one's apt.
 
     Attributes:
-        architecture: As the distribution spells it.
+        architecture: The architecture as the distribution spells it.
     """
 
     def __init__(

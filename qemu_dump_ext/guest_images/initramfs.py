@@ -71,7 +71,7 @@ class CpioEntry:
     Attributes:
         name: Path without a leading slash.
         mode: `st_mode`.
-        content: Of a regular file.
+        content: The content of a regular file.
         device: Major and minor number of a device.
     """
 

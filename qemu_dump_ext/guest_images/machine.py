@@ -37,7 +37,7 @@ class QemuMachine:
         argv: The whole command line.
         folder: Private; has the sockets and the console's log.
         qmp_sockets: Two, each for one client at a time.
-        gdb_socket: Of the gdbstub.
+        gdb_socket: The socket of the gdbstub.
         console_socket: Serial console; its one client is this object until `release()`.
         console_log: All that the guest wrote on the console.
     """
@@ -83,7 +83,7 @@ class QemuMachine:
 
     @property
     def pid(self) -> int:
-        """Of QEMU."""
+        """The process of QEMU."""
         return self._running().pid
 
     def start(self) -> None:
@@ -243,7 +243,7 @@ def stopped_machine(command: Sequence[str], arguments: Sequence[str] = ()) -> Qe
 
     Args:
         command: QEMU, such as `["qemu-system-x86_64"]`.
-        arguments: Such as `["-M", "q35"]`.
+        arguments: The arguments, such as `["-M", "q35"]`.
     """
     return QemuMachine(command, ["-S", "-m", "64", *arguments])
 
@@ -276,7 +276,7 @@ class BootedGuest(QemuMachine):
 
         Args:
             image: Which guest.
-            files: As fetched.
+            files: The files as fetched.
             command: Another QEMU than the manifest's.
             memory_mib: Other than the manifest's, which grows with what is to be filled.
             cpus: Other than the manifest's.

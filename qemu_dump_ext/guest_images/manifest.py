@@ -22,7 +22,7 @@ class PackageSpec:
     """Where one distribution keeps what a guest is made of.
 
     Attributes:
-        architecture: As the distribution spells it.
+        architecture: The architecture as the distribution spells it.
         kernel: A meta package, or any package that has the kernel.
         debug_symbols: Same for the kernel's `vmlinux` with DWARF; None: not in the archive.
         suite: Another suite of the same archive; None: the suites of this machine.
@@ -46,7 +46,7 @@ class GuestImage:
         machine: Arguments for machine and CPU.
         memory_mib: Guest RAM.
         cpus: Number of vCPUs.
-        packages: By distribution (`ID` of os-release).
+        packages: The packages by distribution (`ID` of os-release).
         kernel_arguments: The kernel command line.
         devices: One `-device` each.
         modules: Kernel modules that `/init` loads.

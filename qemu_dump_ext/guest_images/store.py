@@ -45,11 +45,11 @@ class FetchedImage:
     Attributes:
         folder: Has all of them.
         release: `uname -r`.
-        version: Of the kernel's meta package, which its debug symbols' has too.
+        version: The version of the kernel's meta package, which its debug symbols' has too.
         kernel: What QEMU boots.
         busybox: Static, of the guest's architecture.
         modules_folder: `lib/modules/RELEASE`.
-        vmlinux: With DWARF; None: not fetched.
+        vmlinux: The kernel's vmlinux with DWARF; None: not fetched.
         system_map: None: not fetched.
     """
 

@@ -34,7 +34,7 @@ class LogRecord:
 
     Attributes:
         nanoseconds: Since the boot.
-        text: As it was printed.
+        text: The text as it was printed.
     """
 
     nanoseconds: int
@@ -95,8 +95,8 @@ def read_kernel_log(
     Args:
         vmcoreinfo: What the kernel says of itself.
         read: Reads kernel memory.
-        byte_order: Of the guest.
-        word_size: Of the kernel's `long`, in bytes.
+        byte_order: The byte order of the guest.
+        word_size: The word size of the kernel's `long`, in bytes.
 
     Raises:
         SourceError: There is no log where VMCOREINFO says, or it is of an unknown kind.

@@ -65,9 +65,9 @@ class KernelNote:
 
     Attributes:
         gpa: Where it was found.
-        note: As an ELF note, header included.
-        text: Of it.
-        evidence: For its kernel being live.
+        note: The ELF note, header included.
+        text: The text of the note.
+        evidence: What tells that its kernel is the live one.
     """
 
     gpa: int
@@ -87,7 +87,7 @@ class SearchResult:
 
     Attributes:
         chosen: The kernel that is live as far as can be told, or that was asked for; None: none.
-        remarks: For the report.
+        remarks: The remarks for the report.
     """
 
     chosen: KernelNote | None
@@ -111,9 +111,9 @@ class NoteSearch:
         """Prepare.
 
         Args:
-            architecture: Of the guest.
-            byte_order: Of the guest.
-            memory: Of the guest.
+            architecture: The architecture of the guest.
+            byte_order: The byte order of the guest.
+            memory: The memory of the guest.
             ram_blocks: Where it has memory.
             vcpus: Whose page tables tell which kernel is live; may be empty.
             advance: Is told the bytes of each piece that is searched; may raise.

@@ -73,7 +73,7 @@ class PageMap:
         """Return where private anonymous memory may hold something else than zeros.
 
         Args:
-            start: Of a range of addresses, as `end` a multiple of a page.
+            start: The start of a range of addresses, as `end` a multiple of a page.
             end: First address behind it.
         """
         if self._can_scan:

@@ -27,8 +27,8 @@ class FilePlace:
     """Where a piece is.
 
     Attributes:
-        descriptor: Of the file.
-        offset: In it, in bytes.
+        descriptor: The descriptor of the file.
+        offset: The offset in it, in bytes.
     """
 
     descriptor: int

@@ -34,8 +34,8 @@ class FilePart:
     """Where a RAM block is.
 
     Attributes:
-        descriptor: Of the file.
-        offset: Of the block in it, in bytes.
+        descriptor: The descriptor of the file.
+        offset: The offset of the block in it, in bytes.
     """
 
     descriptor: int

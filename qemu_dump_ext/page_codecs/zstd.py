@@ -19,7 +19,7 @@ from qemu_dump_ext.page_codecs._declaration import (
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_ZSTD
 
 _LEVEL = 2
-"""Of one page as fast as level 1, and smaller."""
+"""The level that packs one page as fast as level 1, and smaller."""
 _FAST_LEVEL = -1
 _HIGHEST_LEVEL = 19
 _SIZE_UNKNOWN = -1

@@ -18,7 +18,7 @@ class Segment:
     Attributes:
         gva: First virtual address.
         gpa: First guest physical address.
-        size: In bytes.
+        size: The size in bytes.
     """
 
     gva: int
@@ -165,7 +165,7 @@ def merge_within_blocks(runs: Iterable[Segment], blocks: Sequence[RamBlock]) -> 
 
     Args:
         runs: They may overlap, touch, and leave the blocks.
-        blocks: By ascending gpa.
+        blocks: The blocks by ascending gpa.
 
     Returns:
         By ascending gva, as the ELF specification wants PT_LOADs, then by gpa. Every pair of
@@ -198,7 +198,7 @@ def overlap_size(segments: Iterable[Segment]) -> int:
     """Return how many bytes of virtual addresses are in more than one segment.
 
     Args:
-        segments: By ascending gva.
+        segments: The segments by ascending gva.
     """
     overlap = end = 0
     for segment in segments:

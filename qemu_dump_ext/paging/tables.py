@@ -72,9 +72,9 @@ def roots_of_vcpus(
     """Return where the page tables of all vCPUs begin, in the order of QEMU's walk.
 
     Args:
-        architecture: Of the guest.
-        vcpus: Of the guest.
-        native: As QEMU's dump-guest-memory reads them, for what it does at all.
+        architecture: The architecture of the guest.
+        vcpus: The vCPUs of the guest.
+        native: Whether they are read as QEMU's dump-guest-memory does, for what it does at all.
 
     Raises:
         SourceError: No source gives a register that tells.
@@ -99,7 +99,7 @@ def kernel_translations(
     """Return how a Linux kernel's own addresses are translated; empty where it is not known.
 
     Args:
-        architecture: Of the guest.
+        architecture: The architecture of the guest.
         vmcoreinfo: What the kernel says of itself; untrusted.
         ram_blocks: Where the guest has memory, by ascending gpa.
     """
@@ -123,7 +123,7 @@ def collect_mappings(
 
     Args:
         roots: Where they begin, and what is mapped without any.
-        reader: Of tables.
+        reader: The reader of tables.
         memory_ranges: Where pages count: (first, end), ascending.
         native: Collect QEMU's list of mappings, not what is right.
         budget: Other than usual.

@@ -116,7 +116,7 @@ def monitor_text(command: str, answer: object) -> str:
     """Return what the human monitor says, by the answer to `human-monitor-command`.
 
     Args:
-        command: Of the human monitor; for the message.
+        command: The command of the human monitor; for the message.
         answer: QMP's.
 
     Raises:

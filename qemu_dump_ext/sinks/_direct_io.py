@@ -39,7 +39,7 @@ class DirectWriter:
         """Write the whole blocks that `view` begins with, or some of them; from any thread.
 
         Args:
-            offset: In bytes from the start of the file.
+            offset: The offset in bytes from the start of the file.
             view: What is to be there.
 
         Returns:

@@ -26,7 +26,7 @@ class Abi:
     """How a compiler lays out structures.
 
     Attributes:
-        byte_order: Of every integer.
+        byte_order: The byte order of every integer.
         word_size: Size of `long` and of pointers in bytes, 4 or 8.
         max_align: Largest alignment that a member is given, in bytes; 1 means packed.
     """
@@ -58,7 +58,7 @@ class BoundStruct:
     """A structure with known offsets.
 
     Attributes:
-        size: In bytes, tail padding included.
+        size: The size in bytes, tail padding included.
         offsets: Byte offset of each member.
         codec: `struct.Struct` over all members in order, for hot loops.
     """
@@ -145,8 +145,8 @@ class StructLayout:
     """A structure as its header declares it, independent of the ABI.
 
     Attributes:
-        name: As in C.
-        fields: In order.
+        name: The name as in C.
+        fields: The fields in order.
     """
 
     name: str

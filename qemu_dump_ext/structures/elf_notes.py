@@ -23,8 +23,8 @@ class Note:
         name: Without its NUL.
         type: `NT_*`, whose meaning depends on the name.
         descriptor: Without padding.
-        offset: Of the note's header, in bytes, counted as `parse_notes` was told.
-        descriptor_offset: Of the descriptor, likewise.
+        offset: The offset of the note's header, in bytes, counted as `parse_notes` was told.
+        descriptor_offset: The offset of the descriptor, likewise.
     """
 
     name: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 UTSNAME_SIZE = 65
-"""Of each of the six strings of struct new_utsname, terminating NUL included."""
+"""The size of each of the six strings of struct new_utsname, terminating NUL included."""
 
 
 UTSNAME_FIELDS = ("sysname", "nodename", "release", "version", "machine", "domainname")

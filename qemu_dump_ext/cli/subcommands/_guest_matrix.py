@@ -32,10 +32,10 @@ class MatrixRow:
     """One guest.
 
     Attributes:
-        name: Of the guest.
-        release: Of its kernel.
+        name: The name of the guest.
+        release: The release of the guest's kernel.
         boot_seconds: Until its marker.
-        results: By name of the dump: `ok` with seconds, or what went wrong.
+        results: The results by name of the dump: `ok` with seconds, or what went wrong.
     """
 
     name: str

@@ -20,7 +20,7 @@ class CrashIntake:
     """Decides for one guest; an event loop runs.
 
     Attributes:
-        cause: Of the last crash; None: there was none.
+        cause: The cause of the last crash; None: there was none.
         superseded: Set when a better cause for it has been found than a line on the console.
     """
 

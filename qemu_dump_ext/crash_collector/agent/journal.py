@@ -35,7 +35,7 @@ class GuestState:
 
     Attributes:
         qemu: Which QEMU it is about, as `GuestSession.instance` has it.
-        cause: Of a crash that is being collected.
+        cause: The cause of a crash that is being collected.
         time: When that happened, as in records.
         stopped: We stopped it, or were about to, and owe it to let it run again.
         stored: The crash is stored under this id, and the after-action is still to be done.
@@ -69,7 +69,7 @@ class Journal:
     """The file, and what follows from it. May be used by several threads.
 
     Attributes:
-        states: By the guest's name.
+        states: The states of guests, by the guest's name.
     """
 
     def __init__(self, path: Path) -> None:

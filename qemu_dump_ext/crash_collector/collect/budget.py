@@ -28,7 +28,7 @@ class DumpAllowance:
     """The dumps of one collection.
 
     Attributes:
-        signatures: Of those that were allowed.
+        signatures: The signatures of those that were allowed.
     """
 
     def __init__(self, budget: DumpBudget) -> None:
@@ -40,7 +40,8 @@ class DumpAllowance:
 
         Args:
             guest: Whose crash.
-            signature_id: Of the crash; None: the dump will tell, and `surplus` is asked then.
+            signature_id: The signature ID of the crash; None: the dump will tell, and `surplus` is
+                asked then.
         """
         return self._budget.allow(guest, signature_id, self.signatures)
 
@@ -53,7 +54,7 @@ class DumpBudget:
     """Shared by all collections of an agent; may be used by several threads.
 
     Attributes:
-        limits: Of the store; may be replaced at any time.
+        limits: The limits of the store; may be replaced at any time.
         ending: Set when the agent ends: what is under way is given up.
         needs_upload: What is not uploaded yet is never removed.
     """
@@ -90,7 +91,7 @@ class DumpBudget:
 
         Args:
             guest: Whose crash.
-            signature_id: Of the crash; None: not known yet.
+            signature_id: The signature ID of the crash; None: not known yet.
             allowed: Is told of a dump that may be taken.
 
         Returns:
@@ -109,7 +110,7 @@ class DumpBudget:
 
         Args:
             guest: Whose crash.
-            signature_id: Of the crash.
+            signature_id: The signature ID of the crash.
             allowed: Is told of a dump that may be kept.
 
         Returns:

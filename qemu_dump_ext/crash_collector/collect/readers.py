@@ -30,7 +30,7 @@ def reader_command(reader: str, dump: Path, vmlinux: Path | None) -> list[str]:
     Args:
         reader: `crash` or `drgn`.
         dump: The file.
-        vmlinux: With DWARF; crash opens nothing without.
+        vmlinux: The kernel's vmlinux with DWARF; crash opens nothing without.
     """
     if reader == "crash":
         return ["crash", *([str(vmlinux)] if vmlinux else []), str(dump)]
@@ -61,7 +61,7 @@ def trace_by_drgn(dump: Path, vmlinux: Path) -> Sequence[str]:
 
     Args:
         dump: The file.
-        vmlinux: With DWARF.
+        vmlinux: The kernel's vmlinux with DWARF.
 
     Returns:
         Those of the thread that crashed, or else of the threads on all vCPUs, one behind the other.

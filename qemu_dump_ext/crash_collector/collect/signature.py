@@ -1,4 +1,4 @@
-"""By what the same crash is recognised: message and frames without what changes. Pure.
+"""The signature of a crash, by which the same one is recognised: what does not change. Pure.
 
 Source: how Linux words its reports: kernel/panic.c, lib/dump_stack.c, arch/*/kernel/dumpstack.c,
 arch/arm64/kernel/traps.c, arch/powerpc/kernel/process.c, arch/s390/kernel/dumpstack.c.

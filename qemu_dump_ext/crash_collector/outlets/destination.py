@@ -39,7 +39,7 @@ class Destination:
     """Where an upload goes.
 
     Attributes:
-        url: As records show it: without a password.
+        url: The URL as records show it: without a password.
         given_up: Set where nobody waits any more: nothing is changed over there from then on.
     """
 

@@ -59,7 +59,8 @@ class Uploader:
             store: Whose crashes.
             settings: Where to.
             clock: Seconds.
-            jitter: From 0 to 1; hosts that were refused at once must not come back at once.
+            jitter: A number from 0 to 1; hosts that were refused at once must not come back at
+                once.
 
         Raises:
             RequestError: No package for such URLs is installed.

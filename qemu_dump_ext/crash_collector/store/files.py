@@ -69,7 +69,7 @@ def set_aside(path: Path, reason: str) -> None:
 
 
 def sync_names(directory: Path) -> None:
-    """As `sync_directory`, for names that hold whether or not the disk takes them now."""
+    """Do as `sync_directory`, for names that hold whether or not the disk takes them now."""
     try:
         sync_directory(directory)
     except OSError as error:

@@ -80,7 +80,7 @@ class CrashStore:
     """One directory of crashes, shared by the agent and the commands of people.
 
     Attributes:
-        path: Of the directory.
+        path: The path of the directory.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,7 +137,7 @@ class CrashStore:
         """Give a crash its name; it is complete and on the disk when it appears.
 
         Args:
-            incoming: From `new_incoming`; has the files that belong to the record.
+            incoming: The directory from `new_incoming`; has the files that belong to the record.
             record: `id`, `occurrence` and `files` are filled in.
 
         Raises:
