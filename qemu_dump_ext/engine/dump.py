@@ -131,7 +131,7 @@ class _Dump:
         select_blocks(guest.ram_blocks, dialect, request, granule)
         snapshot, self._remarks = _snapshot(guest, request, self._check_pause)
         self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
-        self._source, self._passed_over = guest.memory.name, guest.passed_over
+        self._memory, self._passed_over = guest.memory, guest.passed_over
         self._progress.start(self._plan.memory_size)
         self._check_pause(0)
 
@@ -175,8 +175,8 @@ class _Dump:
             bytes_written=self._sink.bytes_written,
             seconds=time.monotonic() - self._started,
             stopped_seconds=stopped_seconds,
-            memory_source=self._source,
-            passed_over=self._passed_over,
+            memory_source=self._memory.name,
+            passed_over=tuple(self._passed_over),
             missing=self._plan.missing,
             remarks=(*self._remarks, *self._plan.remarks),
             doubts=self._guest.probed.doubts,

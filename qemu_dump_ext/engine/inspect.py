@@ -8,41 +8,11 @@ from typing import Any
 
 from qemu_dump_ext.dump_readers import LISTED_MAX, DumpFile, reader_of
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.structures.elf import NT_QEMU
+from qemu_dump_ext.structures.elf import CORE_NOTE_TYPES, NOTE_TYPE_NAMES, NT_QEMU
 from qemu_dump_ext.structures.elf_notes import Note
 
 _QEMU_NOTE_HEAD = 8
 """Bytes of version and size, both u32, at the start of QEMU's note."""
-
-
-_CORE_NOTE_TYPES = {1: "NT_PRSTATUS", 2: "NT_PRFPREG", 3: "NT_PRPSINFO"}
-"""Notes that may be named CORE only."""
-
-
-_NOTE_TYPES = {
-    0x100: "NT_PPC_VMX",
-    0x101: "NT_PPC_SPE",
-    0x102: "NT_PPC_VSX",
-    0x200: "NT_386_TLS",
-    0x202: "NT_X86_XSTATE",
-    0x300: "NT_S390_HIGH_GPRS",
-    0x301: "NT_S390_TIMER",
-    0x302: "NT_S390_TODCMP",
-    0x303: "NT_S390_TODPREG",
-    0x304: "NT_S390_CTRS",
-    0x305: "NT_S390_PREFIX",
-    0x309: "NT_S390_VXRS_LOW",
-    0x30A: "NT_S390_VXRS_HIGH",
-    0x30B: "NT_S390_GS_CB",
-    0x30E: "NT_S390_PV_CPU_DATA",
-    0x400: "NT_ARM_VFP",
-    0x401: "NT_ARM_TLS",
-    0x405: "NT_ARM_SVE",
-    0x406: "NT_ARM_PAC_MASK",
-    0xA02: "NT_LOONGARCH_LSX",
-    0xA03: "NT_LOONGARCH_LASX",
-}
-"""Notes named LINUX, or CORE as QEMU does on PPC. Source: Linux include/uapi/linux/elf.h."""
 
 
 def describe(file: str, dump: DumpFile) -> dict[str, Any]:
@@ -72,12 +42,11 @@ def describe(file: str, dump: DumpFile) -> dict[str, Any]:
 
 
 def _describe_note(dump: DumpFile, note: Note) -> dict[str, Any]:
-    core = _CORE_NOTE_TYPES.get(note.type) if note.name == "CORE" else None
-    other = _NOTE_TYPES.get(note.type) if note.name in {"CORE", "LINUX"} else None
+    names = {"CORE"} if note.type in CORE_NOTE_TYPES else {"CORE", "LINUX"}
     facts: dict[str, Any] = {
         "name": note.name,
         "type": note.type,
-        "type_name": core or other,
+        "type_name": NOTE_TYPE_NAMES.get(note.type) if note.name in names else None,
         "size_bytes": len(note.descriptor),
         "offset": note.offset,
     }

@@ -29,6 +29,7 @@ class _DumpMemory:
     """
 
     name = "dump"
+    is_slow = False
 
     def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
         self._dump = dump

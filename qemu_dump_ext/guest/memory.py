@@ -15,6 +15,10 @@ class GuestMemory(Protocol):
     def name(self) -> str:
         """The word by which users ask for this source."""
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether nothing should be read for convenience that the dump does not need."""
+
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` with guest memory from `gpa` on; the range lies within one RAM block.
 

@@ -26,6 +26,7 @@ from qemu_dump_ext.structures.elf_notes import encode_note
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import (
     MAX_VMCOREINFO_SIZE,
+    PAGE_SIZES,
     VMCOREINFO_NOTE_NAME,
     note_at_page_start,
     vmcoreinfo_number,
@@ -33,7 +34,7 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_value,
 )
 
-_PAGE = 4096
+_PAGE = min(PAGE_SIZES)
 _PIECE = 4 << 20
 _HEAD = 24
 """Bytes at the start of a page that tell whether to look closer: up to `VMCOREINFO`, NUL, NUL."""
@@ -133,7 +134,7 @@ class NoteSearch:
             ]
         self._advance = advance
         self._incomplete = ""
-        self._is_slow = getattr(memory, "is_slow", False)
+        self._is_slow = memory.is_slow
         self._seconds = min(seconds, _SLOW_SECONDS) if self._is_slow else seconds
         self._started = time.monotonic()
 

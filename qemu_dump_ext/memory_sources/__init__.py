@@ -15,6 +15,7 @@ from qemu_dump_ext.guest.access import Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory, PartialMemory
 from qemu_dump_ext.memory_sources._composite import CompositeMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource
+from qemu_dump_ext.memory_sources._lasting import lasting
 from qemu_dump_ext.qemu.monitor_text import parse_physical_bytes
 
 __all__ = [
@@ -45,7 +46,7 @@ class OpenedMemory:
 
     Attributes:
         memory: To read from.
-        passed_over: Faster sources, and why each was not taken.
+        passed_over: Other sources, and why each was not taken; grows when one fails in the middle.
         tried: Which sources were tried for all of memory, and why each cannot be used or None.
     """
 
@@ -59,6 +60,7 @@ def open_memory(choice: str, context: SourceContext) -> Iterator[OpenedMemory]:
     """Open the source named `choice`, or with `auto` the fastest one that works.
 
     A source counts as working when it reads at several places what QEMU's monitor shows there.
+    With `auto`, the next one goes on where one fails later on.
 
     Raises:
         RequestError: No such source.
@@ -78,12 +80,41 @@ def open_memory(choice: str, context: SourceContext) -> Iterator[OpenedMemory]:
             # Whatever the choice was: it is about the blocks that it has.
             others = [source for source in sources.values() if source.name != memory.name]
             rest = replace(context, ram_blocks=memory.missing_blocks)
-            filler = _first_that_works(stack, others, rest, passed_over)
+            filler = _lasting(stack, others, rest, passed_over)
             missing = set(memory.missing_blocks)
             memory = CompositeMemory(
                 {b: filler if b in missing else memory for b in context.ram_blocks}
             )
-        yield OpenedMemory(memory, tuple(passed_over), tried)
+        elif choice == AUTO:
+            memory = _with_successors(memory, stack, first, context, passed_over)
+        yield OpenedMemory(memory, passed_over, tried)
+
+
+def _lasting(
+    stack: ExitStack,
+    candidates: Sequence[MemorySource],
+    context: SourceContext,
+    passed_over: list[tuple[str, str]],
+) -> GuestMemory:
+    memory = _first_that_works(stack, candidates, context, passed_over)
+    return _with_successors(memory, stack, candidates, context, passed_over)
+
+
+def _with_successors(
+    memory: GuestMemory,
+    stack: ExitStack,
+    candidates: Sequence[MemorySource],
+    context: SourceContext,
+    passed_over: list[tuple[str, str]],
+) -> GuestMemory:
+    names = [source.name for source in candidates]
+
+    def open_next(failed: str, error: SourceError) -> GuestMemory:
+        passed_over.append((failed, str(error)))
+        slower = candidates[names.index(failed) + 1 :]
+        return _first_that_works(stack, slower, context, passed_over)
+
+    return lasting(memory, open_next)
 
 
 def _first_that_works(

@@ -18,7 +18,16 @@ class CompositeMemory:
         self._blocks = list(blocks)
         self._starts = [block.gpa for block in self._blocks]
         self._memories = list(blocks.values())
-        self.name = "+".join(dict.fromkeys(memory.name for memory in self._memories))
+
+    @property
+    def name(self) -> str:
+        """Those of all of them."""
+        return "+".join(dict.fromkeys(memory.name for memory in self._memories))
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether one of them is."""
+        return any(memory.is_slow for memory in self._memories)
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""

@@ -75,6 +75,8 @@ class _Piece:
 class PiecewiseMemory:
     """Guest memory by pieces."""
 
+    is_slow = False
+
     def __init__(self, name: str, ram_blocks: Sequence[RamBlock], writer: PieceWriter) -> None:
         """Read `ram_blocks`, which go by ascending gpa."""
         self.name = name

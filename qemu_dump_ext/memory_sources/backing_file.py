@@ -50,6 +50,7 @@ class BackingFileMemory:
     """
 
     name = "backing_file"
+    is_slow = False
 
     def __init__(self, parts: Mapping[RamBlock, FilePart], missing: Sequence[RamBlock]) -> None:
         """Read `parts`, which go by ascending gpa."""

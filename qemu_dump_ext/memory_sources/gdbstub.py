@@ -22,7 +22,6 @@ class StubMemory:
 
     name = "gdbstub"
     is_slow = True
-    """Do not read for convenience what the dump does not need."""
 
     def __init__(self, stub: Stub) -> None:
         self._stub = stub

@@ -50,9 +50,12 @@ class SavedPieces:
         def place() -> FilePlace:
             text = answer().strip()
             if "Could not open" in text:
+                is_here = self._paths[file].exists()
                 raise SourceError(
                     f"QEMU's pmemsave: {text}",
-                    hint="QEMU is in another mount namespace, or of another user",
+                    hint="QEMU is in another mount namespace, or of another user"
+                    if is_here
+                    else "somebody removed it during the dump",
                 )
             if text:
                 raise GuestMemoryFaultError(gpa, size, f"QEMU's pmemsave: {text}")

@@ -95,6 +95,7 @@ class ProcessMemory:
     """Guest memory in QEMU's process."""
 
     name = "process"
+    is_slow = False
 
     def __init__(self, pid: int, segments: Sequence[HostSegment]) -> None:
         """Prepare to read `segments`, which go by ascending gpa."""

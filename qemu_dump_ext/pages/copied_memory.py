@@ -105,6 +105,8 @@ class CopiedMemory:
         where: It is kept, in words.
     """
 
+    is_slow = False
+
     def __init__(self, name: str, store: _Store, where: str) -> None:
         self.name = name
         self.where = where

@@ -22,13 +22,11 @@ from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes
 from qemu_dump_ext.structures.utsname import UtsName
 from qemu_dump_ext.structures.vmcoreinfo import (
+    PAGE_SIZES,
     VMCOREINFO_NOTE_NAME,
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
-
-_PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
-"""What a kernel may say of itself: the note is guest memory."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> 
     architecture = snapshot.architecture
     if not dialect.fixed_page_size:
         told = vmcoreinfo_number(vmcoreinfo, "PAGESIZE")
-        if told in _PAGE_SIZES:
+        if told in PAGE_SIZES:
             return told
     return next(
         (

@@ -10,6 +10,8 @@ import re
 
 from qemu_dump_ext.structures.c_struct import ByteOrder
 
+PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
+"""Sizes of a page, in bytes, that a kernel may say of itself: the note is guest memory."""
 VMCOREINFO_NOTE_NAME = "VMCOREINFO"
 MAX_VMCOREINFO_SIZE = 1 << 16
 _NOTE_HEADER_SIZE = 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -221,6 +222,29 @@ def test_auto_takes_the_fastest_that_works(guest: FakeGuest):
     with open_memory(AUTO, replace(guest.context, addresses=(), qmp=None)) as opened:
         assert opened.memory.name == "pmemsave"
         assert [name for name, _ in opened.passed_over] == sources[: sources.index("pmemsave")]
+
+
+def test_where_one_fails_in_the_middle_auto_goes_on_with_the_next(guest: FakeGuest, tmp_path: Path):
+    first, *_, last = guest.blocks
+    with open_memory(AUTO, replace(guest.context, addresses=(), qmp=None)) as opened:
+        assert _read(opened.memory, first.gpa, PAGE) == guest.read(first.gpa, PAGE)
+        for path in (tmp_path / "shared").glob("qemu-dump-*"):
+            shutil.rmtree(path)
+        for block in (last, first):
+            assert _read(opened.memory, block.gpa, block.size) == guest.content(block)
+        assert opened.memory.name == "pmemsave then gdbstub"
+        assert opened.memory.is_slow
+        assert "(somebody removed it during the dump)" in dict(opened.passed_over)["pmemsave"]
+        with pytest.raises(GuestMemoryFaultError):
+            _read(opened.memory, _BEHIND, 1)
+
+
+def test_a_source_that_was_asked_for_is_not_left_for_another(guest: FakeGuest, tmp_path: Path):
+    with open_memory("pmemsave", guest.context) as opened:
+        for path in (tmp_path / "shared").glob("qemu-dump-*"):
+            shutil.rmtree(path)
+        with pytest.raises(SourceError, match="Could not open"):
+            _read(opened.memory, guest.blocks[-1].gpa, PAGE)
 
 
 def test_an_unknown_source_is_refused(guest: FakeGuest):

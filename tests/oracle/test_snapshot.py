@@ -96,6 +96,7 @@ class PatternMemory:
     """Three populated ranges; every page begins with its number."""
 
     name = "pattern"
+    is_slow = False
     ranges = ((0, 8192), (5 * MIB, 11 * MIB), (20 * MIB, 20 * MIB + 4096))
 
     def __init__(self) -> None:

@@ -206,7 +206,9 @@ class FakeMonitor:
         try:
             data = self._guest.read(int(gpa, 0), int(size, 0))
             Path(path).write_bytes(data)
-        except (OSError, SourceError) as error:
+        except OSError as error:
+            return f"Error: Could not open '{path}': {error.strerror}\n"
+        except SourceError as error:
             return f"Error: {error}\n"
         return ""
 

@@ -17,6 +17,7 @@ class FlatMemory:
     """RAM from 0 on."""
 
     name = "flat"
+    is_slow = False
 
     def __init__(self, size: int) -> None:
         self.data = bytearray(size)

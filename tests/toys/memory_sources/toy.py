@@ -14,6 +14,7 @@ class ShownMemory:
     """Guest memory through the text of `xp`."""
 
     name = "toy"
+    is_slow = True
 
     def __init__(self, monitor: Monitor) -> None:
         self._monitor = monitor

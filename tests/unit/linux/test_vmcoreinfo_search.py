@@ -124,7 +124,7 @@ def test_hostile_numbers_and_very_many_notes():
 def test_slow_memory_is_read_at_page_starts_only():
     memory = FlatMemory(8 * MIB)
     live = plant_kernel(memory, 2 * MIB, "6.1.0")
-    memory.is_slow = True  # type: ignore[attr-defined]
+    memory.is_slow = True
     chosen = search(memory, live).find().chosen
     assert chosen is not None
     assert memory.reads < 2 * MIB // 4096 + 100
@@ -142,7 +142,7 @@ def test_memory_that_was_never_touched_is_not_read():
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_the_search_can_be_given_up(*, is_slow: bool):
     memory = FlatMemory(64 * MIB)
-    memory.is_slow = is_slow  # type: ignore[attr-defined]
+    memory.is_slow = is_slow
     searched = 0
 
     def advance(size: int) -> None:
@@ -160,7 +160,7 @@ def test_the_search_can_be_given_up(*, is_slow: bool):
 @pytest.mark.parametrize("is_slow", [False, True])
 def test_the_search_ends_in_time_and_says_how_far_it_came(*, is_slow: bool):
     memory = FlatMemory(64 * MIB)
-    memory.is_slow = is_slow  # type: ignore[attr-defined]
+    memory.is_slow = is_slow
     search = NoteSearch(X86_64, "little", memory, memory.blocks, seconds=0)
     result = search.find()
     assert result.chosen is None

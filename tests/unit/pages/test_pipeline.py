@@ -20,6 +20,7 @@ MIB = 1 << 20
 
 class FakeMemory:
     name = "fake"
+    is_slow = False
 
     def __init__(self, ranges: Sequence[tuple[int, int]]) -> None:
         self.ranges = ranges
