@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from qemu_dump_ext.crash_collector.record import (
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.events import cause_of_status
 from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.crash_collector.watch.session import find_command_line, read_command_line
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.errors import MonitorAnswerError, RequestError, SourceError
@@ -101,7 +103,14 @@ def collect_crash(
             if find_command_line(address) is None:
                 cause = CrashCause("qemu-died", detail)
         task = CrashTask(
-            guest, cause, utc_text(datetime.now(UTC)), facts, None if gone else monitor, gone, {}
+            guest,
+            cause,
+            utc_text(datetime.now(UTC)),
+            facts,
+            None if gone else monitor,
+            gone,
+            {},
+            Patience(math.inf, math.inf),
         )
         record = _collect(task, store, is_stopped)
     return store.directory(record.id)

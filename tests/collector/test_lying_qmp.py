@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +65,11 @@ def agent_of(directory: Path, liar: LyingQmp, **settings: Any) -> CrashAgent:
     return CrashAgent(directory, guests=[guest], answer_timeout="20s")
 
 
-def trigger(agent: CrashAgent) -> CrashRecord:
+def trigger(agent: CrashAgent, guest: str = "box") -> CrashRecord:
     """Have a crash collected; returns what is stored."""
     control = agent.store.path / ".control"
     before = len(agent.store.directories())
-    answer = ask_agent(control, {"command": "trigger", "guest": "box"})
+    answer = ask_agent(control, {"command": "trigger", "guest": guest})
     assert len(agent.store.directories()) == before + 1
     return agent.store.record(answer["id"])
 
@@ -153,6 +155,48 @@ def test_crash_collected_once_is_stored_and_the_guest_runs(tmp_path, spinning, l
     record = parse_record((directory / "crash.json").read_bytes())
     assert record.cause.kind == "trigger"
     assert guest_status(spinning) == "running"
+
+
+def test_guests_whose_qemu_is_slow_keep_no_other_out_and_run_again_in_time(tmp_path):
+    """Each answer comes in time, and all of them together would take minutes."""
+    with ExitStack() as stack:
+        machines, peers = [], []
+        for name in ("slow1", "slow2", "fast"):
+            machine = stack.enter_context(bare_machine(tmp_path, "spin", "-m", "64"))
+            with RawQmp(machine.qmp_sockets[1]) as qmp:
+                qmp.execute("cont")
+            peer = LyingQmp(machine.qmp_sockets[0], tmp_path / f"{name}.qmp")
+            peers.append(stack.enter_context(peer.running()))
+            machines.append(machine)
+        agent = CrashAgent(
+            tmp_path,
+            guests=[{"glob": str(tmp_path / "*.qmp"), "memory": "pmemsave"}],
+            concurrent_dumps=2,
+            answer_timeout="3s",
+            collection_timeout="15s",
+        )
+        with agent.running():
+            agent.wait_connected(3)
+            for peer in peers[:2]:
+                peer.delay = 1.0
+                begin(agent, peer.path.stem)
+            wait_until(lambda: all(guest_status(m) == "paused" for m in machines[:2]), "stopped")
+            assert trigger(agent, "fast").dump.complete
+            assert [record.guest for record in agent.records()] == ["fast"]
+            records = agent.wait_records(3)
+            for record in records[:2]:
+                assert "not done within 15 s (collection_timeout)" in str(record.dump.reason)
+                assert "queries: QEMU answers too slowly for more of them" in record.remarks
+                assert "registers.txt" in record.files
+            for machine in machines:
+                wait_until(lambda: guest_status(machine) == "running", "it runs")  # noqa: B023
+
+
+def begin(agent: CrashAgent, guest: str) -> None:
+    """Have a crash collected; nobody waits for it."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(agent.store.path / ".control"))
+        connection.sendall(b'{"command": "trigger", "guest": "%s"}\n' % guest.encode())
 
 
 def test_guest_that_crashed_while_query_status_lied_is_collected_later(tmp_path):

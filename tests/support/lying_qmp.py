@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ class LyingQmp:
         lies: What is behind `return`, by the command; those of the human monitor by their line.
         replies: Whole lines instead of answers, likewise, in which `@ID@` is the id; empty: the
             connection is closed, though QEMU has done what it was told.
+        delay: Seconds before each answer.
         told: How often each lie was told.
         connections: How many there were.
     """
@@ -37,6 +39,7 @@ class LyingQmp:
         self.path = path
         self.lies: dict[str, bytes] = {}
         self.replies: dict[str, bytes] = {}
+        self.delay = 0.0
         self.told: dict[str, int] = {}
         self.connections = 0
         self._qemu = qemu
@@ -113,6 +116,7 @@ class _Conversation:
         with suppress(OSError), self._qemu.makefile("rb") as lines:
             for line in lines:
                 said = self._instead_of(line)
+                time.sleep(self._peer.delay)
                 if not said:
                     break
                 self._client.sendall(said)

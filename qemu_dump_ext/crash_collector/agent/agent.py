@@ -8,7 +8,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -17,6 +16,7 @@ from typing import Any
 from qemu_dump_ext.crash_collector.agent.control_socket import Answer, serve_control
 from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.agent.service_manager import keep_alive, notify, notify_reloading
+from qemu_dump_ext.crash_collector.agent.slots import CollectionSlots
 from qemu_dump_ext.crash_collector.agent.watched_guest import Services, WatchedGuest
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
@@ -34,6 +34,7 @@ _FIXED = (
     "control",
     "concurrent_dumps",
     "answer_timeout",
+    "collection_timeout",
     "retry_interval",
     "upload",
     "report",
@@ -111,14 +112,15 @@ class Agent:
             self._configuration.limits,
             needs_upload=self._configuration.upload is not None,
         )
-        pool = ThreadPoolExecutor(self._configuration.concurrent_dumps, "collect")
+        slots = CollectionSlots(self._configuration.concurrent_dumps)
         self._services = Services(
             self._store,
             journal,
             budget,
             outlets,
-            pool,
+            slots,
             self._configuration.answer_timeout,
+            self._configuration.collection_timeout,
             self._configuration.retry_interval,
             self._now,
             self._stop,
@@ -152,7 +154,7 @@ class Agent:
                 task.cancel()
             server.close()
             await asyncio.gather(*(watched.close() for watched in self._watched.values()))
-            await asyncio.to_thread(pool.shutdown)
+            await asyncio.to_thread(slots.shutdown)
             with suppress(OSError):
                 self._configuration.control_socket.unlink()
 

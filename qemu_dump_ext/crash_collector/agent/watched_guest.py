@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from concurrent.futures import Executor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +14,7 @@ from typing import Any
 from qemu_dump_ext.crash_collector.agent.after_action import run_action, run_command
 from qemu_dump_ext.crash_collector.agent.intake import CrashIntake
 from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
+from qemu_dump_ext.crash_collector.agent.slots import CollectionSlots
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError, DumpBudget
 from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
 from qemu_dump_ext.crash_collector.config.settings import AfterCommand
@@ -33,6 +33,7 @@ from qemu_dump_ext.crash_collector.watch.events import (
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.heartbeat import watch_progress
 from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
+from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.crash_collector.watch.session import Contact, GuestSession
 from qemu_dump_ext.errors import (
     DumpError,
@@ -59,8 +60,9 @@ class Services:
         journal: What is under way.
         budget: Whether there may be a dump.
         outlets: Where a crash is shown once it is stored.
-        pool: Threads that collect: as many as there may be dumps at the same time.
+        slots: Where collections run.
         answer_seconds: How long QEMU may take to answer.
+        collection_seconds: How long QEMU may be asked about one crash.
         retry_seconds: Until a crash that could not be stored is collected again.
         now: The clock of the records.
         ending: Set when the agent ends.
@@ -70,8 +72,9 @@ class Services:
     journal: Journal
     budget: DumpBudget
     outlets: CrashOutlets
-    pool: Executor
+    slots: CollectionSlots
     answer_seconds: float
+    collection_seconds: float
     retry_seconds: float
     now: Callable[[], datetime]
     ending: asyncio.Event
@@ -337,17 +340,19 @@ class WatchedGuest:
         return record
 
     async def _store_crash(self, time: str, gone: str | None) -> CrashRecord:
-        loop = asyncio.get_running_loop()
+        services = self._services
         while True:
             contact = self.session.contact if gone is None else None
+            patience = Patience(services.collection_seconds, services.answer_seconds)
             task = CrashTask(
                 guest=self.guest,
                 cause=self._intake.cause or CrashCause("trigger", ""),
                 time=time,
                 facts=self.session.last_facts or _UNKNOWN,
-                qmp=self.session.for_thread() if contact else None,
+                qmp=self.session.for_thread(patience) if contact else None,
                 gone=gone or "QEMU was gone, and its memory with it",
                 also=self._intake.also,
+                patience=patience,
             )
             collector = CrashCollector(
                 task, self._services.store, self._services.budget, set_stopped=self._set_stopped
@@ -355,7 +360,7 @@ class WatchedGuest:
             try:
                 self._is_attempting = True
                 try:
-                    record = await loop.run_in_executor(self._services.pool, collector.collect)
+                    record = await services.slots.run(collector.collect, patience)
                 finally:
                     self._is_attempting = False
                     self._spawn(self._release())

@@ -35,6 +35,7 @@ from qemu_dump_ext.crash_collector.record import (
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dmesg import GuestLog, read_log
@@ -82,6 +83,7 @@ class CrashTask:
         qmp: The connection; None: QEMU is gone.
         gone: Why there is none.
         also: What else happened meanwhile, and how often; still counts.
+        patience: For how long QEMU is asked; begins with the collection.
     """
 
     guest: Guest
@@ -91,6 +93,7 @@ class CrashTask:
     qmp: SharedQmp | None
     gone: str
     also: Mapping[str, int]
+    patience: Patience
 
 
 @dataclass
@@ -106,15 +109,17 @@ class _Found:
 
 
 class _Meter(ProgressMeter):
-    # Where a dump is given up that would fill the disk.
-    def __init__(self, budget: DumpBudget) -> None:
+    # Where a dump is given up that would fill the disk, or takes too long.
+    def __init__(self, budget: DumpBudget, patience: Patience) -> None:
         super().__init__(None)
         self._budget = budget
+        self._patience = patience
         self._unseen = 0
 
     def advance(self, size: int) -> None:
         super().advance(size)
         self._budget.check_ending()
+        self._patience.check()
         self._unseen += size
         if self._unseen >= _ROOM_EVERY_BYTES:
             self._unseen = 0
@@ -165,6 +170,7 @@ class CrashCollector:
         self._files = self._store.new_incoming(self._task.guest.name)
         try:
             self._budget.check_ending()
+            self._task.patience.begin()
             with self._budget.collecting() as self._allowance:
                 self._take_everything()
                 return self._store.commit(self._files, self._record())
@@ -260,6 +266,9 @@ class CrashCollector:
 
         answers = {}
         for name in sorted(self._try(qmp, "queries", ask) or ()):
+            if self._task.patience.is_slow:
+                self._found.remarks.append("queries: QEMU answers too slowly for more of them")
+                break
             if name.startswith("query-") and name not in _DULL_QUERIES:
                 with contextlib.suppress(MonitorAnswerError):  # it wants arguments, or tells none
                     answers[name] = qmp.qmp(name)
@@ -350,7 +359,7 @@ class CrashCollector:
             return
         request = DumpRequest(format=settings.format, level=settings.level)
         name = f"vmcore.{find_dump_format(settings.format).extension}"
-        meter = _Meter(self._budget)
+        meter = _Meter(self._budget, self._task.patience)
         try:
             sink = open_sink(str(self._files / name), force=False, standard_output=None)
             with sink:

@@ -288,7 +288,11 @@ class Configuration:
             in the store.
         concurrent_dumps: How many dumps are taken at the same time.
         scan_interval: How often globs, directories and console logs are looked at.
-        answer_timeout: How long QEMU may take to answer a command.
+        answer_timeout: How long QEMU may take to answer a command. A QEMU that is waited for
+            longer altogether keeps no other crash waiting, and is asked for the most important
+            only.
+        collection_timeout: How long QEMU may be asked about one crash; what was not had by then
+            is left out, the dump too, and the guest runs again.
         retry_interval: How soon a crash that could not be stored is collected again.
         limits: What the store may take.
         upload: Where crashes are copied to; without, nowhere.
@@ -307,6 +311,7 @@ class Configuration:
     concurrent_dumps: Annotated[int, Field(ge=1, le=64)] = 2
     scan_interval: Seconds = 1.0
     answer_timeout: Seconds = 60.0
+    collection_timeout: Seconds = 900.0
     retry_interval: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None

@@ -16,10 +16,10 @@ from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate, qmp_
 
 from qemu_dump_ext.crash_collector.record import QemuFacts
 from qemu_dump_ext.crash_collector.watch.events import Event
+from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.errors import ConnectError, DumpError, MonitorAnswerError, SourceError
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.process import process_at_other_end
-from qemu_dump_ext.qemu.qmp import SharedQmp
 from qemu_dump_ext.qemu.qmp_client import new_client
 from qemu_dump_ext.qemu.qmp_message import bad_reply, run_state, target_of, version_text
 
@@ -185,17 +185,23 @@ class GuestSession:
         """Return the run state; as `qmp`."""
         return run_state(await self.qmp("query-status"))
 
-    def for_thread(self) -> SharedQmp:
+    def for_thread(self, patience: Patience) -> LimitedQmp:
         """Return the connection for another thread.
+
+        Args:
+            patience: For how long.
 
         Raises:
             SourceError: There is none.
         """
         if self.contact is None:
             raise SourceError(f"QEMU is gone: nothing answers at {self.address}")
-        loop = asyncio.get_running_loop()
-        return SharedQmp(
-            self.contact.client, loop, self.address, answer_seconds=self._answer_seconds
+        return LimitedQmp(
+            self.contact.client,
+            asyncio.get_running_loop(),
+            self.address,
+            answer_seconds=self._answer_seconds,
+            patience=patience,
         )
 
     async def _connect(self, on_event: Callable[[Event], None]) -> Contact:
