@@ -10,7 +10,7 @@ import stat
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -208,6 +208,41 @@ def test_one_store_has_one_agent_and_a_private_control_socket(tmp_path):
     done = run_collector("trigger", "box", "--config", agent.config)
     assert done.returncode == 3
     assert "no agent listens" in done.stderr
+
+
+def test_idle_connections_take_nothing_from_the_agent(tmp_path):
+    with bare_machine(tmp_path, "spin") as machine, ExitStack() as stack:
+        agent = CrashAgent(tmp_path, guests=[guest_of(machine)])
+        control = str(agent.store.path / ".control")
+        with agent.running():
+            agent.wait_connected()
+            subprocess.run(["prlimit", f"--pid={agent.pid}", "--nofile=64"], check=True)
+            idle = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(150)]
+            for connection in idle:
+                connection.connect(control)
+            done = run_collector("trigger", "box", "--config", agent.config)
+            assert done.returncode == 0, done.stderr
+            assert agent.wait_records(1)[0].dump.complete
+            assert len(list(Path(f"/proc/{agent.pid}/fd").iterdir())) < 50
+            # Who has waited longest had to go.
+            idle[0].settimeout(60)
+            with suppress(ConnectionResetError):
+                assert idle[0].recv(1) == b""
+            idle[-1].sendall(b'{"command": "guests"}\n')
+            idle[-1].settimeout(60)
+            assert b'"guests"' in idle[-1].recv(1000)
+
+
+def test_request_that_is_none_is_refused_in_a_line(tmp_path):
+    agent = CrashAgent(tmp_path)
+    with agent.running():
+        for line in (b"[" * 20000, b"7", b"{}", b'{"command": []}', b'{"command": "\\ud800"}'):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.connect(str(agent.store.path / ".control"))
+                connection.sendall(line + b"\n")
+                assert "error" in json.loads(connection.makefile("rb").readline())
+        assert agent.guests() == []
+        assert "exception" not in agent.log.read_text()
 
 
 @contextmanager

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.errors import RequestError
 from tests.support.crashes import commit, make_record, make_store
+from tests.support.waiting import wait_until
 
 PREFIX = "qemu_crash_collector_"
 
@@ -113,3 +116,19 @@ def test_every_refusal_of_the_budget_has_its_word(tmp_path):
         assert kind_of_refusal(allowance.refusal(other, "b" * 16)) == "free"
     assert kind_of_refusal("the guest is gone") == "failed"
     assert kind_of_refusal(None) == "failed"
+
+
+def test_idle_connections_take_few_threads(tmp_path):
+    metrics = Metrics(make_store(tmp_path), lambda: AgentState(0, 0, 0))
+    before = threading.active_count()
+    with metrics.served(0) as port, ExitStack() as stack:
+        idle = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(60)
+        ]
+        # Those that are too many are closed, from the last on.
+        idle[-1].settimeout(60)
+        assert idle[-1].recv(1) == b""
+        assert threading.active_count() - before <= 10
+        for connection in idle:
+            connection.close()
+        wait_until(lambda: threading.active_count() - before <= 1 and scrape(port), "it answers")

@@ -10,11 +10,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.errors import ConnectError, DumpError, RequestError
+from qemu_dump_ext.errors import ConnectError, DumpError, RequestError, SourceError
 from qemu_dump_ext.qemu.qmp_message import parse_message
 
 _LINE_MAX = 1 << 16
 _PATH_MAX = 107
+_CONNECTIONS_MAX = 16
+_ASKING_MAX = 64
+_IDLE_SECONDS = 10.0
 
 Answer = Mapping[str, Any]
 Handler = Callable[[Mapping[str, Any]], Awaitable[Answer]]
@@ -29,7 +32,7 @@ class AgentRefusalError(DumpError):
 
 
 async def serve_control(path: Path, handle: Handler) -> asyncio.Server:
-    """Listen; only our own user may connect.
+    """Listen; only our own user may connect, and nobody for long without asking.
 
     Args:
         path: Of the socket; an old one is replaced.
@@ -38,19 +41,52 @@ async def serve_control(path: Path, handle: Handler) -> asyncio.Server:
     Raises:
         RequestError: There can be no such socket.
     """
-    listening = _listen(path)
+    # The backlog waits in the kernel, and costs no descriptor.
+    return await asyncio.start_unix_server(
+        _Door(handle).serve, sock=_listen(path), limit=_LINE_MAX, backlog=_CONNECTIONS_MAX
+    )
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+
+class _Door:
+    def __init__(self, handle: Handler) -> None:
+        self._handle = handle
+        # Who has not asked yet, the longest first; the agent needs its descriptors itself.
+        self._silent: dict[asyncio.StreamWriter, None] = {}
+        self._asking = 0
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            answer = await _answer(await reader.readline(), handle)
-            writer.write(json.dumps(answer).encode() + b"\n")
-            await writer.drain()
-        except (OSError, ValueError):
-            pass  # who asked is gone, or sent more than a line
+            line = await self._line(reader, writer)
+            if line:
+                answer = await self._answer(line)
+                writer.write(json.dumps(answer).encode() + b"\n")
+                async with asyncio.timeout(_IDLE_SECONDS):
+                    await writer.drain()
+        except (OSError, ValueError):  # of time, too
+            pass  # who asked is gone, or says nothing, or more than a line
         finally:
             writer.close()
 
-    return await asyncio.start_unix_server(serve, sock=listening, limit=_LINE_MAX)
+    async def _line(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
+        while len(self._silent) >= _CONNECTIONS_MAX:
+            oldest = next(iter(self._silent))
+            del self._silent[oldest]
+            oldest.transport.abort()
+        self._silent[writer] = None
+        try:
+            async with asyncio.timeout(_IDLE_SECONDS):
+                return await reader.readline()
+        finally:
+            self._silent.pop(writer, None)
+
+    async def _answer(self, line: bytes) -> Answer:
+        if self._asking >= _ASKING_MAX:
+            return {"error": "too many wait for an answer", "exit_status": SourceError.exit_status}
+        self._asking += 1
+        try:
+            return await _answer(line, self._handle)
+        finally:
+            self._asking -= 1
 
 
 def _listen(path: Path) -> socket.socket:

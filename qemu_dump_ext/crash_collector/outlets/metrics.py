@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app
 from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
@@ -19,6 +23,8 @@ from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
 
 _LOOPBACK = "127.0.0.1"
+_CONNECTIONS_MAX = 8
+_IDLE_SECONDS = 10.0
 _PREFIX = "qemu_crash_collector_"
 # Guests come and go, and Prometheus keeps each name.
 _GUESTS_MAX = 2000
@@ -148,17 +154,50 @@ class Metrics:
             RequestError: It cannot be had.
         """
         try:
-            server, thread = start_http_server(port, _LOOPBACK, self._registry)
+            server = make_server(_LOOPBACK, port, make_wsgi_app(self._registry), _Server, _Handler)
         except OSError as error:
             raise RequestError(
                 f"cannot serve metrics at {_LOOPBACK}:{port}: {error.strerror}"
             ) from error
+        thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+        thread.start()
         try:
             yield server.server_port
         finally:
             server.shutdown()
             server.server_close()
             thread.join()
+
+
+class _Handler(WSGIRequestHandler):
+    timeout = _IDLE_SECONDS
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - its own word
+        """Log nothing."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    # Who connects and asks nothing takes neither threads nor descriptors from the agent for long.
+    daemon_threads = True
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._free = threading.BoundedSemaphore(_CONNECTIONS_MAX)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Say nothing: who asked is gone, or said nothing."""
 
 
 class _UploadCounters(Collector):
