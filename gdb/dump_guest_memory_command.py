@@ -19,6 +19,7 @@ from qemu_dump_ext.options.dump_options import (
     read_registers,
     request_of,
 )
+from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.sinks import open_sink, target_forms
 
@@ -47,7 +48,8 @@ def _run(words: Sequence[str]) -> int:
         )
     if watched:
         show_line("")
-    gdb.write((report.to_json() if arguments.json else "\n".join(report.lines())) + "\n")
+    text = report.to_json() if arguments.json else "\n".join(report.lines())
+    gdb.write(printable(text) + "\n")
     return report.exit_status
 
 

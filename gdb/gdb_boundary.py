@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import gdb
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError
 from qemu_dump_ext.options.dump_options import OneLineParser
+from qemu_dump_ext.printable import printable
 
 STATUS_VARIABLE = "_qemu_dump_status"
 
@@ -70,7 +71,7 @@ class QemuCommand(gdb.Command):
             status = EXIT_SUCCESS
         except DumpError as error:
             _set_status(error.exit_status)
-            raise gdb.GdbError(str(error)) from error
+            raise gdb.GdbError(printable(str(error))) from error
         except KeyboardInterrupt as error:
             _set_status(EXIT_INTERRUPTED)
             said = ": ".join(filter(None, ("interrupted", self._interrupted)))

@@ -10,6 +10,7 @@ from gdb_guest import guest_access
 import gdb
 from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _parser() -> GdbParser:
@@ -28,7 +29,7 @@ def _run(words: Sequence[str]) -> int:
     with guest_access(arguments.qmp) as access:
         description = describe_guest(access)
     text = description.to_json() if arguments.json else "\n".join(description.lines())
-    gdb.write(text + "\n")
+    gdb.write(printable(text) + "\n")
     return EXIT_SUCCESS
 
 

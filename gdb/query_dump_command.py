@@ -11,6 +11,7 @@ from gdb_boundary import GdbParser, QemuCommand, option_words
 import gdb
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _parser() -> GdbParser:
@@ -27,7 +28,7 @@ def _run(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(words)
     capabilities = query_capabilities()
     text = json.dumps(asdict(capabilities)) if arguments.json else "\n".join(capabilities.lines())
-    gdb.write(text + "\n")
+    gdb.write(printable(text) + "\n")
     return EXIT_SUCCESS
 
 

@@ -20,6 +20,7 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import OneLineParser
+from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address
 from qemu_dump_ext.third_party import require_extra
 
@@ -268,7 +269,7 @@ def _warn_of_remote(arguments: argparse.Namespace) -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"{PROGRAM}: {text}\n")
+    sys.stderr.write(f"{PROGRAM}: {printable(text)}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

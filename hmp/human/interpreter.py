@@ -19,6 +19,7 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+from qemu_dump_ext.printable import printable
 
 from ..dump_job import IN_PROCESS, DumpJob
 from ..dump_manager import DumpManager
@@ -278,7 +279,7 @@ def _nothing_to_release() -> None:
 
 
 def _error(message: str) -> str:
-    return f"Error: {message}\r\n"
+    return f"Error: {printable(message)}\r\n"
 
 
 def _conclusion(target: DumpTarget, done: asyncio.Future[DumpReport]) -> bytes:

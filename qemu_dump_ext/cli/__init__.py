@@ -15,6 +15,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
 from qemu_dump_ext.options.dump_options import add_version
+from qemu_dump_ext.printable import printable
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
@@ -34,7 +35,7 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
     try:
         return work()
     except DumpError as error:
-        print(f"{program}: {error}", file=sys.stderr)
+        print(printable(f"{program}: {error}"), file=sys.stderr)
         return error.exit_status
     except KeyboardInterrupt:
         print(": ".join(filter(None, (program, "interrupted", interrupted))), file=sys.stderr)

@@ -19,6 +19,7 @@ from qemu_dump_ext.options.dump_options import (
     read_registers,
     request_of,
 )
+from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink, target_forms
@@ -81,7 +82,7 @@ def _run(words: Sequence[str]) -> int:
     if arguments.json:
         print(report.to_json())
     else:
-        print("\n".join(report.lines()), file=sys.stderr)
+        print(printable("\n".join(report.lines())), file=sys.stderr)
     return report.exit_status
 
 

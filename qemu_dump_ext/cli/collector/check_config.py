@@ -12,6 +12,7 @@ from qemu_dump_ext.crash_collector.watch.guests import GuestFinder
 from qemu_dump_ext.crash_collector.watch.panic_action import panic_action
 from qemu_dump_ext.crash_collector.watch.session import find_command_line
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +32,8 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"store": str(configuration.store), "guests": guests}))
         return EXIT_SUCCESS
-    print(f"{arguments.config}: ok; store {configuration.store}, {len(guests)} guests now")
+    head = f"{arguments.config}: ok; store {configuration.store}, {len(guests)} guests now"
+    print(printable(head))
     for facts in guests:
         print(f"{facts['name']}: {facts['address']}: {_REMARK.get(facts['panic_action'], _LOST)}")
     return EXIT_SUCCESS

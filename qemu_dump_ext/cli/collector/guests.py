@@ -9,6 +9,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import add_configuration, add_json, configuration_of
 from qemu_dump_ext.crash_collector.agent.control_socket import ask_agent
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,7 @@ def _run(arguments: argparse.Namespace) -> int:
     for guest in answer["guests"]:
         state = "collecting" if guest["collecting"] else "watched"
         state = state if guest["connected"] else "not there"
-        print(f"{guest['name']}: {state}, {guest['address']}")
+        print(printable(f"{guest['name']}: {state}, {guest['address']}"))
     return EXIT_SUCCESS
 
 

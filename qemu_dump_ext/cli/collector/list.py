@@ -10,6 +10,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import add_json, add_store, store_of
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,10 +31,8 @@ def _run(arguments: argparse.Namespace) -> int:
             print(json.dumps({name: asdict(count) for name, count in counts.items()}))
         else:
             for name, count in sorted(counts.items(), key=lambda item: item[1].last_seen):
-                print(
-                    f"{name}  {count.count:5}  {count.first_seen}  {count.last_seen}"
-                    f"  {count.message}"
-                )
+                text = f"{count.count:5}  {count.first_seen}  {count.last_seen}  {count.message}"
+                print(printable(f"{name}  {text}", keep="\t"))
         return EXIT_SUCCESS
     records = [record for record in store.records() if _is_asked_for(record, arguments)]
     records.sort(key=lambda record: record.time)
@@ -43,7 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
         for record in records:
             dump = f"{record.dump.bytes >> 20} MiB" if record.dump.file else "no dump"
             held = ", held" if record.held else ""
-            print(f"{record.id}  {record.cause.kind}  {dump}{held}  {record.signature.message}")
+            text = f"{record.cause.kind}  {dump}{held}  {record.signature.message}"
+            print(printable(f"{record.id}  {text}", keep="\t"))
     return EXIT_SUCCESS
 
 

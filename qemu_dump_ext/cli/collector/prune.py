@@ -10,6 +10,7 @@ from qemu_dump_ext.cli.collector._arguments import add_configuration, add_json, 
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(removed))
     else:
         for one in removed:
-            print(f"{one['what']} of {one['id']} removed: {one['reason']}")
+            print(printable(f"{one['what']} of {one['id']} removed: {one['reason']}"))
     return EXIT_SUCCESS
 
 

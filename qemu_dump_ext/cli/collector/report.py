@@ -11,6 +11,7 @@ from qemu_dump_ext.cli.collector._arguments import add_store, configuration_of
 from qemu_dump_ext.crash_collector.outlets.report import REPORT_FILE, write_report
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +31,7 @@ def _run(arguments: argparse.Namespace) -> int:
         path, configured = configuration.store, configuration.report
     output: Path = arguments.output or configured or path / REPORT_FILE
     write_report(CrashStore(path), output, now=datetime.now(UTC))
-    print(output)
+    print(printable(str(output)))
     return EXIT_SUCCESS
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import add_json, add_store, store_of
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,9 +22,10 @@ def _run(arguments: argparse.Namespace) -> int:
     store = store_of(arguments)
     record = store.record(arguments.crash)
     if arguments.json:
-        print(record.to_json(), end="")
+        print(json.dumps(record.as_dict(), indent=2))
     else:
-        print("\n".join([*_lines(record), f"directory: {store.directory(record.id)}"]))
+        lines = [*_lines(record), f"directory: {store.directory(record.id)}"]
+        print("\n".join(printable(line, keep="\t") for line in lines))
     return EXIT_SUCCESS
 
 

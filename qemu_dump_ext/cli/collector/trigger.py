@@ -9,6 +9,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import add_configuration, add_json, configuration_of
 from qemu_dump_ext.crash_collector.agent.control_socket import ask_agent
 from qemu_dump_ext.errors import EXIT_SUCCESS
+from qemu_dump_ext.printable import printable
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     request = {"command": "trigger", "guest": arguments.guest, "detail": arguments.detail}
     answer = ask_agent(configuration_of(arguments).control_socket, request)
-    print(json.dumps(answer) if arguments.json else answer["id"])
+    print(json.dumps(answer) if arguments.json else printable(str(answer["id"])))
     return EXIT_SUCCESS
 
 

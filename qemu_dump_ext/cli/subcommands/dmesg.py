@@ -13,6 +13,7 @@ from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.qmp import connect_qmp
 
 _SEARCH_SECONDS = 60.0
@@ -56,9 +57,9 @@ def _seconds(word: str) -> float:
 def _run(arguments: argparse.Namespace) -> int:
     log = _read(arguments)
     for remark in log.remarks:
-        print(remark, file=sys.stderr)
+        print(printable(remark), file=sys.stderr)
     for record in log.records:
-        print(record.line())
+        print(printable(record.line()))
     return EXIT_SUCCESS
 
 

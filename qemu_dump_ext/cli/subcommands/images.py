@@ -17,6 +17,7 @@ from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image, load_manifest
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.printable import printable
 
 _CONSOLE_POLL_SECONDS = 0.05
 
@@ -191,7 +192,7 @@ def _stay_on_console(guest: BootedGuest) -> None:
             selector.register(sys.stdin, selectors.EVENT_READ)
         while guest.is_running():
             text = guest.console_text()
-            print(text[shown:], end="", flush=True)
+            print(printable(text[shown:], keep="\r\n\t"), end="", flush=True)
             shown = len(text)
             if not selector.get_map():
                 time.sleep(_CONSOLE_POLL_SECONDS)

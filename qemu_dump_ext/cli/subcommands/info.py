@@ -11,6 +11,7 @@ from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.qmp import connect_qmp
 
 
@@ -26,7 +27,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(asdict(description) | asdict(capabilities)))
     else:
-        print("\n".join(description.lines() + capabilities.lines()))
+        print(printable("\n".join(description.lines() + capabilities.lines())))
     return EXIT_SUCCESS
 
 

@@ -31,6 +31,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import LISTED_MAX, open_dump
 from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
+from qemu_dump_ext.printable import printable
 
 _LISTED_WORDS = 32
 
@@ -75,7 +76,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=2))
     else:
         for line in _in_words(facts):
-            print(line)
+            print(printable(line, keep="\t"))
     return CorruptDumpError.exit_status if facts["problems"] else EXIT_SUCCESS
 
 

@@ -17,6 +17,7 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import VerifyReport, open_dump
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
+from qemu_dump_ext.printable import printable
 
 _PROGRESS_INTERVAL_S = 0.2
 
@@ -75,11 +76,11 @@ def _as_json(file: str, dump_format: str, report: VerifyReport) -> dict[str, obj
 
 def _print_words(dump_format: str, report: VerifyReport) -> None:
     for problem in report.problems:
-        print(f"problem: {problem}")
+        print(printable(f"problem: {problem}"))
     if rest := report.problem_count - len(report.problems):
         print(f"problem: {rest} more")
     for remark in report.remarks:
-        print(f"remark: {remark}")
+        print(printable(f"remark: {remark}"))
     damaged = report.problem_count
     pages = report.zero_pages + report.raw_pages + report.packed_pages
     counts = (
@@ -90,7 +91,7 @@ def _print_words(dump_format: str, report: VerifyReport) -> None:
     )
     verdict = f"damaged, {damaged} problem{'s' * (damaged > 1)}" if damaged else "ok"
     mib = report.memory_bytes / (1 << 20)
-    print(f"{verdict}: {counts}{mib:.1f} MiB of guest memory, {dump_format}")
+    print(printable(f"{verdict}: {counts}{mib:.1f} MiB of guest memory, {dump_format}"))
 
 
 COMMAND = Subcommand(

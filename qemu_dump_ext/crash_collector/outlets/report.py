@@ -20,6 +20,7 @@ from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.files import replace_file
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.printable import printable
 
 REPORT_FILE = "report.html"
 _HEAD = "<!DOCTYPE html>\n<!-- report of qemu-crash-collector -->\n"
@@ -290,20 +291,18 @@ def _size(count: int) -> str:
 def _element(tag: str, *contents: Content, **attributes: str) -> Element:
     # `class_` and `http_equiv` as Python has to write them.
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    element = Element(tag, {names[name]: _visible(text) for name, text in attributes.items()})
+    element = Element(
+        tag, {names[name]: printable(text, keep="") for name, text in attributes.items()}
+    )
     for content in contents:
         if isinstance(content, Element):
             element.append(content)
         elif content is not None:
-            text = _visible(content if len(content) <= _TEXT_MAX else f"{content[:_TEXT_MAX]}…")
+            text = printable(
+                content if len(content) <= _TEXT_MAX else f"{content[:_TEXT_MAX]}…", keep=""
+            )
             if len(element):
                 element[-1].tail = (element[-1].tail or "") + text
             else:
                 element.text = (element.text or "") + text
     return element
-
-
-def _visible(text: str) -> str:
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in text)
