@@ -28,6 +28,7 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.options.dump_options import words_of_options
+from qemu_dump_ext.qemu.address import connectable, unix_path
 from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
@@ -246,7 +247,11 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
 
 def _connect(gdb: _Gdb, address: str, *, told: bool) -> None:
     try:
-        gdb.run(f"-target-select remote {address}")
+        with connectable(address) as target:
+            is_other = isinstance(target, str) and target != unix_path(address)
+            gdb.run(f"-target-select remote {target if is_other else address}")
+    except OSError as error:
+        raise ConnectError(f"gdb cannot connect to {address}: {error.strerror}") from error
     except _CommandError as error:
         message = _LONG_PACKET.sub("", error.message.splitlines()[0])
         raise ConnectError(

@@ -17,7 +17,6 @@ _UNIX_PREFIX = "unix:"
 _PORT_MAX = 0xFFFF
 _SUN_PATH_MAX = 107
 """Bytes: sizeof(sockaddr_un.sun_path) without the final NUL."""
-_OWN_DESCRIPTORS = Path("/proc/self/fd")
 
 
 def tcp_address(address: str) -> tuple[str, int] | None:
@@ -46,18 +45,19 @@ def unix_path(address: str) -> str:
 def connectable(address: str) -> Iterator[str | tuple[str, int]]:
     """Return what to connect a socket to, valid in the `with` block: a path, or host and port.
 
-    A path that is longer than the kernel's address of a unix socket goes by a descriptor.
+    A path that is longer than the kernel's address of a unix socket goes by a descriptor,
+    which children of this process find, too.
 
     Raises:
         OSError: Nothing is at a path that is so long.
     """
     target = tcp_address(address) or unix_path(address)
-    if not isinstance(target, str) or _fits(target) or not _OWN_DESCRIPTORS.is_dir():
+    if not isinstance(target, str) or _fits(target) or not _descriptors().is_dir():
         yield target
         return
     descriptor = os.open(target, os.O_PATH | os.O_CLOEXEC)
     try:
-        yield str(_OWN_DESCRIPTORS / str(descriptor))
+        yield str(_descriptors() / str(descriptor))
     finally:
         os.close(descriptor)
 
@@ -70,12 +70,12 @@ def bindable(path: Path) -> Iterator[str]:
         OSError: The directory is not there.
         ConnectError: The name alone is longer than the kernel's address of a unix socket.
     """
-    if _fits(str(path)) or not _OWN_DESCRIPTORS.is_dir():
+    if _fits(str(path)) or not _descriptors().is_dir():
         yield str(path)
         return
     descriptor = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        short = str(_OWN_DESCRIPTORS / str(descriptor) / path.name)
+        short = str(_descriptors() / str(descriptor) / path.name)
         if not _fits(short):
             most = _SUN_PATH_MAX - len(short.removesuffix(path.name))
             raise ConnectError(
@@ -85,6 +85,10 @@ def bindable(path: Path) -> Iterator[str]:
         yield short
     finally:
         os.close(descriptor)
+
+
+def _descriptors() -> Path:
+    return Path(f"/proc/{os.getpid()}/fd")
 
 
 def _fits(path: str) -> bool:

@@ -36,6 +36,7 @@ _UNIX_DIAG_REQ = struct.Struct("=BBHIIIII")
 _UNIX_DIAG_MSG_SIZE = 16
 _RTATTR = struct.Struct("=HH")
 _UCRED = struct.Struct("=iII")
+_ACCEPTS = 1 << 16  # flag __SO_ACCEPTCON
 _TCP_ESTABLISHED = "01"
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
@@ -81,6 +82,33 @@ def find_qemu_process(addresses: Sequence[str]) -> int:
         except SourceError as error:
             reasons.append(str(error))
     raise SourceError("; ".join(dict.fromkeys(reasons)))
+
+
+def find_listeners(path: str) -> list[int]:
+    """Return the pids of the processes of this host that listen at a unix socket.
+
+    Nobody is connected to.
+    """
+    rows = [line.split(maxsplit=7) for line in _lines(Path("/proc/net/unix"))]
+    listening = [row for row in rows if len(row) == 8 and int(row[3], 16) & _ACCEPTS]
+    absolute = {int(row[6]) for row in listening if _is_same(row[7], path)}
+    last = Path(path).name
+    relative = {
+        int(row[6]): row[7]
+        for row in listening
+        if not row[7].startswith(("/", "@")) and Path(row[7]).name == last
+    }
+    if not absolute and not relative:
+        return []
+    return [
+        pid
+        for pid in _all_pids()
+        if (absolute and _holds(pid, absolute))
+        or any(
+            _is_same(f"/proc/{pid}/cwd/{name}", path) and _holds(pid, {inode})
+            for inode, name in relative.items()
+        )
+    ]
 
 
 def read_mappings(pid: int) -> list[MemoryMapping]:
@@ -210,8 +238,15 @@ def _is_path(peer: str | bytes, path: str) -> bool:
     name = os.fsdecode(peer)
     if not name or name == path:
         return bool(name)
-    with contextlib.suppress(OSError):
-        return Path(name).samefile(path)
+    if _is_same(name, path):
+        return True
+    # It was made by a path from the directory in which QEMU was started.
+    return not name.startswith(("/", "\0")) and Path(path).name == Path(name).name
+
+
+def _is_same(name: str, path: str) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return name == path or Path(name).samefile(path)
     return False
 
 

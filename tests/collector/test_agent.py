@@ -52,6 +52,19 @@ def test_first_contact_says_that_a_panic_would_end_the_guest_and_changes_that(tm
         assert json.loads(done.stdout)["guests"][0]["panic_action"] == "pause"
 
 
+def test_guest_of_libvirt_is_told_as_one(tmp_path):
+    """As far as the command line goes: whether libvirt leaves it after a panic is said."""
+    monitor = f"socket,id=charmonitor,path={tmp_path}/libvirt,server=on,wait=off"
+    arguments = ["-name", "guest=nobody-has-this-one", "-chardev", monitor, "-no-shutdown"]
+    arguments += ["-mon", "chardev=charmonitor,id=monitor,mode=control"]
+    with bare_machine(tmp_path, "panic", *arguments) as machine:
+        agent = CrashAgent(tmp_path, guests=[guest_of(machine)])
+        done = run_collector("check-config", "--config", agent.config)
+        assert "libvirt runs it, and what that does on a panic cannot be read" in done.stdout
+        with agent.running():
+            agent.wait_logged("<on_crash>preserve</on_crash>")
+
+
 def test_reset_makes_the_guest_run_again(tmp_path):
     with (
         bare_machine(tmp_path, "panic", "-action", "panic=pause") as machine,

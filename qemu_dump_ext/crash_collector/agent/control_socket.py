@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.errors import ConnectError, DumpError, RequestError, SourceError
+from qemu_dump_ext.qemu.address import bindable, connectable
 from qemu_dump_ext.qemu.qmp_message import parse_message
 
 _LINE_MAX = 1 << 16
-_PATH_MAX = 107
 _CONNECTIONS_MAX = 16
 _ASKING_MAX = 64
 _IDLE_SECONDS = 10.0
@@ -90,16 +90,18 @@ class _Door:
 
 
 def _listen(path: Path) -> socket.socket:
-    if len(os.fsencode(path)) > _PATH_MAX:
-        raise RequestError(f"{path} is longer than a socket may have", hint="`control: PATH`")
     listening = socket.socket(socket.AF_UNIX)
     mask = os.umask(0o177)
     try:
         path.unlink(missing_ok=True)
-        listening.bind(str(path))
+        with bindable(path) as place:
+            listening.bind(place)
     except OSError as error:
         listening.close()
         raise RequestError(f"cannot listen at {path}: {error.strerror}") from error
+    except ConnectError:
+        listening.close()
+        raise
     finally:
         os.umask(mask)
     return listening
@@ -126,7 +128,8 @@ def ask_agent(path: Path, request: Mapping[str, object]) -> Answer:
     """
     with socket.socket(socket.AF_UNIX) as connection:
         try:
-            connection.connect(str(path))
+            with connectable(f"unix:{path}") as place:
+                connection.connect(place)
             connection.sendall(json.dumps(request).encode() + b"\n")
             with connection.makefile("rb") as lines:
                 line = lines.readline()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.record import is_guest_name
-from qemu_dump_ext.qemu.address import tcp_address
+from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
 _SOCKETS_MAX = 10_000
 
@@ -37,6 +38,20 @@ class Guest:
     def fill(self, template: str, release: str = "") -> str:
         """Fill in the words that a template of the configuration may have."""
         return template.format(name=self.name, release=release, **_words_of(self.address))
+
+
+def obstacle(address: str) -> str | None:
+    """Return why nobody of this user can connect to a socket now, or None; nobody is asked."""
+    if tcp_address(address) is not None:
+        return None
+    path = unix_path(address)
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116 - also of a path that is too long
+    except OSError as error:
+        return "there is no such socket now" if error.errno == errno.ENOENT else error.strerror
+    if not stat.S_ISSOCK(mode):
+        return "it is no socket"
+    return None if os.access(path, os.W_OK) else "it is not permitted to connect to it"
 
 
 class GuestFinder:

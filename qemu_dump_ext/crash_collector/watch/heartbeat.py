@@ -12,6 +12,7 @@ from qemu.qmp import QMPError
 
 from qemu_dump_ext.crash_collector.config.settings import Heartbeat
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.qemu.address import connectable
 from qemu_dump_ext.qemu.qmp_client import new_client
 
 _PING_SECONDS = 5.0
@@ -81,7 +82,8 @@ class AgentPing:
         with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
             try:
                 async with asyncio.timeout(_PING_SECONDS):
-                    await agent.connect(self._address)
+                    with connectable(self._address) as target:
+                        await agent.connect(target)
                     await agent.execute("guest-ping")
                     self._answers += 1
             finally:

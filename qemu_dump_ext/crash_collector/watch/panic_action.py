@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+from qemu_dump_ext.crash_collector.watch.libvirt import domain_of
 from qemu_dump_ext.crash_collector.watch.session import GuestSession
 from qemu_dump_ext.errors import SourceError
 
@@ -41,6 +42,9 @@ async def require_pause(session: GuestSession, command_line: tuple[str, ...], na
         name: Of the guest, for the log.
     """
     action, extra = panic_action(command_line), {"guest": name}
+    domain = domain_of(command_line)
+    if domain is not None and not domain.leaves_it:
+        _logger.warning("%s", domain.remark, extra=extra)
     if action == "none":
         return
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import random
 import socket
@@ -18,12 +19,13 @@ from qemu_dump_ext.crash_collector.record import QemuFacts
 from qemu_dump_ext.crash_collector.watch.events import Event
 from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.errors import ConnectError, DumpError, MonitorAnswerError, SourceError
-from qemu_dump_ext.qemu.address import tcp_address
-from qemu_dump_ext.qemu.process import process_at_other_end
+from qemu_dump_ext.qemu.address import connectable, tcp_address, unix_path
+from qemu_dump_ext.qemu.process import find_listeners, process_at_other_end
 from qemu_dump_ext.qemu.qmp_client import new_client
 from qemu_dump_ext.qemu.qmp_message import bad_reply, run_state, target_of, version_text
 
 _GREETING_SECONDS = 5.0
+_NOBODY = frozenset((errno.ENOENT, errno.ECONNREFUSED))
 _RETRY_SECONDS = 0.2
 _RETRY_SECONDS_MAX = 5.0
 _GONE_SECONDS = 5.0
@@ -263,25 +265,37 @@ class GuestSession:
 
 
 async def _open_socket(address: str) -> socket.socket:
-    target = tcp_address(address)
     family: socket.AddressFamily = socket.AF_UNIX
-    where: Any = address
-    if target is not None:
-        loop = asyncio.get_running_loop()
-        try:
-            infos = await loop.getaddrinfo(*target, type=socket.SOCK_STREAM)
-        except OSError as error:
-            raise ConnectError(f"nobody is called {target[0]}") from error
-        family, where = infos[0][0], infos[0][4]
+    where: Any = None
+    if (target := tcp_address(address)) is not None:
+        family, where = await _resolve(*target)
     connection = socket.socket(family)
     connection.setblocking(False)
+    loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(_GREETING_SECONDS):
-            await asyncio.get_running_loop().sock_connect(connection, where)
-    except (OSError, TimeoutError) as error:
+            if where is not None:
+                await loop.sock_connect(connection, where)
+            else:
+                with connectable(address) as path:
+                    await loop.sock_connect(connection, path)
+    except OSError as error:
         connection.close()
-        raise ConnectError(f"nobody listens at {address}") from error
+        known = error.errno in _NOBODY or not error.strerror
+        reason = "" if known else f": {error.strerror}"
+        raise ConnectError(f"nobody listens at {address}{reason}") from error
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+async def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    try:
+        infos = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise ConnectError(f"nobody is called {host}") from error
+    return infos[0][0], infos[0][4]
 
 
 async def _execute(
@@ -352,9 +366,17 @@ def _is_zombie(pid: int) -> bool:
 
 
 def find_command_line(address: str) -> tuple[str, ...] | None:
-    """Return the command line of the QEMU on this host that names a socket, or None."""
+    """Return the command line of the QEMU on this host that has a socket, or None."""
+    listeners = () if tcp_address(address) else find_listeners(unix_path(address))
+    for pid in listeners:
+        if (words := read_command_line(pid)) and _is_qemu(words):
+            return words
     for entry in Path("/proc").iterdir():
         words = read_command_line(int(entry.name)) if entry.name.isdecimal() else None
-        if words and any(address in word for word in words) and "qemu" in " ".join(words[:4]):
+        if words and any(address in word for word in words) and _is_qemu(words):
             return words
     return None
+
+
+def _is_qemu(words: tuple[str, ...]) -> bool:
+    return "qemu" in " ".join(words[:4])
