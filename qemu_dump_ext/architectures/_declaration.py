@@ -6,7 +6,7 @@ them. What only the running guest knows (is it in long mode?) selects among decl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from qemu_dump_ext.architectures._page_tables import Translation
@@ -154,6 +154,8 @@ class Architecture:
         qemu_uname_machine: utsname.machine as QEMU writes it; see `Dialect.utsname`.
         registers: Every register of every note.
         cores: Every form that a dump may take.
+        per_cpu_base: Tells from the registers of a vCPU where the kernel has the data of that CPU,
+            which ascends with the kernel's number of it; None in it: not known. None where unknown.
         program_counter: Name of the register that tells where a vCPU is.
         page_size: Of kdump blocks, in bytes.
         phys_base_key: Line of VMCOREINFO that tells phys_base; None where none does.
@@ -164,6 +166,8 @@ class Architecture:
         reconcile: Merges the sources into the final values where precedence (stub, monitor,
             native notes) is not all; None where it is. A value that no source gives must be
             left out.
+        guessed_by_reconcile: Names the registers that `reconcile` had to guess, in whole or in
+            part; None where it guesses none.
         page_table_roots: Tells from the registers of a vCPU where its page tables begin; empty
             where it uses none. Gets True where they are to be read as QEMU's dump-guest-memory
             does, with what is wrong in it; see `paged_by_qemu`. A KeyError names what no source
@@ -199,6 +203,8 @@ class Architecture:
     select_core: Callable[[Sequence[Vcpu], Sequence[RamBlock], Dialect, str], Core]
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
+    per_cpu_base: Callable[[Mapping[str, int]], int | None] | None = None
+    guessed_by_reconcile: Callable[[VcpuReadings], Collection[str]] | None = None
     page_table_roots: Callable[[Mapping[str, int], bool], Sequence[Translation]] | None = None
     paged_by_qemu: bool = False
     kernel_page_tables: Callable[[bytes, int | None], Sequence[Translation]] | None = None
@@ -211,6 +217,10 @@ class Architecture:
     correct_stub: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
     g_packet: StructLayout | None = None
     gdb_settings: tuple[str, ...] = ()
+
+    def guessed_registers(self, readings: VcpuReadings) -> Collection[str]:
+        """Return the names of registers whose value no source gave as it is."""
+        return self.guessed_by_reconcile(readings) if self.guessed_by_reconcile else ()
 
 
 def phys_base(architecture: Architecture, vmcoreinfo: bytes, *, is_hex: bool = False) -> int | None:

@@ -49,5 +49,6 @@ ARCHITECTURE = replace(
     cores=(x86_64.LEGACY_64, x86_64.LEGACY_32),
     phys_base_key=None,
     reconcile=_reconcile,
+    guessed_by_reconcile=x86_64.guessed_flags,
     kernel_page_tables=_kernel_page_tables,
 )

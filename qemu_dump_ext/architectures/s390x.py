@@ -10,7 +10,7 @@ Sources:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
@@ -226,6 +226,10 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
+def _guessed(readings: VcpuReadings) -> Collection[str]:
+    return () if readings.native else ("psw_mask_as_stored",)
+
+
 _SAME_IN_STUB = f"{_ACCESS} fpc {_FPRS} {_VECTOR_LOW} {_VECTOR_HIGH} {_GUARDED_STORAGE} prefix"
 
 ARCHITECTURE = Architecture(
@@ -253,6 +257,7 @@ ARCHITECTURE = Architecture(
     select_core=_select_core,
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
+    guessed_by_reconcile=_guessed,
     page_table_roots=_page_table_roots,
     kernel_page_tables=_linux_tables,
 )

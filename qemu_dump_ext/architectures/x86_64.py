@@ -10,7 +10,7 @@ Sources:
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
@@ -51,6 +51,7 @@ _SEGMENT_L = 1 << 21
 _PRINTED_FLAGS = 0x00FFFF00
 _CUT_BASES = (*(f"{segment}_base" for segment in _SEGMENTS.split()), "kernel_gs_base")
 _4G = 1 << 32
+_KERNEL_HALF = 1 << 63
 _KERNEL_MAP_BASE = 0xFFFFFFFF80000000
 """__START_KERNEL_map: where the kernel image is linked, and mapped but for KASLR."""
 
@@ -200,6 +201,20 @@ def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
+def guessed_flags(readings: VcpuReadings) -> Collection[str]:
+    """Name the attributes of segments whose hidden bits are those that most segments have."""
+    if readings.hardware_segments:
+        return ()  # which has no hidden bits
+    names = (f"{segment}_flags" for segment in f"{_SEGMENTS} ldt tr".split())
+    return [name for name in names if name in readings.monitor and name not in readings.native]
+
+
+def _per_cpu_base(registers: Mapping[str, int]) -> int | None:
+    # In user mode, the kernel's base waits in the other register.
+    bases = (registers.get(name, 0) for name in ("gs_base", "kernel_gs_base"))
+    return next((base for base in bases if base & _KERNEL_HALF), None)
+
+
 _PRESENT = LeafTest(mask=1, wanted=1)
 _PAGE_SIZE_BIT = LeafTest(mask=1 << 7, wanted=1 << 7)
 _ADDRESS = 0x000FFFFFFFFFF000
@@ -333,4 +348,6 @@ ARCHITECTURE = Architecture(
     paged_by_qemu=True,
     kernel_page_tables=_kernel_page_tables,
     reconcile=reconcile,
+    guessed_by_reconcile=guessed_flags,
+    per_cpu_base=_per_cpu_base,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -168,6 +168,7 @@ class _Dump:
             )
 
     def report(self, stopped_seconds: float) -> DumpReport:
+        guest, exact = self._guest.probed, self._request.exact
         return DumpReport(
             target=self._sink.name,
             format=self._format.name,
@@ -179,13 +180,26 @@ class _Dump:
             passed_over=tuple(self._passed_over),
             missing=self._plan.missing,
             remarks=(*self._remarks, *self._plan.remarks),
-            doubts=self._guest.probed.doubts,
+            native_refusal=guest.native_refusal if _is_dumped_by_qemu(guest) else None,
+            doubts=(*guest.doubts, *(_guesses(guest, self._request) if exact else ())),
         )
 
 
 def _is_dumped_by_qemu(guest: ProbedGuest) -> bool:
     since = guest.architecture.dumped_by_qemu_since
     return since is not None and guest.version >= since
+
+
+def _guesses(guest: ProbedGuest, request: DumpRequest) -> Sequence[str]:
+    """Name what QEMU's own notes alone would tell, where they could not be had."""
+    guessed = list(guest.guessed)
+    if guest.guest_note is None and request.vmcoreinfo:
+        guessed.append("VMCOREINFO")
+    if guest.native_refusal is None or not guessed:
+        return ()
+    names = ", ".join(guessed)
+    told = f"{names} may be otherwise in QEMU's dump: its own notes could not be had"
+    return (f"{told}: {guest.native_refusal}",)
 
 
 def _native_dialect(guest: ProbedGuest) -> Dialect:

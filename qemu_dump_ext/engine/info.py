@@ -124,7 +124,7 @@ def describe(guest: StoppedGuest) -> GuestDescription:
             VcpuLine(
                 vcpu.index, vcpu.registers.get(program_counter), sorted(missing.get(vcpu.index, ()))
             )
-            for vcpu in guest.vcpus
+            for vcpu in sorted(guest.vcpus, key=lambda vcpu: vcpu.index)
         ),
         memory_sources=guest.memory_source_states(),
         vmcoreinfo=where,

@@ -24,6 +24,8 @@ class DumpReport:
         passed_over: Faster memory sources, and why each was not taken.
         missing: Registers that no source gave, by note and cpu_index; zero in the dump.
         remarks: What else the user should know.
+        native_refusal: Why QEMU's own notes, of which some have more registers, could not be had;
+            None where they could, or QEMU has none for the target.
         doubts: What could not be found out, and may be otherwise than in the dump.
     """
 
@@ -37,12 +39,19 @@ class DumpReport:
     passed_over: Sequence[tuple[str, str]]
     missing: Mapping[tuple[str, int], Sequence[str]]
     remarks: Sequence[str]
+    native_refusal: str | None = None
     doubts: Sequence[str] = ()
 
     @property
     def exit_status(self) -> int:
         """EXIT_SUCCESS, or EXIT_INCOMPLETE where something could not be had."""
         return EXIT_INCOMPLETE if self.missing or self.doubts else EXIT_SUCCESS
+
+    @property
+    def _why_missing(self) -> str:
+        if self.native_refusal is None:
+            return "no source gives them"
+        return f"QEMU's own notes, which have them, could not be had: {self.native_refusal}"
 
     def lines(self) -> list[str]:
         """Say it in words."""
@@ -59,7 +68,7 @@ class DumpReport:
         lines += [f"uncertain: {doubt}" for doubt in self.doubts]
         lines += [
             f"incomplete: vCPU {index} has zero for {', '.join(names)} in its note {note}:"
-            " no source gives them"
+            f" {self._why_missing}"
             for (note, index), names in self.missing.items()
         ]
         return lines

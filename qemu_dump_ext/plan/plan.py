@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, Core, phys_base
-from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.paging.segments import (
     Segment,
@@ -36,7 +36,7 @@ class GuestSnapshot:
     Attributes:
         architecture: Of the guest.
         ram_blocks: By ascending gpa, not overlapping.
-        vcpus: By ascending cpu_index.
+        vcpus: In QEMU's order.
         guest_note: The note that the guest gave to QEMU's vmcoreinfo device, header included, or
             one that was found in its memory; empty where there is none.
         utsname: What is known of the kernel; empty strings where unknown.
@@ -115,11 +115,21 @@ def make_plan(
     request = request or DumpRequest()
     architecture = snapshot.architecture
     if not snapshot.vcpus or not snapshot.ram_blocks:
-        raise RequestError("the guest has no vCPU or no memory: there is nothing to dump")
+        raise RequestError(
+            "dump: no guest memory to dump",
+            hint="QEMU dumps the address space of the machine, which has no RAM or no vCPU here",
+        )
     core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect, snapshot.machine)
-    encoded = encode_vcpu_notes(
-        architecture, core, snapshot.vcpus, kernel_gs_base=dialect.kernel_gs_base
-    )
+    vcpus: Sequence[Vcpu] = snapshot.vcpus
+    remarks: list[str] = []
+    if not dialect.vcpus_as_made:
+        vcpus, remarks = _as_the_kernel_counts(architecture, vcpus)
+    encoded = encode_vcpu_notes(architecture, core, vcpus, kernel_gs_base=dialect.kernel_gs_base)
+    if dialect.notes_of_one_size and len(set(encoded.sizes.values())) > 1:
+        raise NotDumpedByQemuError(
+            "dump: failed to write elf notes",
+            hint=f"{dialect.name} does not dump vCPUs of different kinds; without --exact we do",
+        )
     notes = encoded.data + snapshot.guest_note
     span = None
     for note in whole_notes(snapshot.guest_note, core.byte_order):
@@ -129,7 +139,6 @@ def make_plan(
     page_size = _page_size(snapshot, dialect, text)
     blocks = select_blocks(snapshot.ram_blocks, dialect, request, page_size if whole_pages else 1)
     segments = _plan_segments(snapshot, dialect, request, blocks)
-    remarks = []
     if request.paging and (unmapped := unmapped_size(segments, blocks)):
         remarks.append(
             f"{unmapped / (1 << 20):.1f} MiB of guest memory are mapped by no page table: they are"
@@ -159,6 +168,26 @@ def make_plan(
         pfn_base=base // page_size if relative else 0,
         remarks=tuple(remarks),
     )
+
+
+def _as_the_kernel_counts(
+    architecture: Architecture, vcpus: Sequence[Vcpu]
+) -> tuple[Sequence[Vcpu], list[str]]:
+    """Return the vCPUs in the order of the kernel's numbers, as readers expect, and remarks."""
+    indexes = [vcpu.index for vcpu in vcpus]
+    if indexes == sorted(indexes):
+        return vcpus, []
+    # Plugged in another order. Which number a kernel gives to a CPU depends on its version.
+    made = ", ".join(map(str, indexes))
+    told = f"vCPUs were plugged in the order {made}"
+    if architecture.per_cpu_base is not None:
+        bases = {vcpu.index: architecture.per_cpu_base(vcpu.registers) for vcpu in vcpus}
+        known = {index: base for index, base in bases.items() if base is not None}
+        if len(known) == len(set(known.values())) == len(vcpus):
+            ordered = sorted(vcpus, key=lambda vcpu: known[vcpu.index])
+            order = ", ".join(str(vcpu.index) for vcpu in ordered)
+            return ordered, [f"{told}; the kernel counts them {order}, and so do the notes"]
+    return vcpus, [f"{told}, and so are the notes: the kernel may count them otherwise"]
 
 
 def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -51,10 +51,11 @@ class ProbedGuest:
         architecture: Of the guest.
         ram_blocks: By ascending gpa.
         readable_ranges: What a page table may map as memory: (first, end), ascending.
-        vcpus: By ascending cpu_index.
+        vcpus: In QEMU's order, which is that of their making.
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
         native_refusal: Why QEMU's own notes could not be had, or None.
+        guessed: Registers of which only those notes would tell every bit.
         machine: QOM type of the machine.
         left_out: What of its memory does not go into a dump, in words.
         doubts: What could not be found out, in words.
@@ -68,6 +69,7 @@ class ProbedGuest:
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
+    guessed: Collection[str] = ()
     machine: str = ""
     left_out: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
@@ -99,11 +101,11 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         lambda: read_g_packet(access.stub, min(texts)) if access.stub else b"",
     )
     architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
-    native, refusal = NativeNotes((), b""), None
+    native, refusal = NativeNotes({}, b""), None
     try:
         if ram_blocks:
             content = native_dump(access, ram_blocks[0].gpa)
-            native = parse_native_notes(content, architecture, len(texts))
+            native = parse_native_notes(content, architecture, list(texts))
     except SourceError as error:
         refusal = str(error)
     hardware_segments = "enabled" in monitor.execute("info kvm")
@@ -115,24 +117,23 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         and (number := read_number(monitor, objects.cpu_path, register.qom)) is not None
     }
     by_monitor = parse_monitor_registers(architecture, texts)
-    by_note = dict(zip(sorted(texts), native.vcpus, strict=False))
-    vcpus = tuple(
-        Vcpu(
-            index,
-            merge_readings(
-                architecture,
-                VcpuReadings(
-                    gdb=by_stub.get(index, {}),
-                    monitor=by_monitor[index],
-                    native=by_note.get(index, {}),
-                    hardware_segments=hardware_segments,
-                    native_byte_order=native.byte_order,
-                    qom=properties,
-                ),
-            ),
+    readings = {
+        index: VcpuReadings(
+            gdb=by_stub.get(index, {}),
+            monitor=by_monitor[index],
+            native=native.vcpus.get(index, {}),
+            hardware_segments=hardware_segments,
+            native_byte_order=native.byte_order,
+            qom=properties,
         )
-        for index in sorted(texts)
+        for index in texts
+    }
+    vcpus = tuple(
+        Vcpu(index, merge_readings(architecture, known)) for index, known in readings.items()
     )
+    guessed = {
+        name for known in readings.values() for name in architecture.guessed_registers(known)
+    }
     unknown_note = refusal is not None and bool(find_devices(monitor, "vmcoreinfo"))
     return ProbedGuest(
         version,
@@ -142,6 +143,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
+        guessed=sorted(guessed),
         machine=objects.machine_type,
         left_out=dumped.left_out,
         doubts=dumped.doubts,

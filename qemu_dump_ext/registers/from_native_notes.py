@@ -18,18 +18,25 @@ class NativeNotes:
     """What such a dump tells.
 
     Attributes:
-        vcpus: Registers by name, by ascending cpu_index.
+        vcpus: Registers by name, by cpu_index.
         guest_note: The guest's note, header included; empty where there is none.
         byte_order: Of that dump; None where there is none.
     """
 
-    vcpus: Sequence[Mapping[str, int]]
+    vcpus: Mapping[int, Mapping[str, int]]
     guest_note: bytes
     byte_order: ByteOrder | None = None
 
 
-def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: int) -> NativeNotes:
+def parse_native_notes(
+    content: bytes, architecture: Architecture, indexes: Sequence[int]
+) -> NativeNotes:
     """Take the notes of QEMU's own ELF dump apart.
+
+    Args:
+        content: The dump.
+        architecture: Of the guest.
+        indexes: The cpu_index of each vCPU in QEMU's own order, which is that of their making.
 
     Raises:
         SourceError: It is no dump of this architecture.
@@ -44,9 +51,17 @@ def parse_native_notes(content: bytes, architecture: Architecture, vcpu_count: i
     for core in architecture.cores:
         if (core.e_machine, core.byte_order) != (header["e_machine"], byte_order):
             continue
-        decoded = decode_vcpu_registers(architecture, core, notes, vcpu_count)
+        decoded = decode_vcpu_registers(architecture, core, notes, len(indexes))
         if decoded is not None:
             guest_notes = notes[decoded.count :]
             start = guest_notes[0].offset if guest_notes else len(area)
-            return NativeNotes(decoded.vcpus, area[start:], byte_order)
+            numbers = _indexes_by_notes(decoded.pids, indexes)
+            vcpus = dict(zip(numbers, decoded.vcpus, strict=True))
+            return NativeNotes(vcpus, area[start:], byte_order)
     raise SourceError("QEMU's dump of one byte has notes of another kind")
+
+
+def _indexes_by_notes(pids: Sequence[int], indexes: Sequence[int]) -> Sequence[int]:
+    # Some notes have no pid, or one in another byte order: see `Dialect.pid_unconverted`.
+    told = [pid - 1 for pid in pids]
+    return told if sorted(told) == sorted(indexes) else indexes

@@ -24,10 +24,12 @@ class EncodedNotes:
     Attributes:
         data: As in the file.
         missing: Register names that no source gave, by note and cpu_index; zero in `data`.
+        sizes: Of the notes of each vCPU, in bytes, by cpu_index.
     """
 
     data: bytes
     missing: Mapping[tuple[str, int], Sequence[str]]
+    sizes: Mapping[int, int]
 
 
 def encode_vcpu_notes(
@@ -38,7 +40,7 @@ def encode_vcpu_notes(
     Args:
         architecture: Tells which members of a note are registers.
         core: Declares the notes and their byte order.
-        vcpus: In the order of cpu_index.
+        vcpus: In the order of their notes.
         kernel_gs_base: The note `QEMU` ends with that register, as since QEMU 3.0.
 
     Returns:
@@ -47,6 +49,7 @@ def encode_vcpu_notes(
     known = {register.name for register in architecture.registers}
     missing: dict[tuple[str, int], Sequence[str]] = {}
     data = bytearray()
+    sizes = dict.fromkeys((vcpu.index for vcpu in vcpus), 0)
     for after in (False, True):
         for vcpu in vcpus:
             for layout in core.notes:
@@ -60,8 +63,10 @@ def encode_vcpu_notes(
                         missing[key] = sorted({*missing.get(key, ()), *absent})
                     if layout.owner == "QEMU" and not kernel_gs_base:
                         descriptor = _shorten_qemu_note(descriptor)
-                    data += encode_note(layout.owner, layout.type, descriptor, core.byte_order)
-    return EncodedNotes(bytes(data), missing)
+                    note = encode_note(layout.owner, layout.type, descriptor, core.byte_order)
+                    data += note
+                    sizes[vcpu.index] += len(note)
+    return EncodedNotes(bytes(data), missing, sizes)
 
 
 def _encode_descriptor(
@@ -94,10 +99,12 @@ class DecodedNotes:
     Attributes:
         vcpus: Registers by name, in the order of the notes: one mapping for each vCPU.
         count: How many notes they were.
+        pids: pr_pid of each vCPU, which is its cpu_index + 1; 0 where the notes have none.
     """
 
     vcpus: Sequence[Mapping[str, int]]
     count: int
+    pids: Sequence[int]
 
 
 def decode_vcpu_registers(
@@ -125,12 +132,14 @@ def decode_vcpu_registers(
                 elif layout.choose is None:
                     return None
     vcpus: list[dict[str, int]] = []
+    pids = []
     for decoded in found:
         registers: dict[str, int] = {}
+        pids.append(max((values.get(_PID, 0) for _, values in decoded), default=0))
         for _, values in sorted(decoded, key=lambda item: item[0].max_align):
             registers |= {name: values[name] for name in values.keys() & known}
         vcpus.append(registers)
-    return DecodedNotes(vcpus, position)
+    return DecodedNotes(vcpus, position, pids)
 
 
 def _decode_note(

@@ -35,6 +35,10 @@ class Dialect:
             decimal; wrong whenever KASLR moved the kernel.
         first_vcpu_decides: Word size and notes follow the first vCPU, even where another one is
             in long mode already.
+        vcpus_as_made: Notes are in the order in which QEMU made the vCPUs; a reader takes the
+            first for that of the kernel's first CPU, and so on.
+        notes_of_one_size: The notes of all vCPUs are reckoned to be as large as those of the first;
+            where they are not, as on boards with and without FPU, no dump comes out right.
         pid_unconverted: Process ids as QEMU wrote them before 9.1: none on PowerPC, in the byte
             order of QEMU's host on s390x.
         hypervisor_decides_byte_order: A pseries guest's byte order is taken from a register of
@@ -72,6 +76,8 @@ class Dialect:
     utsname: Literal["facts", "target", "unknown"]
     phys_base_is_hex: bool
     first_vcpu_decides: bool
+    vcpus_as_made: bool
+    notes_of_one_size: bool
     pid_unconverted: bool
     hypervisor_decides_byte_order: bool
     qemu_note_layouts: bool
@@ -94,6 +100,8 @@ MENDED = Dialect(
     utsname="facts",
     phys_base_is_hex=False,
     first_vcpu_decides=False,
+    vcpus_as_made=False,
+    notes_of_one_size=False,
     pid_unconverted=False,
     hypervisor_decides_byte_order=False,
     qemu_note_layouts=False,
@@ -117,6 +125,8 @@ _QEMU_0 = Dialect(
     utsname="target",
     phys_base_is_hex=True,
     first_vcpu_decides=True,
+    vcpus_as_made=True,
+    notes_of_one_size=True,
     pid_unconverted=True,
     hypervisor_decides_byte_order=True,
     qemu_note_layouts=True,

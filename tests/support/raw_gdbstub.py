@@ -56,7 +56,7 @@ class RawGdbstub:
             text += part[1:]
             if part[:1] != "m":
                 break
-        return text
+        return re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
 
     def __enter__(self) -> Self:
         return self
