@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, Core
+from qemu_dump_ext.errors import GuestMemoryFaultError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
@@ -66,6 +67,27 @@ class GuestView(ABC):
     @abstractmethod
     def _known_vmcoreinfo(self) -> Vmcoreinfo | None:
         """Return what is known without a search; None where nothing is."""
+
+    def read(self, gpa: int, size: int) -> bytes:
+        """Return `size` bytes of guest memory from `gpa` on.
+
+        Raises:
+            GuestMemoryFaultError: Some of it is no memory, or cannot be read.
+            SourceError: Guest memory cannot be had at all.
+        """
+        if size < 0 or not self._has(gpa, size):
+            raise GuestMemoryFaultError(gpa, size, "not all of it is guest memory")
+        data = bytearray(size)
+        for block in self.ram_blocks:
+            low, high = max(block.gpa, gpa), min(block.end, gpa + size)
+            if low < high:
+                self.memory.read_into(low, memoryview(data)[low - gpa : high - gpa])
+        return bytes(data)
+
+    def _has(self, gpa: int, size: int) -> bool:
+        # Before room is made for it.
+        covered = (min(block.end, gpa + size) - max(block.gpa, gpa) for block in self.ram_blocks)
+        return sum(max(0, count) for count in covered) == size
 
     def program_counters(self) -> Sequence[int]:
         """Return where the vCPUs are, as far as that is known."""

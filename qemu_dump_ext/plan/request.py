@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qemu_dump_ext.errors import RequestError
 
@@ -31,13 +31,13 @@ class MemoryRange:
         return self.begin + self.length
 
 
-@dataclass(frozen=True)
-class DumpRequest:
-    """One dump.
+@dataclass(frozen=True, kw_only=True)
+class DumpOptions:
+    """What can be asked for of a dump besides its format.
+
+    Which of it a format has, and what excludes each other, the format says.
 
     Attributes:
-        format: Name of a `DumpFormat`: `elf`, `kdump-zlib`, `kdump-raw-zlib`, ... Which of the
-            other attributes a format has, and which exclude each other, the format says.
         exact: Byte for byte as the attached QEMU would write it.
         paging: One segment for each range that the page tables of the vCPUs map, at its virtual
             address.
@@ -52,7 +52,6 @@ class DumpRequest:
         max_pause: Seconds for which the guest may stand still; None: any.
     """
 
-    format: str = DEFAULT_FORMAT
     exact: bool = False
     paging: bool = False
     memory_range: MemoryRange | None = None
@@ -75,3 +74,21 @@ class DumpRequest:
             for name in ("begin", "length"):
                 if getattr(self.memory_range, name) < 0:
                     raise RequestError(f"parameter '{name}' must not be negative")
+
+    def of_format(self, name: str) -> DumpRequest:
+        """Return the request for a dump of a format; a range is one for every format."""
+        bounds = self.memory_range
+        if bounds is not None and not self.exact:
+            bounds = replace(bounds, is_extension=True)
+        return DumpRequest(**{**vars(self), "format": name, "memory_range": bounds})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DumpRequest(DumpOptions):
+    """One dump.
+
+    Attributes:
+        format: Name of a `DumpFormat`: `elf`, `kdump-zlib`, `kdump-raw-zlib`, ...
+    """
+
+    format: str = DEFAULT_FORMAT

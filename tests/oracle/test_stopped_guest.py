@@ -29,9 +29,9 @@ pytestmark = pytest.mark.qemu
 # Each is one walk of the object tree, or one answer that grows with the guest.
 ASKED_ONCE = ("info version", "info mtree -f", "qom-list /", "info kvm")
 # May become less.
-QUESTIONS_OF_A_DUMP = 43
-QUESTIONS_OF_ALL = 67
-QUESTIONS_OF_A_CRASH = 53
+QUESTIONS_OF_A_DUMP = 46
+QUESTIONS_OF_ALL = 70
+QUESTIONS_OF_A_CRASH = 56
 
 
 @pytest.fixture(scope="module")

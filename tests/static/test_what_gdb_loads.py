@@ -21,6 +21,7 @@ PACKAGE = "qemu_dump_ext"
 NOT_IN_GDB = {
     f"{PACKAGE}.{name}"
     for name in (
+        "api",
         "cli",
         "crash_collector",
         "dump_readers",

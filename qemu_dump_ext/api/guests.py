@@ -1,0 +1,181 @@
+"""A guest that can be reached, and one that stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from os import PathLike
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from qemu_dump_ext.api.targets import sink_for
+from qemu_dump_ext.api.views import GuestView
+from qemu_dump_ext.engine import dump as dumping
+from qemu_dump_ext.engine.info import GuestDescription, describe, describe_guest
+from qemu_dump_ext.engine.report import DumpReport
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest as StillGuest
+from qemu_dump_ext.engine.stopped_guest import stopped_guest
+from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.memory_sources import AUTO
+from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpOptions
+from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import connect_qmp
+
+_PLAIN = DumpOptions()
+
+
+class StoppedGuest(GuestView):
+    """A guest that stands still, as `Guest.stopped` gives it; not for use behind the `with` block.
+
+    Attributes:
+        memory_source: Where guest memory comes from.
+        passed_over: Faster memory sources, and why each was not taken.
+    """
+
+    def __init__(self, still: StillGuest) -> None:
+        self._still = still
+
+    @property
+    def _view(self) -> StillGuest:
+        return self._still
+
+    @property
+    def memory_source(self) -> str:
+        """Where guest memory comes from."""
+        return self._still.memory.name
+
+    @property
+    def passed_over(self) -> Sequence[tuple[str, str]]:
+        """Faster memory sources, and why each was not taken."""
+        return self._still.passed_over
+
+    def info(self) -> GuestDescription:
+        """Say what would be dumped.
+
+        Raises:
+            SourceError: The guest was lost.
+        """
+        return describe(self._still)
+
+    def dump(
+        self,
+        file: str | PathLike[str] | BinaryIO,
+        *,
+        format: str = DEFAULT_FORMAT,  # noqa: A002 - the word of every door
+        options: DumpOptions = _PLAIN,
+        force: bool = False,
+    ) -> DumpReport:
+        """Write a dump, as `Guest.dump` does; the guest stands still before and afterwards."""
+        with sink_for(file, force=force) as sink:
+            return dumping.dump_stopped(
+                options.of_format(format), self._still, sink, progress=ProgressMeter(None)
+            )
+
+
+class Guest:
+    """A guest that can be reached by QMP; `connect` gives it. Close it, or use it in a `with`.
+
+    QEMU serves one client on a QMP socket: while this is open, nobody else is served there.
+    """
+
+    def __init__(self, target: str) -> None:
+        self._opened = ExitStack()
+        self._access = GuestAccess.by_qmp(self._opened.enter_context(connect_qmp(target)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnect; harmless when repeated."""
+        self._opened.close()
+
+    def info(self) -> GuestDescription:
+        """Say what would be dumped; the guest is stopped meanwhile.
+
+        Raises:
+            SourceError: It cannot be reached.
+        """
+        return describe_guest(self._access)
+
+    @contextmanager
+    def stopped(self, memory: str = AUTO) -> Iterator[StoppedGuest]:
+        """Keep the guest stopped for the time of a `with` block.
+
+        One that ran runs again afterwards, also after an error or Ctrl-C; one that was stopped
+        stays as it was. What it is, is asked once.
+
+        Args:
+            memory: Name of the memory source, or `auto`.
+
+        Raises:
+            SourceError: It cannot be reached, stopped, or resumed.
+        """
+        with stopped_guest(self._access, memory) as still:
+            yield StoppedGuest(still)
+
+    def dump(
+        self,
+        file: str | PathLike[str] | BinaryIO,
+        *,
+        format: str = DEFAULT_FORMAT,  # noqa: A002 - the word of every door
+        memory: str = AUTO,
+        options: DumpOptions = _PLAIN,
+        force: bool = False,
+    ) -> DumpReport:
+        """Write a dump; the guest is stopped meanwhile.
+
+        Args:
+            file: Path, or something open for writing that has a descriptor. A path is complete
+                afterwards, or as it was before.
+            format: `elf`, `kdump-zlib`, `kdump-raw-zlib`, ...
+            memory: Name of the memory source, or `auto`.
+            options: What else is asked for.
+            force: Replace a file that exists.
+
+        Raises:
+            RequestError: What is asked for is impossible.
+            SourceError: The guest cannot be reached, or was lost.
+            DumpWriteError: The dump cannot be written.
+        """
+        with sink_for(file, force=force) as sink:
+            return dumping.dump(
+                options.of_format(format),
+                self._access,
+                sink,
+                memory=memory,
+                progress=ProgressMeter(None),
+            )
+
+
+def connect(target: str) -> Guest:
+    """Connect to a guest.
+
+    Args:
+        target: Its QMP socket: path of a unix socket, `HOST:PORT` or `[IPV6]:PORT`.
+
+    Raises:
+        ConnectError: It cannot be connected to.
+    """
+    return Guest(target)
+
+
+def dump(
+    target: str,
+    file: str | PathLike[str] | BinaryIO,
+    *,
+    format: str = DEFAULT_FORMAT,  # noqa: A002 - the word of every door
+    memory: str = AUTO,
+    options: DumpOptions = _PLAIN,
+    force: bool = False,
+) -> DumpReport:
+    """Connect to a guest and write a dump of it, as `connect` and `Guest.dump` do."""
+    with connect(target) as guest:
+        return guest.dump(file, format=format, memory=memory, options=options, force=force)
