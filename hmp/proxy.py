@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any
 
 from qemu_dump_ext.errors import (
@@ -106,9 +107,9 @@ class _Proxy:
         upstream.on_text = self._tell_all
         self._background: set[asyncio.Task[None]] = set()
 
-    async def serve_hmp(self, connection: Connection) -> None:
-        """Serve a client of the human monitor."""
-        session = HmpSession(connection, self.interpreter)
+    async def serve_hmp(self, connection: Connection, *, at_terminal: bool = False) -> None:
+        """Serve a client of the human monitor; what one at a terminal gets is printable."""
+        session = HmpSession(connection, self.interpreter, at_terminal=at_terminal)
         self.sessions.add(session)
         try:
             await session.serve()
@@ -164,7 +165,7 @@ def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
 def _front(arguments: argparse.Namespace, proxy: _Proxy) -> Front | None:
     if _at_terminal():
         if _is_plain(arguments):
-            return PlainFront(proxy.serve_hmp)
+            return PlainFront(partial(proxy.serve_hmp, at_terminal=True))
         return TerminalFront(proxy.interpreter)
     if arguments.listen or arguments.qmp_listen:
         return None

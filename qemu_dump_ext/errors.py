@@ -1,4 +1,4 @@
-"""Every exception that the package raises on purpose.
+"""The exceptions that every door knows how to tell: what the package raises on purpose is one.
 
 ::
 
@@ -18,7 +18,8 @@
      |   +- NotADumpError               it is no dump that we know
 
 Each carries one line that says what was wrong, and optionally a `hint`: one thing that the user
-can do. A front end shows both and ends with `exit_status`.
+can do. A front end shows both and ends with `exit_status`. Where a room has an error that nobody
+else tells from these, such as a stored crash that is damaged, it derives its own from them.
 """
 
 from __future__ import annotations

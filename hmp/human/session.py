@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qemu_dump_ext.printable import printable
+
 from ..readline import PROMPT, LineEditor
 from ..sockets.connection import Connection
 from .interpreter import HmpClient, Interpreter
@@ -15,8 +17,18 @@ _GOODBYE_SECONDS = 5.0
 class HmpSession:
     """Serves one client as QEMU's monitor would."""
 
-    def __init__(self, connection: Connection, interpreter: Interpreter) -> None:
+    def __init__(
+        self, connection: Connection, interpreter: Interpreter, *, at_terminal: bool = False
+    ) -> None:
+        """Serve a client.
+
+        Args:
+            connection: To the client.
+            interpreter: Of its lines.
+            at_terminal: It shows what it gets, and must not obey what guests have chosen.
+        """
         self._connection = connection
+        self._at_terminal = at_terminal
         self._interpreter = interpreter
         upstream = interpreter.upstream
         self._editor = LineEditor(
@@ -50,6 +62,7 @@ class HmpSession:
 
     def tell(self, text: bytes) -> None:
         """Show `text`, above the line that the client is typing or behind the running command."""
+        text = self._shown(text)
         if self._busy:
             self._untold = (self._untold + text)[-_TOLD_MAX:]
         elif self._connection.waiting < _TOLD_MAX:
@@ -64,6 +77,11 @@ class HmpSession:
             self.tell(f"QEMU {upstream.version_text} is back\r\n".encode())
         elif not self._client.quit:
             self.tell(b"QEMU is gone; waiting for it\r\n")
+
+    def _shown(self, text: bytes) -> bytes:
+        if not self._at_terminal:
+            return text
+        return printable(text.decode("utf-8", "replace"), keep="\r\n\t").encode()
 
     def _set_prompt(self) -> None:
         upstream = self._interpreter.upstream
@@ -86,7 +104,7 @@ class HmpSession:
             if self._client.quit and not self._interpreter.upstream.connected:
                 await self._connection.finish(_GOODBYE_SECONDS)
                 return
-            self._connection.write(answer.encode("utf-8", "replace") + self._untold)
+            self._connection.write(self._shown(answer.encode("utf-8", "replace")) + self._untold)
             self._untold = b""
             self._show_prompt()
             await self._connection.drain()

@@ -14,6 +14,8 @@ from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qemu_dump_ext.printable import printable
+
 from ..dump_job import DumpJob
 from ..sockets.connection import Connection
 from .interpreter import HmpClient, Interpreter
@@ -53,7 +55,7 @@ class _Front:
 
     def tell(self, text: bytes) -> None:
         """Show `text`."""
-        _write(text.decode("utf-8", "replace"))
+        _show(text.decode("utf-8", "replace"))
 
     def state_changed(self) -> None:
         """Say that QEMU is gone, or back."""
@@ -76,7 +78,7 @@ class _Front:
             self._running = False
         quits = self.client.quit
         if not (quits and not self.interpreter.upstream.connected):
-            _write(answer)
+            _show(answer)
         return not quits
 
     async def watch(self, job: DumpJob) -> None:
@@ -137,7 +139,7 @@ class TerminalFront(_Front):
         finally:
             _write(f"\r{'':<{_WIDTH}}\r")
             if job.finished.done() and not job.finished.exception():
-                _write("\n".join(job.finished.result().lines()) + "\n")
+                _show("\n".join(job.finished.result().lines()) + "\n")
 
     def _session(self) -> PromptSession[str]:
         from prompt_toolkit import PromptSession  # noqa: PLC0415 - only at a terminal
@@ -168,7 +170,10 @@ class TerminalFront(_Front):
 
 
 class PlainFront:
-    """A terminal with QEMU's own line editor: byte for byte what `-monitor stdio` shows."""
+    """A terminal with QEMU's own line editor: what `-monitor stdio` shows, byte for byte.
+
+    Only what a terminal would obey in QEMU's answers is shown by its number.
+    """
 
     def __init__(self, serve_client: Callable[[Connection], Awaitable[None]]) -> None:
         self._serve_client = serve_client
@@ -230,7 +235,13 @@ def _history_path() -> Path | None:
     return path
 
 
+def _show(text: str) -> None:
+    # What QEMU says, and with it what guests have chosen; a pipe gets it as it is.
+    text = text.replace("\r\n", "\n")
+    _write(printable(text) if sys.stdout.isatty() else text)
+
+
 def _write(text: str) -> None:
     with contextlib.suppress(BrokenPipeError):
-        sys.stdout.write(text.replace("\r\n", "\n"))
+        sys.stdout.write(text)
         sys.stdout.flush()

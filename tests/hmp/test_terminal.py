@@ -120,3 +120,17 @@ def test_quit_ends_qemu_and_the_proxy():
         terminal.wait()
         assert terminal.exitstatus == 0
         wait_until(lambda: not own.is_running(), "QEMU ended")
+
+
+@pytest.mark.parametrize("words", [(), ("--plain",)])
+def test_what_others_have_chosen_is_not_obeyed_by_the_terminal(words: tuple[str, ...]):
+    with stopped_machine(["qemu-system-x86_64"], ["-name", "a\x1b[35mb\x9bc"]) as own:
+        terminal = _spawn([*proxy_argv("--qmp", own.qmp_sockets[0]), *words], TERM="xterm")
+        terminal.expect(_PROMPT)
+        terminal.send("info name\r")
+        terminal.expect(r"a\\u001b\[35mb")
+        assert "\x1b[35m" not in str(terminal.before)
+        terminal.expect(_PROMPT)
+        terminal.sendeof() if not words else terminal.send("quit\r")
+        terminal.expect(pexpect.EOF)
+        terminal.wait()

@@ -125,6 +125,37 @@ def test_where_only_the_qmp_socket_can_be_reached(tmp_path: Path):
         assert filecmp.cmp(tmp_path / "x", OracleDumps(machine, tmp_path).elf, shallow=False)
 
 
+@needs_root
+def test_where_only_the_stub_of_another_user_can_be_reached(tmp_path: Path):
+    """QEMU may not enter our directory; auto takes the stub."""
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    machine = stopped_machine([*as_nobody, QEMU], ["-M", "q35", "-m", "4"])
+    machine.folder.chmod(0o777)
+    reason = "Permission denied (QEMU is in another mount namespace, or of another user)"
+    with machine:
+        asked, auto = (
+            subprocess.run(
+                [
+                    *("setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace"),
+                    *cli_argv("--gdb", machine.gdb_socket, "--memory", source, tmp_path / source),
+                ],
+                capture_output=True,
+                text=True,
+                check=False,
+                env=child_environment(),
+                timeout=60,
+            )
+            for source in ("pmemsave", "auto")
+        )
+        assert guest_status(machine) == "prelaunch"
+    assert reason in asked.stderr
+    assert asked.returncode == 3
+    assert "pmemsave was not used: QEMU's pmemsave: Error: Could not open" in auto.stderr
+    assert reason in auto.stderr
+    assert "memory by gdbstub" in auto.stderr
+    assert (tmp_path / "auto").exists()
+
+
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
     """Huge pages for one machine, given back afterwards."""
