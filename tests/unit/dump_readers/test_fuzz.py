@@ -7,7 +7,7 @@ import tracemalloc
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import monotonic
+from time import process_time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -53,6 +53,7 @@ HOT_SPOTS = {
 NUMBERS = [0, 1, 2, 0x7F, 0xFF, 1 << 15, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, (1 << 63) - 1]
 NUMBERS += [1 << 63, (1 << 64) - 1, (1 << 64) - 2, (1 << 64) - 4096]
 SECONDS, BYTES = 5, 64 << 20
+"""Of CPU time: others may keep the machine busy."""
 
 
 @st.composite
@@ -90,12 +91,12 @@ def use_within_bounds(data: bytes) -> None:
         path = Path(directory, "dump")
         path.write_bytes(data)
         tracemalloc.start()
-        start = monotonic()
+        start = process_time()
         try:
             with suppress(DumpError):
                 use(path)
             assert tracemalloc.get_traced_memory()[1] < BYTES
-            assert monotonic() - start < SECONDS
+            assert process_time() - start < SECONDS
         finally:
             tracemalloc.stop()
 
@@ -133,7 +134,7 @@ def test_sparse_file_with_headers_of_any_size(tmp_path):
     path.write_bytes(elf)
     with path.open("r+b") as file:
         file.truncate(1 << 42)
-    begin = monotonic()
+    begin = process_time()
     with pytest.raises(DumpError, match="more than any dump has"):
         open_dump(path)
-    assert monotonic() - begin < SECONDS
+    assert process_time() - begin < SECONDS
