@@ -55,7 +55,7 @@ class DumpImage(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give the file back."""
+        """Give the file back; harmless when repeated."""
 
 
 class PlainImage(DumpImage):
@@ -107,4 +107,6 @@ class PlainImage(DumpImage):
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._fd)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1

@@ -26,6 +26,7 @@ from qemu_dump_ext.structures.kdump import (
     KDUMP_SIGNATURE,
     KDUMP_SUB_HEADER,
     PAGE_DESCRIPTOR,
+    PAGE_DESCRIPTOR_SIZE,
 )
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS
 
@@ -40,7 +41,6 @@ _SUB_HEADER_BLOCKS_MAX = 1 << 20
 _PACKED = 4
 """Alignment of 64-bit members in the 32-bit sub-header of QEMU and of i386; 8 elsewhere."""
 
-PAGE_DESCRIPTOR_SIZE = PAGE_DESCRIPTOR.bind(Abi("little", 8, 8)).size
 BITMAP_PIECE = 1 << 14
 """Bytes of bitmap read at one time."""
 PAGES_AT_ONCE = 256

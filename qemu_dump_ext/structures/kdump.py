@@ -6,7 +6,7 @@ member is the header_version that brought it.
 
 from __future__ import annotations
 
-from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import Abi, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS, UTSNAME_SIZE
 
 KDUMP_SIGNATURE = b"KDUMP   "
@@ -57,3 +57,5 @@ PAGE_DESCRIPTOR = StructLayout(
         Field("page_flags", "u64"),
     ),
 )
+PAGE_DESCRIPTOR_SIZE = PAGE_DESCRIPTOR.bind(Abi("little", 8, 8)).size
+"""Bytes, with all word sizes and byte orders."""

@@ -23,7 +23,7 @@ from qemu_dump_ext.memory_sources import (
     open_memory,
 )
 from qemu_dump_ext.qemu import shared_directory
-from tests.support.fake_guest import PAGE, FakeGuest, FakeMonitor, fake_guest
+from tests.support.fake_guest import PAGE, FakeGuest, FakeMonitor, content_of, fake_guest
 from tests.support.leftovers import nothing_left
 
 EVERY_SOURCE = pytest.mark.parametrize("name", all_memory_sources())
@@ -91,7 +91,7 @@ def test_it_reads_what_is_there(guest: FakeGuest, name: str):
         blocks = _blocks_of(memory, guest)
         assert blocks
         for block in blocks:
-            assert _read(memory, block.gpa, block.size) == guest.content(block)
+            assert _read(memory, block.gpa, block.size) == content_of(block)
         for block in reversed(blocks):
             for gpa, size in ((block.gpa, 1), (block.end - 1, 1), (block.gpa + PAGE - 3, 7)):
                 assert _read(memory, gpa, size) == guest.read(gpa, size)
@@ -103,7 +103,7 @@ def test_it_reads_forward_in_small_steps(guest: FakeGuest, name: str):
         for block in _blocks_of(memory, guest):
             step = PAGE // 2
             parts = [_read(memory, gpa, step) for gpa in range(block.gpa, block.end, step)]
-            assert b"".join(parts) == guest.content(block)
+            assert b"".join(parts) == content_of(block)
 
 
 @EVERY_SOURCE
@@ -202,7 +202,7 @@ def test_it_can_be_chosen_and_others_bring_what_it_has_not(guest: FakeGuest, nam
         assert opened.memory.name.split("+")[0] == name
         assert not opened.passed_over
         for block in guest.blocks:
-            assert _read(opened.memory, block.gpa, block.size) == guest.content(block)
+            assert _read(opened.memory, block.gpa, block.size) == content_of(block)
 
 
 @EVERY_SOURCE
@@ -231,7 +231,7 @@ def test_where_one_fails_in_the_middle_auto_goes_on_with_the_next(guest: FakeGue
         for path in (tmp_path / "shared").glob("qemu-dump-*"):
             shutil.rmtree(path)
         for block in (last, first):
-            assert _read(opened.memory, block.gpa, block.size) == guest.content(block)
+            assert _read(opened.memory, block.gpa, block.size) == content_of(block)
         assert opened.memory.name == "pmemsave then gdbstub"
         assert opened.memory.is_slow
         assert "(somebody removed it during the dump)" in dict(opened.passed_over)["pmemsave"]

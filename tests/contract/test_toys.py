@@ -17,7 +17,7 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.options.dump_options import parse_dump_arguments
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from tests.support.fake_guest import FakeGuest, fake_guest
+from tests.support.fake_guest import FakeGuest, content_of, fake_guest
 from tests.support.toys import toy_in
 
 
@@ -34,7 +34,7 @@ def _dump(guest: FakeGuest, target: object, memory: str = "auto") -> DumpReport:
 
 
 def _memory(guest: FakeGuest) -> bytes:
-    return b"".join(map(guest.content, guest.blocks))
+    return b"".join(map(content_of, guest.blocks))
 
 
 def test_an_architecture(tmp_path: Path):

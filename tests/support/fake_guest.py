@@ -69,6 +69,13 @@ sys.stdin.read()
 """
 
 
+def content_of(block: RamBlock) -> bytes:
+    """Return all that is in one of BLOCKS."""
+    first = block.region_offset // PAGE
+    pages = [_PAGES.get((block.name, first + i), b"") for i in range(-(-block.size // PAGE))]
+    return b"".join(page.ljust(PAGE, b"\0") for page in pages)[: block.size]
+
+
 @dataclass
 class FakeGuest:
     """A stopped guest, and the ways to it.
@@ -97,17 +104,11 @@ class FakeGuest:
         self.is_physical = False
         self.runs = False
 
-    def content(self, block: RamBlock) -> bytes:
-        """Return all that is in a block."""
-        first = block.region_offset // PAGE
-        pages = [_PAGES.get((block.name, first + i), b"") for i in range(-(-block.size // PAGE))]
-        return b"".join(page.ljust(PAGE, b"\0") for page in pages)[: block.size]
-
     def read(self, gpa: int, size: int) -> bytes:
         """Return what is at `gpa`."""
         for block in self.blocks:
             if block.gpa <= gpa and gpa + size <= block.end:
-                return self.content(block)[gpa - block.gpa :][:size]
+                return content_of(block)[gpa - block.gpa :][:size]
         raise GuestMemoryFaultError(gpa, size, "there is none")
 
     @property
