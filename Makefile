@@ -11,10 +11,11 @@ check: # the linters, the types, the layers
 	$(dir $(PYTHON))lint-imports --no-cache
 
 test: # what needs no QEMU: under a minute
-	$(PYTEST) tests/unit tests/contract tests/static/test_documentation.py
+	$(PYTEST) -m "not (qemu or gdb or guest)" tests/unit tests/contract \
+	    tests/static/test_documentation.py
 
 test-qemu: # what starts QEMU and gdb, but boots no guest
-	$(PYTEST) -m "not guest" tests/oracle tests/hmp tests/in_gdb tests/collector
+	$(PYTEST) -m "(qemu or gdb) and not guest"
 
 test-all:
 	$(PYTEST)

@@ -39,6 +39,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 COLLECTOR = PAGES["docs/crash-collector.md"]
+GENERATED = generated_files()
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES)
 
 
@@ -79,9 +80,9 @@ def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", generated_files(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_generated_is_up_to_date(path: Path):
-    assert path.read_text("utf-8") == generated_files()[path], "run: python -m docs.generate"
+    assert path.read_text("utf-8") == GENERATED[path], "run: python -m docs.generate"
 
 
 @EVERY_PAGE
