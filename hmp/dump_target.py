@@ -27,7 +27,7 @@ class DumpTarget:
     """Where a dump goes.
 
     Attributes:
-        name: As the client wrote it.
+        name: The name as the client wrote it.
         path: Absolute; or None for a descriptor.
         descriptor: Ours to close; or None for a path.
     """
@@ -44,7 +44,7 @@ def is_for_qemu_alone(name: str, directory: Path) -> bool:
     add-fd, and what the kernel shows of the process that looks: `/dev/fd/3`, `/proc/self/fd/3`.
 
     Args:
-        name: As the client wrote it.
+        name: The name as the client wrote it.
         directory: QEMU's working directory.
     """
     return name.startswith(_DESCRIPTORS_OF_QEMU) or _leads_into_own_process(directory / name)

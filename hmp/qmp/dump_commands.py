@@ -39,7 +39,7 @@ class _Destination:
 
 
 class DumpCommands:
-    """Those of one client."""
+    """The dump commands of one client."""
 
     def __init__(
         self,

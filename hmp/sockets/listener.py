@@ -30,7 +30,7 @@ class Listener:
     """One socket, and everybody who is connected to it.
 
     Attributes:
-        address: As the user gave it; with the port that was chosen where it was 0.
+        address: The address as the user gave it; with the port that was chosen where it was 0.
     """
 
     def __init__(

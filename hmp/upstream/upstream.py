@@ -24,8 +24,8 @@ class Upstream(ABC):
     """A connection to QEMU that comes back when QEMU does.
 
     Attributes:
-        address: As the user gave it.
-        version: Of QEMU.
+        address: The address as the user gave it.
+        version: The version of QEMU.
         connected: Whether QEMU is there.
         gone: Set while it is not.
         on_state: Called when it comes or goes.
@@ -44,7 +44,7 @@ class Upstream(ABC):
 
     @property
     def version_text(self) -> str:
-        """As in QEMU's banner."""
+        """The version as in QEMU's banner."""
         return "{}.{}.{}".format(*self.version)
 
     async def start(self) -> None:

@@ -40,8 +40,8 @@ class NoteLayout:
     Attributes:
         owner: Name of the note, without the terminating NUL.
         type: n_type.
-        layout: Of the descriptor. A member that is named like a register holds that register,
-            cut to its width; `pr_pid` holds cpu_index + 1; all others are constant.
+        layout: The layout of the descriptor. A member that is named like a register holds that
+            register, cut to its width; `pr_pid` holds cpu_index + 1; all others are constant.
         alternatives: Other layouts that `choose` may return, or that a version of QEMU writes;
             no two have the same size.
         choose: Decides which layout a vCPU has from its registers; None where it has no such
@@ -82,11 +82,11 @@ class Core:
 
     Attributes:
         e_machine: EM_* of the ELF header.
-        byte_order: Of every structure in the dump.
+        byte_order: The byte order of every structure in the dump.
         word_size: 8 for ELFCLASS64 and the 64-bit kdump headers, 4 for the others.
-        notes: Of each vCPU, in order.
+        notes: The notes of each vCPU, in order.
         uname_machine: What `uname -m` prints in such a guest.
-        e_flags: Of the ELF header.
+        e_flags: The `e_flags` of the ELF header.
         os_abi: EI_OSABI of the ELF header, for targets whose notes gdb knows by it alone.
         u64_align: Alignment of 64-bit integers in the guest's C structures, in bytes.
     """
@@ -106,11 +106,12 @@ class VcpuReadings:
     """What the sources say about one vCPU, each by our register names.
 
     Attributes:
-        gdb: From the stub; empty where there is none.
-        monitor: From `info registers`.
-        native: From the notes of a dump of one byte that QEMU wrote; empty where it could not.
+        gdb: The registers from the stub; empty where there is none.
+        monitor: The registers from `info registers`.
+        native: The registers from the notes of a dump of one byte that QEMU wrote; empty where it
+            could not.
         hardware_segments: An accelerator runs the guest, not the translator of QEMU.
-        native_byte_order: Of that dump; None where there is none.
+        native_byte_order: The native byte order of that dump; None where there is none.
         qom: Properties of the CPU object.
     """
 
@@ -157,7 +158,7 @@ class Architecture:
         per_cpu_base: Tells from the registers of a vCPU where the kernel has the data of that CPU,
             which ascends with the kernel's number of it; None in it: not known. None where unknown.
         program_counter: Name of the register that tells where a vCPU is.
-        page_size: Of kdump blocks, in bytes.
+        page_size: The page size of kdump blocks, in bytes.
         phys_base_key: Line of VMCOREINFO that tells phys_base; None where none does.
         select_core: Decides which of `cores` the guest needs from its vCPUs, its RAM blocks, the
             dialect, and the QOM type of its machine.
@@ -183,8 +184,8 @@ class Architecture:
         pfn_from_phys_base: Readers count the page frames of a kdump from phys_base.
         recognize: Tells whether the clues fit, where the type of the CPUs is that of other
             architectures as well.
-        stub_byte_order: Of register values in the packets of the stub, where it depends on the
-            registers themselves; None where it is that of the first core.
+        stub_byte_order: The byte order of register values in the packets of the stub, where it
+            depends on the registers themselves; None where it is that of the first core.
         correct_stub: Puts what the stub sends under the right names, where a version of QEMU
             describes other numbers than it answers to.
         g_packet: What a stub without target description sends for `g`, named as in the column

@@ -89,7 +89,7 @@ class CrashCause:
 
 @dataclass(frozen=True)
 class Signature:
-    """By what the same crash is recognised.
+    """The signature of a crash, by which the same one is recognised.
 
     Attributes:
         id: 16 hexadecimal digits, of message and frames.
@@ -110,8 +110,8 @@ class DumpFacts:
 
     Attributes:
         file: Its name in the directory of the crash, or None.
-        format: As `DumpRequest.format` has it.
-        bytes: Of the file.
+        format: The format of the dump, as `DumpRequest.format` has it.
+        bytes: The size of the file in bytes.
         complete: Nothing that belongs into it is missing.
         left_out: What is missing, one line each.
         reason: Why there is no dump, or None.
@@ -134,10 +134,11 @@ class QemuFacts:
     """The QEMU of the guest.
 
     Attributes:
-        version: Such as `7.2.22`.
+        version: The version, such as `7.2.22`.
         target: QEMU's name of the architecture.
-        pid: On this host; None where it is not known.
-        command_line: As the kernel shows it; None where it cannot be read.
+        pid: The process of QEMU on this host; None where it is not known.
+        command_line: The command line of QEMU, as the kernel shows it; None where it cannot be
+            read.
     """
 
     __pydantic_config__ = _STRICT
@@ -175,10 +176,10 @@ class CrashRecord:
     Attributes:
         id: `GUEST/TIME-SIGNATURE`, the directory in the store; empty before it is committed.
         guest: Its name.
-        labels: From the configuration.
+        labels: The labels of the guest, from the configuration.
         time: When it happened, ISO 8601, UTC.
         cause: Why it counts.
-        signature: By what it is recognised.
+        signature: What the same crash is recognised by.
         dump: The dump, or why there is none.
         qemu: Whose guest.
         guest_stopped_seconds: How long we kept a guest stopped that ran.
@@ -188,7 +189,7 @@ class CrashRecord:
         occurrence: The how manyth crash of its signature this is in this store, from 1.
         held: Never removed by limits.
         files: Every file of the directory but this record and the list of checksums.
-        schema_version: Of this description.
+        schema_version: The version of this description.
     """
 
     __pydantic_config__ = _STRICT

@@ -24,7 +24,7 @@ _PRSTATUS64_SIZE_MIN = 300
 64-bit words, 328 (QEMU on 32-bit PPC, which has the prefix of the 64-bit one). The words of the
 dump do not tell: 32-bit guests come in ELFCLASS64."""
 _PR_PID_OFFSET_32, _PR_PID_OFFSET_64 = 24, 32
-"""Of pr_pid in struct elf_prstatus. Source: Linux include/linux/elfcore.h."""
+"""The offset of pr_pid in struct elf_prstatus. Source: Linux include/linux/elfcore.h."""
 
 
 class DumpFile(ABC):
@@ -34,7 +34,7 @@ class DumpFile(ABC):
         image: The bytes of the dump, rearranged if it is flattened.
         format: `elf`, `kdump`, `elf-flattened`, `kdump-flattened`, ...
         reader: Name of the `DumpReader` that opened it.
-        byte_order: Of the dump, which is the guest's.
+        byte_order: The byte order of the dump, which is the guest's.
         word_size: 4 or 8 bytes, as the dump's headers have it.
         page_size: Unit of presence, in bytes.
         header: Integers and strings of the main header, under their names in C.

@@ -51,7 +51,7 @@ class Segment:
     """One PT_LOAD; the names are those of the program header, in bytes.
 
     Attributes:
-        number: Of the program header, from 0.
+        number: The number of the program header, from 0.
     """
 
     number: int

@@ -14,11 +14,11 @@ class DumpReport:
     """What was done.
 
     Attributes:
-        target: As the user named it.
+        target: The target as the user named it.
         format: `elf`, `kdump-zlib`, `kdump-raw-zlib`, ...
         memory_size: Guest memory in the dump, in bytes.
         bytes_written: Size of what was written.
-        seconds: From the first question to the last byte.
+        seconds: The seconds from the first question to the last byte.
         stopped_seconds: How long the guest was kept stopped.
         memory_source: Where guest memory came from.
         passed_over: Faster memory sources, and why each was not taken.

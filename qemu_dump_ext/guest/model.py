@@ -16,7 +16,7 @@ class RamBlock:
 
     Attributes:
         gpa: First guest physical address.
-        size: In bytes; need not be a multiple of a page.
+        size: The size in bytes; need not be a multiple of a page.
         name: QEMU's memory region behind it.
         region_offset: Offset of `gpa` inside that region, in bytes.
     """

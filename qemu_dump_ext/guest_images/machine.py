@@ -83,7 +83,7 @@ class QemuMachine:
 
     @property
     def pid(self) -> int:
-        """The process of QEMU."""
+        """The ID of QEMU's process."""
         return self._running().pid
 
     def start(self) -> None:

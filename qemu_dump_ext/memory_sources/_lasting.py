@@ -20,7 +20,7 @@ class LastingMemory:
         """Begin with `memory`.
 
         Args:
-            memory: To read from.
+            memory: The memory to read from.
             open_next: Returns what to read from after the memory of a name failed so; raises
                 SourceError where there is nothing.
         """

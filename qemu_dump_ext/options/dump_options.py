@@ -61,7 +61,8 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         "-p",
         dest="paging",
         action="store_true",
-        help="one segment for each range that the vCPUs' page tables map, at its virtual address",
+        help="write an ELF core with one segment for each range that the vCPUs' page tables map, at"
+        " its virtual address",
     )
     codecs = parser.add_mutually_exclusive_group()
     codecs.add_argument(
@@ -69,17 +70,21 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         dest="codec",
         metavar=f"[{'|'.join(format_words())}]",
         choices=format_words(),
-        help=f"kdump-compressed format; without a word behind it: {DEFAULT_CODEC}",
+        help=f"write a kdump, packed by this codec; without a word behind it: {DEFAULT_CODEC}",
     )
     codecs.add_argument(
-        "-l", dest="codec", action="store_const", const="lzo", help="kdump, pages packed by lzo"
+        "-l",
+        dest="codec",
+        action="store_const",
+        const="lzo",
+        help="write a kdump, pages packed by lzo",
     )
     codecs.add_argument(
         "-s",
         dest="codec",
         action="store_const",
         const="snappy",
-        help="kdump, pages packed by snappy",
+        help="write a kdump, pages packed by snappy",
     )
     codecs.add_argument(
         "--format",
@@ -91,7 +96,7 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         "-R",
         dest="raw",
         action="store_true",
-        help="kdump as it is, not as makedumpfile's flattened stream; needs a seekable file",
+        help="write a kdump as it is, not as makedumpfile's flattened stream; to a seekable file",
     )
     parser.add_argument(
         "--range",
@@ -103,7 +108,7 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--exact",
         action="store_true",
-        help="byte for byte what the attached QEMU would write, its known defects included",
+        help="write byte for byte what the attached QEMU would, its known defects included",
     )
     kernel = parser.add_mutually_exclusive_group()
     kernel.add_argument(
@@ -123,10 +128,13 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         "--level",
         type=int,
         metavar="N",
-        help="of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small",
+        help="the level of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small",
     )
     parser.add_argument(
-        "--threads", type=_positive, metavar="N", help="how many compress; default: all CPUs"
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="how many compress at the same time; default: all CPUs",
     )
     parser.add_argument(
         "--exclude-zero",
@@ -157,10 +165,10 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         help="where guest memory comes from; auto takes the fastest that works",
     )
     parser.add_argument(
-        "--qmp", metavar="SOCKET", help="QMP socket of the guest: unix path or HOST:PORT"
+        "--qmp", metavar="SOCKET", help="the QMP socket of the guest: unix path or HOST:PORT"
     )
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
-    parser.add_argument("--json", action="store_true", help="report as one line of JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     parser.add_argument(
         "--progress",
         choices=PROGRESS_CHOICES,

@@ -93,8 +93,8 @@ def unpack_page(
     """Return what `unpack` returns: one page.
 
     Args:
-        codec: For messages.
-        page_size: In bytes.
+        codec: The name of the codec, for messages.
+        page_size: The page size in bytes.
         unpack: Calls the library.
         error: What the library raises for damage; its cause, if any, says more.
 

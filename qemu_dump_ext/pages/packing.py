@@ -22,7 +22,7 @@ class Compression:
     Attributes:
         codec: Name of it.
         exact: As QEMU does it.
-        level: Of the codec; None: the best trade of time and size.
+        level: The level of the codec; None: the best trade of time and size.
     """
 
     codec: str
@@ -47,7 +47,7 @@ def pack_pages(view: memoryview, page_size: int, compress: Compress) -> array[in
 
     Args:
         view: A whole number of pages; afterwards the packed ones, then what is left of others.
-        page_size: In bytes.
+        page_size: The page size in bytes.
         compress: Packs one page.
 
     Returns:

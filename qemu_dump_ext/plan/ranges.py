@@ -18,7 +18,7 @@ def blocks_within(
     """Return what of `blocks` lies in a range, as QEMU's `begin` and `length` select it.
 
     Args:
-        blocks: By ascending gpa.
+        blocks: The blocks by ascending gpa.
         wanted: The range; it may cover several blocks, holes, and addresses outside all blocks.
         dialect: Has the words for what is refused.
         granule: Both ends are moved outwards to a multiple of it, in bytes: the pages of a kdump

@@ -35,7 +35,7 @@ class DumpedMemory:
     """What goes into a dump.
 
     Attributes:
-        blocks: By ascending gpa.
+        blocks: The blocks by ascending gpa.
         left_out: What of guest memory's addresses does not, in words.
         doubts: What could not be found out, in words: blocks may hold more than QEMU would dump.
     """
@@ -50,10 +50,10 @@ class VirtioMem:
     """A device of which the guest uses some blocks, and gives others back.
 
     Attributes:
-        name: For messages.
+        name: What messages call it.
         gpa: Where its first block is.
-        size: Of all of them, in bytes.
-        block_size: In bytes.
+        size: The size of all blocks, in bytes.
+        block_size: The block size in bytes.
         plugged: How much of `size` the guest uses, in bytes.
     """
 
@@ -115,7 +115,7 @@ def keep_within(
     """Cut down what of `blocks` lies within `bounds` to what is in `kept` as well.
 
     Args:
-        blocks: By ascending gpa.
+        blocks: The blocks by ascending gpa.
         bounds: What is outside stays.
         kept: Ascending, within the bounds.
     """

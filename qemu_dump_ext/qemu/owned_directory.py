@@ -41,7 +41,7 @@ def remove_abandoned(parent: Path, prefix: str) -> None:
 
     Args:
         parent: Where to look.
-        prefix: With which their names begin.
+        prefix: The prefix with which their names begin.
     """
     with contextlib.suppress(OSError):
         for path in parent.glob(f"{prefix}*"):

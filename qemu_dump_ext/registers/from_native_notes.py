@@ -20,7 +20,7 @@ class NativeNotes:
     Attributes:
         vcpus: Registers by name, by cpu_index.
         guest_note: The guest's note, header included; empty where there is none.
-        byte_order: Of that dump; None where there is none.
+        byte_order: The byte order of that dump; None where there is none.
     """
 
     vcpus: Mapping[int, Mapping[str, int]]
@@ -35,7 +35,7 @@ def parse_native_notes(
 
     Args:
         content: The dump.
-        architecture: Of the guest.
+        architecture: The architecture of the guest.
         indexes: The cpu_index of each vCPU in QEMU's own order, which is that of their making.
 
     Raises:

@@ -24,7 +24,7 @@ class EncodedNotes:
     Attributes:
         data: As in the file.
         missing: Register names that no source gave, by note and cpu_index; zero in `data`.
-        sizes: Of the notes of each vCPU, in bytes, by cpu_index.
+        sizes: The sizes of the notes of each vCPU, in bytes, by cpu_index.
     """
 
     data: bytes
@@ -40,7 +40,7 @@ def encode_vcpu_notes(
     Args:
         architecture: Tells which members of a note are registers.
         core: Declares the notes and their byte order.
-        vcpus: In the order of their notes.
+        vcpus: The vCPUs in the order of their notes.
         kernel_gs_base: The note `QEMU` ends with that register, as since QEMU 3.0.
 
     Returns:

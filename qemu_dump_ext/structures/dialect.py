@@ -21,7 +21,7 @@ class Dialect:
     """The differences between writers of one and the same dump.
 
     Attributes:
-        name: For messages.
+        name: What messages call it.
         sections_first: Two section headers and a string table surround the program headers, and
             e_ehsize is the size of a pointer (QEMU since 7.2). makedumpfile, and crash before
             7.2.9, want the program headers right behind the ELF header.

@@ -104,8 +104,8 @@ class ElfHead:
     Attributes:
         header: Fields of the ELF header.
         phdr: Form of a program header.
-        byte_order: Of both.
-        abi: Of all structures.
+        byte_order: The byte order of both headers.
+        abi: The ABI of all structures.
     """
 
     header: Mapping[str, int]

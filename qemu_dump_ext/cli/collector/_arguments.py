@@ -67,7 +67,9 @@ def hold_command(name: str, description: str, *, held: bool) -> Subcommand:
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_store(parser)
-        parser.add_argument("crashes", metavar="ID", nargs="+", help="as 'list' shows them")
+        parser.add_argument(
+            "crashes", metavar="ID", nargs="+", help="the ID of the crash, as 'list' shows it"
+        )
 
     def run(arguments: argparse.Namespace) -> int:
         store = store_of(arguments)

@@ -16,10 +16,12 @@ from qemu_dump_ext.printable import printable
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_json(parser)
-    parser.add_argument("--guest", metavar="NAME", help="only of this guest")
-    parser.add_argument("--signature", metavar="ID", help="only of this signature")
+    parser.add_argument("--guest", metavar="NAME", help="only the crashes of this guest")
+    parser.add_argument("--signature", metavar="ID", help="only the crashes of this signature")
     parser.add_argument(
-        "--signatures", action="store_true", help="how often each signature was seen instead"
+        "--signatures",
+        action="store_true",
+        help="instead of crashes, each signature and how often it was seen",
     )
 
 

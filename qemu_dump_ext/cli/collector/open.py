@@ -20,10 +20,17 @@ from qemu_dump_ext.third_party import require_extra
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
-    parser.add_argument("crash", metavar="ID", help="of the crash, as 'list' shows it")
-    parser.add_argument("--reader", choices=("crash", "drgn"), help="default: crash where it can")
+    parser.add_argument("crash", metavar="ID", help="the ID of the crash, as 'list' shows it")
     parser.add_argument(
-        "--vmlinux", metavar="FILE", type=Path, help="with DWARF; default: the configuration's"
+        "--reader",
+        choices=("crash", "drgn"),
+        help="which reader opens it; default: crash, where there is a vmlinux",
+    )
+    parser.add_argument(
+        "--vmlinux",
+        metavar="FILE",
+        type=Path,
+        help="the kernel's vmlinux with DWARF; default: the configuration's",
     )
 
 

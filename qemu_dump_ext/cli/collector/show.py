@@ -15,7 +15,7 @@ from qemu_dump_ext.printable import printable
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_json(parser)
-    parser.add_argument("crash", metavar="ID", help="of the crash, as 'list' shows it")
+    parser.add_argument("crash", metavar="ID", help="the ID of the crash, as 'list' shows it")
 
 
 def _run(arguments: argparse.Namespace) -> int:

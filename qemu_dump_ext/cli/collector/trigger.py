@@ -15,8 +15,13 @@ from qemu_dump_ext.printable import printable
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configuration(parser)
     add_json(parser)
-    parser.add_argument("guest", metavar="NAME", help="of the guest, as 'guests' shows it")
-    parser.add_argument("--detail", metavar="TEXT", default="", help="why; stored with the crash")
+    parser.add_argument("guest", metavar="NAME", help="the name of the guest, as 'guests' shows it")
+    parser.add_argument(
+        "--detail",
+        metavar="TEXT",
+        default="",
+        help="why the guest is collected; stored with the crash",
+    )
 
 
 def _run(arguments: argparse.Namespace) -> int:

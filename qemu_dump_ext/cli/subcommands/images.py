@@ -26,13 +26,15 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
     lister = _add_action(actions, "list", "show which guests there are")
-    lister.add_argument("--json", action="store_true", help="for programs")
+    lister.add_argument("--json", action="store_true", help="answer in JSON")
     lister.set_defaults(action=_list)
 
     fetcher = _add_action(actions, "fetch", "download a guest")
     fetcher.add_argument("name", metavar="NAME")
     fetcher.add_argument(
-        "--debug-symbols", action="store_true", help="also the kernel's vmlinux, for crash"
+        "--debug-symbols",
+        action="store_true",
+        help="download the kernel's vmlinux as well, for crash",
     )
     fetcher.set_defaults(action=_fetch)
 
@@ -52,7 +54,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     booter.add_argument("--qmp", type=Path, metavar="PATH", help="where the QMP socket shall be")
     booter.add_argument("--gdb", type=Path, metavar="PATH", help="where the gdbstub shall be")
     booter.add_argument("--detach", action="store_true", help="leave it running once it has booted")
-    booter.add_argument("--json", action="store_true", help="with --detach: for programs")
+    booter.add_argument("--json", action="store_true", help="with --detach: answer in JSON")
     booter.set_defaults(action=_boot)
 
 

@@ -35,7 +35,7 @@ async def serve_control(path: Path, handle: Handler) -> asyncio.Server:
     """Listen; only our own user may connect, and nobody for long without asking.
 
     Args:
-        path: Of the socket; an old one is replaced.
+        path: The path of the socket; an old one is replaced.
         handle: Answers a request; `DumpError` becomes the answer `error`.
 
     Raises:

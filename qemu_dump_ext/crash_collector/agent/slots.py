@@ -32,7 +32,7 @@ class CollectionSlots:
 
         Args:
             work: What.
-            patience: Of it: where QEMU is slow, it keeps nobody out.
+            patience: The patience of it: where QEMU is slow, it keeps nobody out.
         """
         await self._free.acquire()
         working = asyncio.ensure_future(

@@ -103,7 +103,7 @@ def render_report(
     Args:
         records: The crashes.
         counts: What was counted, by signature; also of crashes that are gone.
-        title: Of the page.
+        title: The title of the page.
         base: Way from the page to the store.
         now: The last of the days that are shown.
     """

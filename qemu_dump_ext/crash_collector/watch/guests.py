@@ -26,8 +26,8 @@ class Guest:
     """A guest that is to be watched.
 
     Attributes:
-        name: Of its directory in the store.
-        address: Of its QMP socket: a path or HOST:PORT.
+        name: The name of its directory in the store.
+        address: The address of its QMP socket: a path or HOST:PORT.
         settings: What holds for it.
     """
 

@@ -102,7 +102,7 @@ async def watch_progress(
 
     Args:
         heartbeat: How.
-        address: Of the guest agent's socket; empty where it is not asked.
+        address: The address of the guest agent's socket; empty where it is not asked.
         qmp: Executes a command of QEMU's.
         on_still: Told once for how many seconds nothing has changed.
     """

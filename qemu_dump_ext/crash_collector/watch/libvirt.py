@@ -33,7 +33,7 @@ class Domain:
     """What libvirt calls a guest.
 
     Attributes:
-        name: Of the domain.
+        name: The name of the domain.
         on_crash: What it does when the guest panics, by the word of the domain's XML; None: that
             cannot be read.
     """
@@ -69,7 +69,7 @@ def domain_of(
     """Return what libvirt calls the guest of a QEMU, or None: libvirt did not start it.
 
     Args:
-        command_line: Of QEMU.
+        command_line: The command line of QEMU.
         directories: Where the XML of domains is; default: of the system, and of this user.
     """
     pairs = list(pairwise(command_line))

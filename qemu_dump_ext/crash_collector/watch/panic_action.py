@@ -38,8 +38,8 @@ async def require_pause(session: GuestSession, command_line: tuple[str, ...], na
 
     Args:
         session: The connection to QEMU.
-        command_line: Of QEMU.
-        name: Of the guest, for the log.
+        command_line: The command line of QEMU.
+        name: The name of the guest, for the log.
     """
     action, extra = panic_action(command_line), {"guest": name}
     domain = domain_of(command_line)

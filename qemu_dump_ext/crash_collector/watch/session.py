@@ -191,7 +191,7 @@ class GuestSession:
         """Return the connection for another thread.
 
         Args:
-            patience: For how long.
+            patience: The patience for how long.
 
         Raises:
             SourceError: There is none.
