@@ -13,8 +13,9 @@ from gdb_boundary import selection_kept
 import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.qemu.monitor_text import RUNNING
 from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.qemu.run_state import read_run_state
 
 ResultT = TypeVar("ResultT")
 
@@ -184,7 +185,7 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     else:
         with connect_qmp(qmp) as qmp_monitor:
             # The first packet would stop it, and what gdb knows of it is old.
-            if parse_status(qmp_monitor.execute("info status")) == RUNNING:
+            if read_run_state(GuestAccess.by_qmp(qmp_monitor)) == RUNNING:
                 raise SourceError(
                     "the guest runs, though gdb did not let it: somebody resumed it by QMP",
                     hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from qemu_dump_ext.engine.dump import dump
@@ -16,12 +17,16 @@ from qemu_dump_ext.progress import ProgressMeter
 
 from .dump_target import DumpTarget, in_words_of_qemu, opened
 from .upstream.by_qmp import QmpUpstream
-from .upstream.upstream import Upstream
+from .upstream.upstream import Event, Upstream
 
 IN_PROCESS = "There is a dump in process, please wait."
 _MONITOR_SECONDS = 120.0
 
 ResultT = TypeVar("ResultT")
+
+
+def _ignore(_event: Event) -> None:
+    pass
 
 
 class DumpCancelledError(DumpError):
@@ -79,6 +84,15 @@ class _ThreadQmp(_ThreadMonitor):
         """Have a QMP command executed; what is returned waits for what it returns."""
         return self._job.begin_work(self._qmp.call(command, arguments), command)
 
+    @contextmanager
+    def listening(self, hear: Callable[[Event], None]) -> Iterator[None]:
+        """Have `hear` called with each event, in the loop's thread, inside the block."""
+        self._job.hear = hear
+        try:
+            yield
+        finally:
+            self._job.hear = _ignore
+
     def hand_over(self, descriptor: int, name: str) -> None:
         """Give QEMU a descriptor."""
         self._job.wait_for(self._qmp.hand_over(descriptor, name), "getfd")
@@ -96,6 +110,7 @@ class DumpJob:
         is_open: The target is; QEMU, too, calls only what fails from then on a failed dump.
         has_begun: Nothing can be refused any more.
         copies: The guest runs again before the dump is complete.
+        hear: Gets QEMU's events while the guest stands still for the dump.
         meter: Knows the rate.
     """
 
@@ -110,6 +125,7 @@ class DumpJob:
         self.is_open = self.copies = False
         self.stopped_guest = False
         self.has_begun = False
+        self.hear: Callable[[Event], None] = _ignore
 
     def cancel(self) -> None:
         """Have it end soon, and leave nothing behind."""

@@ -10,9 +10,12 @@ from collections.abc import Callable
 
 from qemu_dump_ext.errors import DumpError, RequestError, UnsupportedTargetError
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.qemu.monitor_text import parse_dump_status, parse_migration, parse_status
+from qemu_dump_ext.qemu.run_state import DUMP_ACTIVE, why_not_dumped
+from qemu_dump_ext.qemu.run_states import Treatment, treatment
 
 from .dump_job import IN_PROCESS, DumpJob
-from .dump_target import CREATE_SINCE, DumpTarget
+from .dump_target import DumpTarget
 from .upstream.upstream import Event, Upstream
 
 NOT_IN_PROCESS = "There is no dump in process."
@@ -88,15 +91,16 @@ class DumpManager:
         return job
 
     async def _require_idle_qemu(self) -> None:
-        answer = await self._upstream.execute_hmp("info dump")
-        if "Status: active" in answer:
+        upstream = self._upstream
+        if parse_dump_status(await upstream.execute_hmp("info dump")) == DUMP_ACTIVE:
             raise RequestError(IN_PROCESS)
-        status = await self._upstream.execute_hmp("info status")
-        if "(inmigrate)" in status:
-            newer = self._upstream.version >= CREATE_SINCE
-            raise RequestError(f"Dump not allowed during {'' if newer else 'incoming '}migration.")
+        state = parse_status(await upstream.execute_hmp("info status"))
+        migration = parse_migration(await upstream.execute_hmp("info migrate"))
+        refusal = why_not_dumped(state, migration, lambda: upstream.version)
+        if refusal is not None:
+            raise RequestError(refusal)
         if self.job is not None:
-            self.job.stopped_guest = "VM status: running" in status
+            self.job.stopped_guest = treatment(state) is Treatment.STOP
 
     async def _run(
         self,
@@ -162,6 +166,8 @@ class DumpManager:
 
     def take_event(self, event: Event) -> None:
         """Pass QEMU's event on; RESUME follows DUMP_COMPLETED, as with QEMU's own dump."""
+        if self.job is not None:
+            self.job.hear(event)
         copies = self.job is not None and self.job.copies
         if event.get("event") == "DUMP_COMPLETED":
             self.latest_is_native = True

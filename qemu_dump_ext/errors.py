@@ -11,6 +11,7 @@
      |   +- PauseLimitError             the guest would stand still for too long
      +- SourceError                  3  cannot get at the guest
      |   +- ConnectError
+     |   +- GuestDisturbedError         somebody else let it run, or reset it
      |   +- GuestMemoryFaultError       .gpa .size
      |   +- MonitorAnswerError          .command .answer
      +- DumpWriteError               4  the dump could not be written
@@ -83,6 +84,16 @@ class SourceError(DumpError):
 
 class ConnectError(SourceError):
     """A socket or a debugger could not be connected to."""
+
+
+class GuestDisturbedError(SourceError):
+    """What was read of the guest does not fit together."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "somebody else let the guest run, or reset it, while it was dumped",
+            hint="dump it again, and keep other clients of QEMU from it meanwhile",
+        )
 
 
 class GuestMemoryFaultError(SourceError):

@@ -20,6 +20,7 @@ from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
 from qemu_dump_ext.printable import printable
+from qemu_dump_ext.qemu.run_states import MIGRATION_REFUSED
 
 from ..dump_job import IN_PROCESS, DumpJob
 from ..dump_manager import DumpManager
@@ -36,6 +37,8 @@ from .command_table import (
 from .dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 
 _RUN_STATE_NAMES = frozenset(("stop", "s", "cont", "c"))
+_MIGRATION_NAMES = frozenset(("migrate", "savevm"))
+_CHANGING_NAMES = _RUN_STATE_NAMES | _MIGRATION_NAMES
 _HELP_NAMES = frozenset(("help", "?"))
 _QUIT_NAMES = frozenset(("quit", "q"))
 _QUIT_SECONDS = 2.0
@@ -115,7 +118,7 @@ class Interpreter:
         return (
             name in {DUMP_COMMAND, CANCEL_COMMAND, *_HELP_NAMES}
             or words == ["info", "dump"]
-            or (self.dumps.active and (name in _RUN_STATE_NAMES or words == ["info", "status"]))
+            or (self.dumps.active and (name in _CHANGING_NAMES or words == ["info", "status"]))
         )
 
     async def run(self, line: str, client: HmpClient) -> str:
@@ -138,6 +141,8 @@ class Interpreter:
             return self._cancel(words)
         if name in _RUN_STATE_NAMES and self.dumps.active:
             raise RequestError(IN_PROCESS)
+        if name in _MIGRATION_NAMES and self.dumps.active:
+            raise RequestError(MIGRATION_REFUSED)
         if words == ["info", "dump"] and not self.dumps.latest_is_native and self.dumps.job:
             return self.dumps.lines()
         if words == ["info", "history"]:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 
 from qemu_dump_ext.errors import CodecUnavailableError, DumpError, SourceError
+from qemu_dump_ext.qemu.run_states import MIGRATION_REFUSED
 
 from ..dump_job import IN_PROCESS
 from ..human.command_table import DUMP_COMMAND
@@ -32,7 +33,7 @@ from .negotiation import Negotiation
 _HUMAN = "human-monitor-command"
 _OUT_OF_BAND = "exec-oob"
 _TAKES_DESCRIPTOR = frozenset(("getfd", "add-fd"))
-_CHANGES_RUN_STATE = frozenset(("stop", "cont"))
+_REFUSED_MEANWHILE = {"stop": IN_PROCESS, "cont": IN_PROCESS, "migrate": MIGRATION_REFUSED}
 _QUEUE_MAX = 8
 _GOODBYE_SECONDS = 5.0
 
@@ -127,8 +128,8 @@ class QmpSession:
             self._answer(self._negotiation.answer(request, offered), request)
         elif _OUT_OF_BAND in request and not self._negotiation.out_of_band:
             self._answer(refusal(f"QMP input member '{_OUT_OF_BAND}' is unexpected"), request)
-        elif command in _CHANGES_RUN_STATE and self._dumps.active:
-            self._answer(refusal(IN_PROCESS), request)
+        elif command in _REFUSED_MEANWHILE and self._dumps.active:
+            self._answer(refusal(_REFUSED_MEANWHILE[command]), request)
         elif command in self._handlers and not request.keys() - {"execute", "arguments", "id"}:
             await self._handle_here(request, self._handlers[command])
         else:

@@ -26,11 +26,14 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.options.dump_options import words_of_options
 from qemu_dump_ext.qemu.address import connectable, unix_path
-from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
+from qemu_dump_ext.qemu.monitor_text import parse_status
 from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.qemu.run_state import require_dumpable
+from qemu_dump_ext.qemu.run_states import PAUSED, Treatment, treatment
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.third_party import import_package
 
@@ -43,8 +46,6 @@ _PASS_ON_SECONDS = 3
 # What gdb says where it does not understand the stub's registers.
 _OTHER_TARGET = re.compile(r"'g' packet|[Tt]runcated register|[Bb]ogus|[Aa]rchitecture")
 _LONG_PACKET = re.compile(r": [0-9a-fx]{40,}$")
-# The state that attaching to the stub leaves a running guest in.
-_STOPPED_BY_ATTACHING = "paused"
 
 
 def gdb_script_path() -> Path:
@@ -216,7 +217,8 @@ class _Known:
 
 def _ask_by_qmp(qmp: str) -> _Known:
     with connect_qmp(qmp) as monitor:
-        ran = parse_status(monitor.execute("info status")) == RUNNING
+        # Connecting would stop the guest: what is refused is refused before.
+        ran = treatment(require_dumpable(GuestAccess.by_qmp(monitor))) is Treatment.STOP
         architecture = all_architectures().get(monitor.target_name() or "")
     return _Known(ran, () if architecture is None else architecture.gdb_settings)
 
@@ -269,7 +271,7 @@ def _connect_hint(message: str, *, told: bool) -> str:
 
 def _was_stopped_by_attaching(gdb: _Gdb, address: str) -> bool:
     try:
-        return parse_status(gdb.monitor("info status")) == _STOPPED_BY_ATTACHING
+        return parse_status(gdb.monitor("info status")) == PAUSED
     except (_CommandError, MonitorAnswerError) as error:
         raise SourceError(f"{address} is no gdbstub of QEMU: it has no monitor") from error
 

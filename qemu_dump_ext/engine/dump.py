@@ -12,7 +12,7 @@ from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
-from qemu_dump_ext.errors import NotDumpedByQemuError, PauseLimitError, RequestError, SourceError
+from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
@@ -27,6 +27,7 @@ from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
+from qemu_dump_ext.qemu.run_state import PauseLimit
 from qemu_dump_ext.sinks import Sink
 from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
@@ -65,7 +66,7 @@ def dump(
     _check(request, sink)
     started = time.monotonic()
     with ExitStack() as copies:
-        with stopped_guest(access, memory) as guest:
+        with stopped_guest(access, memory, _pause_limit(request)) as guest:
             job = _Dump(request, guest, sink, progress, started)
             job.plan(mend_refused=mend_refused)
             if request.snapshot:
@@ -159,13 +160,10 @@ class _Dump:
         self._format.write(self._request, self._plan, memory, self._sink, advance)
 
     def _check_pause(self, _size: int) -> None:
-        limit = self._request.max_pause
-        if limit is not None and time.monotonic() - self._guest.stopped_at > limit:
-            raise PauseLimitError(
-                f"the guest had stood still for {limit:g} s, the limit of --max-pause:"
-                " the dump was given up",
-                hint=None if self._request.snapshot else "--snapshot is shorter",
-            )
+        pause, limit = self._guest.pause, _pause_limit(self._request)
+        pause.check()
+        if limit is not None and pause.seconds() > limit.seconds:
+            raise limit.error()
 
     def report(self, stopped_seconds: float) -> DumpReport:
         guest, exact = self._guest.probed, self._request.exact
@@ -179,10 +177,16 @@ class _Dump:
             memory_source=self._memory.name,
             passed_over=tuple(self._passed_over),
             missing=self._plan.missing,
-            remarks=(*self._remarks, *self._plan.remarks),
+            remarks=(*self._remarks, *self._plan.remarks, *filter(None, [self._guest.pause.left])),
             native_refusal=guest.native_refusal if _is_dumped_by_qemu(guest) else None,
             doubts=(*guest.doubts, *(_guesses(guest, self._request) if exact else ())),
         )
+
+
+def _pause_limit(request: DumpRequest) -> PauseLimit | None:
+    if request.max_pause is None:
+        return None
+    return PauseLimit(request.max_pause, None if request.snapshot else "--snapshot is shorter")
 
 
 def _is_dumped_by_qemu(guest: ProbedGuest) -> bool:

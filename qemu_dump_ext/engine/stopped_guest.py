@@ -7,7 +7,6 @@ one after the other.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -17,7 +16,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.memory_sources import OpenedMemory, memory_source_states, open_memory
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
-from qemu_dump_ext.qemu.run_state import stopped
+from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
@@ -27,6 +26,7 @@ class StoppedGuest(GuestView):
 
     Attributes:
         probed: What it is, as QEMU tells.
+        pause: For which it stands still.
         stopped_at: Since when it stands still, in seconds of `time.monotonic`.
     """
 
@@ -36,7 +36,7 @@ class StoppedGuest(GuestView):
         probed: ProbedGuest,
         memory: str,
         opened: ExitStack,
-        stopped_at: float,
+        pause: Pause,
     ) -> None:
         """Use what was probed.
 
@@ -45,11 +45,12 @@ class StoppedGuest(GuestView):
             probed: What it is.
             memory: Name of the memory source, or `auto`.
             opened: Gets the memory to close.
-            stopped_at: Since when it stands still.
+            pause: For which it stands still.
         """
         super().__init__()
         self.probed = probed
-        self.stopped_at = stopped_at
+        self.pause = pause
+        self.stopped_at = pause.started
         self.architecture = probed.architecture
         self.core = probed.architecture.select_core(
             probed.vcpus, probed.ram_blocks, MENDED, probed.machine
@@ -103,11 +104,14 @@ class StoppedGuest(GuestView):
         Raises:
             SourceError: It runs, or a register changed: what was read does not fit together.
         """
+        self.pause.check()
         check_undisturbed(self._access.monitor, self.probed)
 
 
 @contextmanager
-def stopped_guest(access: GuestAccess, memory: str) -> Iterator[StoppedGuest]:
+def stopped_guest(
+    access: GuestAccess, memory: str, limit: PauseLimit | None = None
+) -> Iterator[StoppedGuest]:
     """Keep a guest stopped for the time of a `with` block.
 
     One that ran runs again afterwards, also after an error or an interrupt; one that was stopped
@@ -116,11 +120,13 @@ def stopped_guest(access: GuestAccess, memory: str) -> Iterator[StoppedGuest]:
     Args:
         access: The ways to the guest.
         memory: Name of the memory source, or `auto`.
+        limit: Of the pause, or None.
 
     Raises:
         SourceError: The guest cannot be reached, stopped, or resumed.
+        RequestError: QEMU refuses a dump in its run state.
+        PauseLimitError: The limit was reached; the guest runs.
         UnsupportedTargetError: No architecture file describes it.
     """
-    with stopped(access.monitor), ExitStack() as opened:
-        stopped_at = time.monotonic()
-        yield StoppedGuest(access, probe_guest(access), memory, opened, stopped_at)
+    with stopped(access, limit=limit) as pause, ExitStack() as opened:
+        yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

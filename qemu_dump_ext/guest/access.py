@@ -6,7 +6,8 @@ and by the human monitor alone; a gdbstub may come to either.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self, runtime_checkable
 
@@ -66,6 +67,9 @@ class QmpMonitor(DescriptorMonitor, Monitor, Protocol):
     @property
     def passes_descriptors(self) -> bool:
         """Whether the socket is one that passes descriptors: a unix socket."""
+
+    def listening(self, hear: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+        """Have `hear` called with each event of QEMU's, in any thread, inside a `with` block."""
 
 
 class Stub(Protocol):

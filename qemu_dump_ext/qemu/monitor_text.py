@@ -16,6 +16,13 @@ from qemu_dump_ext.structures.dialect import QemuVersion
 RUNNING = "running"
 """What `parse_status` returns for a guest that is not stopped."""
 
+_STATUS = re.compile(
+    r"^VM status: (?P<word>running|paused)(?: \(single step mode\))?"
+    r"(?: \((?P<state>[a-z-]+)\))?\s*$",
+    re.MULTILINE,
+)
+_MIGRATION = re.compile(r"^(?:Migration status|Status):\s*([a-z-]+)", re.MULTILINE)
+_DUMP_STATUS = re.compile(r"^Status: ([a-z]+)", re.MULTILINE)
 _FLAT_RANGE = re.compile(
     r"^  (?P<first>[0-9a-f]{16})-(?P<last>[0-9a-f]{16}) \(prio -?\d+, (?P<kind>[a-z/-]+)\):"
     r" ?(?P<name>.*)$"
@@ -37,11 +44,27 @@ def parse_version(text: str) -> QemuVersion:
 
 
 def parse_status(text: str) -> str:
-    """Parse `info status`: `running`, or what is behind `paused`, as in `paused (prelaunch)`."""
-    match = re.search(r"VM status: (.+)", text)
+    """Parse `info status` into QMP's name of the run state.
+
+    `running` and `running (single step mode)` are `running`; `paused` is a state of its own, and
+    any other stands behind it, as in `paused (single step mode) (prelaunch)`.
+    """
+    match = _STATUS.search(text)
     if match is None:
         raise MonitorAnswerError("info status", text)
-    return match.group(1).strip()
+    return RUNNING if match["word"] == RUNNING else match["state"] or match["word"]
+
+
+def parse_migration(text: str) -> str:
+    """Parse `info migrate` into the status of the migration; `none` where it tells none."""
+    match = _MIGRATION.search(text)
+    return "none" if match is None else match[1]
+
+
+def parse_dump_status(text: str) -> str:
+    """Parse `info dump` into the status of QEMU's last dump; `none` where it tells none."""
+    match = _DUMP_STATUS.search(text)
+    return "none" if match is None else match[1]
 
 
 def parse_flat_view(text: str) -> list[RamBlock]:

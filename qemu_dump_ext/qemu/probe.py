@@ -13,7 +13,7 @@ from qemu_dump_ext.architectures import (
     all_architectures,
     architecture_for_cpu_types,
 )
-from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.errors import GuestDisturbedError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess, Monitor
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.qemu.dumped_memory import find_dumped_memory
@@ -157,15 +157,12 @@ def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
     Only registers of notes are compared: others go on counting while the guest is stopped.
 
     Raises:
-        SourceError: It runs, or a register changed: what was read does not fit together.
+        GuestDisturbedError: It runs, or a register changed.
     """
     running = parse_status(monitor.execute("info status")) == RUNNING
     texts = read_register_texts(monitor)
     if running or parse_monitor_registers(guest.architecture, texts) != guest.shown_first:
-        raise SourceError(
-            "somebody else let the guest run, or reset it, while it was dumped",
-            hint="dump it again, and keep other clients of QEMU from it meanwhile",
-        )
+        raise GuestDisturbedError
 
 
 def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str | None]:

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.address import connectable, tcp_address
-from qemu_dump_ext.qemu.qmp_client import new_client
+from qemu_dump_ext.qemu.qmp_client import new_client, new_listener
 from qemu_dump_ext.qemu.qmp_message import bad_reply, monitor_text, target_of
 from qemu_dump_ext.third_party import import_package
 
@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 _GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
-_INTERRUPTED_ANSWER_SECONDS = 10.0
+_INTERRUPTED_ANSWER_SECONDS = 2.0
 _WAKE_SECONDS = 0.5
+_CLOSED = "the QMP connection was closed"
 
 ResultT = TypeVar("ResultT")
 
@@ -42,13 +43,19 @@ class _Question(Generic[ResultT]):
         work: Callable[[], Coroutine[Any, Any, ResultT]],
         seconds: float,
     ) -> None:
+        self._loop = loop
         self._answered = threading.Lock()
         self._answered.acquire()
         self._answers: list[Callable[[], ResultT]] = []
         asked = False
         try:
             with uninterrupted():
-                asyncio.run_coroutine_threadsafe(self._ask(work, seconds), loop)
+                question = self._ask(work, seconds)
+                try:
+                    asyncio.run_coroutine_threadsafe(question, loop)
+                except RuntimeError as error:
+                    question.close()
+                    raise SourceError(_CLOSED) from error
                 asked = True
         except KeyboardInterrupt:
             if asked:
@@ -68,6 +75,8 @@ class _Question(Generic[ResultT]):
         """Wait for it."""
         try:
             while not self._answers:
+                if self._loop.is_closed():
+                    raise SourceError(_CLOSED)
                 # Woken now and then: gdb's handler of SIGINT does not end a wait.
                 self._answered.acquire(timeout=_WAKE_SECONDS)
         except KeyboardInterrupt:
@@ -155,6 +164,8 @@ class SharedQmp:
             raise SourceError(
                 f"QEMU does not answer {command} in {self._answer_seconds:.0f} s"
             ) from error
+        except asyncio.CancelledError as error:
+            raise SourceError(_CLOSED) from error
         except (self._qmp_error, OSError, EOFError) as error:
             raise SourceError("the guest is gone: QEMU closed the QMP connection") from error
 
@@ -189,6 +200,17 @@ class SharedQmp:
         except (self._qmp_error, OSError) as error:
             raise SourceError(f"the QMP socket passes no descriptor: {_reason(error)}") from error
         self.qmp("getfd", {"fdname": name})
+
+    @contextmanager
+    def listening(self, hear: Callable[[Mapping[str, Any]], None]) -> Iterator[None]:
+        """Have `hear` called with each event, in the thread of the client, inside the block."""
+        listener = new_listener(hear)
+        self._loop.call_soon_threadsafe(self._client.register_listener, listener)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(RuntimeError):  # it was closed
+                self._loop.call_soon_threadsafe(self._client.remove_listener, listener)
 
     async def _send_descriptor(self, descriptor: int) -> None:
         self._client.send_fd_scm(descriptor)
@@ -237,15 +259,27 @@ class QmpMonitor(SharedQmp):
             return
         with uninterrupted():
             if self._thread.is_alive():
-                with contextlib.suppress(self._qmp_error, OSError, EOFError, TimeoutError):
+                with contextlib.suppress(
+                    self._qmp_error, OSError, EOFError, TimeoutError, SourceError
+                ):
                     self._run(self._client.disconnect, _GREETING_SECONDS)
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
-            self._loop.close()
 
     def _serve(self) -> None:
         leave_signals_to_main_thread()
         self._loop.run_forever()
+        # Whoever still waits in another thread is told; nobody can ask from here on.
+        self._loop.run_until_complete(_cancel_all())
+        self._loop.close()
+
+
+async def _cancel_all() -> None:
+    waiting = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in waiting:
+        if task is not None:
+            task.cancel()
+    await asyncio.gather(*filter(None, waiting), return_exceptions=True)
 
 
 def _raise(error: BaseException) -> NoReturn:

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qemu_dump_ext.qemu.qmp_message import LINE_MAX, parse_message
 
 if TYPE_CHECKING:
-    from qemu.qmp import QMPClient
+    from qemu.qmp import EventListener, QMPClient
 
 _ID = re.compile(rb'"id"\s*:\s*"([^"\\]{1,100})"')
 _BLOCK = 1 << 16
@@ -34,6 +34,17 @@ def _end_of(error: ValueError) -> bytes:
 def _description(content: dict[str, Any]) -> str:
     error = content.get("error")
     return str(error.get("desc"))[:200] if isinstance(error, dict) else "it has no id"
+
+
+def new_listener(hear: Callable[[Mapping[str, Any]], None]) -> EventListener:
+    """Return a listener that hands events on at once: qemu.qmp's own keeps them all."""
+    from qemu.qmp import EventListener, Message  # noqa: PLC0415 - gdb's own Python may lack it
+
+    class Listener(EventListener):
+        async def put(self, event: Message) -> None:
+            hear(event)
+
+    return Listener()
 
 
 def new_client(on_unreadable: Callable[[str], None] | None = None) -> QMPClient:

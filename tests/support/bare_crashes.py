@@ -39,7 +39,11 @@ def bare_rom(directory: Path, program: str) -> Path:
 
 
 def bare_machine(
-    directory: Path, program: str, *arguments: str, qmp_socket: Path | None = None
+    directory: Path,
+    program: str,
+    *arguments: str,
+    qmp_socket: Path | None = None,
+    command: Sequence[str] = ("qemu-system-x86_64",),
 ) -> QemuMachine:
     """Return a machine of 16 MiB that waits for `cont` and then runs a program.
 
@@ -48,8 +52,9 @@ def bare_machine(
         program: One of `PROGRAMS`.
         arguments: Behind those of the machine.
         qmp_socket: For the agent.
+        command: QEMU.
     """
     rom = bare_rom(directory, program)
     devices: Sequence[str] = ("-device", "pvpanic", "-device", "ib700")
-    command = ["qemu-system-x86_64", "-S", "-m", "16", "-bios", str(rom), *devices]
-    return QemuMachine(command, arguments, qmp_socket=qmp_socket)
+    argv = [*command, "-S", "-m", "16", "-bios", str(rom), *devices]
+    return QemuMachine(argv, arguments, qmp_socket=qmp_socket)

@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -258,6 +258,10 @@ class FakeQmp(FakeMonitor):
         self.address = guest.address
         self._descriptors: dict[str, int] = {}
 
+    def listening(self, _hear: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
+        """There are no events."""
+        return contextlib.nullcontext()
+
     def hand_over(self, descriptor: int, name: str) -> None:
         """Keep a descriptor for a command that names it."""
         self._descriptors[name] = os.dup(descriptor)
@@ -266,6 +270,11 @@ class FakeQmp(FakeMonitor):
         self, command: str, arguments: dict[str, object] | None = None
     ) -> Callable[[], Any]:
         """Execute it, and answer later."""
+        if command in {"stop", "cont"}:
+            self._guest.runs = command == "cont"
+            return dict
+        if command == "query-status":
+            return lambda: {"status": "running" if self._guest.runs else "prelaunch"}
         handler = {"dump-guest-memory": self._dump, "closefd": self._close}.get(command)
         try:
             if handler is None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -48,9 +47,9 @@ from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_status
 from qemu_dump_ext.qemu.qmp import SharedQmp
-from qemu_dump_ext.qemu.qmp_message import command_names, run_state
+from qemu_dump_ext.qemu.qmp_message import command_names
+from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
 
@@ -200,26 +199,22 @@ class CrashCollector:
 
     @contextmanager
     def _stopped(self, qmp: SharedQmp) -> Iterator[None]:
-        # What we stop is remembered before, and forgotten after it runs again.
-        if not _is_running(qmp):
-            yield
-            return
-        try:
-            self._set_stopped(True)
-        except DumpWriteError as error:
-            raise SourceError(f"the guest is not stopped for it: {error}") from error
-        started = time.monotonic()
-        try:
-            qmp.qmp("stop")
-            yield
-        finally:
-            # Also where `stop` was not answered: QEMU takes both in order, when it does.
-            qmp.qmp("cont")
-            self._found.stopped_seconds = time.monotonic() - started
+        with stopped(GuestAccess.by_qmp(qmp), remember=self._remember_stopped) as pause:
+            was_ours = pause.is_ours
             try:
-                self._set_stopped(False)
-            except DumpWriteError as error:  # looked at again when the crash is stored
-                _logger.warning("%s", error)
+                yield
+            finally:
+                self._found.stopped_seconds = pause.seconds() if was_ours else 0.0
+        if pause.left:
+            self._found.remarks.append(pause.left)
+
+    def _remember_stopped(self, stopped: bool) -> None:
+        try:
+            self._set_stopped(stopped)
+        except DumpWriteError as error:
+            if stopped:
+                raise SourceError(f"the guest is not stopped for it: {error}") from error
+            _logger.warning("%s", error)  # looked at again when the crash is stored
 
     def _take_from_qemu(self, qmp: SharedQmp) -> None:
         access = GuestAccess.by_qmp(qmp)
@@ -439,19 +434,6 @@ class CrashCollector:
                 file.write(content)
         except OSError as error:
             raise DumpWriteError(f"cannot write {name}: {error.strerror}") from error
-
-
-def _is_running(qmp: SharedQmp) -> bool:
-    """Tell whether the guest runs, by the other monitor where QMP makes no sense.
-
-    Raises:
-        SourceError: Nobody tells.
-    """
-    try:
-        return run_state(qmp.qmp("query-status")) == "running"
-    except MonitorAnswerError as error:
-        _logger.warning("%s", error)
-        return parse_status(qmp.execute("info status")) == RUNNING
 
 
 def _require_qemu(qmp: SharedQmp) -> None:

@@ -93,7 +93,7 @@ def test_names_and_values_may_have_blanks_between_them():
 
 def test_version_status_and_bytes():
     assert parse_version("7.2.22Debian 1:7.2+dfsg-7") == (7, 2, 22)
-    assert parse_status("VM status: paused (prelaunch)\n") == "paused (prelaunch)"
+    assert parse_status("VM status: paused (prelaunch)\n") == "prelaunch"
     assert parse_physical_bytes("0000000000001000: 0x01 0xff\n0000000000001002: 0x00\n") == (
         b"\x01\xff\x00"
     )

@@ -1,0 +1,117 @@
+"""What a guardian runs: `PROGRAM KIND ADDRESS`, with the standard library and nothing of ours.
+
+Standard input tells what to do: a byte, that nothing is left to do; its end without one, that the
+guest is to be let run.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+import sys
+import time
+from typing import Any
+
+_LINE_MAX = 1 << 20
+_RETRY_SECONDS = 0.3
+_IN_PROCESS = "dump in process"
+_PAUSED = re.compile(r"VM status: paused(?: \(single step mode\))?\s*$", re.MULTILINE)
+
+
+class _GoneError(Exception):
+    """QEMU has closed the connection."""
+
+
+class _Qmp:
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._lines = connection.makefile("rb")
+        self._message()  # the greeting: QEMU is there, and for us
+        self._execute("qmp_capabilities")
+
+    def is_paused(self) -> bool:
+        answer = self._execute("query-status").get("return")
+        return isinstance(answer, dict) and answer.get("status") == "paused"
+
+    def resume(self) -> bool:
+        """Tell whether QEMU has taken it: it does not while it dumps the guest itself."""
+        return _IN_PROCESS not in json.dumps(self._execute("cont").get("error"))
+
+    def _execute(self, command: str) -> dict[str, Any]:
+        self._connection.sendall(json.dumps({"execute": command}).encode() + b"\n")
+        while not {"return", "error"} & (answer := self._message()).keys():
+            pass
+        return answer
+
+    def _message(self) -> dict[str, Any]:
+        line = self._lines.readline(_LINE_MAX)
+        if not line:
+            raise _GoneError
+        message = json.loads(line)
+        return message if isinstance(message, dict) else {}
+
+
+class _Stub:
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._bytes = connection.makefile("rb")
+
+    def is_paused(self) -> bool:
+        return _PAUSED.search(self._monitor("info status")) is not None
+
+    def resume(self) -> bool:
+        return _IN_PROCESS not in self._monitor("cont")
+
+    def _monitor(self, command: str) -> str:
+        data = b"qRcmd," + command.encode().hex().encode()
+        self._connection.sendall(b"$%s#%02x" % (data, sum(data) & 0xFF))
+        text = ""
+        while (packet := self._packet()) not in {b"OK", b""} and not packet.startswith(b"E"):
+            if packet.startswith(b"O"):
+                text += bytes.fromhex(packet[1:].decode("ascii", "replace")).decode(
+                    "utf-8", "replace"
+                )
+        return text
+
+    def _packet(self) -> bytes:
+        while (byte := self._bytes.read(1)) != b"$":
+            if not byte:
+                raise _GoneError
+        packet = b""
+        while (byte := self._bytes.read(1)) != b"#":
+            if not byte or len(packet) > _LINE_MAX:
+                raise _GoneError
+            packet += byte
+        self._bytes.read(2)
+        self._connection.sendall(b"+")
+        return packet
+
+
+_KINDS: dict[str, type[_Qmp | _Stub]] = {"qmp": _Qmp, "gdb": _Stub}
+
+
+def _connect(address: object) -> socket.socket:
+    if isinstance(address, str):
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(address)
+        return connection
+    host, port = address if isinstance(address, list) else ("", 0)
+    return socket.create_connection((host, port))
+
+
+def release(kind: str, address: object) -> None:
+    """Let a guest run if it is paused; waits until QEMU answers, or is gone."""
+    while True:
+        with _connect(address) as connection:
+            peer = _KINDS[kind](connection)
+            if not peer.is_paused() or peer.resume():
+                return
+        time.sleep(_RETRY_SECONDS)
+
+
+if __name__ == "__main__" and not sys.stdin.buffer.read(1):
+    try:
+        release(sys.argv[1], json.loads(sys.argv[2]))
+    except (_GoneError, OSError, ValueError):
+        sys.exit(1)

@@ -1,0 +1,72 @@
+"""A process that lets a guest run again if this one cannot.
+
+This one may be killed, may lose its connection, or may have given up on a QEMU that does not
+answer: what it has sent is lost when it ends, and a debugger's connection that QEMU takes later
+stops the guest. The guardian waits for QEMU as long as QEMU lives, and lets only a guest run that
+is paused as we have paused it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.third_party import interpreter
+
+_PROGRAM = Path(__file__).with_name("_guardian_program.py")
+_NO_INTERPRETER = "false"  # ends at once: there is no guardian then
+_DISMISSED = b"d"
+
+
+class Guardian:
+    """Acts when it is not dismissed before this process ends, or is told to act."""
+
+    def __init__(self, kind: Literal["qmp", "gdb"], address: str) -> None:
+        """Start it.
+
+        Args:
+            kind: What listens at `address`: QMP or a gdbstub.
+            address: A path or HOST:PORT.
+        """
+        # By its name in its directory: the whole path may be too long for a socket.
+        path = Path(unix_path(address)).absolute()
+        target = tcp_address(address)
+        with uninterrupted():
+            self._process = subprocess.Popen(
+                (
+                    *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
+                    *(kind, json.dumps(target or path.name)),
+                ),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd=None if target else path.parent,
+                start_new_session=True,  # Ctrl-C is ours
+            )
+
+    def dismiss(self) -> None:
+        """End it: the guest runs, or is not ours any more."""
+        with uninterrupted():
+            self._tell(_DISMISSED)
+            self._process.wait()
+
+    def act(self) -> None:
+        """Have it let the guest run, when QEMU answers; nobody waits for that."""
+        with uninterrupted():
+            self._tell(b"")
+            # Not waited for, nor is it an oversight of ours.
+            self._process.returncode = self._process.poll() or 0
+
+    def _tell(self, word: bytes) -> None:
+        pipe = self._process.stdin
+        if pipe is None or pipe.closed:
+            return
+        try:
+            pipe.write(word)
+            pipe.close()
+        except BrokenPipeError:
+            pass  # it has ended: there was no interpreter
