@@ -14,12 +14,13 @@ import gdb
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.monitor_text import RUNNING
+from qemu_dump_ext.qemu.process import own_descriptor
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import read_run_state
+from qemu_dump_ext.qemu.socket_relay import always_read
 
 ResultT = TypeVar("ResultT")
 
-_MOST_VCPUS_ON_UNIX_SOCKET = 32
 _PACKET_SIZE = re.compile(r"PacketSize=([0-9a-f]{1,6})(?:;|$)")
 _SMALLEST_PACKET = 256
 _PACKET_MARGIN = 64
@@ -42,12 +43,17 @@ def _whole(exchange: Callable[[], ResultT]) -> ResultT:
 class GdbMonitor:
     """QEMU's monitor by gdb's `monitor` command."""
 
+    def __init__(self, addresses: Sequence[str]) -> None:
+        # Whose answers may be longer than the sockets hold between QEMU and gdb.
+        self._descriptor = next(filter(None, map(own_descriptor, addresses)), None)
+
     def execute(self, command: str) -> str:
         """Return the answer with plain line ends."""
         try:
-            answer = _whole(
-                lambda: gdb.execute(f"monitor {command}", from_tty=False, to_string=True)
-            )
+            with always_read(self._descriptor):
+                answer = _whole(
+                    lambda: gdb.execute(f"monitor {command}", from_tty=False, to_string=True)
+                )
         except gdb.error as error:
             raise _lost_or(error, f"monitor {command}") from error
         return answer.replace("\r\n", "\n")
@@ -154,18 +160,6 @@ def _require_qemu(stub: GdbStub) -> None:
         )
 
 
-def _require_short_answers() -> None:
-    # QEMU and gdb wait for each other forever when an answer of the monitor has some 600 lines:
-    # each is a packet, whose acknowledgment fills the socket. `info mtree -f` grows with vCPUs.
-    connection = gdb.selected_inferior().connection
-    is_unix_socket = connection is not None and "/" in (connection.details or "")
-    if is_unix_socket and len(gdb.selected_inferior().threads()) > _MOST_VCPUS_ON_UNIX_SOCKET:
-        raise SourceError(
-            "the gdbstub on a unix socket cannot carry the monitor's answers about so many vCPUs",
-            hint="add --qmp SOCKET, or connect gdb by TCP",
-        )
-
-
 @contextmanager
 def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     """Open the ways to the guest that gdb is attached to.
@@ -180,8 +174,7 @@ def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
     _require_stopped_guest()
     if qmp is None:
         _require_qemu(stub)
-        _require_short_answers()
-        yield GuestAccess.by_monitor(GdbMonitor(), stub=stub)
+        yield GuestAccess.by_monitor(GdbMonitor(stub.addresses()), stub=stub)
     else:
         with connect_qmp(qmp) as qmp_monitor:
             # The first packet would stop it, and what gdb knows of it is old.

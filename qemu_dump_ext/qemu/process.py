@@ -209,7 +209,19 @@ def process_at_other_end(connection: socket.socket, address: str) -> int | None:
     return None
 
 
+def own_descriptor(address: str) -> int | None:
+    """Return the descriptor of a connection of this process to `address`, or None."""
+    for descriptor, connection in _own_descriptors():
+        if _leads_to(connection, address):
+            return descriptor
+    return None
+
+
 def _own_connections() -> Iterator[socket.socket]:
+    return (connection for _, connection in _own_descriptors())
+
+
+def _own_descriptors() -> Iterator[tuple[int, socket.socket]]:
     # Those of a library (QMP) or of the debugger around us (the stub) are not ours to ask for.
     for link in list(Path("/proc/self/fd").iterdir()):
         try:
@@ -219,7 +231,7 @@ def _own_connections() -> Iterator[socket.socket]:
         except OSError:
             continue
         with connection:
-            yield connection
+            yield int(link.name), connection
 
 
 def _leads_to(connection: socket.socket, address: str) -> bool:
