@@ -23,8 +23,8 @@ class HmpSession:
         """Serve a client.
 
         Args:
-            connection: To the client.
-            interpreter: Of its lines.
+            connection: The connection to the client.
+            interpreter: The interpreter of its lines.
             at_terminal: It shows what it gets, and must not obey what guests have chosen.
         """
         self._connection = connection

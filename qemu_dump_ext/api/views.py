@@ -20,8 +20,8 @@ class GuestView:
 
     Attributes:
         architecture: QEMU's name of the target, such as `x86_64`.
-        ram_blocks: By ascending gpa.
-        vcpus: By ascending index; empty for a dump.
+        ram_blocks: The RAM blocks by ascending gpa.
+        vcpus: The vCPUs by ascending index; empty for a dump.
         vmcoreinfo: What the guest's kernel says of itself; empty where it was not found.
     """
 
