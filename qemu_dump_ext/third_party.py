@@ -37,6 +37,7 @@ PACKAGES: Mapping[str, ThirdPartyPackage] = {
     "drgn": ThirdPartyPackage("drgn", ("drgn",)),
     "fsspec": ThirdPartyPackage("fsspec", ("upload",)),
     "lzo": ThirdPartyPackage("python-lzo", ("lzo",), needs="liblzo2-dev and a C compiler"),
+    "numpy": ThirdPartyPackage("numpy", ("fast",)),
     "prometheus_client": ThirdPartyPackage("prometheus_client", ("collector",)),
     "prompt_toolkit": ThirdPartyPackage("prompt_toolkit", ("proxy",)),
     "pydantic": ThirdPartyPackage("pydantic", ("collector",)),

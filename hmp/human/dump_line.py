@@ -9,8 +9,11 @@ Source: QEMU monitor/hmp.c monitor_parse_arguments(), get_str(); hmp-commands.hx
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+
+from qemu_dump_ext.options.dump_options import NO_DUMP_LEVEL, DumpLevel, parse_dump_level
 
 _FLAGS = "pdwzlsR"
 _ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
@@ -29,6 +32,7 @@ class DumpLine:
         memory: Name of the memory source; None: the proxy's default.
         mended: Not as QEMU writes it; None: the proxy's default.
         snapshot: Copy guest memory, let the guest run, write the copy.
+        dump_level: Which pages are left out.
         names_codec: It stands behind -z.
     """
 
@@ -39,13 +43,21 @@ class DumpLine:
     memory: str | None = None
     mended: bool | None = None
     snapshot: bool = False
+    dump_level: DumpLevel = NO_DUMP_LEVEL
     names_codec: bool = False
 
     @property
     def extends_qemu(self) -> bool:
         """Whether there are words in the line that QEMU does not know."""
         ours = self.memory is not None or self.mended is not None or self.snapshot
-        return ours or self.names_codec
+        return ours or self.names_codec or self.dump_level.number > 0
+
+
+_SWITCHES: Mapping[str, Callable[[DumpLine], DumpLine]] = {
+    "-mended": lambda line: replace(line, mended=True),
+    "-exact": lambda line: replace(line, mended=False),
+    "-snapshot": lambda line: replace(line, snapshot=True),
+}
 
 
 @dataclass(frozen=True)
@@ -104,21 +116,11 @@ def _parse(
         word = match[1] or ""
         if word == "-native":
             return NativeLine(head + whole.replace(" --native", "", 1))
-        if word == "-memory":
-            value = re.match(r"\s*(\S+)", rest[match.end() :])
-            if value is None or value[1] not in sources:
-                known = ", ".join(sources)
-                return BadExtension(f"--memory: one of {known} expected")
-            parsed = replace(parsed, memory=value[1])
-            rest = rest[match.end() + value.end() :]
-            continue
-        if word in {"-mended", "-exact"}:
-            parsed = replace(parsed, mended=word == "-mended")
-            rest = rest[match.end() :]
-            continue
-        if word == "-snapshot":
-            parsed = replace(parsed, snapshot=True)
-            rest = rest[match.end() :]
+        taken = _take_extension(parsed, word, rest[match.end() :], sources)
+        if isinstance(taken, BadExtension):
+            return taken
+        if taken is not None:
+            parsed, rest = taken
             continue
         position = _FLAGS.find(word[:1]) if word[:1] else -1
         if position <= last:
@@ -146,6 +148,25 @@ def _parse(
         bounds=bounds.strip(),
         names_codec=codec_word is not None,
     )
+
+
+def _take_extension(
+    parsed: DumpLine, word: str, rest: str, sources: Collection[str]
+) -> tuple[DumpLine, str] | BadExtension | None:
+    """Return the line with an option of ours, and what is behind it; None where it is none."""
+    if word == "-memory":
+        value = re.match(r"\s*(\S+)", rest)
+        if value is None or value[1] not in sources:
+            return BadExtension(f"--memory: one of {', '.join(sources)} expected")
+        return replace(parsed, memory=value[1]), rest[value.end() :]
+    if word == "-dump" and (value := re.match(r"-level\s+(\S+)", rest)):
+        try:
+            level = parse_dump_level(value[1])
+        except ArgumentTypeError as error:
+            return BadExtension(f"--dump-level: {error}")
+        return replace(parsed, dump_level=level), rest[value.end() :]
+    change = _SWITCHES.get(word)
+    return None if change is None else (change(parsed), rest)
 
 
 def _take_string(text: str) -> tuple[str, str]:

@@ -261,6 +261,8 @@ class Interpreter:
             paging="p" in parsed.flags,
             memory_range=memory_range,
             snapshot=parsed.snapshot,
+            dump_level=parsed.dump_level.number,
+            dump_level_required=parsed.dump_level.required,
         )
         find_dump_format(request.format).check(request)
         return request

@@ -175,6 +175,11 @@ def _block_places(plan: DumpPlan, memory_offset: int) -> tuple[list[int], list[i
 
 
 def _check(request: DumpRequest) -> None:
+    if request.dump_level and request.paging and request.exact:
+        raise RequestError(
+            "QEMU's list of mapped segments has all pages: no dump level goes with it",
+            hint="leave out --exact or -p",
+        )
     if request.level is not None or request.exclude_zero:
         raise RequestError("--level and --exclude-zero are for kdumps", hint="add -z")
 

@@ -7,6 +7,7 @@ byte-identical as well; otherwise writes are large.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ from qemu_dump_ext.structures.kdump import (
     PAGE_DESCRIPTOR,
 )
 
-_DUMP_LEVEL = 1
+_DUMP_LEVEL_OF_QEMU = 1
 _CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
 _WORTH_PROCESSES = 256 << 20
 """Bytes of guest memory from which on starting them takes less time than they save."""
@@ -74,6 +75,7 @@ class KdumpLayout:
         descriptor_offset: Of the page descriptors.
         data_offset: Of the first page's data.
         runs: By ascending pfn.
+        covered_runs: Likewise, with the pages that are left out.
     """
 
     abi: Abi
@@ -86,6 +88,7 @@ class KdumpLayout:
     descriptor_offset: int
     data_offset: int
     runs: tuple[PageRun, ...]
+    covered_runs: tuple[PageRun, ...]
 
 
 def page_runs(blocks: Sequence[RamBlock], page_size: int, *, compose: bool) -> list[PageRun]:
@@ -125,12 +128,14 @@ def lay_out(plan: DumpPlan, codec: PageCodec) -> KdumpLayout:
     core, page_size = plan.core, plan.page_size
     exact = plan.dialect.whole_pages_only
     runs = page_runs(plan.ram_blocks, page_size, compose=not exact)
-    end = plan.ram_blocks[-1].end
+    covered_runs = page_runs(plan.covered_blocks, page_size, compose=not exact)
+    end = plan.covered_blocks[-1].end
     max_mapnr = (end // page_size if exact else -(-end // page_size)) - plan.pfn_base
     bitmap_blocks = -(-max_mapnr // (8 * page_size))
     if 2 * bitmap_blocks > U32_MAX:
         raise RequestError(
-            f"the page map of a kdump does not reach guest memory at {plan.ram_blocks[-1].gpa:#x}",
+            "the page map of a kdump does not reach guest memory at"
+            f" {plan.covered_blocks[-1].gpa:#x}",
             hint="take an ELF core, or what is below with --range BEGIN LENGTH",
         )
     abi = Abi(core.byte_order, core.word_size, max_align=core.word_size)
@@ -159,7 +164,7 @@ def lay_out(plan: DumpPlan, codec: PageCodec) -> KdumpLayout:
         ),
         sub_header=sub_header.pack(
             phys_base=plan.phys_base & word,
-            dump_level=_DUMP_LEVEL,
+            dump_level=plan.dump_level or _DUMP_LEVEL_OF_QEMU,
             offset_vmcoreinfo=notes_offset + vmcoreinfo_start if plan.vmcoreinfo_span else 0,
             size_vmcoreinfo=vmcoreinfo_size,
             offset_note=notes_offset,
@@ -173,17 +178,20 @@ def lay_out(plan: DumpPlan, codec: PageCodec) -> KdumpLayout:
         descriptor_offset=descriptor_offset,
         data_offset=descriptor_offset + page_count * PAGE_DESCRIPTOR.bind(abi).size,
         runs=tuple(runs),
+        covered_runs=tuple(covered_runs),
     )
 
 
 def bitmap_block(runs: Sequence[PageRun], first_pfn: int, size: int) -> bytes:
     """Return `size` bytes of a bitmap whose first bit is `first_pfn`, LSB first."""
     bits = 0
-    for run in runs:
+    end_pfn = first_pfn + 8 * size
+    index = bisect_right(runs, first_pfn, key=lambda run: run.end_pfn)
+    while index < len(runs) and runs[index].first_pfn < end_pfn:
+        run = runs[index]
         low = max(run.first_pfn, first_pfn) - first_pfn
-        high = min(run.end_pfn, first_pfn + 8 * size) - first_pfn
-        if low < high:
-            bits |= (1 << high) - (1 << low)
+        bits |= (1 << min(run.end_pfn, end_pfn) - first_pfn) - (1 << low)
+        index += 1
     return bits.to_bytes(size, "little")
 
 
@@ -298,10 +306,9 @@ def _write_bitmaps(layout: KdumpLayout, plan: DumpPlan, write_at: WriteAt, *, bo
     for index in range(layout.bitmap_blocks):
         offset = layout.bitmap_offset + index * plan.page_size
         first_pfn = plan.pfn_base + index * plan.page_size * 8
-        bits = bitmap_block(layout.runs, first_pfn, plan.page_size)
-        write_at(offset, bits)
+        write_at(offset, bitmap_block(layout.covered_runs, first_pfn, plan.page_size))
         if both:
-            write_at(offset + second, bits)
+            write_at(offset + second, bitmap_block(layout.runs, first_pfn, plan.page_size))
 
 
 def _write_second_bitmap(

@@ -12,10 +12,17 @@ from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
-from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError, SourceError
+from qemu_dump_ext.errors import (
+    MissingPackageError,
+    NotDumpedByQemuError,
+    RequestError,
+    SourceError,
+)
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
+from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import (
     TableReader,
@@ -221,6 +228,10 @@ def _snapshot(
 ) -> tuple[GuestSnapshot, list[str]]:
     """Return what a dump is planned from, and remarks."""
     vmcoreinfo, remarks = _vmcoreinfo(guest, request, advance)
+    excluded = None
+    if request.dump_level:
+        excluded, more = _excluded_pages(guest, request, vmcoreinfo)
+        remarks += more
     mappings = None
     if request.paging:
         mappings, more = _map_memory(guest, request, vmcoreinfo.text)
@@ -234,9 +245,25 @@ def _snapshot(
             utsname=guest.read_utsname(vmcoreinfo),
             mappings=mappings,
             machine=guest.probed.machine,
+            excluded=excluded,
         ),
         remarks,
     )
+
+
+def _excluded_pages(
+    guest: StoppedGuest, request: DumpRequest, vmcoreinfo: Vmcoreinfo
+) -> tuple[PageSet | None, list[str]]:
+    """Return what a dump level leaves out; None, with the reason, where that cannot be told."""
+    rules = FilterRules(request.dump_level, request.exact)
+    try:
+        if not vmcoreinfo.text:  # as --exact or --no-vmcoreinfo will have it in the dump
+            vmcoreinfo = guest.find_vmcoreinfo(request.kernel)
+        return guest.find_excluded_pages(vmcoreinfo, rules), []
+    except (SourceError, MissingPackageError, RequestError) as error:
+        if request.dump_level_required:
+            raise
+        return None, [f"dump level {rules.level}: {error}: no page was left out"]
 
 
 def _vmcoreinfo(

@@ -12,11 +12,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, Core
-from qemu_dump_ext.errors import GuestMemoryFaultError
+from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
+from qemu_dump_ext.linux.mem_map import find_mem_map
+from qemu_dump_ext.linux.page_filter import FilterRules, find_excluded_pages
+from qemu_dump_ext.linux.struct_page import parse_struct_page
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
+from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.structures.utsname import UtsName
 
 
@@ -134,6 +138,35 @@ class GuestView(ABC):
             SourceError: Its addresses cannot be translated.
         """
         return KernelMemory(self.architecture, self.memory, self.ram_blocks, vmcoreinfo.text)
+
+    def find_excluded_pages(self, vmcoreinfo: Vmcoreinfo, rules: FilterRules) -> PageSet:
+        """Return the pages that a dump of a level leaves out.
+
+        Raises:
+            SourceError: The kernel's struct pages cannot be found or read.
+            RequestError: Its page tables are hostile.
+            MissingPackageError: numpy cannot be imported.
+        """
+        if not vmcoreinfo.text:
+            raise SourceError("there is no VMCOREINFO, which tells where struct pages are")
+        layout = parse_struct_page(vmcoreinfo.text, self.core.byte_order, rules.level)
+        kernel = self.kernel_memory(vmcoreinfo)
+        runs = find_mem_map(
+            vmcoreinfo.text,
+            self.architecture,
+            layout,
+            kernel,
+            -(-self.ram_blocks[-1].end // layout.page_size),
+            exact=rules.exact,
+        )
+        kept = [] if rules.exact else kernel.pages_outside_linear_map()
+        if self.architecture.phys_base_is_lowest and not rules.exact:
+            # By which readers know where the kernel was loaded.
+            kept.append((self.ram_blocks[0].gpa, self.ram_blocks[0].gpa + layout.page_size))
+        size = layout.page_size
+        return find_excluded_pages(
+            rules, layout, runs, kernel, [(low // size, -(-high // size)) for low, high in kept]
+        )
 
     def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:
         """Return what the kernel that `vmcoreinfo` is of calls itself; empty where unknown."""

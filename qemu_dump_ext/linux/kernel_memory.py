@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 
-from qemu_dump_ext.architectures import Architecture
+from qemu_dump_ext.architectures import Architecture, PageTableRoot
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, block_at
-from qemu_dump_ext.paging.tables import TableReader, kernel_translations
+from qemu_dump_ext.pages.pipeline import populated_ranges
+from qemu_dump_ext.paging.tables import TableReader, collect_mappings, kernel_translations
 from qemu_dump_ext.paging.walk import translate_by
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
 _TWO_POINTERS_OF_32_BITS = 8
+_SMALLEST_PAGE = 4096
 
 
 class KernelMemory:
@@ -53,6 +56,82 @@ class KernelMemory:
             )
         pointers = vmcoreinfo_number(vmcoreinfo, "SIZE(list_head)")
         self.word_size = 4 if pointers == _TWO_POINTERS_OF_32_BITS else 8
+
+    def pages_outside_linear_map(self) -> list[tuple[int, int]]:
+        """Return the physical ranges that the kernel maps elsewhere than all memory is mapped.
+
+        That is its image, modules, stacks, per-CPU areas and struct pages, as far as they are
+        mapped by page tables. The linear map is known as what maps most of all memory with one
+        distance of virtual and physical addresses.
+
+        Returns:
+            First gpa and end of each, in no order; may overlap.
+
+        Raises:
+            RequestError: The kernel's page tables are hostile.
+        """
+        ranges = [(block.gpa, block.end) for block in self._blocks]
+        roots = [root for root in self._translations if isinstance(root, PageTableRoot)]
+        mapped = collect_mappings(roots, self._tables, ranges, native=False)
+        sizes: Counter[int] = Counter()
+        for segment in mapped:
+            sizes[segment.gva - segment.gpa] += segment.size
+        most = sum(end - first for first, end in ranges) // 2
+        linear = next((distance for distance, size in sizes.items() if size > most), None)
+        return [
+            (segment.gpa, segment.gpa + segment.size)
+            for segment in mapped
+            if segment.gva - segment.gpa != linear
+        ]
+
+    def read_known(self, gva: int, view: memoryview) -> list[tuple[int, int]]:
+        """Fill `view` from a kernel address on, as far as that can be done.
+
+        Returns:
+            First and end of each range of `view`, in bytes, that is not mapped to memory or cannot
+            be read: its content is undefined.
+        """
+        missing: list[tuple[int, int]] = []
+        for offset, gpa, size in self._spans(gva, len(view)):
+            part = view[offset : offset + size]
+            if gpa is None or not self._fill(gpa, part):
+                missing.append((offset, offset + size))
+        return missing
+
+    def _spans(self, gva: int, size: int) -> Iterator[tuple[int, int | None, int]]:
+        """Yield offset, gpa or None, and size of what is mapped together, neighbours merged."""
+        start, place, length = 0, None, 0
+        offset = 0
+        while offset < size:
+            address = (gva + offset) & U64_MAX
+            found = translate_by(self._translations, self._tables, address)
+            gpa, run = found or (None, _SMALLEST_PAGE - address % _SMALLEST_PAGE)
+            run = min(run, size - offset)
+            follows = gpa == place if None in {gpa, place} else gpa == (place or 0) + length
+            if not follows and length:
+                yield start, place, length
+                start, length = offset, 0
+            if not length:
+                place = gpa
+            length += run
+            offset += run
+        if length:
+            yield start, place, length
+
+    def _fill(self, gpa: int, view: memoryview) -> bool:
+        block = block_at(self._blocks, gpa)
+        if block is None or gpa + len(view) > block.end:
+            return False
+        filled = gpa
+        try:
+            for start, end in populated_ranges(self._memory, gpa, gpa + len(view)):
+                view[filled - gpa : start - gpa] = bytes(start - filled)
+                self._memory.read_into(start, view[start - gpa : end - gpa])
+                filled = end
+        except GuestMemoryFaultError:
+            return False
+        view[filled - gpa :] = bytes(gpa + len(view) - filled)
+        return True
 
     def read(self, gva: int, size: int) -> bytes:
         """Return `size` bytes at a kernel address; `size` is the caller's to bound.

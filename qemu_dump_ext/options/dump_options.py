@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from qemu_dump_ext import __version__
@@ -23,10 +24,11 @@ from qemu_dump_ext.options.expressions import (
     registers_in,
     with_register,
 )
-from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, DumpRequest, MemoryRange
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")
+_COUNT = re.compile(r"[0-9]{1,9}")
 COMMAND = "dump-guest-memory"
 """QEMU's name of the command, for its messages."""
 
@@ -39,6 +41,25 @@ def add_version(parser: argparse.ArgumentParser) -> None:
         version=f"%(prog)s {__version__}",
         help="show the version and exit",
     )
+
+
+@dataclass(frozen=True)
+class DumpLevel:
+    """What `--dump-level` asks for; its text is what users write.
+
+    Attributes:
+        number: The level, as `DumpRequest` has it.
+        required: Rather no dump than one of all pages, where they cannot be told apart.
+    """
+
+    number: int = 0
+    required: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.number}!" if self.required else str(self.number)
+
+
+NO_DUMP_LEVEL = DumpLevel()
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -135,6 +156,15 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         type=_positive,
         metavar="N",
         help="how many compress at the same time; default: all CPUs",
+    )
+    parser.add_argument(
+        "--dump-level",
+        type=parse_dump_level,
+        default=NO_DUMP_LEVEL,
+        metavar="N[!]",
+        help="leave out pages that nobody will look for, as makedumpfile numbers them: the sum of"
+        " 1 (zeros), 2 (cache), 4 (cache with private data), 8 (user) and 16 (free); 31 is all;"
+        " with ! rather no dump than one of all pages where they cannot be told apart",
     )
     parser.add_argument(
         "--exclude-zero",
@@ -289,6 +319,8 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         level=arguments.level,
         threads=arguments.threads,
         exclude_zero=arguments.exclude_zero,
+        dump_level=arguments.dump_level.number,
+        dump_level_required=arguments.dump_level.required,
         sparse=arguments.sparse,
         snapshot=arguments.snapshot,
         max_pause=arguments.max_pause,
@@ -333,14 +365,31 @@ def _with_registers(text: str, monitor: Monitor) -> str:
 
 
 def _positive(word: str) -> int:
-    number = int(word)
-    if number < 1:
-        raise ValueError(word)
-    return number
+    if not _COUNT.fullmatch(word) or not int(word):
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of 1 or more")
+    return int(word)
 
 
 def _seconds(word: str) -> float:
-    seconds = float(word)
+    try:
+        seconds = float(word)
+    except ValueError:
+        seconds = 0
     if not 0 < seconds < float("inf"):
-        raise ValueError(word)
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0")
     return seconds
+
+
+def parse_dump_level(word: str) -> DumpLevel:
+    """Return the dump level that a word asks for.
+
+    Args:
+        word: `N`, or `N!` for a level that is required.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no level.
+    """
+    number = word.removesuffix("!")
+    if not _COUNT.fullmatch(number) or int(number) > DUMP_LEVEL_MAX:
+        raise argparse.ArgumentTypeError(f"{word!r} is no dump level from 0 to {DUMP_LEVEL_MAX}")
+    return DumpLevel(int(number), word.endswith("!"))

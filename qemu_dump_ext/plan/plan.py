@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from qemu_dump_ext.architectures import Architecture, Core, phys_base
 from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.paging.segments import (
     Segment,
     identity_segments,
@@ -43,6 +44,7 @@ class GuestSnapshot:
         machine: QOM type of the machine.
         mappings: What the page tables map, as `collect_mappings` returns it; None where paging
             was not asked for, or no vCPU uses it.
+        excluded: Pages that stay out of the dump; None: none was looked for.
     """
 
     architecture: Architecture
@@ -52,6 +54,7 @@ class GuestSnapshot:
     utsname: UtsName
     machine: str = ""
     mappings: Sequence[Segment] | None = None
+    excluded: PageSet | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class DumpPlan:
         core: Form of the headers and of the notes.
         dialect: How it is spelt.
         ram_blocks: What goes in, by ascending gpa.
+        covered_blocks: What the dump is about, by ascending gpa: with the pages that are left out.
+        dump_level: Which pages are left out, as `DumpRequest` has it.
         segments: The PT_LOADs of an ELF core, in order.
         notes: The notes area, complete.
         vmcoreinfo_span: Offset in `notes` and size of VMCOREINFO's text, in bytes; None: no text.
@@ -85,6 +90,8 @@ class DumpPlan:
     phys_base: int
     utsname: UtsName
     missing: Mapping[tuple[str, int], Sequence[str]]
+    covered_blocks: tuple[RamBlock, ...]
+    dump_level: int = 0
     remarks: tuple[str, ...] = ()
     pfn_base: int = 0
 
@@ -137,8 +144,20 @@ def make_plan(
             span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
     page_size = _page_size(snapshot, dialect, text)
-    blocks = select_blocks(snapshot.ram_blocks, dialect, request, page_size if whole_pages else 1)
+    covered = select_blocks(snapshot.ram_blocks, dialect, request, page_size if whole_pages else 1)
+    blocks = covered
+    if snapshot.excluded is not None:
+        granule = page_size if whole_pages else snapshot.excluded.page_size
+        blocks = snapshot.excluded.in_pages_of(granule).cut_from(covered)
+    if not blocks:
+        raise RequestError("all pages of this memory are left out: there is nothing to dump")
     segments = _plan_segments(snapshot, dialect, request, blocks)
+    if snapshot.excluded is not None:
+        left, all_ = (sum(block.size for block in some) for some in (blocks, covered))
+        remarks.append(
+            f"dump level {request.dump_level}: {(all_ - left) / (1 << 20):.1f} of"
+            f" {all_ / (1 << 20):.1f} MiB of guest memory were left out"
+        )
     if request.paging and (unmapped := unmapped_size(segments, blocks)):
         remarks.append(
             f"{unmapped / (1 << 20):.1f} MiB of guest memory are mapped by no page table: they are"
@@ -157,6 +176,8 @@ def make_plan(
         core=core,
         dialect=dialect,
         ram_blocks=tuple(blocks),
+        covered_blocks=tuple(covered),
+        dump_level=request.dump_level if snapshot.excluded is not None else 0,
         segments=tuple(segments),
         notes=notes,
         vmcoreinfo_span=span,

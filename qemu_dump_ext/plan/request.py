@@ -8,6 +8,8 @@ from qemu_dump_ext.errors import RequestError
 
 DEFAULT_FORMAT = "elf"
 """The format of QEMU, too, where none is asked for."""
+DUMP_LEVEL_MAX = 31
+"""All that makedumpfile can leave out."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,9 @@ class DumpOptions:
         exclude_zero: Leave pages of zeros out of a kdump, as makedumpfile's dump level 1 does.
         sparse: Leave holes in an ELF file for pages of zeros, where the file can have any.
         snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
+        dump_level: Which pages are left out, as makedumpfile numbers them: a sum of 1 (zeros), 2
+            (cache), 4 (cache with private data, too), 8 (user) and 16 (free).
+        dump_level_required: Rather no dump than one of all pages, where they cannot be told apart.
         max_pause: Seconds for which the guest may stand still; None: any.
     """
 
@@ -62,6 +67,8 @@ class DumpOptions:
     exclude_zero: bool = False
     sparse: bool = True
     snapshot: bool = False
+    dump_level: int = 0
+    dump_level_required: bool = False
     max_pause: float | None = None
 
     def __post_init__(self) -> None:

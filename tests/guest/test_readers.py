@@ -32,6 +32,8 @@ DUMPS = {
     "kdump-raw-lzo": ("-l", "-R"),
     "kdump-raw-snappy": ("-s", "-R"),
     "kdump-raw-zstd": ("-z", "zstd", "-R"),
+    "elf-level-31": ("--dump-level", "31!"),
+    "kdump-raw-level-31": ("-z", "zlib", "-R", "--dump-level", "31!"),
 }
 # The ROM at the end of the first 4 GiB keeps makedumpfile from filtering a kdump of a PC.
 WITHOUT_ROM = "kdump-raw-zlib-without-rom"
@@ -102,7 +104,10 @@ def test_drgn_knows_tasks_log_and_stacks(
         assert STACK_ROOTS & {frame.name for frame in trace}
 
 
-@pytest.mark.parametrize("name", ["elf", "kdump-zlib", "kdump-raw-lzo", "kdump-raw-zstd"])
+@pytest.mark.parametrize(
+    "name",
+    ["elf", "kdump-zlib", "kdump-raw-lzo", "kdump-raw-zstd", "elf-level-31", "kdump-raw-level-31"],
+)
 def test_crash_knows_the_system_and_its_log(
     dump_of: DumpOf, vmlinux: Path, paused_linux: BootedGuest, name: str
 ):

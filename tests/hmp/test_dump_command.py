@@ -125,14 +125,28 @@ def test_target_that_we_do_not_know_is_left_to_qemu(tmp_path: Path):
 
 
 def test_what_we_add(bench: Bench, tmp_path: Path):
-    for index, words in enumerate(
-        ["-z zstd", "-z none -R", "-l", "-s", "--mended", "--memory pmemsave -z lzo", "--snapshot"]
-    ):
+    additions = (
+        *(
+            "-z zstd",
+            "-z none -R",
+            "-l",
+            "-s",
+            "--mended",
+            "--memory pmemsave -z lzo",
+            "--snapshot",
+        ),
+        "--dump-level 31 -l",
+    )
+    for index, words in enumerate(additions):
         path = tmp_path / f"dump{index}"
         assert bench.proxied.command(f"dump-guest-memory {words} {path}") == ""
         assert_sound(path)
     answer = bench.proxied.command(f"dump-guest-memory --memory nosuch {tmp_path / 'x'}")
     assert answer.startswith("Error: --memory: one of ")
+    answer = bench.proxied.command(f"dump-guest-memory --dump-level 32 {tmp_path / 'x'}")
+    assert answer == "Error: --dump-level: '32' is no dump level from 0 to 31\n"
+    answer = bench.proxied.command(f"dump-guest-memory --dump-level 31! {tmp_path / 'x'}")
+    assert answer.startswith("Error: there is no VMCOREINFO")
     assert not (tmp_path / "x").exists()
 
 

@@ -39,6 +39,10 @@ BAD_INPUT = (
     BadInput("two codecs", ("-l", "-s", "@/new"), 2, r"-s: not allowed with argument -l"),
     BadInput("codec twice", ("-z", "zstd", "-l", "@/new"), 2, r"-l: not allowed with .* -z"),
     BadInput("option", ("--frobnicate", "@/new"), 2, r"unrecognized arguments: --frobnicate"),
+    BadInput(
+        "dump level", ("--dump-level", "32", "@/new"), 2, r"'32' is no dump level from 0 to 31"
+    ),
+    BadInput("threads", ("--threads", "0", "@/new"), 2, r"'0' is no number of 1 or more"),
     BadInput("memory", ("--memory", "aether", "@/new"), 2, r"'aether' \(choose from '?auto'?,"),
     BadInput("no file", (), 2, r"required: FILE"),
     BadInput("empty file", ("",), 2, r"the name of the dump is empty"),

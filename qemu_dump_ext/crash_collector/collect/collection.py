@@ -352,7 +352,9 @@ class CrashCollector:
         if refusal is not None:
             self._without_dump(refusal)
             return
-        request = DumpRequest(format=settings.format, level=settings.level)
+        request = DumpRequest(
+            format=settings.format, level=settings.level, dump_level=settings.dump_level
+        )
         name = f"vmcore.{find_dump_format(settings.format).extension}"
         meter = _Meter(self._budget, self._task.patience)
         try:

@@ -34,7 +34,7 @@ from qemu_dump_ext.crash_collector.record import CauseKind
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, DumpRequest
 
 _NO_MORE = ConfigDict(extra="forbid", frozen=True)
 
@@ -160,6 +160,8 @@ class Settings:
         causes: What counts as a crash.
         format: The format of the dump, by the name that QMP has for it.
         level: The level of the page codec; low is fast, high is small.
+        dump_level: Which pages are left out of the dump, as makedumpfile numbers them: 0 for none,
+            31 for all that nobody will look for. All are kept where they cannot be told apart.
         memory: Where guest memory comes from, as `--memory` of the dump command has it.
         console: The file to which QEMU logs the console of the guest.
         console_patterns: Regular expressions; a new line of the console that one of them matches
@@ -181,6 +183,7 @@ class Settings:
     causes: tuple[CauseKind, ...] = DEFAULT_CAUSES
     format: Annotated[str, AfterValidator(_parse_format)] = "kdump-raw-zlib"
     level: Number | None = None
+    dump_level: Annotated[Count, Field(le=DUMP_LEVEL_MAX)] = 0
     memory: Annotated[str, AfterValidator(_parse_memory)] = AUTO
     console: GuestTemplate | None = None
     console_patterns: tuple[Pattern, ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))

@@ -1,0 +1,343 @@
+"""Which pages of a Linux guest nobody will look for in a dump: makedumpfile's dump levels.
+
+All of mem_map goes through numpy in pieces; there is no loop over pages. mem_map is guest memory
+and may say anything: every doubt keeps a page, and nothing runs longer than mem_map is long.
+
+Source: makedumpfile's makedumpfile.c, __exclude_unnecessary_pages(); Linux page-flags.h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qemu_dump_ext.linux.kernel_memory import KernelMemory
+from qemu_dump_ext.linux.mem_map import MemMapRun
+from qemu_dump_ext.linux.struct_page import Field, StructPage
+from qemu_dump_ext.pages.page_set import PageSet
+from qemu_dump_ext.third_party import import_package
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+ZERO = 1
+CACHE = 2
+PRIVATE_CACHE = 4
+USER = 8
+FREE = 16
+_CHUNK = 1 << 14
+"""Struct pages looked at together: 1 MiB of them, usually. A power of 2."""
+_LARGEST_ORDER = 40
+_FIRST_TYPE = 0xF0
+_NO_TYPE = 0xFF
+_RANGES_MAX = 1 << 17
+"""Of pages that are left out: each end of one costs the dump something."""
+
+Array = Any
+"""An array of numpy, which is imported where a filter is asked for and not before."""
+
+
+@dataclass(frozen=True)
+class FilterRules:
+    """What is left out.
+
+    Attributes:
+        level: Sum of CACHE, PRIVATE_CACHE (which has CACHE in it), USER and FREE; ZERO is a matter
+            of the format.
+        exact: As makedumpfile does it. Otherwise cache with private data stays (file systems
+            keep their own structures there), so do blocks that contradict others, pages of types
+            that are not known, and what else `kept` has.
+    """
+
+    level: int
+    exact: bool = False
+
+
+def find_excluded_pages(
+    rules: FilterRules,
+    layout: StructPage,
+    runs: Sequence[MemMapRun],
+    kernel: KernelMemory,
+    kept: Sequence[tuple[int, int]] = (),
+) -> PageSet:
+    """Return the pages that a dump of this level leaves out.
+
+    Args:
+        rules: Which.
+        layout: Of a struct page.
+        runs: Where struct pages are, by ascending pfn, not overlapping.
+        kernel: Memory at the kernel's addresses.
+        kept: First pfn and first pfn behind of ranges that stay, whatever is said of them.
+
+    Raises:
+        MissingPackageError: numpy cannot be imported.
+    """
+    numpy = import_package("numpy", "a dump level")
+    if not _does_anything(rules, layout):
+        return PageSet(layout.page_size, ())
+    map_ = _Map(numpy, rules, layout, runs)
+    for run in runs:
+        for start in range(0, run.count, _CHUNK):
+            map_.add(kernel, run, start, min(_CHUNK, run.count - start))
+    return PageSet(layout.page_size, map_.ranges(kept))
+
+
+def _does_anything(rules: FilterRules, layout: StructPage) -> bool:
+    # Pages that are poisoned or offline are no user's choice: makedumpfile looks for them only
+    # where it looks at all, or where the kernel tells of poison.
+    return bool(
+        rules.level & (CACHE | PRIVATE_CACHE | USER)
+        or layout.hwpoison
+        or (rules.level & FREE and layout.buddy is not None)
+    )
+
+
+class _Map:
+    """What has been found, for the pages from the first to the last struct page."""
+
+    def __init__(
+        self,
+        numpy: ModuleType,
+        rules: FilterRules,
+        layout: StructPage,
+        runs: Sequence[MemMapRun],
+    ) -> None:
+        self._np = numpy
+        self._rules = rules
+        self._layout = layout
+        self._runs = runs
+        self._first = runs[0].first_pfn
+        count = runs[-1].first_pfn + runs[-1].count - self._first
+        self._out = numpy.zeros(count, dtype=bool)
+        self._tails = numpy.zeros(count + 1, dtype=bool)  # one more, which sums may end at
+        self._blocks: list[tuple[Array, Array, bool]] = []  # starts, sizes, whether compound
+
+    def add(self, kernel: KernelMemory, run: MemMapRun, start: int, count: int) -> None:
+        """Look at struct pages `start` to `start + count` of a run."""
+        layout = self._layout
+        data = bytearray(count * layout.size)
+        missing = kernel.read_known(run.gva + start * layout.size, memoryview(data))
+        chunk = _Chunk(self._np, layout, data, count, run.first_pfn + start)
+        for low, high in missing:
+            chunk.live[low // layout.size : -(-high // layout.size)] = False
+        at = run.first_pfn + start - self._first
+        self._tails[at : at + count] = chunk.tail
+        free = self._free_blocks(chunk)
+        single = self._left_out(chunk) & ~free
+        order = chunk.orders
+        big = (single & (order > 0)).nonzero()[0]
+        if len(big):
+            self._blocks.append((big + at, self._sizes(order[big]), True))
+            single[big] = False
+        self._out[at : at + count] = single
+
+    def _sizes(self, orders: Array) -> Array:
+        return self._np.left_shift(self._np.int64(1), orders.astype(self._np.int64))
+
+    def _free_blocks(self, chunk: _Chunk) -> Array:
+        """Take free blocks; return the pages with which they begin, for which no other rule is."""
+        layout, at = self._layout, chunk.first_pfn - self._first
+        begins = self._np.zeros(chunk.count, dtype=bool)
+        if not self._rules.level & FREE:
+            return begins
+        free = chunk.has_type(layout.buddy) & ~chunk.slab & chunk.live
+        if layout.private is not None and free.any():
+            places = free.nonzero()[0]
+            orders = chunk.words(layout.private)[places].astype(self._np.uint64)
+            good = orders < layout.free_orders
+            self._blocks.append((places[good] + at, self._sizes(orders[good]), False))
+            begins |= free  # one of an order that cannot be stays
+        unaccepted = chunk.has_type(layout.unaccepted) & chunk.live
+        if unaccepted.any():
+            places = unaccepted.nonzero()[0]
+            largest = self._np.full(len(places), max(layout.free_orders - 1, 0))
+            self._blocks.append((places + at, self._sizes(largest), False))
+            begins |= unaccepted
+        return begins
+
+    def _left_out(self, chunk: _Chunk) -> Array:
+        """Return which pages are left out for what their own struct page says."""
+        layout, level, exact = self._layout, self._rules.level, self._rules.exact
+        anonymous = chunk.anonymous
+        out = self._np.zeros(chunk.count, dtype=bool)
+        if level & (CACHE | PRIVATE_CACHE):
+            cache = chunk.cache & ~anonymous
+            if not (level & PRIVATE_CACHE and exact):
+                cache &= ~chunk.has_all(layout.private_bit)
+            out |= cache
+        if level & USER:
+            out |= anonymous | chunk.hugetlb
+        if not exact:
+            out &= ~chunk.of_unknown_type
+        out |= chunk.has_all(layout.hwpoison)
+        out |= chunk.has_type(layout.offline) & ~chunk.slab
+        return out & chunk.live
+
+    def ranges(self, kept: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Return first pfn and first pfn behind of what is left out."""
+        numpy, out = self._np, self._out
+        self._add_blocks()
+        for first, end in kept:
+            out[max(first - self._first, 0) : max(end - self._first, 0)] = False
+        edges = numpy.diff(out.astype(numpy.int8), prepend=0, append=0)
+        starts, ends = (edges > 0).nonzero()[0], (edges < 0).nonzero()[0]
+        if len(starts) > _RANGES_MAX:
+            largest = numpy.sort(numpy.argsort(starts - ends, kind="stable")[:_RANGES_MAX])
+            starts, ends = starts[largest], ends[largest]
+        return list(
+            zip((starts + self._first).tolist(), (ends + self._first).tolist(), strict=True)
+        )
+
+    def _add_blocks(self) -> None:
+        numpy = self._np
+        if not self._blocks:
+            return
+        starts = numpy.concatenate([block[0] for block in self._blocks])
+        sizes = numpy.concatenate([block[1] for block in self._blocks])
+        compound = numpy.concatenate(
+            [numpy.full(len(block[0]), block[2], dtype=bool) for block in self._blocks]
+        )
+        order = numpy.argsort(starts, kind="stable")
+        starts, sizes, compound = starts[order], sizes[order], compound[order]
+        if self._rules.exact:
+            good = self._as_a_walk(starts, sizes)
+        else:
+            good = self._sound(starts, sizes, compound)
+        starts, sizes = starts[good], sizes[good]
+        # No two of them overlap: the sum is 0 or 1 everywhere.
+        covered = numpy.zeros(len(self._out) + 1, dtype=numpy.int8)
+        numpy.add.at(covered, starts, 1)
+        numpy.add.at(covered, numpy.minimum(starts + sizes, len(self._out)), -1)
+        numpy.cumsum(covered, dtype=numpy.int8, out=covered)
+        self._out |= covered[:-1].view(bool)
+
+    def _as_a_walk(self, starts: Array, sizes: Array) -> Array:
+        # What a walk in ascending order meets that skips what a block covers.
+        numpy = self._np
+        ends = numpy.maximum.accumulate(starts + sizes)
+        good = numpy.ones(len(starts), dtype=bool)
+        if not (starts[1:] < ends[:-1]).any():
+            return good
+        reached = -1
+        for index, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
+            good[index] = start >= reached
+            if good[index]:
+                reached = start + size
+        return good
+
+    def _sound(self, starts: Array, sizes: Array, compound: Array) -> Array:
+        # Aligned, in one run, overlapped by no other, and compound ones with all their tails.
+        numpy = self._np
+        ends = starts + sizes
+        good = (starts + self._first) & (sizes - 1) == 0
+        run_starts = numpy.array([run.first_pfn - self._first for run in self._runs])
+        run_ends = run_starts + numpy.array([run.count for run in self._runs])
+        index = numpy.searchsorted(run_starts, starts, side="right") - 1
+        good &= ends <= run_ends[index]
+        reached = numpy.maximum.accumulate(ends)
+        overlapped = numpy.zeros(len(starts), dtype=bool)
+        overlapped[1:] |= starts[1:] < reached[:-1]
+        overlapped[:-1] |= starts[1:] < ends[:-1]
+        good &= ~overlapped
+        places = (good & compound).nonzero()[0]
+        if len(places):
+            # Pages behind the first of each, and of what is between two of them.
+            borders = numpy.stack((starts[places] + 1, ends[places]), axis=1).ravel()
+            tails = numpy.add.reduceat(self._tails, borders, dtype=numpy.int64)[::2]
+            good[places] = tails == sizes[places] - 1
+        return good
+
+
+class _Chunk:
+    """Struct pages, by field; a row each.
+
+    Attributes:
+        count: How many.
+        first_pfn: Of the first page.
+        live: Rows that are looked at: not tails, and readable.
+        tail: Rows of pages of a compound page other than its first.
+        slab: Rows of pages of the slab allocator.
+        anonymous: Rows of anonymous memory.
+        orders: Of a compound page, in the row of its first page; 0 elsewhere.
+        hugetlb: Rows of the first pages of hugetlb.
+    """
+
+    def __init__(
+        self, numpy: ModuleType, layout: StructPage, data: bytearray, count: int, first_pfn: int
+    ) -> None:
+        self._np = numpy
+        self._layout = layout
+        self._data = data
+        self.count = count
+        self.first_pfn = first_pfn
+        self._flags = self.words(layout.flags)
+        self._types = self.words(layout.mapcount)
+        self.tail = numpy.zeros(count, dtype=bool)
+        if layout.compound is not None:
+            self.tail = self.words(layout.compound) & 1 != 0
+        self.live = ~self.tail
+        self.slab = self.has_all(layout.slab_bit) | self.has_type(layout.slab_type)
+        self.anonymous = (self.words(layout.mapping) & 1 != 0) & ~self.slab
+        self.orders, self.hugetlb = self._compounds()
+
+    def words(self, field: Field) -> Array:
+        """Return a field of all rows, in the byte order of this machine."""
+        numpy, layout = self._np, self._layout
+        order = "<" if layout.byte_order == "little" else ">"
+        values = numpy.ndarray(
+            self.count,
+            dtype=f"{order}u{field.size}",
+            buffer=self._data,
+            offset=field.offset,
+            strides=(layout.size,),
+        )
+        return values.astype(f"u{field.size}")
+
+    def has_all(self, mask: int) -> Array:
+        """Return which rows have all bits of a mask of flags; none for mask 0."""
+        if not mask:
+            return self._np.zeros(self.count, dtype=bool)
+        return self._flags & mask == mask
+
+    def has_type(self, value: int | None) -> Array:
+        """Return which rows have a page type."""
+        if value is None:
+            return self._np.zeros(self.count, dtype=bool)
+        return self._types == value
+
+    @property
+    def cache(self) -> Array:
+        """Rows of the page cache, or of the swap cache."""
+        return self.has_all(self._layout.lru) | self.has_all(self._layout.swapcache)
+
+    @property
+    def of_unknown_type(self) -> Array:
+        """Rows with a page type that VMCOREINFO does not tell of."""
+        if not self._layout.typed_by_top_byte:
+            return self._np.zeros(self.count, dtype=bool)
+        top = self._types >> 24
+        known = self._np.isin(self._types, self._layout.known_types)
+        return (top >= _FIRST_TYPE) & (top != _NO_TYPE) & ~known
+
+    def _compounds(self) -> tuple[Array, Array]:
+        """Return the order of each row, of compound pages, and rows of hugetlb."""
+        numpy, layout = self._np, self._layout
+        orders = numpy.zeros(self.count, dtype=numpy.int64)
+        hugetlb = numpy.zeros(self.count, dtype=bool)
+        heads = (self.has_all(layout.head) & self.live).nonzero()[0]
+        heads = heads[heads < self.count - 1]
+        if not len(heads):
+            return orders, hugetlb
+        if layout.order is not None:
+            told = (self.words(layout.order)[heads + 1] & 0xFF).astype(numpy.int64)
+            size = numpy.left_shift(numpy.int64(1), numpy.minimum(told, _LARGEST_ORDER))
+            fits = (told <= _LARGEST_ORDER) & ((heads + self.first_pfn) & (size - 1) == 0)
+            orders[heads] = numpy.where(fits, told, 0)
+        if layout.hugetlb_type is not None:
+            hugetlb[heads] = self._types[heads] == layout.hugetlb_type
+        elif layout.hugetlb_bit:
+            hugetlb[heads] = self._flags[heads + 1] & layout.hugetlb_bit != 0
+        elif layout.destructor is not None and layout.hugetlb_destructor is not None:
+            hugetlb[heads] = self.words(layout.destructor)[heads + 1] == layout.hugetlb_destructor
+        return orders, hugetlb

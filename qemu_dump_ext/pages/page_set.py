@@ -1,0 +1,68 @@
+"""Sets of page frames: what of a guest's memory stays out of a dump."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from qemu_dump_ext.guest.model import RamBlock
+
+
+@dataclass(frozen=True)
+class PageSet:
+    """Pages of a guest, as ranges of page frames.
+
+    Attributes:
+        page_size: In bytes.
+        ranges: First pfn and first pfn behind of each range, ascending, with pages between them.
+    """
+
+    page_size: int
+    ranges: Sequence[tuple[int, int]]
+
+    @property
+    def page_count(self) -> int:
+        """Pages in the set."""
+        return sum(end - first for first, end in self.ranges)
+
+    def in_pages_of(self, page_size: int) -> PageSet:
+        """Return the larger pages of which all pages are in the set.
+
+        Args:
+            page_size: In bytes, a multiple of the set's; a smaller one changes nothing.
+        """
+        ratio = page_size // self.page_size
+        if ratio <= 1:
+            return self
+        whole = ((-(-first // ratio), end // ratio) for first, end in self.ranges)
+        return PageSet(page_size, tuple((first, end) for first, end in whole if first < end))
+
+    def cut_from(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:
+        """Return what of RAM blocks lies on no page of the set.
+
+        Args:
+            blocks: By ascending gpa, not overlapping.
+
+        Returns:
+            The parts, by ascending gpa; of a page that the set has nothing is left.
+        """
+        return [part for block in blocks for part in self._outside(block)]
+
+    def _outside(self, block: RamBlock) -> Iterator[RamBlock]:
+        position = block.gpa
+        index = bisect_right(self.ranges, (position // self.page_size, -1))
+        if index and self.ranges[index - 1][1] * self.page_size > position:
+            index -= 1
+        while position < block.end:
+            first, end = self.ranges[index] if index < len(self.ranges) else (None, None)
+            stop = block.end if first is None else min(first * self.page_size, block.end)
+            if stop > position:
+                yield replace(
+                    block,
+                    gpa=position,
+                    size=stop - position,
+                    region_offset=block.region_offset + position - block.gpa,
+                )
+            position = block.end if end is None else max(position, end * self.page_size)
+            index += 1

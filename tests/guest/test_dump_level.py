@@ -1,0 +1,120 @@
+"""Dump levels of a Linux guest: makedumpfile filters our whole dump, and we leave out the same."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from elftools.elf.elffile import ELFFile
+
+from qemu_dump_ext.guest_images.machine import BootedGuest
+from tests.support.doors import run_cli, run_gdb
+
+pytestmark = pytest.mark.guest
+
+_PAGE = 4096
+# makedumpfile leaves out what lies behind the last section of memory, at every level.
+_ROM_PAGES = 64
+_LEVELS = (1, 2, 4, 8, 16, 27, 31)
+
+
+def _bitmaps(dump: Path) -> tuple[set[int], set[int]]:
+    """Return the pages of both bitmaps of a raw kdump of a little-endian target of 64 bits."""
+    content = dump.read_bytes()
+    assert content[:8] == b"KDUMP   "
+    block_size, sub_header, blocks = struct.unpack_from("<iII", content, 428)
+    half = blocks // 2 * block_size
+    found = []
+    for index in range(2):
+        offset = (1 + sub_header) * block_size + index * half
+        bits = np.frombuffer(content, np.uint8, half, offset)
+        found.append(set(np.unpackbits(bits, bitorder="little").nonzero()[0].tolist()))
+    return found[0], found[1]
+
+
+def _level_of(dump: Path) -> int:
+    (level,) = struct.unpack_from("<i", dump.read_bytes(), _PAGE + 8)
+    return int(level)
+
+
+@pytest.fixture(scope="module")
+def whole(paused_linux: BootedGuest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Everything."""
+    path = tmp_path_factory.mktemp("whole") / "elf"
+    assert run_cli("--qmp", paused_linux.qmp_sockets[0], path).returncode == 0
+    return path
+
+
+def _take(guest: BootedGuest, path: Path, *words: str) -> Path:
+    done = run_cli("--qmp", guest.qmp_sockets[0], *words, path)
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+@pytest.mark.parametrize("level", _LEVELS)
+def test_exact_leaves_out_what_makedumpfile_leaves_out(
+    paused_linux: BootedGuest, whole: Path, tmp_path: Path, level: int
+):
+    filtered = tmp_path / "filtered"
+    subprocess.run(
+        ["makedumpfile", "-l", "-d", str(level), whole, filtered], check=True, capture_output=True
+    )
+    words = ("-l", "-R", "--exact", "--dump-level", f"{level}!")
+    ours = _take(paused_linux, tmp_path / "ours", *words)
+    covered, kept = _bitmaps(ours)
+    _, kept_by_makedumpfile = _bitmaps(filtered)
+    end = max(covered) + 1
+    assert kept == kept_by_makedumpfile | set(range(end - _ROM_PAGES, end))
+    assert len(covered) == paused_linux.image.memory_mib * 256 + _ROM_PAGES
+    assert _level_of(ours) == level
+
+
+def test_by_default_more_is_kept(paused_linux: BootedGuest, tmp_path: Path):
+    words = ("-l", "-R", "--dump-level", "31!")
+    safe = _bitmaps(_take(paused_linux, tmp_path / "safe", *words))
+    exact = _bitmaps(_take(paused_linux, tmp_path / "exact", *words, "--exact"))
+    assert safe[0] == exact[0]
+    assert safe[1] > exact[1]
+    assert len(safe[1]) < len(safe[0]) / 2
+
+
+def test_an_elf_core_has_segments_of_the_pages_that_stay(paused_linux: BootedGuest, tmp_path: Path):
+    words = ("--dump-level", "31!")
+    _, kept = _bitmaps(_take(paused_linux, tmp_path / "kdump", *words, "-l", "-R"))
+    core = _take(paused_linux, tmp_path / "elf", *words)
+    with core.open("rb") as file:
+        loads = [s.header for s in ELFFile(file).iter_segments() if s.header.p_type == "PT_LOAD"]
+    pages = [
+        page
+        for load in loads
+        for page in range(load.p_paddr // _PAGE, (load.p_paddr + load.p_memsz) // _PAGE)
+    ]
+    assert pages == sorted(kept)
+    assert all(load.p_filesz == load.p_memsz for load in loads)
+
+
+def test_in_gdb(paused_linux: BootedGuest, tmp_path: Path):
+    path = tmp_path / "dump"
+    words = f"qemu-dump-guest-memory -l -R --dump-level 31 --memory gdbstub {path}"
+    done = run_gdb(paused_linux, [words])
+    assert re.search(r"dump level 31: \d+\.\d of 256\.2 MiB", done.stdout), done.stdout
+    by_cli = _take(paused_linux, tmp_path / "other", "-l", "-R", "--dump-level", "31")
+    assert _bitmaps(path) == _bitmaps(by_cli)
+
+
+def test_without_struct_pages_everything_is_kept_or_the_dump_refused(
+    bare_machine: BootedGuest, tmp_path: Path
+):
+    socket = bare_machine.qmp_sockets[0]
+    done = run_cli("--qmp", socket, "--dump-level", "31", tmp_path / "all")
+    assert done.returncode == 0
+    assert "dump level 31: there is no VMCOREINFO" in done.stderr
+    assert "no page was left out" in done.stderr
+    refused = run_cli("--qmp", socket, "--dump-level", "31!", tmp_path / "none")
+    assert refused.returncode == 3
+    assert "there is no VMCOREINFO" in refused.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["all"]
