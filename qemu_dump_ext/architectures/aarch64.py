@@ -137,7 +137,8 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     if "z0" in stub:
         # The low halves; with them the stub has no registers of the smaller kind.
         for vector, sve in zip(_VECTORS.split(), _SVE_VECTORS.split(), strict=True):
-            values[vector] = stub[sve] & (1 << 128) - 1
+            if sve in stub:
+                values[vector] = stub[sve] & (1 << 128) - 1
     if "vg" in stub:
         values["sve_vl"] = 8 * stub["vg"]
     if readings.qom.get("sve_max_vq"):

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.structures.c_struct import U64_MAX
+from qemu_dump_ext.untrusted import parse_unsigned
 
 _NUMBER = re.compile(r"0[xX][0-9a-fA-F]+|[0-9]+")
 _REGISTER = re.compile(r"\$[\w.]+", re.ASCII)
@@ -166,10 +167,10 @@ class _Parser:
         digits = match[0]
         if digits[:1] == "0" and digits[1:2] not in {"x", "X"}:
             digits = re.match("[0-7]*", digits)[0]  # type: ignore[index] # octal; matches always
-            value = int(digits, 8)
+            value = parse_unsigned(digits, 8)
         else:
-            value = int(digits, 0)
-        if value > U64_MAX:
+            value = parse_unsigned(digits, 16 if digits[1:2] in {"x", "X"} else 10)
+        if value is None:
             raise RequestError("number too large")
         self._position += len(digits)
         self._skip_blanks()

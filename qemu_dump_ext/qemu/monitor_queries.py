@@ -15,8 +15,14 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.access import Monitor
-from qemu_dump_ext.qemu.monitor_text import parse_vcpu_list, split_vcpus
+from qemu_dump_ext.qemu.monitor_text import (
+    parse_physical_bytes,
+    parse_physical_memory,
+    parse_vcpu_list,
+    split_vcpus,
+)
 from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.untrusted import parse_unsigned
 
 _CHILD = re.compile(r"^(?P<name>\S+) \(child<(?P<type>[^>]+)>\)$", re.MULTILINE)
 _CPU_SUFFIX = "-cpu"
@@ -25,8 +31,6 @@ _LEAVES = frozenset(("irq", "memory-region", "qemu:memory-region", "clock", "or-
 # Where boards keep their CPUs; everything else is looked through later.
 _LIKELY = re.compile(r"unattached|soc|cpu|core|thread|hart|cluster|chip|mpu")
 _MAX_OBJECTS = 2000
-_NUMBER_LENGTH = 21
-"""Digits; a number of 64 bits has fewer."""
 # Kernels lie somewhere in the first megabytes.
 _WHERE_TO_LOOK = (0, *(1 << bit for bit in range(12, 25)))
 _WORDS = 32
@@ -100,7 +104,7 @@ def read_property(monitor: Monitor, path: str, name: str) -> str | None:
 def read_number(monitor: Monitor, path: str, name: str) -> int | None:
     """Return a property as a number, or None where it is none, or the object has none such."""
     text = read_property(monitor, path, name)
-    return int(text) if text and text.isdecimal() and len(text) < _NUMBER_LENGTH else None
+    return parse_unsigned(text) if text else None
 
 
 def read_byte_order(monitor: Monitor, addresses: Sequence[int]) -> ByteOrder | None:
@@ -115,17 +119,14 @@ def read_byte_order(monitor: Monitor, addresses: Sequence[int]) -> ByteOrder | N
     """
     for address in addresses:
         for offset in _WHERE_TO_LOOK:
-            words = _memory(monitor, f"xp /{_WORDS}xw {address + offset:#x}")
-            data = bytes(_memory(monitor, f"xp /{4 * _WORDS}xb {address + offset:#x}"))
+            place = f"{address + offset:#x}"
+            words = parse_physical_memory(monitor.execute(f"xp /{_WORDS}xw {place}"), 32)
+            data = parse_physical_bytes(monitor.execute(f"xp /{4 * _WORDS}xb {place}"))
             for number, word in enumerate(words):
                 stored = data[4 * number : 4 * number + 4]
                 if stored != stored[::-1]:
                     return "big" if int.from_bytes(stored, "big") == word else "little"
     return None
-
-
-def _memory(monitor: Monitor, command: str) -> list[int]:
-    return [int(word, 16) for word in re.findall(r"\b0x([0-9a-f]+)\b", monitor.execute(command))]
 
 
 def read_register_texts(monitor: Monitor) -> Mapping[int, str]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.structures.dialect import QemuVersion
+from qemu_dump_ext.untrusted import parse_unsigned
 
 RUNNING = "running"
 """What `parse_status` returns for a guest that is not stopped."""
@@ -31,15 +32,23 @@ _REGION_OFFSET = re.compile(r"^(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?$")
 _RAM_KINDS = frozenset(("ram", "rom", "nv-ram", "nv-rom"))
 _FLASH_KINDS = frozenset(("romd", "i/o"))
 _READABLE_KINDS = _RAM_KINDS | {"ramd", "romd"}
+_ABSURD_NUMBER = re.compile(r"\b[0-9a-fA-F]{1025,}\b")
+"""Of more bits than any register has that a monitor shows, which are 2048."""
+_FLAT_VIEW = "info mtree -f"
+_RAM_MAX = 1 << 52
+"""As much memory as the widest physical addresses of a board reach, in bytes."""
+_CPU_INDEX_BITS = 16
 _NON_VOLATILE_BACKEND = re.compile(r"alias \S.*? @(?P<backend>\S+) ")
 
 
 def parse_version(text: str) -> QemuVersion:
     """Parse `info version`: `7.2.22Debian 1:7.2+dfsg…` is (7, 2, 22)."""
     match = re.match(r"\s*(\d+)\.(\d+)\.(\d+)", text)
-    if match is None:
+    groups = match.groups() if match else ()
+    numbers = [number for group in groups if (number := parse_unsigned(group, bits=16)) is not None]
+    if len(numbers) != 3:
         raise MonitorAnswerError("info version", text)
-    major, minor, micro = (int(number) for number in match.groups())
+    major, minor, micro = numbers
     return major, minor, micro
 
 
@@ -78,7 +87,7 @@ def parse_flat_view(text: str) -> list[RamBlock]:
         Blocks by ascending gpa.
 
     Raises:
-        MonitorAnswerError: No such flat view.
+        MonitorAnswerError: No such flat view, or one that no memory has.
 
     Source:
         QEMU system/memory.c mtree_print_flatview(); system/memory_mapping.c
@@ -93,6 +102,8 @@ def parse_flat_view(text: str) -> list[RamBlock]:
             name, offset = _region(match)
             if match["kind"] != "rom" or name not in flash:
                 _add_range(blocks, match, name, offset)
+    if (size := sum(block.size for block in blocks)) > _RAM_MAX:
+        raise MonitorAnswerError(_FLAT_VIEW, f"{size:#x} bytes of memory are impossible")
     return blocks
 
 
@@ -113,17 +124,23 @@ def parse_readable_ranges(text: str) -> list[tuple[int, int]]:
 
 
 def _flat_ranges(text: str) -> Iterator[re.Match[str]]:
+    """Yield the ranges of the flat view, which must ascend and not overlap."""
     in_view = found = False
+    end = 0
     for line in text.splitlines():
         if line.startswith("FlatView #"):
             in_view = False
         elif line.startswith(' AS "memory",'):
             in_view = found = True
         elif in_view and (match := _FLAT_RANGE.match(line)):
+            first, last = int(match["first"], 16), int(match["last"], 16)
+            if not end <= first <= last:
+                raise MonitorAnswerError(_FLAT_VIEW, f"impossible memory: {line.strip()}")
+            end = last + 1
             yield match
     if not found:
         raise MonitorAnswerError(
-            "info mtree -f", text, hint="QEMU before 2.9 has no flat view of its memory"
+            _FLAT_VIEW, text, hint="QEMU before 2.9 has no flat view of its memory"
         )
 
 
@@ -152,25 +169,65 @@ def _add_range(blocks: list[RamBlock], match: re.Match[str], name: str, offset: 
 def parse_host_address(text: str, gpa: int) -> int:
     """Parse `gpa2hva`: `Host virtual address for 0x… (pc.ram) is 0x7f…`."""
     match = re.search(r"^Host virtual address for .* is (0x[0-9a-f]+)$", text.strip())
-    if match is None:
+    # The upper half of all addresses is the kernel's, on every host.
+    address = parse_unsigned(match[1], 16, bits=63) if match else None
+    if address is None:
         raise MonitorAnswerError(f"gpa2hva {gpa:#x}", text)
-    return int(match.group(1), 16)
+    return address
 
 
 def split_vcpus(text: str) -> dict[int, str]:
-    """Split `info registers -a` into the text of each vCPU, by cpu_index."""
+    """Split `info registers -a` into the text of each vCPU, by cpu_index.
+
+    Raises:
+        MonitorAnswerError: It makes no sense.
+    """
+    if absurd := _ABSURD_NUMBER.search(text):
+        raise MonitorAnswerError("info registers", f"a number of {len(absurd[0])} digits")
     parts = re.split(r"^CPU#(\d+)\s*$", text, flags=re.MULTILINE)
-    return {int(index): body for index, body in zip(parts[1::2], parts[2::2], strict=True)}
+    return {
+        _cpu_index("info registers", index): body
+        for index, body in zip(parts[1::2], parts[2::2], strict=True)
+    }
 
 
 def parse_vcpu_list(text: str) -> list[int]:
-    """Parse `info cpus`: the cpu_index of each line of the form `* CPU #0: thread_id=…`."""
-    return [int(index) for index in re.findall(r"^[* ] CPU #(\d+):", text, re.MULTILINE)]
+    """Parse `info cpus`: the cpu_index of each line of the form `* CPU #0: thread_id=…`.
+
+    Raises:
+        MonitorAnswerError: One is impossible.
+    """
+    found = re.findall(r"^[* ] CPU #(\d+):", text, re.MULTILINE)
+    return [_cpu_index("info cpus", index) for index in dict.fromkeys(found)]
+
+
+def _cpu_index(command: str, digits: str) -> int:
+    index = parse_unsigned(digits, bits=_CPU_INDEX_BITS)
+    if index is None:
+        raise MonitorAnswerError(command, f"no machine has a vCPU of number {digits}")
+    return index
+
+
+def parse_physical_memory(text: str, bits: int) -> list[int]:
+    """Parse `xp /NxF ADDRESS`: lines of `0000000000001000: 0x01 0x02 …`, whatever others say.
+
+    Args:
+        text: The answer.
+        bits: Of each number.
+
+    Raises:
+        MonitorAnswerError: There is something else in it.
+    """
+    values = []
+    for row in re.findall(r"^[0-9a-f]+:(.*)$", text, re.MULTILINE):
+        for word in row.split():
+            value = parse_unsigned(word, 16, bits=bits)
+            if value is None:
+                raise MonitorAnswerError("xp", text)
+            values.append(value)
+    return values
 
 
 def parse_physical_bytes(text: str) -> bytes:
-    """Parse `xp /Nxb ADDRESS`: lines of `0000000000001000: 0x01 0x02 …`."""
-    values: list[int] = []
-    for line in text.splitlines():
-        values.extend(int(value, 16) for value in line.partition(":")[2].split())
-    return bytes(values)
+    """Parse `xp /Nxb ADDRESS`, as `parse_physical_memory` does."""
+    return bytes(parse_physical_memory(text, 8))

@@ -16,10 +16,17 @@ from dataclasses import dataclass
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import Stub
 from qemu_dump_ext.structures.c_struct import Abi, StructLayout
+from qemu_dump_ext.untrusted import parse_bytes, parse_unsigned
 
 _CHUNK = 0xF00  # QEMU's packets hold 4096 bytes
-_MAX_DOCUMENT_SIZE = 4 << 20
+_MAX_DESCRIPTION_SIZE = 1 << 20
+"""Letters of all documents of a target description; QEMU's largest has 60 thousand."""
 _MAX_DOCUMENTS = 64
+_MAX_REGISTER_SIZE = 1 << 16
+"""Bytes that a packet answers, at most."""
+# Linear in the length of the text, whatever that is.
+_ELEMENT = re.compile(r"<(reg|xi:include)\s([^<>]{0,1000})>")
+_ATTRIBUTE = re.compile(r"(?<![\w:])([\w:]+)\s{0,9}=\s{0,9}[\"']([^\"']*)[\"']")
 
 
 @dataclass(frozen=True)
@@ -79,37 +86,46 @@ def _register_numbers(stub: Stub) -> dict[str, int]:
 def _described_registers(stub: Stub) -> Iterator[tuple[str, int | None]]:
     """Yield name and, where it is told, number of each register in the order of numbering."""
     documents = ["target.xml"]
-    for count, document in enumerate(documents, 1):
-        if count > _MAX_DOCUMENTS:
-            raise SourceError("the target description of the stub never ends")
-        text = re.sub(r"<!--.*?-->", "", _read_document(stub, document), flags=re.DOTALL)
-        for element, attributes in re.findall(r"<(reg|xi:include)\s([^>]*?)/?>", text):
-            values = dict(re.findall(r"([\w:]+)\s*=\s*[\"']([^\"']*)[\"']", attributes))
+    left = _MAX_DESCRIPTION_SIZE
+    for document in documents:
+        text = _read_document(stub, document, left)
+        left -= len(text)
+        for element, attributes in _ELEMENT.findall(_without_comments(text)):
+            values = dict(_ATTRIBUTE.findall(attributes))
             if element == "xi:include":
-                documents.append(values.get("href", ""))  # QEMU nests only one deep
+                # QEMU nests only one deep; what was included already leads in a circle.
+                if (included := values.get("href", "")) not in documents:
+                    documents.append(included)
+                if len(documents) > _MAX_DOCUMENTS:
+                    raise SourceError("the target description of the stub never ends")
             elif "name" in values:
-                number = values.get("regnum", "")
-                yield values["name"], int(number) if number.isdecimal() else None
+                yield values["name"], parse_unsigned(values.get("regnum", ""), bits=32)
 
 
-def _read_document(stub: Stub, name: str) -> str:
-    text = ""
-    while len(text) < _MAX_DOCUMENT_SIZE:
-        reply = stub.packet(f"qXfer:features:read:{name}:{len(text):x},{_CHUNK:x}")
+def _without_comments(text: str) -> str:
+    first, *others = text.split("<!--")
+    return first + "".join(part.partition("-->")[2] for part in others)
+
+
+def _read_document(stub: Stub, name: str, most: int) -> str:
+    parts: list[str] = []
+    size = 0
+    while size < most:
+        reply = stub.packet(f"qXfer:features:read:{name}:{size:x},{_CHUNK:x}")
         if reply[:1] not in {"m", "l"}:
-            return text  # no target description
-        text += reply[1:]
+            break  # no target description
+        parts.append(reply[1:])
+        size += len(reply) - 1
         if reply[0] == "l" or len(reply) == 1:
-            return text
-    raise SourceError(f"the target description of the stub is too long: {name}")
+            break
+    else:
+        raise SourceError(f"the target description of the stub is too long: {name}")
+    return "".join(parts)
 
 
 def _value(reply: str) -> bytes:
     # "" where the stub has no such packet, E01 for an error, x for unknown digits.
-    try:
-        return bytes.fromhex(reply)
-    except ValueError:
-        return b""
+    return parse_bytes(reply, most=_MAX_REGISTER_SIZE) or b""
 
 
 def _split_g_packet(data: bytes, layout: StructLayout | None) -> dict[str, bytes]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 
 from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.untrusted import parse_unsigned
 
 PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
 """Sizes of a page, in bytes, that a kernel may say of itself: the note is guest memory."""
@@ -25,14 +26,19 @@ def vmcoreinfo_value(text: bytes, key: str) -> str | None:
 
 
 def vmcoreinfo_number(text: bytes, key: str, base: int = 0) -> int | None:
-    """Return a number in `base` (0: as its prefix says), or None where it is none."""
-    value = vmcoreinfo_value(text, key)
-    if value is None:
-        return None
-    try:
-        return int(value, base)
-    except ValueError:
-        return None
+    """Return a number of at most 64 bits in `base`, or None where it is none.
+
+    Args:
+        text: Of VMCOREINFO.
+        key: What stands in front of the number.
+        base: 10 or 16; 0: as the number's prefix says, and its sign.
+    """
+    value = vmcoreinfo_value(text, key) or ""
+    if base:
+        return parse_unsigned(value, base)
+    digits = value.removeprefix("-")
+    number = parse_unsigned(digits, 16 if digits[:2] in {"0x", "0X"} else 10)
+    return -number if number is not None and digits != value else number
 
 
 def note_at_page_start(page: bytes | memoryview, byte_order: ByteOrder) -> bytes | None:

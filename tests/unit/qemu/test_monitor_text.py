@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from qemu_dump_ext.architectures._register_text import parse_named_values
@@ -7,11 +9,16 @@ from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_text import (
     parse_flat_view,
+    parse_host_address,
     parse_physical_bytes,
+    parse_physical_memory,
     parse_status,
+    parse_vcpu_list,
     parse_version,
     split_vcpus,
 )
+
+_HVA = "Host virtual address for 0x0 (ram) is 0x"
 
 
 def view(*ranges: str, spaces: str = ' AS "memory", root: system\n') -> str:
@@ -117,3 +124,46 @@ def test_a_window_to_flash_is_no_ram():
     for kind in ("romd", "i/o"):
         blocks = parse_flat_view(view.replace("{kind}", kind))
         assert [block.name for block in blocks] == ["pc.ram", "pc.rom", "pc.ram"]
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        ("0000000000000000-0000000000001fff", "0000000000001000-0000000000002fff"),
+        ("0000000000001000-0000000000001fff", "0000000000000000-0000000000000fff"),
+        ("0000000000001000-0000000000000fff",),
+        ("0000000000001000-0000000000000000",),
+        ("0000000000000000-0000000000000fff", "0000000000000000-0000000000000fff"),
+        ("0000000000000000-ffffffffffffffff",),
+        ("0000000000000000-000fffffffffffff", "8000000000000000-8000000000000000"),
+    ],
+)
+def test_memory_that_cannot_be_is_refused(ranges: tuple[str, ...]):
+    text = view(*(f"{place} (prio 0, ram): ram" for place in ranges))
+    with pytest.raises(MonitorAnswerError, match="impossible"):
+        parse_flat_view(text)
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (parse_version, "9" * 5000 + ".1.1"),
+        (parse_version, "7.2.65536"),
+        (lambda text: parse_host_address(text, 0), _HVA + "f" * 5000),
+        (lambda text: parse_host_address(text, 0), _HVA + "8000000000000000"),
+        (split_vcpus, f"CPU#{'9' * 5000}\nRAX=0"),
+        (split_vcpus, "CPU#65536\nRAX=0"),
+        (split_vcpus, "CPU#0\nRAX=" + "f" * 5000),
+        (parse_vcpu_list, f"* CPU #{'9' * 5000}: thread_id=1"),
+        (parse_vcpu_list, "* CPU #4294967296: thread_id=1"),
+        (parse_physical_bytes, "0000000000001000: 0x100"),
+        (parse_physical_bytes, "0000000000001000: 0x" + "f" * 5000),
+        (parse_physical_bytes, "0000000000001000: 0x1g"),
+        (parse_physical_bytes, "0000000000001000: -1"),
+        (lambda text: parse_physical_memory(text, 32), "00001000: 0x100000000"),
+    ],
+)
+def test_numbers_that_cannot_be_are_one_error(parse: Callable[[str], object], text: str):
+    with pytest.raises(MonitorAnswerError) as caught:
+        parse(text)
+    assert len(str(caught.value)) < 300
