@@ -7,6 +7,7 @@ so that adding one is adding a file. The name of the declaration is the name of 
 from __future__ import annotations
 
 import importlib
+import os
 import pkgutil
 from types import ModuleType
 from typing import Protocol, TypeVar
@@ -28,8 +29,11 @@ def collect(package: ModuleType, constant: str, kind: type[NamedT]) -> dict[str,
 
     Raises:
         TypeError: A file lacks the constant, or its name differs from the file's.
+        OSError: The host does not let us look.
     """
     found: dict[str, NamedT] = {}
+    for folder in package.__path__:
+        os.listdir(folder)  # noqa: PTH208 - where this fails, what follows finds nothing
     for module_info in pkgutil.iter_modules(package.__path__):
         if module_info.name.startswith("_"):
             continue

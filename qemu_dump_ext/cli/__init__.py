@@ -13,7 +13,7 @@ from types import FrameType, ModuleType
 from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.discovery import collect
-from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError
+from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError, SourceError
 from qemu_dump_ext.options.dump_options import add_version
 from qemu_dump_ext.printable import printable
 
@@ -44,6 +44,10 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
         # Whoever read our output has seen enough; nothing more is to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _EXIT_SIGPIPE
+    except (OSError, MemoryError) as error:
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no memory left"
+        print(f"{program}: this host refuses what is needed: {reason}", file=sys.stderr)
+        return SourceError.exit_status
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -25,7 +25,7 @@ from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs
 from qemu_dump_ext.pages.packing import Compression, Packer
-from qemu_dump_ext.pages.packing_processes import PackingProcesses
+from qemu_dump_ext.pages.packing_processes import start_packer
 from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
@@ -245,7 +245,7 @@ class _Kdump:
         compression = self._compression(request)
         if workers == 1 or self.codec == UNCOMPRESSED or memory_size < _WORTH_PROCESSES:
             return Packer(page_size, compression)
-        return PackingProcesses(page_size, compression, workers)
+        return start_packer(page_size, compression, workers)
 
     def write(
         self,

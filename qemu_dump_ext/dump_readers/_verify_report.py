@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
+
+from qemu_dump_ext.host_limits import WorkerThreads
 
 PROBLEMS_KEPT = 20
 
@@ -55,8 +57,8 @@ class VerifyReport:
 class OrderedPool:
     """Threads whose results come in the order of the jobs, few of them under way at a time."""
 
-    def __init__(self, executor: ThreadPoolExecutor, window: int) -> None:
-        self._executor = executor
+    def __init__(self, threads: WorkerThreads, window: int) -> None:
+        self._threads = threads
         self._window = window
 
     def map(self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
@@ -64,7 +66,7 @@ class OrderedPool:
         pending: deque[Future[ResultT]] = deque()
         try:
             for job in jobs:
-                pending.append(self._executor.submit(work, job))
+                pending.append(self._threads.submit(work, job))
                 if len(pending) >= self._window:
                     yield pending.popleft().result()
             while pending:

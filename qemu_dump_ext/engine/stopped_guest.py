@@ -15,6 +15,7 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.memory_sources import OpenedMemory, memory_source_states, open_memory
+from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
 from qemu_dump_ext.structures.dialect import MENDED
@@ -128,5 +129,6 @@ def stopped_guest(
         PauseLimitError: The limit was reached; the guest runs.
         UnsupportedTargetError: No architecture file describes it.
     """
+    load_before_stopping()
     with stopped(access, limit=limit) as pause, ExitStack() as opened:
         yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

@@ -6,10 +6,9 @@ contradicts their coding, lzo and snappy pages carry no checksum.
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 from qemu_dump_ext.dump_readers import DumpFile, OrderedPool, Progress, VerifyReport, reader_of
 from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.host_limits import WorkerThreads
 
 
 def verify_dump(
@@ -28,8 +27,8 @@ def verify_dump(
     report = VerifyReport()
     for problem in dump.image.problems:
         report.add_problem(problem)
-    with ThreadPoolExecutor(workers) as executor:
-        pool = OrderedPool(executor, 2 * workers)
+    with WorkerThreads(workers, "verify") as threads:
+        pool = OrderedPool(threads, 2 * workers)
         try:
             reader_of(dump).verify(dump, report, pool, progress)
         except CorruptDumpError as error:

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import DescriptorMonitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
 from qemu_dump_ext.qemu.native_dump import begin_dump_into
@@ -37,10 +38,17 @@ class NativeDumps:
 
     def __init__(self, qmp: DescriptorMonitor) -> None:
         self._qmp = qmp
-        self._files = [os.memfd_create("qemu-dump-piece") for _ in range(FILE_COUNT)]
-        for descriptor in self._files:
-            # By us, so that it does not count as memory of QEMU's, which may be allowed little.
-            os.posix_fallocate(descriptor, 0, _HEAD_SIZE + self.piece_size)
+        self._files: list[int] = []
+        try:
+            with refused_as(SourceError, "get memory for QEMU to dump into"):
+                for _ in range(FILE_COUNT):
+                    self._files.append(os.memfd_create("qemu-dump-piece"))
+                    # By us, so that it does not count as memory of QEMU's, which may be allowed
+                    # little.
+                    os.posix_fallocate(self._files[-1], 0, _HEAD_SIZE + self.piece_size)
+        except SourceError:
+            self.close()
+            raise
 
     def begin(self, file: int, gpa: int, size: int) -> Callable[[], FilePlace]:
         """Ask for a range."""

@@ -14,6 +14,7 @@ from pathlib import Path
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import AsyncMonitor, Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
 from qemu_dump_ext.qemu.shared_directory import quote_for_monitor, shared_directory
@@ -30,7 +31,14 @@ class SavedPieces:
         # The files exist before QEMU opens them: what QEMU on another host, or in another mount
         # namespace, writes under these names does not appear in ours.
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        self._files = [os.open(path, flags, 0o600) for path in self._paths]
+        self._files: list[int] = []
+        try:
+            with refused_as(SourceError, f"create a file in {directory}"):
+                for path in self._paths:
+                    self._files.append(os.open(path, flags, 0o600))
+        except SourceError:
+            self.close()
+            raise
 
     @property
     def is_async(self) -> bool:
@@ -60,6 +68,8 @@ class SavedPieces:
             if text:
                 raise GuestMemoryFaultError(gpa, size, f"QEMU's pmemsave: {text}")
             received = os.fstat(descriptor).st_size
+            if received != size and os.fstatvfs(descriptor).f_bavail == 0:
+                raise SourceError(f"no room is left in {self._paths[file].parent}")
             if received != size:
                 raise SourceError(
                     f"QEMU's file does not appear here ({received} of {size} bytes came):"
@@ -77,7 +87,7 @@ class SavedPieces:
 
 @contextmanager
 def _open(context: SourceContext) -> Iterator[GuestMemory]:
-    with shared_directory() as directory:
+    with shared_directory(FILE_COUNT * SavedPieces.piece_size) as directory:
         pieces = SavedPieces(context.monitor, directory)
         memory = PiecewiseMemory("pmemsave", context.ram_blocks, pieces)
         try:

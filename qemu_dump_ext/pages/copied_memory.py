@@ -20,6 +20,7 @@ from typing import Protocol
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, populated_ranges
 
 _MAP_NORESERVE = 0x4000
@@ -40,7 +41,8 @@ class _MemoryStore:
     def __init__(self, size: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         # No MADV_HUGEPAGE: the kernel moves other memory to make some, for twice the time.
-        self._area = mmap.mmap(-1, size, flags)
+        with refused_as(DumpWriteError, f"copy {size >> 20} MiB of guest memory"):
+            self._area = mmap.mmap(-1, size, flags)
         self._view = memoryview(self._area)
 
     def fill(self, offset: int, size: int, read: Callable[[memoryview], None]) -> memoryview:
@@ -60,14 +62,16 @@ class _MemoryStore:
 
 class _FileStore:
     def __init__(self, size: int, directory: Path) -> None:
-        room = os.statvfs(directory)
+        with refused_as(DumpWriteError, f"look at {directory}"):
+            room = os.statvfs(directory)
         free = room.f_bavail * room.f_frsize
         if room.f_blocks and size > free:  # a tmpfs without a limit counts no blocks
             raise DumpWriteError(
                 f"no room for --snapshot: {size >> 20} MiB of guest memory fit neither into half"
                 f" of the available memory nor into the {free >> 20} MiB left in {directory}"
             )
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed in close()
+        with refused_as(DumpWriteError, f"create a file in {directory}"):
+            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed in close()
         self._buffer = memoryview(bytearray(PIECE_SIZE))
 
     def fill(self, offset: int, size: int, read: Callable[[memoryview], None]) -> memoryview:
@@ -86,7 +90,8 @@ class _FileStore:
 
     def read_into(self, offset: int, buffer: memoryview) -> None:
         while buffer:
-            count = os.preadv(self._file.fileno(), [buffer], offset)
+            with refused_as(DumpWriteError, "read the copy of guest memory"):
+                count = os.preadv(self._file.fileno(), [buffer], offset)
             if not count:
                 raise DumpWriteError("the copy of guest memory became shorter")
             offset += count

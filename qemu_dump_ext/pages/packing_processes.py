@@ -37,6 +37,12 @@ _READY = b"ready"
 
 
 class _PackingProcess:
+    """One of them.
+
+    Raises:
+        OSError: The host allows no more processes, or descriptors.
+    """
+
     def __init__(self, memory: int, page_size: int, compression: Compression) -> None:
         self._connection, theirs = Pipe()
         with theirs:
@@ -84,12 +90,16 @@ class _PackingProcess:
 
 
 class PackingProcesses(Packer):
-    """A pool of them."""
+    """A pool of them; of fewer, where the host does not allow so many.
+
+    Raises:
+        OSError: The host has no memory to share with them.
+    """
 
     def __init__(self, page_size: int, compression: Compression, count: int) -> None:
         super().__init__(page_size, compression)
         self._processes: list[_PackingProcess] = []
-        self._idle: SimpleQueue[_PackingProcess] = SimpleQueue()
+        self._idle: SimpleQueue[_PackingProcess | None] = SimpleQueue()
         self._memory = os.memfd_create("guest-pages", os.MFD_CLOEXEC)
         try:
             size = buffer_count(count) * PIECE_SIZE
@@ -99,7 +109,8 @@ class PackingProcesses(Packer):
                 Buffer(whole[at : at + PIECE_SIZE], at) for at in range(0, size, PIECE_SIZE)
             ]
             for _ in range(count):
-                with uninterrupted():
+                process = None
+                with uninterrupted(), suppress(OSError):
                     process = _PackingProcess(self._memory, page_size, compression)
                     self._processes.append(process)
                 self._idle.put(process)
@@ -111,7 +122,7 @@ class PackingProcesses(Packer):
         """Have a process pack it; where none came up, pack it here."""
         process = self._idle.get()
         try:
-            if process.is_ready():
+            if process is not None and process.is_ready():
                 return process.pack(buffer.offset, len(buffer.view))
             return super().pack(buffer)
         finally:
@@ -124,6 +135,17 @@ class PackingProcesses(Packer):
                 process.end()
             self._processes.clear()
             os.close(self._memory)
+
+
+def start_packer(page_size: int, compression: Compression, count: int) -> Packer:
+    """Return a pool of `count` packing processes, or what packs without them, for a `with` block.
+
+    A process costs memory that the host may not give.
+    """
+    try:
+        return PackingProcesses(page_size, compression, count)
+    except OSError:
+        return Packer(page_size, compression)
 
 
 def serve(connection: int, memory: int, page_size: int, compression: dict[str, Any]) -> None:

@@ -11,13 +11,14 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
+from qemu_dump_ext.host_limits import WorkerThreads
+from qemu_dump_ext.interrupts import uninterrupted
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
@@ -203,9 +204,7 @@ def read_through(
             free.append(buffer)
         progress(size)
 
-    with ThreadPoolExecutor(
-        workers, thread_name_prefix="page", initializer=leave_signals_to_main_thread
-    ) as pool:
+    with WorkerThreads(workers, "page") as pool:
         try:
             for piece in pieces:
                 while pending and (

@@ -6,20 +6,43 @@ By numpy where it can be imported (gdb's own Python may lack it), page by page o
 from __future__ import annotations
 
 import importlib
+import mmap
+import os
 from functools import cache
 from itertools import groupby
 from types import ModuleType
 
 _WORD = 8
+_ALGEBRA_THREADS = "OPENBLAS_NUM_THREADS"
+_IMPORT_SIZE = 256 << 20
+"""Bytes of address space; the import takes half of it."""
 
 
 @cache
 def numpy_or_none() -> ModuleType | None:
     """Return numpy where it can be imported."""
+    # Its library for algebra, which is not used here, starts a thread for each CPU; where the host
+    # does not allow them, it interrupts this process, and without memory it ends it.
+    try:
+        mmap.mmap(-1, _IMPORT_SIZE).close()
+    except OSError:
+        return None
+    before = os.environ.get(_ALGEBRA_THREADS)
+    os.environ[_ALGEBRA_THREADS] = "1"
     try:
         return importlib.import_module("numpy")
     except ImportError:
         return None
+    finally:
+        if before is None:
+            del os.environ[_ALGEBRA_THREADS]
+        else:
+            os.environ[_ALGEBRA_THREADS] = before
+
+
+def load_before_stopping() -> None:
+    """Load what ends this process where memory is short: while no guest is stopped by it."""
+    numpy_or_none()
 
 
 def pages_with_content(view: memoryview, page_size: int) -> list[int]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from qemu_dump_ext.errors import MonitorAnswerError, SourceError
 from qemu_dump_ext.guest.access import DescriptorMonitor, GuestAccess, Monitor
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.shared_directory import quote_for_monitor, shared_directory
 from qemu_dump_ext.structures.elf import parse_loads
 
@@ -79,7 +80,8 @@ def _dump_byte_through_descriptor(qmp: DescriptorMonitor, gpa: int) -> bytes:
     Raises:
         SourceError: QEMU refuses, or descriptors cannot be passed.
     """
-    content = os.memfd_create("qemu-dump-notes")
+    with refused_as(SourceError, "get memory for QEMU to dump into"):
+        content = os.memfd_create("qemu-dump-notes")
     try:
         begin_dump_into(qmp, content, gpa, 1)()
         return os.pread(content, os.fstat(content).st_size, 0)
@@ -100,7 +102,8 @@ def _dump_byte_through_file(monitor: Monitor, gpa: int) -> bytes:
         path = directory / "notes"
         # Ours, so that QEMU's mode 0400 does not matter, and so that we notice when QEMU writes
         # another file of this name.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        with refused_as(SourceError, f"create a file in {directory}"):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         command = f"dump-guest-memory {quote_for_monitor(path)} {gpa:#x} 1"
         answer = monitor.execute(command)
         if "Error:" in answer:

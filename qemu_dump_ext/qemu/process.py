@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
 _MAPS_LINE = re.compile(
@@ -223,7 +224,9 @@ def _own_connections() -> Iterator[socket.socket]:
 
 def _own_descriptors() -> Iterator[tuple[int, socket.socket]]:
     # Those of a library (QMP) or of the debugger around us (the stub) are not ours to ask for.
-    for link in list(Path("/proc/self/fd").iterdir()):
+    with refused_as(SourceError, "look at /proc/self/fd"):
+        links = list(Path("/proc/self/fd").iterdir())
+    for link in links:
         try:
             if not str(link.readlink()).startswith("socket:"):
                 continue
@@ -360,7 +363,8 @@ def _lines(path: Path) -> list[str]:
 
 def _all_pids() -> list[int]:
     own = os.getpid()
-    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    with refused_as(SourceError, "look at /proc"):
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
     return [pid for pid in pids if pid != own]
 
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
+from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.address import connectable, tcp_address
 from qemu_dump_ext.qemu.qmp_client import new_client, new_listener
@@ -237,7 +238,11 @@ class QmpMonitor(SharedQmp):
             ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
         """
         with uninterrupted():
-            self._thread.start()
+            started = start_thread(self._thread)
+        if not started:
+            raise ConnectError(
+                "cannot start a thread: the host allows no more", hint="see 'ulimit -u'"
+            )
         try:
             with connectable(self.address) as target:
                 self._run(lambda: self._client.connect(target), _GREETING_SECONDS)

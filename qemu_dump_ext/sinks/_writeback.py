@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
-from qemu_dump_ext.interrupts import leave_signals_to_main_thread
+from qemu_dump_ext.host_limits import WorkerThreads
 
 _STEP = 64 << 20
 
@@ -15,9 +15,7 @@ class Writeback:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._pool = ThreadPoolExecutor(
-            1, thread_name_prefix="writeback", initializer=leave_signals_to_main_thread
-        )
+        self._pool = WorkerThreads(1, "writeback")
         self._pending: Future[None] | None = None
         self._size = 0
 
@@ -39,7 +37,7 @@ class Writeback:
         Raises:
             OSError: A part could not be written to the disk.
         """
-        self._pool.shutdown(wait=True)
+        self._pool.close()
         self._collect()
 
     def _collect(self) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.sinks._declaration import SinkKind, Target
 from qemu_dump_ext.sinks._sink import Sink
 
@@ -24,11 +25,12 @@ class CommandSink(Sink):
         self._process: subprocess.Popen[bytes] | None = None
 
     def _open(self) -> int:
-        self._process = subprocess.Popen(
-            ("/bin/sh", "-c", self._command),
-            stdin=subprocess.PIPE,
-            start_new_session=True,  # Ctrl-C is ours; the command sees the end of its input
-        )
+        with refused_as(DumpWriteError, f"start {self.name}"):
+            self._process = subprocess.Popen(
+                ("/bin/sh", "-c", self._command),
+                stdin=subprocess.PIPE,
+                start_new_session=True,  # Ctrl-C is ours; the command sees the end of its input
+            )
         if self._process.stdin is None:
             raise DumpWriteError(f"cannot start {self.name}")
         return self._process.stdin.fileno()

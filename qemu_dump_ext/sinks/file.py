@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.sinks._declaration import SinkKind, Target
 from qemu_dump_ext.sinks._file_writer import FileWriter
@@ -65,7 +66,8 @@ class FileSink(Sink):
                 self._descriptor = os.open(self._partial, flags, _FILE_MODE)
         except OSError as error:
             raise DumpWriteError(f"cannot create {self._path}: {reason_of(error)}") from error
-        self._writer = FileWriter(self._descriptor)
+        with refused_as(DumpWriteError, f"write {self._path}"):
+            self._writer = FileWriter(self._descriptor)
         return self._descriptor
 
     def commit(self) -> None:

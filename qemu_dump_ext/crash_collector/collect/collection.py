@@ -45,6 +45,7 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, 
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
+from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import SharedQmp
@@ -199,6 +200,7 @@ class CrashCollector:
 
     @contextmanager
     def _stopped(self, qmp: SharedQmp) -> Iterator[None]:
+        load_before_stopping()
         with stopped(GuestAccess.by_qmp(qmp), remember=self._remember_stopped) as pause:
             was_ours = pause.is_ours
             try:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 
@@ -15,6 +15,9 @@ class _Stub:
         self._documents = documents
         self._registers = registers
         self.asked: list[str] = []
+
+    def addresses(self) -> Sequence[str]:
+        return ()
 
     def packet(self, text: str) -> str:
         self.asked.append(text)

@@ -1,0 +1,105 @@
+"""What the host may refuse at any time: threads, processes, descriptors, memory, room.
+
+Where less of it does the same work more slowly, less is taken; where not, it is an error of ours.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from queue import SimpleQueue
+from typing import ParamSpec, Self, TypeVar
+
+from qemu_dump_ext.errors import DumpError
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
+
+ParametersT = ParamSpec("ParametersT")
+ResultT = TypeVar("ResultT")
+
+
+@contextmanager
+def refused_as(failure: type[DumpError], what: str) -> Iterator[None]:
+    """Turn a refusal of the host, while `what` is done, into `cannot WHAT: REASON`.
+
+    Raises:
+        DumpError: Of the type `failure`.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise failure(f"cannot {what}: {os.strerror(error.errno or errno.EIO)}") from error
+
+
+def start_thread(thread: threading.Thread) -> bool:
+    """Start a thread; returns False where the host does not allow one more."""
+    try:
+        thread.start()
+    except RuntimeError:  # which is all that Python says of it
+        return False
+    return True
+
+
+class WorkerThreads:
+    """As many threads as are wanted, or as the host allows; without any, the caller does the work.
+
+    Use as a context manager. Signals reach the main thread alone.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        """Start `count` threads."""
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        for number in range(count):
+            thread = threading.Thread(target=self._work, name=f"{name}_{number}", daemon=True)
+            with uninterrupted():
+                if not start_thread(thread):
+                    break
+                self._threads.append(thread)
+
+    def _work(self) -> None:
+        with suppress(MemoryError):  # a thread that ends would leave the others' work undone
+            leave_signals_to_main_thread()
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # not to be kept until the next one comes
+
+    def submit(
+        self,
+        work: Callable[ParametersT, ResultT],
+        *arguments: ParametersT.args,
+        **options: ParametersT.kwargs,
+    ) -> Future[ResultT]:
+        """Have `work` done; its result, or what it raises, is in what is returned."""
+        future: Future[ResultT] = Future()
+
+        def job() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(work(*arguments, **options))
+            except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
+                future.set_exception(error)
+
+        if self._threads:
+            self._jobs.put(job)
+        else:
+            job()
+        return future
+
+    def close(self) -> None:
+        """Wait until all work is done; harmless when repeated."""
+        for _ in self._threads:
+            self._jobs.put(None)
+        while self._threads:
+            self._threads[-1].join()
+            self._threads.pop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
