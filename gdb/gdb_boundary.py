@@ -74,7 +74,8 @@ class QemuCommand(gdb.Command):
             raise gdb.GdbError(printable(str(error))) from error
         except KeyboardInterrupt as error:
             _set_status(EXIT_INTERRUPTED)
-            said = ": ".join(filter(None, ("interrupted", self._interrupted)))
+            left = "; ".join(getattr(error, "__notes__", ())) or self._interrupted
+            said = ": ".join(filter(None, ("interrupted", left)))
             raise gdb.GdbError(said) from error
         _set_status(status)
 

@@ -23,6 +23,7 @@ from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import OneLineParser
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address
+from qemu_dump_ext.standard_error import tell
 from qemu_dump_ext.third_party import require_extra
 
 from .dump_manager import DumpManager
@@ -270,7 +271,7 @@ def _warn_of_remote(arguments: argparse.Namespace) -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"{PROGRAM}: {printable(text)}\n")
+    tell(f"{PROGRAM}: {printable(text)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import signal
 
+from qemu_dump_ext.standard_error import fill_standard_descriptors
 
-def _end_silently_when_interrupted() -> None:
+
+def _prepare() -> None:
+    fill_standard_descriptors()
     # The imports take a moment, and Python would answer an interrupt with a traceback.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -13,7 +16,7 @@ def _end_silently_when_interrupted() -> None:
 
 def qemu_dump() -> int:
     """Run `qemu-dump`; returns the exit status."""
-    _end_silently_when_interrupted()
+    _prepare()
     from qemu_dump_ext.cli import main  # noqa: PLC0415 - behind the call above
 
     return main()
@@ -21,7 +24,7 @@ def qemu_dump() -> int:
 
 def qemu_dump_guest_memory() -> int:
     """Run `qemu-dump-guest-memory`; returns the exit status."""
-    _end_silently_when_interrupted()
+    _prepare()
     from qemu_dump_ext.cli.dump_command import main  # noqa: PLC0415 - behind the call above
 
     return main()
@@ -29,7 +32,7 @@ def qemu_dump_guest_memory() -> int:
 
 def qemu_hmp_proxy() -> int:
     """Run `qemu-hmp-proxy`; returns the exit status."""
-    _end_silently_when_interrupted()
+    _prepare()
     from qemu_dump_ext.cli.hmp_proxy_command import main  # noqa: PLC0415 - behind the call above
 
     return main()
@@ -37,7 +40,7 @@ def qemu_hmp_proxy() -> int:
 
 def qemu_crash_collector() -> int:
     """Run `qemu-crash-collector`; returns the exit status."""
-    _end_silently_when_interrupted()
+    _prepare()
     from qemu_dump_ext.cli.crash_collector_command import main  # noqa: PLC0415 - behind the call
 
     return main()

@@ -43,7 +43,9 @@ class DumpError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message} ({self.hint})" if self.hint else self.message
+        # A note says what could not be cleaned up.
+        said = "; ".join((self.message, *getattr(self, "__notes__", ())))
+        return f"{said} ({self.hint})" if self.hint else said
 
 
 class RequestError(DumpError):

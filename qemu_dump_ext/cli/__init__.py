@@ -16,6 +16,7 @@ from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError, SourceError
 from qemu_dump_ext.options.dump_options import add_version
 from qemu_dump_ext.printable import printable
+from qemu_dump_ext.standard_error import tell
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
@@ -35,18 +36,20 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
     try:
         return work()
     except DumpError as error:
-        print(printable(f"{program}: {error}"), file=sys.stderr)
+        tell(printable(f"{program}: {error}"))
         return error.exit_status
-    except KeyboardInterrupt:
-        print(": ".join(filter(None, (program, "interrupted", interrupted))), file=sys.stderr)
+    except KeyboardInterrupt as error:
+        # A note says what could not be cleaned up.
+        left = "; ".join(getattr(error, "__notes__", ())) or interrupted
+        tell(": ".join(filter(None, (program, "interrupted", left))))
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more is to be flushed at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.stdout = None
         return _EXIT_SIGPIPE
     except (OSError, MemoryError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no memory left"
-        print(f"{program}: this host refuses what is needed: {reason}", file=sys.stderr)
+        tell(f"{program}: this host refuses what is needed: {reason}")
         return SourceError.exit_status
 
 

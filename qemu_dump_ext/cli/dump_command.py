@@ -23,6 +23,7 @@ from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink, target_forms
+from qemu_dump_ext.standard_error import is_terminal, tell
 
 PROGRAM = "qemu-dump-guest-memory"
 _STDOUT = 1
@@ -66,9 +67,7 @@ def _run(words: Sequence[str]) -> int:
         raise RequestError("which guest?", hint="--qmp SOCKET or --gdb ADDRESS")
     # What can be refused is refused before the guest is asked.
     request = None if names_registers(arguments) else request_of(arguments)
-    watched = (
-        sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
-    )
+    watched = is_terminal() if arguments.progress == "auto" else arguments.progress == "always"
     progress = ProgressMeter(_show_line if watched else None)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=_STDOUT)
     with connect_qmp(arguments.qmp) as monitor, sink:
@@ -80,12 +79,19 @@ def _run(words: Sequence[str]) -> int:
     if watched:
         _show_line("")
     if arguments.json:
-        print(report.to_json())
+        _print(report.to_json())
     else:
-        print(printable("\n".join(report.lines())), file=sys.stderr)
+        tell(printable("\n".join((*report.lines(), *sink.remarks))))
     return report.exit_status
 
 
+def _print(text: str) -> None:
+    # The dump is complete, whoever hears of it.
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = None
+
+
 def _show_line(line: str) -> None:
-    sys.stderr.write(f"\r{line:<70}\r")
-    sys.stderr.flush()
+    tell(f"\r{line:<70}", end="\r")

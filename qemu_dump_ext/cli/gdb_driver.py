@@ -35,6 +35,7 @@ from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import require_dumpable
 from qemu_dump_ext.qemu.run_states import PAUSED, Treatment, treatment
 from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.standard_error import is_terminal
 from qemu_dump_ext.third_party import import_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
@@ -300,9 +301,7 @@ def command_words(arguments: argparse.Namespace) -> str:
     Args:
         arguments: Of `qemu-dump-guest-memory`.
     """
-    watched = (
-        sys.stderr.isatty() if arguments.progress == "auto" else arguments.progress == "always"
-    )
+    watched = is_terminal() if arguments.progress == "auto" else arguments.progress == "always"
     progress = "always" if watched and not arguments.json else "never"
     inside = argparse.Namespace(**{**vars(arguments), "progress": progress})
     words = [*words_of_options(inside), arguments.file, *arguments.bounds]

@@ -28,12 +28,14 @@ class Sink:
         name: As the user gave it.
         seekable: `write_at` may be used.
         bytes_written: Data handed to the operating system so far.
+        remarks: What could not be done though the dump is complete.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.seekable = False
         self.bytes_written = 0
+        self.remarks: tuple[str, ...] = ()
         self._descriptor = -1
         self._counting = threading.Lock()
 
@@ -132,7 +134,11 @@ class Sink:
         """Make the dump final."""
 
     def abort(self) -> None:
-        """Remove what was written."""
+        """Remove what was written.
+
+        Raises:
+            OSError: It cannot be removed.
+        """
 
     def __enter__(self) -> Self:
         try:
@@ -140,8 +146,8 @@ class Sink:
             mode = os.fstat(self._descriptor).st_mode
             appends = fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_APPEND
             self.seekable = (stat.S_ISREG(mode) or stat.S_ISBLK(mode)) and not appends
-        except BaseException:
-            self.abort()
+        except BaseException as failure:
+            self._abort_uninterrupted(failure)
             raise
         return self
 
@@ -154,15 +160,19 @@ class Sink:
         if error_type is None:
             try:
                 self.commit()
-            except BaseException:
-                self._abort_uninterrupted()
+            except BaseException as failure:
+                self._abort_uninterrupted(failure)
                 raise
-        else:
-            self._abort_uninterrupted()
+        elif error is not None:
+            self._abort_uninterrupted(error)
 
-    def _abort_uninterrupted(self) -> None:
+    def _abort_uninterrupted(self, cause: BaseException) -> None:
         with uninterrupted():
-            self.abort()
+            try:
+                self.abort()
+            except OSError as error:
+                left = os.fsdecode(error.filename or self.name)
+                cause.add_note(f"{left} was left behind, it cannot be removed: {reason_of(error)}")
 
 
 def is_terminal(name: str) -> RequestError:

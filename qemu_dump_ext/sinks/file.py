@@ -95,13 +95,25 @@ class FileSink(Sink):
             self._refuse_existing()
             self._partial.rename(self._path)
         else:
-            self._partial.unlink()
+            try:
+                self._partial.unlink()
+            except OSError as error:
+                self._has_two_names(error)
+
+    def _has_two_names(self, error: OSError) -> None:
+        self.remarks += (
+            (
+                f"{self._path} is complete; its other name {self._partial} cannot be removed:"
+                f" {reason_of(error)}"
+            ),
+        )
 
     def abort(self) -> None:
         """Remove the partial file."""
-        with contextlib.suppress(OSError):
-            self._partial.unlink()
-        self._close()
+        try:
+            self._partial.unlink(missing_ok=True)
+        finally:
+            self._close()
 
     def _close(self) -> None:
         if self._writer is not None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.doors import child_environment, cli_argv, guest_status
 from tests.support.raw_qmp import RawQmp
@@ -138,3 +140,26 @@ def test_no_room_for_the_dump(machine: QemuMachine, tmp_path: Path, words: Seque
     status, said = dump(mounted(small), machine, tmp_path, *words)
     assert status == 4
     assert "No space left on device" in said or "no room for" in said
+
+
+@pytest.mark.parametrize("shell", ["2>&-", "2> >(exec true)", "2>/dev/full"])
+@pytest.mark.parametrize("words", [(), ("--progress", "always"), ("--json",)], ids=str)
+def test_nobody_hears_of_the_dump(
+    machine: QemuMachine, tmp_path: Path, shell: str, words: Sequence[str]
+):
+    """The dump is complete, and the status says so."""
+    path = tmp_path / "dump"
+    command = [*cli_argv("--qmp", machine.qmp_sockets[0], "-z", *words, path)]
+    stdout = "1> >(exec true)" if "--json" in words else ""
+    done = subprocess.run(
+        ["bash", "-c", f'"$@" {stdout} {shell}', "bash", *command],
+        stdout=subprocess.PIPE,
+        check=False,
+        env=child_environment(),
+        timeout=120,
+    )
+    assert guest_status(machine) == "running"
+    assert done.returncode == 0
+    assert done.stdout == b""
+    with open_dump(path) as dump:
+        assert not verify_dump(dump).problems

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.dump_readers import open_dump
@@ -15,6 +14,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.standard_error import tell
 
 _SEARCH_SECONDS = 60.0
 
@@ -57,7 +57,7 @@ def _seconds(word: str) -> float:
 def _run(arguments: argparse.Namespace) -> int:
     log = _read(arguments)
     for remark in log.remarks:
-        print(printable(remark), file=sys.stderr)
+        tell(printable(remark))
     for record in log.records:
         print(printable(record.line()))
     return EXIT_SUCCESS

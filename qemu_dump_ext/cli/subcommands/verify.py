@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import time
 
 from qemu_dump_ext.cli._declaration import Subcommand
@@ -18,6 +17,7 @@ from qemu_dump_ext.dump_readers import VerifyReport, open_dump
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 from qemu_dump_ext.printable import printable
+from qemu_dump_ext.standard_error import is_terminal, tell
 
 _PROGRESS_INTERVAL_S = 0.2
 
@@ -26,19 +26,19 @@ class _ProgressLine:
     """A line on a terminal's stderr that is written over and over; nothing elsewhere."""
 
     def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+        self._shown = is_terminal()
         self._next = 0.0
 
     def __call__(self, done: int, total: int) -> None:
         if self._shown and time.monotonic() >= self._next:
             self._next = time.monotonic() + _PROGRESS_INTERVAL_S
             text = f"\r{100 * done // max(total, 1):3} % of {total >> 20} MiB"
-            print(text, end="", file=sys.stderr, flush=True)
+            tell(text, end="")
 
     def clear(self) -> None:
         """Remove the line."""
         if self._shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            tell("\r\x1b[K", end="")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
