@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.engine.guest_view import GuestView
+from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.linux.early_log import EarlyLogSearch
 from qemu_dump_ext.linux.kernel_log import LogRecord, read_kernel_log
 
 
@@ -19,7 +20,7 @@ class GuestLog:
     Attributes:
         records: Oldest first.
         remarks: Where the kernel's own description came from, if it had to be searched for.
-        vmcoreinfo: That description: the text of VMCOREINFO.
+        vmcoreinfo: That description: the text of VMCOREINFO; empty of a kernel that has none yet.
     """
 
     records: Sequence[LogRecord]
@@ -41,10 +42,23 @@ def read_log(guest: GuestView, *, kernel: str | None = None) -> GuestLog:
     """
     vmcoreinfo = guest.find_vmcoreinfo(kernel)
     if not vmcoreinfo.text:
-        raise SourceError("; ".join(vmcoreinfo.remarks), hint="is it a Linux guest?")
+        return _early_log(guest, vmcoreinfo)
     memory = guest.kernel_memory(vmcoreinfo)
     records = read_kernel_log(vmcoreinfo.text, memory.read, guest.core.byte_order, memory.word_size)
     return GuestLog(tuple(records), vmcoreinfo.remarks, vmcoreinfo.text)
+
+
+def _early_log(guest: GuestView, vmcoreinfo: Vmcoreinfo) -> GuestLog:
+    search = EarlyLogSearch(guest.memory, guest.ram_blocks, guest.core.byte_order)
+    found = search.find()
+    if found is None:
+        raise SourceError("; ".join(vmcoreinfo.remarks), hint="is it a Linux guest?")
+    stamps = "" if found.has_stamps else ", without the times of its lines"
+    remark = (
+        "the kernel is still booting, or was built without VMCOREINFO: its log was found by its"
+        f" form at {found.gpa:#x}{stamps}"
+    )
+    return GuestLog(found.records, (*vmcoreinfo.remarks, remark), b"")
 
 
 def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> GuestLog:

@@ -18,6 +18,7 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_va
 
 _TWO_POINTERS_OF_32_BITS = 8
 _SMALLEST_PAGE = 4096
+_UTSNAME_OFFSETS = (4, 0)
 
 
 class KernelMemory:
@@ -178,12 +179,27 @@ def read_utsname(
     address = vmcoreinfo_number(vmcoreinfo, "SYMBOL(init_uts_ns)", 16)
     if address is None:
         return UtsName()
-    address += vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)") or 0
     translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
-    found = translate_by(translations, TableReader(memory, ram_blocks), address)
-    if found is None:
-        return UtsName()
-    gpa = found[0]
+    tables = TableReader(memory, ram_blocks)
+    for offset in utsname_offsets(vmcoreinfo):
+        found = translate_by(translations, tables, address + offset)
+        if found is not None:
+            name = _utsname_at(memory, ram_blocks, found[0])
+            if name.release and name.release == vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
+                return name
+    return UtsName()
+
+
+def utsname_offsets(vmcoreinfo: bytes) -> Sequence[int]:
+    """Return where in its init_uts_ns a kernel may have its name, in bytes; the likely one first.
+
+    Linux before 5.11 does not tell: there it lies behind a counter (struct kref).
+    """
+    told = vmcoreinfo_number(vmcoreinfo, "OFFSET(uts_namespace.name)")
+    return _UTSNAME_OFFSETS if told is None else (told,)
+
+
+def _utsname_at(memory: GuestMemory, ram_blocks: Sequence[RamBlock], gpa: int) -> UtsName:
     block = block_at(ram_blocks, gpa)
     if block is None or gpa + UTSNAME_TOTAL_SIZE > block.end:
         return UtsName()
@@ -192,7 +208,4 @@ def read_utsname(
         memory.read_into(gpa, memoryview(buffer))
     except GuestMemoryFaultError:
         return UtsName()
-    name = parse_new_utsname(bytes(buffer))
-    if name is None or name.release != vmcoreinfo_value(vmcoreinfo, "OSRELEASE"):
-        return UtsName()
-    return name
+    return parse_new_utsname(bytes(buffer)) or UtsName()

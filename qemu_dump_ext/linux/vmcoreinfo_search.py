@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import product
 
 from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at
+from qemu_dump_ext.linux.kernel_memory import utsname_offsets
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.paging.walk import translate, translate_by
@@ -282,15 +284,17 @@ class NoteSearch:
         address = vmcoreinfo_number(text, "SYMBOL(init_uts_ns)", 16)
         if address is None:
             return Evidence.TEXT
-        address += vmcoreinfo_number(text, "OFFSET(uts_namespace.name)") or 0
         release = vmcoreinfo_value(text, "OSRELEASE")
-        for root in self._roots:
-            found = translate(root, self._tables, address)
-            if found is not None and self._utsname(found[0]).release == release:
+        places = [address + offset for offset in utsname_offsets(text)]
+
+        def leads_to_name(found: tuple[int, int] | None) -> bool:
+            return found is not None and self._utsname(found[0]).release == release
+
+        for root, place in product(self._roots, places):
+            if leads_to_name(translate(root, self._tables, place)):
                 return Evidence.LIVE
         own = kernel_translations(self._architecture, text, self._blocks)
-        found = translate_by(own, self._tables, address)
-        if found is not None and self._utsname(found[0]).release == release:
+        if any(leads_to_name(translate_by(own, self._tables, place)) for place in places):
             return Evidence.BANNER
         return Evidence.TEXT
 

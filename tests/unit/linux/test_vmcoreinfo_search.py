@@ -166,3 +166,19 @@ def test_the_search_ends_in_time_and_says_how_far_it_came(*, is_slow: bool):
     assert result.chosen is None
     assert any(remark.endswith("up to 0x0 only, which took 0 s") for remark in result.remarks)
     assert memory.reads <= 1
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_kernel_that_does_not_tell_where_its_name_is(*, told: bool):
+    """Before 5.11, where it lies behind a counter."""
+    memory = FlatMemory(32 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "5.10.0-live")
+    if not told:
+        for place in (2 * MIB + NOTE_AT, 2 * MIB + TEXT_AT):
+            content = bytes(memory.data[place : place + 4096])
+            line = b"OFFSET(uts_namespace.name)=4\n"
+            memory.put(place, content.replace(line, b"OFFSET(uts_namespace.pid)=24\n"))
+    chosen = search(memory, live).find().chosen
+    assert chosen is not None
+    assert chosen.evidence == Evidence.LIVE
+    assert (b"uts_namespace.name" in chosen.text) == told
