@@ -24,6 +24,8 @@ from qemu_dump_ext.architectures._page_tables import (
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
 
+_UNUSED_BITS = ("TCR_EL1_T1SZ", "tcr_el1_t1sz")
+"""Names of what Linux 5.9 tells, and vendors' earlier kernels."""
 _VALID = LeafTest(mask=1, wanted=1)
 _BLOCK = LeafTest(mask=2, wanted=0)
 _PAGE = LeafTest(mask=3, wanted=3)
@@ -215,7 +217,8 @@ def linux_tables_of_aarch64(vmcoreinfo: bytes, _phys_base: int | None) -> Sequen
     configured = vmcoreinfo_number(vmcoreinfo, "NUMBER(VA_BITS)")
     if table is None or offset is None or granule is None or configured is None:
         return ()
-    unused = vmcoreinfo_number(vmcoreinfo, "NUMBER(TCR_EL1_T1SZ)")
+    told = (vmcoreinfo_number(vmcoreinfo, f"NUMBER({name})") for name in _UNUSED_BITS)
+    unused = next((bits for bits in told if bits is not None), None)
     va_bits = configured if unused is None else 64 - unused
     if va_bits not in _KERNEL_VA_BITS or configured not in _KERNEL_VA_BITS:
         return ()
