@@ -24,7 +24,22 @@ def fill_standard_descriptors() -> None:
             # The lowest free number is taken. Nothing can be written to it, so that a dump that
             # was to go to standard output is refused.
             with suppress(OSError):
-                os.open(os.devnull if Path(os.devnull).exists() else "/", os.O_RDONLY)
+                _open_nowhere(os.O_RDONLY)
+
+
+def open_nowhere() -> int:
+    """Return a descriptor for a program of ours that has nothing to read or say: of /dev/null.
+
+    Raises:
+        OSError: The host allows no more descriptors.
+    """
+    return _open_nowhere(os.O_RDWR)
+
+
+def _open_nowhere(flags: int) -> int:
+    # Where there is no /dev/null, what cannot be read or written.
+    is_there = Path(os.devnull).exists()
+    return os.open(os.devnull if is_there else "/", flags if is_there else os.O_RDONLY)
 
 
 def tell(text: str, end: str = "\n") -> None:

@@ -9,12 +9,16 @@ is paused as we have paused it.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Literal
 
+from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.standard_error import open_nowhere
 from qemu_dump_ext.third_party import interpreter
 
 _PROGRAM = Path(__file__).with_name("_guardian_program.py")
@@ -35,18 +39,22 @@ class Guardian:
         # By its name in its directory: the whole path may be too long for a socket.
         path = Path(unix_path(address)).absolute()
         target = tcp_address(address)
-        with uninterrupted():
-            self._process = subprocess.Popen(
-                (
-                    *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
-                    *(kind, json.dumps(target or path.name)),
-                ),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                cwd=None if target else path.parent,
-                start_new_session=True,  # Ctrl-C is ours
-            )
+        with uninterrupted(), refused_as(SourceError, "start what lets the guest run if this ends"):
+            nowhere = open_nowhere()
+            try:
+                self._process = subprocess.Popen(
+                    (
+                        *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
+                        *(kind, json.dumps(target or path.name)),
+                    ),
+                    stdin=subprocess.PIPE,
+                    stdout=nowhere,
+                    stderr=nowhere,
+                    cwd=None if target else path.parent,
+                    start_new_session=True,  # Ctrl-C is ours
+                )
+            finally:
+                os.close(nowhere)
 
     def dismiss(self) -> None:
         """End it: the guest runs, or is not ours any more."""

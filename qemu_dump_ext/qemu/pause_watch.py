@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qemu_dump_ext.errors import DumpError, SourceError
+from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 
 _LOOK_SECONDS = 0.5
@@ -58,8 +59,13 @@ class PauseWatch:
 
     def start_clock(self, pause: Endable) -> None:
         """Begin to wait for the deadline; what ends `pause` is noted in it."""
-        if self._on_limit is not None and self._deadline is not None:
-            self._spawn(lambda: self._wait_for_limit(pause))
+        if self._on_limit is None or self._deadline is None:
+            return
+        if not self._spawn(lambda: self._wait_for_limit(pause)):
+            raise SourceError(
+                "cannot start a thread that watches over the pause: the host allows no more",
+                hint="see 'ulimit -u'",
+            )
 
     def start_looking(self, pause: Endable) -> None:
         """Begin to look, where QEMU can be asked; the guest stands still."""
@@ -71,12 +77,12 @@ class PauseWatch:
         with self._interrupting:
             self._over.set()
 
-    def _spawn(self, work: Callable[[], None]) -> None:
+    def _spawn(self, work: Callable[[], None]) -> bool:
         def run() -> None:
             leave_signals_to_main_thread()
             work()
 
-        threading.Thread(target=run, name="pause", daemon=True).start()
+        return start_thread(threading.Thread(target=run, name="pause", daemon=True))
 
     def _wait_for_limit(self, pause: Endable) -> None:
         if self._on_limit is None or self._deadline is None:

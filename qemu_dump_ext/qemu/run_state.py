@@ -23,6 +23,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.guest.access import AsyncMonitor, GuestAccess
+from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.guardian import Guardian
 from qemu_dump_ext.qemu.monitor_text import (
@@ -194,7 +195,9 @@ class Pause:
                 failure.append(error)
 
         thread = threading.Thread(target=work, name="release", daemon=True)
-        thread.start()
+        if not start_thread(thread):
+            self.release()
+            return
         thread.join(seconds)
         if thread.is_alive() or failure:
             self._hand_over()

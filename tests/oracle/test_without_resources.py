@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ _AS_OTHER_USER = (
     *("setpriv", f"--reuid={_OTHER_USER}", f"--regid={_OTHER_USER}", "--clear-groups"),
     *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
 )
+_NO_MORE = re.compile(r"cannot start .*(no more|Resource temporarily unavailable)")
 _SMALL = "mount -t tmpfs -o size=64k tmpfs"
 
 
@@ -67,10 +69,11 @@ def test_any_number_of_processes(machine: QemuMachine, tmp_path: Path, words: Se
         limited = [*_AS_OTHER_USER, "prlimit", f"--nproc={number}"]
         status, said = dump(limited, machine, tmp_path, *words)
         assert status in {0, 3}, said
-        assert status == 0 or "cannot start a thread: the host allows no more" in said
+        assert status == 0 or _NO_MORE.search(said), said
         statuses.append(status)
     assert statuses[0] == 3
-    assert statuses[1:] == [0] * 7, "fewer threads do the same, more slowly"
+    assert statuses == sorted(statuses, reverse=True)
+    assert statuses[4:] == [0] * 4, "fewer threads do the same, more slowly"
 
 
 @pytest.mark.parametrize("words", [(), ("-z",), ("-z", "-R"), ("--snapshot",)])
