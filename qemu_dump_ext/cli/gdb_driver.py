@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,10 +31,12 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.options.dump_options import words_of_options
 from qemu_dump_ext.qemu.address import connectable, unix_path
+from qemu_dump_ext.qemu.guardian import Guardian
 from qemu_dump_ext.qemu.monitor_text import parse_status
+from qemu_dump_ext.qemu.process import has_client
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import require_dumpable
-from qemu_dump_ext.qemu.run_states import PAUSED, Treatment, treatment
+from qemu_dump_ext.qemu.run_states import PAUSED, RESET, Treatment, treatment
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.standard_error import is_terminal
 from qemu_dump_ext.third_party import import_package
@@ -44,6 +47,7 @@ _POLL_SECONDS = 0.125
 _BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
 _INTERRUPTED_SECONDS = 30.0
 _PASS_ON_SECONDS = 3
+_END_SECONDS = 3.0
 # What gdb says where it does not understand the stub's registers.
 _OTHER_TARGET = re.compile(r"'g' packet|[Tt]runcated register|[Bb]ogus|[Aa]rchitecture")
 _LONG_PACKET = re.compile(r": [0-9a-fx]{40,}$")
@@ -99,38 +103,46 @@ class _Gdb:
         )
         self._output = output
 
-    def run(self, command: str, *, show: bool = False) -> dict[str, Any]:
+    def run(self, command: str, *, show: bool = False, seconds: float = math.inf) -> dict[str, Any]:
         """Run one MI command; return its results.
 
         An interrupt is passed on to a command that is shown, and shown commands are what takes
         long; any other is let finish.
 
+        Args:
+            command: What to run.
+            show: Show what it prints.
+            seconds: How long gdb may take.
+
         Raises:
             _CommandError: With gdb's message.
-            SourceError: gdb ended.
+            SourceError: gdb ended, or does not answer in time.
             KeyboardInterrupt: Once gdb has answered. A shown command tells by its own result how
                 far it came.
         """
         record = None
-        waiting_for = math.inf  # seconds that gdb may still take
+        waiting_for = seconds  # that gdb may still take
+        interrupted = False
         try:
             with uninterrupted():
                 self._controller.write(command, read_response=False)
         except KeyboardInterrupt:
-            waiting_for = _INTERRUPTED_SECONDS
+            interrupted, waiting_for = True, min(waiting_for, _INTERRUPTED_SECONDS)
         while record is None and waiting_for > 0:
             # Again: gdb forgets an interrupt that comes before it has begun with the command.
-            if show and waiting_for % _PASS_ON_SECONDS == 0:
+            if show and interrupted and waiting_for % _PASS_ON_SECONDS == 0:
                 os.kill(self._controller.gdb_process.pid, signal.SIGINT)
             try:
                 with uninterrupted():  # which would lose what has been read
                     record = self._receive(show=show)
             except KeyboardInterrupt:
-                waiting_for = min(waiting_for, _INTERRUPTED_SECONDS)
+                interrupted, waiting_for = True, min(waiting_for, _INTERRUPTED_SECONDS)
             else:
                 waiting_for -= _POLL_SECONDS
-        if record is None or (waiting_for < math.inf and not show):
+        if interrupted and (record is None or not show):
             raise KeyboardInterrupt
+        if record is None:
+            raise SourceError(f"gdb does not answer in {seconds:.0f} s")
         if record["message"] == "error":
             raise _CommandError(record["payload"]["msg"])
         results: dict[str, Any] = record["payload"] or {}
@@ -149,21 +161,32 @@ class _Gdb:
             raise SourceError("gdb ended unexpectedly")
         return None
 
-    def console(self, command: str, *, show: bool = False) -> None:
-        """Run a command as a user would type it."""
+    def console(self, command: str, *, show: bool = False, seconds: float = math.inf) -> None:
+        """Run a command as a user would type it; for how long as `run`."""
         escaped = command.replace("\\", "\\\\").replace('"', '\\"')
-        self.run(f'-interpreter-exec console "{escaped}"', show=show)
+        self.run(f'-interpreter-exec console "{escaped}"', show=show, seconds=seconds)
 
     def monitor(self, command: str) -> str:
         """Run a command of QEMU's monitor and return its answer."""
         escaped = command.replace("\\", "\\\\").replace('"', '\\"')
         code = f"gdb.execute('monitor {escaped}', to_string=True)"
-        self.console(f"python gdb.set_convenience_variable('_qemu_dump_answer', {code})")
+        # Which waits for a QEMU that is silent as long as it takes.
+        self.console(
+            f"python gdb.set_convenience_variable('_qemu_dump_answer', {code})",
+            seconds=_CONNECT_SECONDS,
+        )
         value = str(self.run("-data-evaluate-expression $_qemu_dump_answer")["value"])
         return value.strip('"').replace("\\r\\n", "\n").replace("\\n", "\n")
 
     def close(self) -> None:
-        """End gdb."""
+        """End gdb, also one that waits for a QEMU that does not answer."""
+        process = self._controller.gdb_process
+        if process is not None:
+            process.terminate()
+            try:
+                process.wait(_END_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
         self._controller.exit()
 
 
@@ -227,38 +250,64 @@ def _ask_by_qmp(qmp: str) -> _Known:
 @contextmanager
 def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
     # Attaching stops the guest, and gdb's own `detach` lets it run even if it did not before.
+    if has_client(address):
+        raise ConnectError(
+            f"another debugger is connected to {address}", hint="QEMU serves one at a time"
+        )
     for setting in ("confirm off", "pagination off", f"tcp connect-timeout {_CONNECT_SECONDS}"):
         gdb.run(f"-gdb-set {setting}")
     for command in known.settings:
         # This gdb may be one of a single architecture: if that does not fit, connecting says so.
         with contextlib.suppress(_CommandError):
             gdb.console(command)
-    ran_before = known.ran
+    # Also a connection that was never answered stops the guest, when QEMU takes it.
+    guardian = None if known.ran is False else Guardian("gdb", address)
     try:
         _connect(gdb, address, told=bool(known.settings))
+        ran_before = known.ran
         if ran_before is None:
-            ran_before = _was_stopped_by_attaching(gdb, address)
-        yield
-    except BaseException:
-        # What went wrong first is what is told.
-        with contextlib.suppress(DumpError, ValueError):
-            _leave(gdb, address, ran_before=ran_before)
-        raise
-    else:
+            ran_before = _read_state(gdb, address) == PAUSED
+        try:
+            yield
+        except BaseException:
+            # What went wrong first is what is told.
+            with contextlib.suppress(DumpError, ValueError):
+                _leave(gdb, address, ran_before=ran_before)
+                _dismiss(guardian)
+                guardian = None
+            raise
         _leave(gdb, address, ran_before=ran_before)
+        _dismiss(guardian)
+        guardian = None
+    finally:
+        if guardian is not None:
+            with uninterrupted():
+                gdb.close()
+                guardian.act()
+
+
+def _dismiss(guardian: Guardian | None) -> None:
+    if guardian is not None:
+        guardian.dismiss()
 
 
 def _connect(gdb: _Gdb, address: str, *, told: bool) -> None:
     try:
         with connectable(address) as target:
             is_other = isinstance(target, str) and target != unix_path(address)
-            gdb.run(f"-target-select remote {target if is_other else address}")
+            command = f"-target-select remote {target if is_other else address}"
+            gdb.run(command, seconds=_CONNECT_SECONDS)
     except OSError as error:
         raise ConnectError(f"gdb cannot connect to {address}: {error.strerror}") from error
     except _CommandError as error:
         message = _LONG_PACKET.sub("", error.message.splitlines()[0])
         raise ConnectError(
             f"gdb cannot connect to {address}: {message}", hint=_connect_hint(message, told=told)
+        ) from error
+    except SourceError as error:
+        raise ConnectError(
+            f"QEMU does not answer gdb at {address} in {_CONNECT_SECONDS} s",
+            hint="the guest is let run if QEMU takes the connection later",
         ) from error
 
 
@@ -270,20 +319,21 @@ def _connect_hint(message: str, *, told: bool) -> str:
     return "it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time"
 
 
-def _was_stopped_by_attaching(gdb: _Gdb, address: str) -> bool:
+def _read_state(gdb: _Gdb, address: str) -> str:
     try:
-        return parse_status(gdb.monitor("info status")) == PAUSED
+        return parse_status(gdb.monitor("info status"))
     except (_CommandError, MonitorAnswerError) as error:
         raise SourceError(f"{address} is no gdbstub of QEMU: it has no monitor") from error
 
 
-def _leave(gdb: _Gdb, address: str, *, ran_before: bool | None) -> None:
+def _leave(gdb: _Gdb, address: str, *, ran_before: bool) -> None:
     with uninterrupted():
         try:
-            if _was_stopped_by_attaching(gdb, address) if ran_before is None else ran_before:
+            # Only what attaching did is undone, and only while the guest is still so.
+            if ran_before and _read_state(gdb, address) in {PAUSED, RESET}:
                 _resume(gdb)
         finally:
-            gdb.console("disconnect")
+            gdb.console("disconnect", seconds=_CONNECT_SECONDS)
 
 
 def _resume(gdb: _Gdb) -> None:

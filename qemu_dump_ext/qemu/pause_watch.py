@@ -19,6 +19,8 @@ from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 
 _LOOK_SECONDS = 0.5
 _RELEASE_SECONDS = 1.0
+_INTERRUPTS_MAX = 10
+_AGAIN_SECONDS = 2.0
 
 
 class Endable(Protocol):
@@ -108,6 +110,12 @@ class PauseWatch:
         if self._is_patient:
             with contextlib.suppress(SourceError):
                 self._release(_RELEASE_SECONDS)
-        with self._interrupting:
-            if not self._over.is_set() and self._owner is threading.main_thread():
+        if self._owner is not threading.main_thread():
+            return  # which looks by itself, between two pieces of memory
+        for _ in range(_INTERRUPTS_MAX):
+            with self._interrupting:
+                if self._over.is_set():
+                    return
                 signal.pthread_kill(self._owner.ident or 0, signal.SIGINT)
+            # Again: gdb gives a connection up at the second one.
+            self._over.wait(_AGAIN_SECONDS)

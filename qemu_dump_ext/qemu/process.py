@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.host_limits import refused_as
-from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.qemu.address import is_loopback, tcp_address, unix_path
 
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<flags>\S+) (?P<offset>[0-9a-f]+)"
@@ -39,6 +39,7 @@ _RTATTR = struct.Struct("=HH")
 _UCRED = struct.Struct("=iII")
 _ACCEPTS = 1 << 16  # flag __SO_ACCEPTCON
 _TCP_ESTABLISHED = "01"
+_UNIX_CONNECTED = "03"
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
@@ -208,6 +209,27 @@ def process_at_other_end(connection: socket.socket, address: str) -> int | None:
         except OSError as error:
             raise refusal(credentials, error) from error
     return None
+
+
+def has_client(address: str) -> bool:
+    """Tell whether somebody is connected to a socket that a process of this host listens at.
+
+    A socket of TCP is taken for one of this host if it has the port.
+    """
+    target = tcp_address(address)
+    if target is None:
+        path = str(Path(unix_path(address)).absolute())
+        rows = [line.split(maxsplit=7) for line in _lines(Path("/proc/net/unix"))]
+        return any(len(row) == 8 and row[7] == path and row[5] == _UNIX_CONNECTED for row in rows)
+    port = f":{target[1]:04X}"
+    is_here = False
+    with contextlib.suppress(RequestError):
+        is_here = is_loopback(target[0])
+    return is_here and any(
+        len(row) > 3 and row[1].endswith(port) and row[3] == _TCP_ESTABLISHED
+        for table in ("tcp", "tcp6")
+        for row in map(str.split, _lines(Path(f"/proc/net/{table}")))
+    )
 
 
 def own_descriptor(address: str) -> int | None:
