@@ -19,6 +19,7 @@ from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STDERR = 2
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 
@@ -32,7 +33,7 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
     """
     for number in _INTERRUPTS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-            signal.signal(number, _interrupt)
+            signal.signal(number, partial(_interrupt, program))
     try:
         return work()
     except DumpError as error:
@@ -53,11 +54,13 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
         return SourceError.exit_status
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
+def _interrupt(program: str, _number: int, _frame: FrameType | None) -> None:
     # As Ctrl-C: the guest is resumed and the partial dump is removed on the way out, which a
     # second signal does not disturb.
     for number in _INTERRUPTS:
         signal.signal(number, signal.SIG_IGN)
+    if os.isatty(_STDERR):  # at once: a QEMU that does not answer takes its time
+        os.write(_STDERR, f"\r{program}: ending, please wait\n".encode())
     raise KeyboardInterrupt
 
 
