@@ -155,7 +155,8 @@ class _Parser:
         self._position += 2
         self._step()
         # The monitor sees bytes, signed ones.
-        byte = literal.encode()[0]
+        # What was no UTF-8 came as an escape of its byte; other surrogates are no byte's.
+        byte = literal[:1].encode("utf-8", "surrogateescape" if _is_byte(literal) else "replace")[0]
         return byte - 256 if byte > 127 else byte
 
     def _number(self) -> int:
@@ -175,6 +176,10 @@ class _Parser:
         self._position += len(digits)
         self._skip_blanks()
         return _signed(value)
+
+
+def _is_byte(text: str) -> bool:
+    return "\udc80" <= text[:1] <= "\udcff"
 
 
 def _divide(sign: str, value: int, other: int) -> int:

@@ -107,3 +107,8 @@ def test_a_misspelt_codec_is_still_named():
     add_file_arguments(parser, "")
     with pytest.raises(RequestError, match="lz0"):
         parse_dump_arguments(parser, ["-z", "lz0", "f"])
+
+
+@pytest.mark.parametrize(("letter", "value"), [("\udcff", -1), ("\udc80", -128), ("\ud800", 63)])
+def test_a_character_that_is_no_utf_8(letter: str, value: int):
+    assert parse_expressions(f"'{letter}'", "xp", 1) == [value]
