@@ -17,7 +17,7 @@ from qemu_dump_ext.engine.stopped_guest import StoppedGuest as StillGuest
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO
-from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpOptions
+from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpOptions, DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 
@@ -118,6 +118,7 @@ class Guest:
         Raises:
             SourceError: It cannot be reached, stopped, or resumed.
         """
+        dumping.prepare(DumpRequest())
         with stopped_guest(self._access, memory) as still:
             yield StoppedGuest(still)
 

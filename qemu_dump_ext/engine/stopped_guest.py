@@ -10,11 +10,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
+from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.memory_sources import OpenedMemory, memory_source_states, open_memory
+from qemu_dump_ext.memory_sources import (
+    OpenedMemory,
+    all_memory_sources,
+    memory_source_states,
+    open_memory,
+)
 from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
@@ -109,6 +115,13 @@ class StoppedGuest(GuestView):
         check_undisturbed(self._access.monitor, self.probed)
 
 
+def import_plug_ins() -> None:
+    """Import what a guest may turn out to need, while it still runs."""
+    load_before_stopping()
+    all_architectures()
+    all_memory_sources()
+
+
 @contextmanager
 def stopped_guest(
     access: GuestAccess, memory: str, limit: PauseLimit | None = None
@@ -129,6 +142,6 @@ def stopped_guest(
         PauseLimitError: The limit was reached; the guest runs.
         UnsupportedTargetError: No architecture file describes it.
     """
-    load_before_stopping()
+    import_plug_ins()
     with stopped(access, limit=limit) as pause, ExitStack() as opened:
         yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,3 +131,44 @@ def test_the_pause_counts_from_the_stop(still, tmp_path):
 def test_a_guest_that_stays_stopped_needs_no_snapshot(still, tmp_path):
     with pytest.raises(RequestError, match="snapshot"), to_file(tmp_path / "x") as sink:
         dump_stopped(DumpRequest(snapshot=True), still, sink, progress=ProgressMeter(None))
+
+
+WATCHED = """
+import contextlib, sys
+from pathlib import Path
+from qemu_dump_ext.{module} import {use}
+from qemu_dump_ext.qemu import qmp
+
+modules = {{}}
+
+def note(command):
+    if command in ("stop", "cont"):
+        modules[command] = set(sys.modules)
+
+begin = qmp.SharedQmp._begin
+
+def noting(self, command, arguments, told):
+    note(told)
+    return begin(self, command, arguments, told)
+
+qmp.SharedQmp._begin = noting
+{use}({arguments})
+print(*sorted(modules["cont"] - modules["stop"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("module", "use", "arguments"),
+    [
+        ("cli.dump_command", "main", "['--qmp', sys.argv[1], '-z', sys.argv[2]]"),
+        ("api.guests", "dump", "sys.argv[1], sys.argv[2]"),
+        ("crash_collector.collect_now", "collect_crash", "sys.argv[1], sys.argv[2]"),
+    ],
+)
+def test_nothing_is_imported_while_the_guest_stands_still(
+    running, tmp_path, module, use, arguments
+):
+    script = WATCHED.format(module=module, use=use, arguments=arguments)
+    words = [sys.executable, "-c", script, running.qmp_sockets[0], tmp_path / "new"]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,16 @@ from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dmesg import GuestLog, read_log
-from qemu_dump_ext.engine.dump import dump_stopped
+from qemu_dump_ext.engine.dump import dump_stopped, prepare
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
-from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, SourceError
+from qemu_dump_ext.errors import (
+    DumpError,
+    DumpWriteError,
+    MonitorAnswerError,
+    RequestError,
+    SourceError,
+)
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
@@ -184,6 +190,8 @@ class CrashCollector:
             if self._task.qmp is None:
                 self._without_dump(self._task.gone)
             else:
+                with suppress(RequestError):  # which is told when the dump is taken
+                    prepare(self._request())
                 with self._stopped(self._task.qmp):
                     self._take_from_qemu(self._task.qmp)
         except DumpWriteError:
@@ -354,15 +362,12 @@ class CrashCollector:
         if refusal is not None:
             self._without_dump(refusal)
             return
-        request = DumpRequest(
-            format=settings.format, level=settings.level, dump_level=settings.dump_level
-        )
         name = f"vmcore.{find_dump_format(settings.format).extension}"
         meter = _Meter(self._budget, self._task.patience)
         try:
             sink = open_sink(str(self._files / name), force=False, standard_output=None)
             with sink:
-                report = dump_stopped(request, guest, sink, progress=meter)
+                report = dump_stopped(self._request(), guest, sink, progress=meter)
         except DumpError as error:
             self._without_dump(str(error))
             if not isinstance(error, (DumpWriteError, MonitorAnswerError)):
@@ -380,6 +385,12 @@ class CrashCollector:
             bytes=(self._files / name).stat().st_size,
             complete=not left_out,
             left_out=left_out,
+        )
+
+    def _request(self) -> DumpRequest:
+        settings = self._settings
+        return DumpRequest(
+            format=settings.format, level=settings.level, dump_level=settings.dump_level
         )
 
     def _without_dump(self, reason: str) -> None:
