@@ -82,7 +82,7 @@ def dump(
             else:
                 job.write_from_guest()
             guest.check_undisturbed()
-        stopped_seconds = time.monotonic() - guest.stopped_at
+        stopped_seconds = guest.pause.seconds()
         if request.snapshot:
             job.write_copy()
         return job.report(stopped_seconds)
@@ -100,7 +100,7 @@ def dump_stopped(
     job.plan()
     job.write_from_guest()
     guest.check_undisturbed()
-    return job.report(time.monotonic() - guest.stopped_at)
+    return job.report(guest.pause.seconds())
 
 
 def prepare(request: DumpRequest) -> None:

@@ -34,7 +34,6 @@ class StoppedGuest(GuestView):
     Attributes:
         probed: What it is, as QEMU tells.
         pause: For which it stands still.
-        stopped_at: Since when it stands still, in seconds of `time.monotonic`.
     """
 
     def __init__(
@@ -57,7 +56,6 @@ class StoppedGuest(GuestView):
         super().__init__()
         self.probed = probed
         self.pause = pause
-        self.stopped_at = pause.started
         self.architecture = probed.architecture
         self.core = probed.architecture.select_core(
             probed.vcpus, probed.ram_blocks, MENDED, probed.machine
