@@ -15,6 +15,7 @@
      |   +- GuestMemoryFaultError       .gpa .size
      |   +- MonitorAnswerError          .command .answer
      +- DumpWriteError               4  the dump could not be written
+     |   +- NoRoomLeftError             it would take what is to be kept free
      +- CorruptDumpError             5  an existing dump is damaged
      |   +- NotADumpError               it is no dump that we know
 
@@ -121,6 +122,10 @@ class DumpWriteError(DumpError):
     """The dump could not be written; no file of its name was left behind."""
 
     exit_status = 4
+
+
+class NoRoomLeftError(DumpWriteError):
+    """A dump would take what the file system is to have left."""
 
 
 class CorruptDumpError(DumpError):

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
-from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
+from qemu_dump_ext.crash_collector.collect.collection import CrashCollector
+from qemu_dump_ext.crash_collector.collect.task import CrashTask
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
 from qemu_dump_ext.crash_collector.record import (
     CrashCause,
@@ -143,7 +144,7 @@ def _collect(task: CrashTask, store: CrashStore, is_stopped: threading.Event) ->
     with ThreadPoolExecutor(1) as pool:
         collected = pool.submit(collector.collect)
         try:
-            return collected.result()
+            return collected.result().record
         except BaseException:
             budget.ending.set()
             raise

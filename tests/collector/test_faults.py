@@ -156,8 +156,10 @@ def test_agent_that_is_asked_to_end_lets_the_guest_run_and_the_next_one_collects
         assert agent.wait() == 0
     assert guest_status(slowly_dumped) == "running"
     check_clean(agent)
+    assert not agent.records()
     with agent.running():
-        agent.wait_records()
+        (record,) = agent.wait_records()
+        assert record.dump.complete
 
 
 def test_crash_that_nobody_watched_is_collected_once(tmp_path, panicking):

@@ -91,9 +91,10 @@ def check_next_crash(agent: CrashAgent, liar: LyingQmp, machine: QemuMachine) ->
 def test_answer_of_the_wrong_kind_costs_that_question_alone(tmp_path, spinning, liar, command):
     agent = agent_of(tmp_path, liar)
     with agent.running():
-        for kind, lie in WRONG_KINDS.items():
+        is_used = command not in {"set-action", "stop"}  # or else only that it came counts
+        for kind in WRONG_KINDS if is_used else ("null", "deep"):
             agent.wait_connected()
-            liar.lies, liar.told = {command: lie}, {}
+            liar.lies, liar.told = {command: WRONG_KINDS[kind]}, {}
             connections = liar.connections
             liar.hang_up()
             wait_until(lambda: liar.connections > connections, "a new connection")  # noqa: B023
@@ -172,20 +173,20 @@ def test_guests_whose_qemu_is_slow_keep_no_other_out_and_run_again_in_time(tmp_p
             tmp_path,
             guests=[{"glob": str(tmp_path / "*.qmp"), "memory": "pmemsave"}],
             concurrent_dumps=2,
-            answer_timeout="3s",
-            collection_timeout="15s",
+            answer_timeout="5s",
+            collection_timeout="20s",
         )
         with agent.running():
             agent.wait_connected(3)
             for peer in peers[:2]:
-                peer.delay = 1.0
+                peer.delay = 0.6
                 begin(agent, peer.path.stem)
             wait_until(lambda: all(guest_status(m) == "paused" for m in machines[:2]), "stopped")
             assert trigger(agent, "fast").dump.complete
             assert [record.guest for record in agent.records()] == ["fast"]
             records = agent.wait_records(3)
             for record in records[:2]:
-                assert "not done within 15 s (collection_timeout)" in str(record.dump.reason)
+                assert "not done within 20 s (collection_timeout)" in str(record.dump.reason)
                 assert "queries: QEMU answers too slowly for more of them" in record.remarks
                 assert "registers.txt" in record.files
             for machine in machines:

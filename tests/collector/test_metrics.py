@@ -12,7 +12,8 @@ from dataclasses import replace
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from qemu_dump_ext.crash_collector.collect.budget import DumpBudget, kind_of_refusal
+from qemu_dump_ext.crash_collector.collect.budget import LIMITS, DumpBudget, Refusal
+from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits, Rate
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.watch.guests import Guest
@@ -43,13 +44,13 @@ def test_what_happened_and_what_there_is_is_served(tmp_path):
     state = AgentState(watched=5, connected=4, collecting=1, upload_backlog=3)
     metrics = Metrics(store, lambda: state)
     gone = replace(make_record("db1", dump=False), guest_stopped_seconds=0.0)
-    limited = replace(gone, dump=replace(gone.dump, reason="2 dumps of this guest in 1 s (rate)"))
+    refusal = Refusal("rate", "2 dumps of this guest in 1 s")
     begun = time.time()
     with metrics.served(0) as port:
         before = scrape(port)
-        metrics.crash_stored(commit(store, make_record()), 2.0)
-        metrics.crash_stored(limited, None)
-        metrics.crash_stored(gone, None)
+        metrics.crash_stored(Collected(commit(store, make_record()), 2.0))
+        metrics.crash_stored(Collected(gone, refusal=refusal))
+        metrics.crash_stored(Collected(gone))
         metrics.crash_not_stored()
         after = scrape(port)
     assert after["crashes_total", "guest-panicked", "web1"] == 1
@@ -94,7 +95,7 @@ def test_taken_port_is_said(tmp_path):
 def test_names_of_guests_are_bounded(tmp_path):
     metrics = Metrics(make_store(tmp_path), lambda: AgentState(0, 0, 0))
     for number in range(2100):
-        metrics.crash_stored(make_record(f"vm{number}"), None)
+        metrics.crash_stored(Collected(make_record(f"vm{number}")))
     with metrics.served(0) as port:
         counted = scrape(port)
     crashes = {key[2]: value for key, value in counted.items() if key[0] == "crashes_total"}
@@ -109,13 +110,10 @@ def test_every_refusal_of_the_budget_has_its_word(tmp_path):
     budget = DumpBudget(store, Limits(free=0))
     with budget.collecting() as allowance:
         assert allowance.refusal(guest, "a" * 16) is None
-        assert kind_of_refusal(allowance.refusal(guest, "a" * 16)) == "dumps_per_signature"
-        assert kind_of_refusal(allowance.refusal(guest, "b" * 16)) == "rate"
+        refusals = [allowance.refusal(guest, "a" * 16), allowance.refusal(guest, "b" * 16)]
         budget.limits = Limits(free=1 << 60)
-        other = Guest("web2", "x", settings)
-        assert kind_of_refusal(allowance.refusal(other, "b" * 16)) == "free"
-    assert kind_of_refusal("the guest is gone") == "failed"
-    assert kind_of_refusal(None) == "failed"
+        refusals.append(allowance.refusal(Guest("web2", "x", settings), "b" * 16))
+    assert [refusal and refusal.limit for refusal in refusals] == [*LIMITS]
 
 
 def test_idle_connections_take_few_threads(tmp_path):

@@ -116,7 +116,8 @@ class _Conversation:
         with suppress(OSError), self._qemu.makefile("rb") as lines:
             for line in lines:
                 said = self._instead_of(line)
-                time.sleep(self._peer.delay)
+                if b'"event"' not in line:
+                    time.sleep(self._peer.delay)
                 if not said:
                     break
                 self._client.sendall(said)

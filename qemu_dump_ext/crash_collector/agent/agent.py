@@ -16,8 +16,9 @@ from typing import Any
 from qemu_dump_ext.crash_collector.agent.control_socket import Answer, serve_control
 from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
 from qemu_dump_ext.crash_collector.agent.service_manager import keep_alive, notify, notify_reloading
+from qemu_dump_ext.crash_collector.agent.services import Services
 from qemu_dump_ext.crash_collector.agent.slots import CollectionSlots
-from qemu_dump_ext.crash_collector.agent.watched_guest import Services, WatchedGuest
+from qemu_dump_ext.crash_collector.agent.watched_guest import WatchedGuest
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState

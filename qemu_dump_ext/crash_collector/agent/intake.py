@@ -7,6 +7,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Mapping
 
+from qemu_dump_ext.crash_collector.agent.stage import Stage
 from qemu_dump_ext.crash_collector.record import CrashCause
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 
@@ -31,7 +32,6 @@ class CrashIntake:
         self._also: Counter[str] = Counter()
         self._recent: deque[float] = deque()
         self._only_counted = 0
-        self._is_stored = False
         self._next: CrashCause | None = None
 
     @property
@@ -39,21 +39,21 @@ class CrashIntake:
         """What else belongs to the last crash, and how often it happened; still counts."""
         return self._also
 
-    def is_new(self, cause: CrashCause, *, is_collecting: bool) -> bool:
+    def is_new(self, cause: CrashCause, stage: Stage) -> bool:
         """Take something that has happened.
 
         Args:
             cause: What.
-            is_collecting: Whether the last crash is still being collected.
+            stage: Where the collection of the last crash is.
 
         Returns:
             Whether a crash is to be collected now because of it.
         """
         if cause.kind not in self._guest.settings.causes:
             _logger.debug("not a crash here: %s", cause.detail, extra=self._extra())
-        elif not is_collecting:
+        elif stage is Stage.ENDED:
             return not self._is_too_many()
-        elif self._is_stored:
+        elif stage is Stage.STORED:
             # Of the guest after what was done about its last crash.
             if self._next is None and not self._is_too_many():
                 self._next = cause
@@ -74,12 +74,7 @@ class CrashIntake:
         if self._only_counted:
             self._also["crashed too often: only counted"] = self._only_counted
             self._only_counted = 0
-        self._is_stored = False
         self.superseded.clear()
-
-    def crash_stored(self) -> None:
-        """Count what happens from now on to the next crash."""
-        self._is_stored = True
 
     def take_next(self) -> CrashCause | None:
         """Return the crash that came while the last one, already stored, was dealt with."""

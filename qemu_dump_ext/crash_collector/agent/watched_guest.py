@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.agent.after_action import run_action, run_command
+from qemu_dump_ext.crash_collector.agent.collection_run import (
+    CollectionRun,
+    Crash,
+    Surroundings,
+    finish,
+)
 from qemu_dump_ext.crash_collector.agent.intake import CrashIntake
-from qemu_dump_ext.crash_collector.agent.journal import GuestState, Journal
-from qemu_dump_ext.crash_collector.agent.slots import CollectionSlots
-from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError, DumpBudget
-from qemu_dump_ext.crash_collector.collect.collection import CrashCollector, CrashTask
-from qemu_dump_ext.crash_collector.config.settings import AfterCommand
-from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
-from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, QemuFacts, utc_text
-from qemu_dump_ext.crash_collector.store.prune import prune
-from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.agent.journal import GuestState
+from qemu_dump_ext.crash_collector.agent.ledger import GuestLedger
+from qemu_dump_ext.crash_collector.agent.services import Services
+from qemu_dump_ext.crash_collector.agent.stage import Stage
+from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError
+from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, utc_text
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog
 from qemu_dump_ext.crash_collector.watch.events import (
-    STOPPED_BY_QEMU,
     Event,
     cause_of_event,
     cause_of_status,
@@ -33,51 +32,10 @@ from qemu_dump_ext.crash_collector.watch.events import (
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.heartbeat import watch_progress
 from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
-from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.crash_collector.watch.session import Contact, GuestSession
-from qemu_dump_ext.errors import (
-    DumpError,
-    DumpWriteError,
-    MonitorAnswerError,
-    RequestError,
-    SourceError,
-)
-
-_STOP_SECONDS = 5.0
-_RELEASE_SECONDS = 2.0
-_SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
-_UNKNOWN = QemuFacts("unknown", "unknown", None, None)
+from qemu_dump_ext.errors import DumpError, RequestError, SourceError
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Services:
-    """What all guests of an agent share.
-
-    Attributes:
-        store: Where crashes go.
-        journal: What is under way.
-        budget: Whether there may be a dump.
-        outlets: Where a crash is shown once it is stored.
-        slots: Where collections run.
-        answer_seconds: How long QEMU may take to answer.
-        collection_seconds: How long QEMU may be asked about one crash.
-        retry_seconds: Until a crash that could not be stored is collected again.
-        now: The clock of the records.
-        ending: Set when the agent ends.
-    """
-
-    store: CrashStore
-    journal: Journal
-    budget: DumpBudget
-    outlets: CrashOutlets
-    slots: CollectionSlots
-    answer_seconds: float
-    collection_seconds: float
-    retry_seconds: float
-    now: Callable[[], datetime]
-    ending: asyncio.Event
 
 
 class WatchedGuest:
@@ -92,23 +50,35 @@ class WatchedGuest:
         self.guest = guest
         self.session = GuestSession(guest.address, services.answer_seconds)
         self._services = services
-        self._journal = services.journal
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._collection: asyncio.Task[CrashRecord] | None = None
+        self._ledger = GuestLedger(guest.name, services.journal, self.session)
         self._intake = CrashIntake(guest)
         self._has_stopped = asyncio.Event()
-        self._is_attempting = False
+        self._console = _console_of(guest)
+        self._around = Surroundings(
+            guest,
+            self.session,
+            self._ledger,
+            self._intake,
+            self._has_stopped,
+            self._console,
+            self._expect_end,
+            self._spawn,
+        )
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._run: CollectionRun | None = None
+        self._collection: asyncio.Task[CrashRecord] | None = None
         self._greeted: Contact | None = None
-        self._shut_down = False
-        self._console: ConsoleLog | None = None
-        if guest.settings.console is not None and "console" in guest.settings.causes:
-            path = Path(guest.fill(guest.settings.console))
-            self._console = ConsoleLog(path, guest.settings.console_patterns)
+        self._ends_in_peace = False
 
     @property
     def is_collecting(self) -> bool:
         """Tell whether a crash is being collected."""
-        return self._collection is not None and not self._collection.done()
+        return self.stage is not Stage.ENDED
+
+    @property
+    def stage(self) -> Stage:
+        """Where the collection of the last crash is; `ENDED` too where there was none."""
+        return Stage.ENDED if self._run is None else self._run.stage
 
     def start(self) -> None:
         """Begin to watch; an event loop runs."""
@@ -139,7 +109,7 @@ class WatchedGuest:
             raise RequestError(f"a crash of {self.guest.name} is being collected already")
         if self.session.contact is None:
             raise SourceError(f"{self.guest.name} is not there: no QMP at {self.guest.address}")
-        self._begin(CrashCause("trigger", detail))
+        self._begin(CrashCause("trigger", detail), Crash(self._now()))
         try:
             return await asyncio.shield(self._under_way())
         except CollectionGivenUpError as error:
@@ -150,7 +120,7 @@ class WatchedGuest:
         if self._console is not None and not self.is_collecting:
             line = self._console.look()
             if line is not None and self.session.contact is not None:
-                self._crash(CrashCause("console", line), settle=True)
+                self._crash(CrashCause("console", line), settles=True)
 
     def record_lost(self, state: GuestState, gone: str) -> None:
         """Store what is known of a crash whose QEMU is gone.
@@ -160,7 +130,7 @@ class WatchedGuest:
             gone: Why there is no dump.
         """
         if state.cause is not None and not self.is_collecting:
-            self._begin(state.cause, time=state.time, gone=gone)
+            self._begin(state.cause, Crash(state.time, again=True, gone=gone))
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.create_task(work)
@@ -180,13 +150,13 @@ class WatchedGuest:
     def _on_event(self, event: Event) -> None:
         name = event.get("event")
         if name == "SHUTDOWN":
-            self._shut_down = True
+            self._expect_end()
         elif name == "STOP":
             self._has_stopped.set()
             if not self.is_collecting:
                 self._spawn(self._look_at_status())
         elif name == "RESUME" and not self.is_collecting:
-            self._spawn(self._note(handled=None, stopped=False))
+            self._spawn(self._ledger.note(handled=None, stopped=False))
         if (cause := cause_of_event(event)) is not None:
             waits = waits_for_stop(event)
             if waits:
@@ -196,7 +166,7 @@ class WatchedGuest:
     async def _look_at_status(self) -> None:
         with suppress(SourceError):
             status = await self.session.status()
-            if not await self._resume_owed(status) and (cause := cause_of_status(status)):
+            if not await self._ledger.resume_owed(status) and (cause := cause_of_status(status)):
                 self._crash(cause)
 
     def _on_still(self, seconds: float) -> None:
@@ -209,25 +179,25 @@ class WatchedGuest:
         if contact is None:
             return
         if self._greeted is not contact:
-            self._greeted, self._shut_down = contact, False
+            self._greeted, self._ends_in_peace = contact, False
             _logger.info("connected: QEMU %s", contact.facts.version, extra=self._extra())
             await require_pause(self.session, contact.facts.command_line or (), self.guest.name)
         status = await self.session.status()
-        state = self._journal.states.get(self.guest.name)
+        state = self._ledger.state
         if state is not None and state.qemu != contact.instance:
             self.record_lost(state, "its QEMU was gone when the agent came back")
             if state.cause is None:
-                await self._forget()
+                await self._ledger.forget()
             state = None
-        if not self._is_attempting and await self._resume_owed(status):
+        if self.stage is not Stage.COLLECTING and await self._ledger.resume_owed(status):
             status = await self.session.status()
         if self.is_collecting:
             return
         if state is not None and state.cause is not None:
             _logger.warning("a crash is taken up again", extra=self._extra())
-            self._begin(state.cause, time=state.time)
+            self._begin(state.cause, Crash(state.time, again=True))
         elif state is not None and state.stored is not None:
-            self._spawn(self._finish(state.stored, status))
+            self._spawn(finish(state.stored, status, self._around, self._services))
         elif (cause := cause_of_status(status)) and not (state and state.handled == status):
             self._crash(cause)
 
@@ -235,60 +205,29 @@ class WatchedGuest:
         if not ended:
             _logger.warning("the connection was lost", extra=self._extra())
             return
-        if self._shut_down:
+        if self._ends_in_peace:
             _logger.info("QEMU has ended", extra=self._extra())
         else:
             self._crash(CrashCause("qemu-died", "QEMU ended without having shut down"))
         if not self.is_collecting:
-            self._spawn(self._forget())
+            self._spawn(self._ledger.forget())
 
-    async def _resume_owed(self, status: str) -> bool:
-        """Let the guest run again if we stopped it and it still stands still for that alone."""
-        state, contact = self._journal.states.get(self.guest.name), self.session.contact
-        if state is None or not state.stopped or not contact or state.qemu != contact.instance:
-            return False
-        if status == "paused":
-            await self.session.qmp("cont")
-            _logger.warning("we had stopped the guest: it runs again", extra=self._extra())
-        await self._note(stopped=False)
-        return status == "paused"
-
-    async def _release(self) -> None:
-        """Pay what the last attempt to collect owes the guest; without QEMU, `_on_contact` does."""
-        while self.session.contact is not None:
-            try:
-                await self._resume_owed(await self.session.status())
-            except SourceError as error:
-                _logger.error("the guest may still be stopped: %s", error, extra=self._extra())  # noqa: TRY400
-            else:
-                return
-            await asyncio.sleep(_RELEASE_SECONDS)
+    def _expect_end(self) -> None:
+        self._ends_in_peace = True
 
     # What is done about it
 
-    def _crash(self, cause: CrashCause, *, waits: bool = False, settle: bool = False) -> None:
-        if self._intake.is_new(cause, is_collecting=self.is_collecting):
-            self._begin(cause, waits=waits, settle=settle)
+    def _now(self) -> str:
+        return utc_text(self._services.now())
 
-    def _begin(
-        self,
-        cause: CrashCause,
-        *,
-        time: str | None = None,
-        waits: bool = False,
-        settle: bool = False,
-        gone: str | None = None,
-    ) -> None:
+    def _crash(self, cause: CrashCause, *, waits: bool = False, settles: bool = False) -> None:
+        if self._intake.is_new(cause, self.stage):
+            self._begin(cause, Crash(self._now(), waits=waits, settles=settles))
+
+    def _begin(self, cause: CrashCause, crash: Crash) -> None:
         self._intake.begin(cause)
-        self._collection = asyncio.create_task(
-            self._collect(
-                time or utc_text(self._services.now()),
-                again=time is not None,
-                waits=waits,
-                settle=settle,
-                gone=gone,
-            )
-        )
+        self._run = CollectionRun(crash, self._around, self._services)
+        self._collection = asyncio.create_task(self._run.run())
         self._tasks.add(self._collection)
         self._collection.add_done_callback(self._collection_ended)
 
@@ -301,9 +240,10 @@ class WatchedGuest:
         self._tasks.discard(task)
         if task.cancelled():
             return
-        following = self._intake.take_next()
+        following = None if self.is_collecting else self._intake.take_next()
         if following is not None and not self._services.ending.is_set():
-            self._begin(following, waits=waits_for_stop(following.event or {}))
+            waits = waits_for_stop(following.event or {})
+            self._begin(following, Crash(self._now(), waits=waits))
         if (error := task.exception()) is None:
             return
         if isinstance(error, (DumpError, CollectionGivenUpError)):
@@ -311,125 +251,9 @@ class WatchedGuest:
         else:
             _logger.error("not collected", exc_info=error, extra=self._extra())
 
-    async def _collect(
-        self, time: str, *, again: bool, waits: bool, settle: bool, gone: str | None
-    ) -> CrashRecord:
-        contact = self.session.contact if gone is None else None
-        instance = contact.instance if contact else self.guest.address
-        state = GuestState(instance, self._intake.cause, time)
-        with suppress(DumpWriteError):
-            await asyncio.to_thread(self._journal.set, self.guest.name, state)
-        if waits:
-            await _at_most(_STOP_SECONDS, self._has_stopped)
-        if settle:
-            await _at_most(_SETTLE_SECONDS, self._intake.superseded)
-        if self._console is not None and gone is None:
-            self._console.skip()  # it tells of this crash; what comes later, of another
-        record = self._services.store.find(self.guest.name, time) if again else None
-        if record is None:  # or else an agent stored it that could not write that down any more
-            record = await self._store_crash(time, gone)
-        self._intake.crash_stored()
-        await self._note(cause=None, stored=record.id)
-        _logger.info(
-            "collected: %s, %s",
-            record.signature.message,
-            record.dump.file or f"no dump: {record.dump.reason}",
-            extra=self._extra(crash=record.id, signature=record.signature.id),
-        )
-        await self._finish(record.id, await self._status_or_gone())
-        return record
 
-    async def _store_crash(self, time: str, gone: str | None) -> CrashRecord:
-        services = self._services
-        while True:
-            contact = self.session.contact if gone is None else None
-            patience = Patience(services.collection_seconds, services.answer_seconds)
-            task = CrashTask(
-                guest=self.guest,
-                cause=self._intake.cause or CrashCause("trigger", ""),
-                time=time,
-                facts=self.session.last_facts or _UNKNOWN,
-                qmp=self.session.for_thread(patience) if contact else None,
-                gone=gone or "QEMU was gone, and its memory with it",
-                also=self._intake.also,
-                patience=patience,
-            )
-            collector = CrashCollector(
-                task, self._services.store, self._services.budget, set_stopped=self._set_stopped
-            )
-            try:
-                self._is_attempting = True
-                try:
-                    record = await services.slots.run(collector.collect, patience)
-                finally:
-                    self._is_attempting = False
-                    self._spawn(self._release())
-            except DumpWriteError as error:
-                self._services.outlets.crash_not_stored()
-                if task.cause.kind == "trigger":
-                    await self._note(cause=None)
-                    raise
-                _logger.error("%s; tried again later", error, extra=self._extra())  # noqa: TRY400
-            else:
-                self._services.outlets.crash_stored(record, collector.dump_seconds)
-                return record
-            await _at_most(self._services.retry_seconds, self._services.ending)
-            self._services.budget.check_ending()
-
-    def _set_stopped(self, stopped: bool) -> None:
-        self._journal.change(self.guest.name, stopped=stopped)
-
-    async def _note(self, **changes: Any) -> None:
-        if self.guest.name not in self._journal.states and not any(changes.values()):
-            return
-        try:
-            await asyncio.to_thread(self._journal.change, self.guest.name, **changes)
-        except DumpWriteError as error:
-            _logger.error("%s", error, extra=self._extra())  # noqa: TRY400
-
-    async def _forget(self) -> None:
-        await self._note(cause=None, stopped=False, stored=None, handled=None)
-
-    async def _finish(self, crash_id: str, status: str) -> None:
-        """Do what is to be done behind a crash that is stored, and remember that it is done."""
-        if status != "gone":
-            try:
-                await self._act(crash_id, status)
-            except (SourceError, RequestError, DumpError, OSError) as error:
-                _logger.error("after-action: %s", error, extra=self._extra(crash=crash_id))  # noqa: TRY400
-            status = await self._status_or_gone()
-        await self._note(stored=None, handled=status if status in STOPPED_BY_QEMU else None)
-        try:
-            await asyncio.to_thread(
-                prune,
-                self._services.store,
-                self._services.budget.limits,
-                now=self._services.now(),
-                needs_upload=self._services.budget.needs_upload,
-            )
-        except DumpWriteError as error:
-            _logger.error("%s", error, extra=self._extra())  # noqa: TRY400
-
-    async def _status_or_gone(self) -> str:
-        try:
-            return await self.session.status()
-        except MonitorAnswerError as error:
-            _logger.warning("%s", error, extra=self._extra())
-            return "unknown"
-        except SourceError:
-            return "gone"
-
-    async def _act(self, crash_id: str, status: str) -> None:
-        action = self.guest.settings.after
-        if isinstance(action, AfterCommand):
-            await run_command(action, self._services.store, crash_id, self._services.ending)
-            return
-        if action == "quit":
-            self._shut_down = True  # that QEMU ends then is not a crash
-        await run_action(action, self.session, status)
-
-
-async def _at_most(seconds: float, event: asyncio.Event) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(seconds):
-            await event.wait()
+def _console_of(guest: Guest) -> ConsoleLog | None:
+    settings = guest.settings
+    if settings.console is None or "console" not in settings.causes:
+        return None
+    return ConsoleLog(Path(guest.fill(settings.console)), settings.console_patterns)

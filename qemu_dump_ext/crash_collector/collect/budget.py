@@ -7,17 +7,33 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.guests import Guest
-from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.errors import NoRoomLeftError
 
 _MIB = 1 << 20
 
+Limit: TypeAlias = Literal["dumps_per_signature", "rate", "free"]
+LIMITS: tuple[Limit, ...] = get_args(Limit)
+"""Words of the configuration for which a crash has no dump."""
 
-_REFUSALS = ("dumps_per_signature", "rate", "free")
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why there must be no dump of a crash.
+
+    Attributes:
+        limit: What does not allow it.
+        text: For people.
+    """
+
+    limit: Limit
+    text: str
 
 
 class CollectionGivenUpError(Exception):
@@ -35,7 +51,7 @@ class DumpAllowance:
         self.signatures: Counter[str] = Counter()
         self._budget = budget
 
-    def refusal(self, guest: Guest, signature_id: str | None) -> str | None:
+    def refusal(self, guest: Guest, signature_id: str | None) -> Refusal | None:
         """Return why there must be no dump of a crash of this signature, or None.
 
         Args:
@@ -45,7 +61,7 @@ class DumpAllowance:
         """
         return self._budget.allow(guest, signature_id, self.signatures)
 
-    def surplus(self, guest: Guest, signature_id: str) -> str | None:
+    def surplus(self, guest: Guest, signature_id: str) -> Refusal | None:
         """Return why a dump that was allowed is not kept, now that its signature is known."""
         return self._budget.keep(guest, signature_id, self.signatures)
 
@@ -86,7 +102,9 @@ class DumpBudget:
             with self._lock:
                 self._under_way.subtract(allowance.signatures)
 
-    def allow(self, guest: Guest, signature_id: str | None, allowed: Counter[str]) -> str | None:
+    def allow(
+        self, guest: Guest, signature_id: str | None, allowed: Counter[str]
+    ) -> Refusal | None:
         """Let a dump be taken, unless there must be none; `DumpAllowance` asks.
 
         Args:
@@ -98,14 +116,15 @@ class DumpBudget:
             Why there must be none, or None.
         """
         with self._lock:
-            refusal = (signature_id and self._surplus(guest, signature_id)) or self._refusal(guest)
+            surplus = None if signature_id is None else self._surplus(guest, signature_id)
+            refusal = surplus or self._refusal(guest)
             if refusal is None:
                 self._recent[guest.name].append(self._clock())
                 if signature_id is not None:
                     self._count(signature_id, allowed)
         return refusal
 
-    def keep(self, guest: Guest, signature_id: str, allowed: Counter[str]) -> str | None:
+    def keep(self, guest: Guest, signature_id: str, allowed: Counter[str]) -> Refusal | None:
         """Let a dump be kept that was allowed before its signature was known.
 
         Args:
@@ -135,10 +154,10 @@ class DumpBudget:
         """Check that the file system has left what it must.
 
         Raises:
-            DumpWriteError: It has not.
+            NoRoomLeftError: It has not.
         """
         if (free := self._store.free_bytes()) < self.limits.free:
-            raise DumpWriteError(
+            raise NoRoomLeftError(
                 f"given up: the file system has {free // _MIB} MiB left, and"
                 f" {self.limits.free // _MIB} MiB are kept free (free)"
             )
@@ -147,27 +166,23 @@ class DumpBudget:
         self._under_way[signature_id] += 1
         allowed[signature_id] += 1
 
-    def _surplus(self, guest: Guest, signature_id: str) -> str | None:
+    def _surplus(self, guest: Guest, signature_id: str) -> Refusal | None:
         most = guest.settings.dumps_per_signature
         if self._store.dumps_of(signature_id) + self._under_way[signature_id] < most:
             return None
-        return f"{most} dumps of this signature are kept (dumps_per_signature)"
+        text = f"{most} dumps of this signature are kept (dumps_per_signature)"
+        return Refusal("dumps_per_signature", text)
 
-    def _refusal(self, guest: Guest) -> str | None:
+    def _refusal(self, guest: Guest) -> Refusal | None:
         rate, recent = guest.settings.rate, self._recent[guest.name]
         while recent and self._clock() - recent[0] > rate.per:
             recent.popleft()
         if len(recent) >= rate.dumps:
-            return f"{rate.dumps} dumps of this guest in {rate.per:g} s (rate)"
+            return Refusal("rate", f"{rate.dumps} dumps of this guest in {rate.per:g} s (rate)")
         if self._store.free_bytes() < self.limits.free:
             prune(self._store, self.limits, needs_upload=self.needs_upload)
         try:
             self.require_room()
-        except DumpWriteError as error:
-            return str(error)
+        except NoRoomLeftError as error:
+            return Refusal("free", str(error))
         return None
-
-
-def kind_of_refusal(reason: str | None) -> str:
-    """Return the word of the configuration for which a crash has no dump, or `failed`."""
-    return next((word for word in _REFUSALS if reason and f"({word})" in reason), "failed")

@@ -6,16 +6,19 @@ had is said in the record; nothing that cannot be had keeps the rest from being 
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from qemu_dump_ext.crash_collector.collect.budget import DumpAllowance, DumpBudget
+from qemu_dump_ext.crash_collector.collect.budget import (
+    CollectionGivenUpError,
+    DumpAllowance,
+    DumpBudget,
+    Refusal,
+)
+from qemu_dump_ext.crash_collector.collect.evidence import Evidence, Taken, require_qemu, told
 from qemu_dump_ext.crash_collector.collect.readers import (
     ReaderError,
     has_drgn,
@@ -23,21 +26,14 @@ from qemu_dump_ext.crash_collector.collect.readers import (
     trace_by_drgn,
 )
 from qemu_dump_ext.crash_collector.collect.signature import make_signature
+from qemu_dump_ext.crash_collector.collect.task import CrashTask
 from qemu_dump_ext.crash_collector.config.settings import Settings
-from qemu_dump_ext.crash_collector.record import (
-    CrashCause,
-    CrashRecord,
-    DumpFacts,
-    QemuFacts,
-    Signature,
-)
+from qemu_dump_ext.crash_collector.record import CrashRecord, DumpFacts, Signature
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.dmesg import GuestLog, read_log
 from qemu_dump_ext.engine.dump import dump_stopped, prepare
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
@@ -45,6 +41,7 @@ from qemu_dump_ext.errors import (
     DumpError,
     DumpWriteError,
     MonitorAnswerError,
+    NoRoomLeftError,
     RequestError,
     SourceError,
 )
@@ -55,7 +52,6 @@ from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import SharedQmp
-from qemu_dump_ext.qemu.qmp_message import command_names
 from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
@@ -63,55 +59,21 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
 VERIFIER = "verify"
 _logger = logging.getLogger(__name__)
 _ROOM_EVERY_BYTES = 32 << 20
-_LOG_TEXT_MAX = 64 << 20
-# Large, and the same for every QEMU of this version.
-_DULL_QUERIES = frozenset(
-    (
-        "query-qmp-schema",
-        "query-commands",
-        "query-command-line-options",
-        "query-cpu-definitions",
-        "query-machines",
-        "query-dump-guest-memory-capability",
-    )
-)
 
 
 @dataclass(frozen=True)
-class CrashTask:
-    """What is to be collected.
+class Collected:
+    """A crash that is stored.
 
     Attributes:
-        guest: Whose crash.
-        cause: Why it counts.
-        time: When it happened, as in records.
-        facts: About its QEMU.
-        qmp: The connection; None: QEMU is gone.
-        gone: Why there is none.
-        also: What else happened meanwhile, and how often; still counts.
-        patience: For how long QEMU is asked; begins with the collection.
+        record: As it is in the store.
+        dump_seconds: How long the dump took, if one was written.
+        refusal: Why there must be no dump, where that is so.
     """
 
-    guest: Guest
-    cause: CrashCause
-    time: str
-    facts: QemuFacts
-    qmp: SharedQmp | None
-    gone: str
-    also: Mapping[str, int]
-    patience: Patience
-
-
-@dataclass
-class _Found:
-    # What has been found so far.
-    log: Sequence[str] = ()
-    vmcoreinfo: bytes = b""
-    remarks: list[str] = field(default_factory=list)
-    stopped_seconds: float = 0.0
-    dump: DumpFacts | None = None
-    signature: Signature | None = None
-    symbols: Path | None = None  # by which the dump tells the frames that the log does not
+    record: CrashRecord
+    dump_seconds: float | None = None
+    refusal: Refusal | None = None
 
 
 class _Meter(ProgressMeter):
@@ -133,11 +95,7 @@ class _Meter(ProgressMeter):
 
 
 class CrashCollector:
-    """Collects one crash.
-
-    Attributes:
-        dump_seconds: How long the dump took, if one was written.
-    """
+    """Collects one crash."""
 
     def __init__(
         self,
@@ -160,12 +118,10 @@ class CrashCollector:
         self._store = store
         self._budget = budget
         self._set_stopped = set_stopped
-        self._found = _Found()
-        self.dump_seconds: float | None = None
-        self._files: Path = Path()
-        self._allowance = DumpAllowance(budget)
+        self._stopped_seconds = 0.0
+        self._left: str | None = None  # what somebody else made of the guest meanwhile
 
-    def collect(self) -> CrashRecord:
+    def collect(self) -> Collected:
         """Do it; returns what was stored.
 
         Raises:
@@ -173,38 +129,51 @@ class CrashCollector:
             CollectionGivenUpError: The agent ends; likewise.
         """
         leave_signals_to_main_thread()
-        self._files = self._store.new_incoming(self._task.guest.name)
+        files = self._store.new_incoming(self._task.guest.name)
         try:
             self._budget.check_ending()
             self._task.patience.begin()
-            with self._budget.collecting() as self._allowance:
-                self._take_everything()
-                return self._store.commit(self._files, self._record())
+            with self._budget.collecting() as allowance:
+                taken = self._prove(self._take(files, allowance), files, allowance)
+                record = self._store.commit(files, self._record(taken))
         except BaseException:
-            self._store.discard(self._files)
+            self._store.discard(files)
             raise
+        return Collected(record, taken.dump_seconds, taken.refusal)
 
-    def _take_everything(self) -> None:
-        self._take_console()
+    def _take(self, files: Path, allowance: DumpAllowance) -> Taken:
+        """Take all for which QEMU is needed."""
+        evidence, qmp = Evidence(self._task, files), self._task.qmp
+        taken = evidence.of_host(Taken())
+        if qmp is None:
+            return self._without_dump(taken, self._task.gone)
         try:
-            if self._task.qmp is None:
-                self._without_dump(self._task.gone)
-            else:
-                with suppress(RequestError):  # which is told when the dump is taken
-                    prepare(self._request())
-                with self._stopped(self._task.qmp):
-                    self._take_from_qemu(self._task.qmp)
-        except DumpWriteError:
+            with suppress(RequestError):  # which is told when the dump is taken
+                prepare(self._request())
+            with self._stopped(qmp):
+                taken = evidence.registers(taken, qmp)
+                taken = evidence.queries(taken, qmp)
+                with stopped_guest(GuestAccess.by_qmp(qmp), self._settings.memory) as guest:
+                    taken = evidence.kernel_log(taken, qmp, guest)
+                    taken = self._sign(taken, guest)
+                    taken = self._dump(taken, qmp, guest, files, allowance)
+        except (DumpWriteError, CollectionGivenUpError):
             raise
         except DumpError as error:
-            self._without_dump(str(error))
+            taken = self._without_dump(taken, str(error))
         except Exception as error:  # noqa: BLE001 - a mistake of ours must not cost the crash
-            self._without_dump(_told(error))
-        self._found.signature = self._found.signature or self._sign(None)
-        if self._found.dump is not None and self._found.dump.file is not None:
-            self._found.dump = self._signed(self._found.dump)
-        if self._found.dump is not None and self._found.dump.file is not None:
-            self._found.dump = self._verified(self._found.dump)
+            taken = self._without_dump(taken, told(error))
+        return taken
+
+    def _prove(self, taken: Taken, files: Path, allowance: DumpAllowance) -> Taken:
+        """Do all for which QEMU is no longer needed: the guest runs meanwhile."""
+        signature = taken.signature or make_signature(self._task.cause, taken.log)
+        taken = replace(taken, signature=signature)
+        if taken.symbols is not None and _has_file(taken.dump):
+            taken = self._sign_by_dump(taken, signature, files, allowance)
+        if taken.dump is not None and _has_file(taken.dump):
+            taken = replace(taken, dump=self._verified(taken.dump, taken.vmcoreinfo, files))
+        return taken
 
     @contextmanager
     def _stopped(self, qmp: SharedQmp) -> Iterator[None]:
@@ -214,9 +183,8 @@ class CrashCollector:
             try:
                 yield
             finally:
-                self._found.stopped_seconds = pause.seconds() if was_ours else 0.0
-        if pause.left:
-            self._found.remarks.append(pause.left)
+                self._stopped_seconds = pause.seconds() if was_ours else 0.0
+        self._left = pause.left
 
     def _remember_stopped(self, stopped: bool) -> None:
         try:
@@ -226,166 +194,72 @@ class CrashCollector:
                 raise SourceError(f"the guest is not stopped for it: {error}") from error
             _logger.warning("%s", error)  # looked at again when the crash is stored
 
-    def _take_from_qemu(self, qmp: SharedQmp) -> None:
-        access = GuestAccess.by_qmp(qmp)
-        for take in (self._take_registers, self._take_queries):
-            take(qmp)
-        try:
-            with stopped_guest(access, self._settings.memory) as guest:
-                self._take_from_guest(qmp, guest)
-        except DumpWriteError:
-            raise
-        except DumpError as error:
-            qmp.qmp("query-status")
-            self._found.remarks.append(f"kernel log: {error}")
-            self._without_dump(str(error))
-
-    def _take_from_guest(self, qmp: SharedQmp, guest: StoppedGuest) -> None:
-        self._take_log(qmp, guest)
-        self._found.signature = self._sign(guest)
-        self._take_dump(qmp, guest)
-
-    def _try(self, qmp: SharedQmp, what: str, work: Callable[[], Any]) -> Any:
-        # What one question does not give is a remark; that QEMU is gone ends everything.
-        try:
-            return work()
-        except DumpWriteError:
-            raise
-        except MonitorAnswerError as error:
-            self._found.remarks.append(f"{what}: {error}")
-        except DumpError as error:
-            _require_qemu(qmp)
-            self._found.remarks.append(f"{what}: {error}")
-        except Exception as error:  # noqa: BLE001 - a mistake of ours must not cost the rest
-            self._found.remarks.append(f"{what}: {_told(error)}")
-        return None
-
-    def _take_registers(self, qmp: SharedQmp) -> None:
-        text = self._try(qmp, "registers", lambda: qmp.execute("info registers -a"))
-        if text is not None:
-            self._write("registers.txt", text.encode())
-
-    def _take_queries(self, qmp: SharedQmp) -> None:
-        def ask() -> list[str]:
-            return command_names(qmp.qmp("query-commands"))
-
-        answers = {}
-        for name in sorted(self._try(qmp, "queries", ask) or ()):
-            if self._task.patience.is_slow:
-                self._found.remarks.append("queries: QEMU answers too slowly for more of them")
-                break
-            if name.startswith("query-") and name not in _DULL_QUERIES:
-                with contextlib.suppress(MonitorAnswerError):  # it wants arguments, or tells none
-                    answers[name] = qmp.qmp(name)
-        self._write("queries.json", json.dumps(answers, indent=1).encode())
-
-    def _take_log(self, qmp: SharedQmp, guest: StoppedGuest) -> None:
-        log: GuestLog | None = self._try(qmp, "kernel log", lambda: read_log(guest))
-        if log is None:
-            return
-        self._found.vmcoreinfo = log.vmcoreinfo
-        self._found.remarks += log.remarks
-        text = "".join(f"{record.line()}\n" for record in log.records)[-_LOG_TEXT_MAX:]
-        self._found.log = text.splitlines()
-        self._write("dmesg.txt", text.encode("utf-8", "replace"))
-
-    def _take_console(self) -> None:
-        template = self._settings.console
-        if template is not None:
-            path = Path(self._task.guest.fill(template))
-            if (tail := read_tail(path)) is not None:
-                self._write("console.txt", tail)
-            else:
-                self._found.remarks.append(f"console: {path} cannot be read")
-        facts = self._task.facts
-        words = facts.command_line or ("the command line is not known",)
-        self._write(
-            "qemu.txt", "\n".join((f"QEMU {facts.version} {facts.target}", *words, "")).encode()
+    def _sign(self, taken: Taken, guest: StoppedGuest) -> Taken:
+        # Where the log has no frames, by the dump, or else by where the vCPUs stand.
+        signature = make_signature(self._task.cause, taken.log)
+        if signature.frames:
+            return replace(taken, signature=signature)
+        vmlinux = self._kernel_file(self._settings.symbols.vmlinux, taken.vmcoreinfo)
+        functions, remarks = self._functions(taken.vmcoreinfo, guest)
+        return replace(
+            taken.remarked(*remarks),
+            signature=make_signature(self._task.cause, taken.log, functions=functions),
+            symbols=vmlinux if has_drgn() else None,
         )
 
-    def _sign(self, guest: StoppedGuest | None) -> Signature:
-        log = self._log()
-        signature = make_signature(self._task.cause, log)
-        if signature.frames or guest is None:
-            return signature
-        self._found.symbols = self._dump_symbols()
-        return make_signature(self._task.cause, log, functions=self._functions(guest))
-
-    def _log(self) -> Sequence[str]:
-        console = self._files / "console.txt"
-        if self._found.log or not console.exists():
-            return self._found.log
-        return console.read_text("utf-8", "replace").splitlines()
-
-    def _dump_symbols(self) -> Path | None:
-        path = self._kernel_file(self._settings.symbols.vmlinux)
-        return path if path is not None and has_drgn() else None
-
-    def _signed(self, facts: DumpFacts) -> DumpFacts:
-        # Where the log has no frames, by those that the dump has.
-        found = self._found
-        if found.symbols is None or found.signature is None:
-            return facts
+    def _functions(
+        self, vmcoreinfo: bytes, guest: StoppedGuest
+    ) -> tuple[Sequence[str], Sequence[str]]:
+        """Return the functions at which the vCPUs stand, and remarks."""
+        system_map = self._kernel_file(self._settings.symbols.system_map, vmcoreinfo)
+        if system_map is None or not vmcoreinfo:
+            return (), ()
         try:
-            trace = trace_by_drgn(self._files / str(facts.file), found.symbols)
-        except ReaderError as error:
-            found.remarks.append(f"symbols: {error}")
-            trace = ()
-        if trace:
-            found.signature = make_signature(self._task.cause, self._log(), trace=trace)
-        surplus = self._allowance.surplus(self._task.guest, found.signature.id)
-        if surplus is None:
-            return facts
-        (self._files / str(facts.file)).unlink()
-        return DumpFacts(None, facts.format, reason=surplus)
-
-    def _functions(self, guest: StoppedGuest) -> Sequence[str]:
-        system_map = self._kernel_file(self._settings.symbols.system_map)
-        if system_map is None or not self._found.vmcoreinfo:
-            return ()
-        try:
-            return functions_at(system_map, self._found.vmcoreinfo, guest.program_counters())
+            return functions_at(system_map, vmcoreinfo, guest.program_counters()), ()
         except DumpError as error:
-            self._found.remarks.append(f"symbols: {error}")
-            return ()
+            return (), (f"symbols: {error}",)
 
-    def _kernel_file(self, template: str | None) -> Path | None:
-        release = vmcoreinfo_value(self._found.vmcoreinfo, "OSRELEASE")
+    def _kernel_file(self, template: str | None, vmcoreinfo: bytes) -> Path | None:
+        release = vmcoreinfo_value(vmcoreinfo, "OSRELEASE")
         return kernel_file(self._task.guest, template, release)
 
-    def _take_dump(self, qmp: SharedQmp, guest: StoppedGuest) -> None:
-        signature, settings = self._found.signature, self._settings
-        if signature is None:
-            return
-        known = signature.id if self._found.symbols is None else None
-        refusal = self._allowance.refusal(self._task.guest, known)
+    def _dump(
+        self,
+        taken: Taken,
+        qmp: SharedQmp,
+        guest: StoppedGuest,
+        files: Path,
+        allowance: DumpAllowance,
+    ) -> Taken:
+        settings, signature = self._settings, taken.signature
+        known = signature.id if signature is not None and taken.symbols is None else None
+        refusal = allowance.refusal(self._task.guest, known)
         if refusal is not None:
-            self._without_dump(refusal)
-            return
+            return self._without_dump(taken, refusal.text, refusal)
         name = f"vmcore.{find_dump_format(settings.format).extension}"
         meter = _Meter(self._budget, self._task.patience)
         try:
-            sink = open_sink(str(self._files / name), force=False, standard_output=None)
+            sink = open_sink(str(files / name), force=False, standard_output=None)
             with sink:
                 report = dump_stopped(self._request(), guest, sink, progress=meter)
+        except NoRoomLeftError as error:
+            return self._without_dump(taken, str(error), Refusal("free", str(error)))
         except DumpError as error:
-            self._without_dump(str(error))
             if not isinstance(error, (DumpWriteError, MonitorAnswerError)):
-                _require_qemu(qmp)
-            return
-        self.dump_seconds = report.seconds
+                require_qemu(qmp)
+            return self._without_dump(taken, str(error))
         left_out = tuple(
             f"vCPU {index}: {', '.join(registers)} of note {note}"
             for (note, index), registers in report.missing.items()
         )
-        self._found.remarks += report.remarks
-        self._found.dump = DumpFacts(
+        facts = DumpFacts(
             name,
             report.format,
-            bytes=(self._files / name).stat().st_size,
+            bytes=(files / name).stat().st_size,
             complete=not left_out,
             left_out=left_out,
         )
+        return replace(taken.remarked(*report.remarks), dump=facts, dump_seconds=report.seconds)
 
     def _request(self) -> DumpRequest:
         settings = self._settings
@@ -393,16 +267,34 @@ class CrashCollector:
             format=settings.format, level=settings.level, dump_level=settings.dump_level
         )
 
-    def _without_dump(self, reason: str) -> None:
-        if self._found.dump is None:
-            self._found.dump = DumpFacts(None, self._settings.format, reason=reason)
-        else:
-            self._found.remarks.append(reason)
+    def _without_dump(self, taken: Taken, reason: str, refusal: Refusal | None = None) -> Taken:
+        return taken.without_dump(reason, self._settings.format, refusal)
 
-    def _verified(self, facts: DumpFacts) -> DumpFacts:
-        path = self._files / str(facts.file)
+    def _sign_by_dump(
+        self, taken: Taken, signature: Signature, files: Path, allowance: DumpAllowance
+    ) -> Taken:
+        dump, vmlinux = taken.dump, taken.symbols
+        if dump is None or dump.file is None or vmlinux is None:
+            return taken
+        path = files / dump.file
+        try:
+            trace = trace_by_drgn(path, vmlinux)
+        except ReaderError as error:
+            taken, trace = taken.remarked(f"symbols: {error}"), ()
+        if trace:
+            signature = make_signature(self._task.cause, taken.log, trace=trace)
+        taken = replace(taken, signature=signature)
+        surplus = allowance.surplus(self._task.guest, signature.id)
+        if surplus is None:
+            return taken
+        path.unlink()
+        facts = DumpFacts(None, dump.format, reason=surplus.text)
+        return replace(taken, dump=facts, refusal=surplus)
+
+    def _verified(self, facts: DumpFacts, vmcoreinfo: bytes, files: Path) -> DumpFacts:
+        path = files / str(facts.file)
         problems, verified_by, budget = [], [], self._budget
-        release = vmcoreinfo_value(self._found.vmcoreinfo, "OSRELEASE")
+        release = vmcoreinfo_value(vmcoreinfo, "OSRELEASE")
         try:
             with open_dump(path) as opened:
                 release = release or opened.vmcoreinfo_facts.get("OSRELEASE")
@@ -425,9 +317,9 @@ class CrashCollector:
             reason="; ".join(problems) or None,
         )
 
-    def _record(self) -> CrashRecord:
-        task, found = self._task, self._found
-        after = self._settings.after
+    def _record(self, taken: Taken) -> CrashRecord:
+        task, after = self._task, self._settings.after
+        left = [self._left] if self._left else []
         also = [f"also, {count} times: {text}" for text, count in dict(task.also).items()]
         return CrashRecord(
             id="",
@@ -435,35 +327,17 @@ class CrashCollector:
             labels=dict(self._settings.labels),
             time=task.time,
             cause=task.cause,
-            signature=found.signature or self._sign(None),
-            dump=found.dump or DumpFacts(None, self._settings.format, reason="not taken"),
+            signature=taken.signature or make_signature(task.cause, taken.log),
+            dump=taken.dump or DumpFacts(None, self._settings.format, reason="not taken"),
             qemu=task.facts,
-            guest_stopped_seconds=round(found.stopped_seconds, 6),
+            guest_stopped_seconds=round(self._stopped_seconds, 6),
             after_action=after if isinstance(after, str) else "command",
-            remarks=(*dict.fromkeys(found.remarks), *also),
+            remarks=(*dict.fromkeys([*taken.remarks, *left]), *also),
         )
 
-    def _write(self, name: str, content: bytes) -> None:
-        try:
-            with (self._files / name).open("xb") as file:
-                file.write(content)
-        except OSError as error:
-            raise DumpWriteError(f"cannot write {name}: {error.strerror}") from error
 
-
-def _require_qemu(qmp: SharedQmp) -> None:
-    """Ask QEMU anything, for it may be gone.
-
-    Raises:
-        SourceError: It does not answer.
-    """
-    with contextlib.suppress(MonitorAnswerError):
-        qmp.qmp("query-status")
-
-
-def _told(error: Exception) -> str:
-    _logger.error("while a crash was collected", exc_info=error)
-    return f"an error of the collector: {type(error).__name__}: {error}"
+def _has_file(facts: DumpFacts | None) -> bool:
+    return facts is not None and facts.file is not None
 
 
 def kernel_file(guest: Guest, template: str | None, release: str | None) -> Path | None:

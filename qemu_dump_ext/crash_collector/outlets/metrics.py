@@ -17,12 +17,13 @@ from prometheus_client.metrics_core import CounterMetricFamily
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
-from qemu_dump_ext.crash_collector.collect.budget import kind_of_refusal
-from qemu_dump_ext.crash_collector.record import CrashRecord
+from qemu_dump_ext.crash_collector.collect.budget import LIMITS
+from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
 
 _LOOPBACK = "127.0.0.1"
+_FAILED = "failed"
 _CONNECTIONS_MAX = 8
 _IDLE_SECONDS = 10.0
 _PREFIX = "qemu_crash_collector_"
@@ -110,28 +111,24 @@ class Metrics:
         for name, (text, ask) in gauges.items():
             Gauge(f"{_PREFIX}{name}", text, registry=registry).set_function(ask)
         registry.register(_UploadCounters(state))
-        for reason in ("dumps_per_signature", "rate", "free", "failed"):
+        for reason in (*LIMITS, _FAILED):
             self._skipped.labels(reason)
         self._guests: set[str] = set()
 
-    def crash_stored(self, record: CrashRecord, dump_seconds: float | None) -> None:
-        """Count a crash.
-
-        Args:
-            record: What was stored.
-            dump_seconds: How long its dump took, if there was one.
-        """
+    def crash_stored(self, collected: Collected) -> None:
+        """Count a crash."""
+        record = collected.record
         if len(self._guests) < _GUESTS_MAX:
             self._guests.add(record.guest)
         guest = record.guest if record.guest in self._guests else _OTHER_GUESTS
         self._crashes.labels(guest, record.cause.kind).inc()
         if record.dump.file is None:
-            self._skipped.labels(kind_of_refusal(record.dump.reason)).inc()
+            self._skipped.labels(collected.refusal.limit if collected.refusal else _FAILED).inc()
         else:
             self._kept.inc()
             self._bytes.observe(record.dump.bytes)
-        if dump_seconds is not None:
-            self._seconds.observe(dump_seconds)
+        if collected.dump_seconds is not None:
+            self._seconds.observe(collected.dump_seconds)
         if record.guest_stopped_seconds:
             self._stopped.observe(record.guest_stopped_seconds)
         self._last.set_to_current_time()

@@ -14,11 +14,11 @@ from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
 from qemu_dump_ext.crash_collector.outlets.report import write_report
 from qemu_dump_ext.crash_collector.outlets.upload import Uploader
-from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError
 
@@ -70,9 +70,9 @@ class CrashOutlets:
                     stack.callback(worker.stop)
             yield
 
-    def crash_stored(self, record: CrashRecord, dump_seconds: float | None) -> None:
-        """Show a crash; `dump_seconds` is how long its dump took, if there was one."""
-        self._metrics.crash_stored(record, dump_seconds)
+    def crash_stored(self, collected: Collected) -> None:
+        """Show a crash."""
+        self._metrics.crash_stored(collected)
         for worker in (self._uploader, self._report):
             if worker is not None:
                 worker.wake()

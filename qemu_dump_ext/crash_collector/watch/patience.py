@@ -12,7 +12,13 @@ from qemu.qmp import QMPClient
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.qemu.qmp import SharedQmp
 
-_RELEASING = frozenset(("cont",))
+# What is asked around a pause, also to end it: never too late, and not by the collection alone.
+_ALWAYS = frozenset(
+    (
+        *("cont", "query-status", "query-migrate", "query-dump"),
+        *("info status", "info migrate", "info dump"),
+    )
+)
 
 
 class Patience:
@@ -82,8 +88,9 @@ class LimitedQmp(SharedQmp):
     def _begin(
         self, command: str, arguments: dict[str, object] | None, told: str
     ) -> Callable[[], object]:
-        if told not in _RELEASING:
-            self.patience.check()
+        if told in _ALWAYS:
+            return super()._begin(command, arguments, told)
+        self.patience.check()
         answer = super()._begin(command, arguments, told)
 
         def wait() -> object:

@@ -1,0 +1,36 @@
+"""What is to be collected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from qemu_dump_ext.crash_collector.record import CrashCause, QemuFacts
+from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.patience import Patience
+from qemu_dump_ext.qemu.qmp import SharedQmp
+
+
+@dataclass(frozen=True)
+class CrashTask:
+    """One crash of one guest.
+
+    Attributes:
+        guest: Whose crash.
+        cause: Why it counts.
+        time: When it happened, as in records.
+        facts: About its QEMU.
+        qmp: The connection; None: QEMU is gone.
+        gone: Why there is none.
+        also: What else happened meanwhile, and how often; still counts.
+        patience: For how long QEMU is asked; begins with the collection.
+    """
+
+    guest: Guest
+    cause: CrashCause
+    time: str
+    facts: QemuFacts
+    qmp: SharedQmp | None
+    gone: str
+    also: Mapping[str, int]
+    patience: Patience
