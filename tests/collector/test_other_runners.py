@@ -1,4 +1,4 @@
-"""What the README shows for avocado and labgrid, run by them."""
+"""What the documentation shows for avocado and labgrid, run by them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.doors import guest_status
 pytestmark = pytest.mark.qemu
 
 REPOSITORY = Path(__file__).parents[2]
-README = (REPOSITORY / "README.md").read_text()
+PAGE = (REPOSITORY / "docs/crash-collector.md").read_text()
 
 
 def _run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -42,8 +42,8 @@ def _run(directory: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def _readme(pattern: str) -> str:
-    match = re.search(pattern, README, re.DOTALL)
+def _page(pattern: str) -> str:
+    match = re.search(pattern, PAGE, re.DOTALL)
     assert match is not None
     return match[1]
 
@@ -53,8 +53,8 @@ def _stored(store: Path) -> Sequence[CrashRecord]:
 
 
 def test_guest_of_a_failing_avocado_test_is_stored(tmp_path):
-    begin = _readme(r"this test of avocado:\n\n    (from [^\n]*\n)")
-    end = _readme(r"( {8}def tearDown\(self\):\n.*?)\n\nIt returns").replace("\n    ", "\n")[4:]
+    begin = _page(r"this test of avocado:\n\n    (from [^\n]*\n)")
+    end = _page(r"( {8}def tearDown\(self\):\n.*?)\n\nIt returns").replace("\n    ", "\n")[4:]
     tests = f"""{begin}
 from avocado import Test
 
@@ -84,7 +84,7 @@ class Boot(Test):
 
 
 def test_guest_of_a_failing_labgrid_test_is_stored(tmp_path):
-    extra = _readme(r"`extra_args: ([^`]*)`")
+    extra = _page(r"`extra_args: ([^`]*)`")
     socket = tmp_path / "vm.qmp"
     assert "/run/vm.qmp" in extra
     driver = {
