@@ -27,15 +27,16 @@ Reply = dict[str, Any]
 ReplyHandler = Callable[[Reply | None], None]
 """Gets QEMU's answer, or None when QEMU is gone."""
 
-logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
-logging.getLogger("qemu.qmp").propagate = False
-
 
 class _Client(QMPClient):
     # Hands out every message in the order of the wire: the base class would put events and
     # answers into different queues.
+
+    # What it logs is in its exceptions as well.
+    logger = logging.Logger("qemu.qmp", logging.CRITICAL + 1)  # noqa: LOG001 - of nobody else
+
     def __init__(self, route: Callable[[Message], None]) -> None:
-        super().__init__("qemu-hmp-proxy")
+        super().__init__()
         self._route = route
 
     async def _on_message(self, msg: Message) -> None:
