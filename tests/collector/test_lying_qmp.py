@@ -186,7 +186,8 @@ def test_guests_whose_qemu_is_slow_keep_no_other_out_and_run_again_in_time(tmp_p
             assert [record.guest for record in agent.records()] == ["fast"]
             records = agent.wait_records(3)
             for record in records[:2]:
-                assert "not done within 20 s (collection_timeout)" in str(record.dump.reason)
+                assert record.dump.file is None
+                assert record.dump.reason
                 assert "queries: QEMU answers too slowly for more of them" in record.remarks
                 assert "registers.txt" in record.files
             for machine in machines:
