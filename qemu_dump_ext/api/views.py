@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.guest_view import GuestView as View
-from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.third_party import require_extra
 
 if TYPE_CHECKING:
     import drgn
@@ -89,14 +89,11 @@ class GuestView:
         It reads while it is used: not behind the `with` block of the guest.
 
         Raises:
-            RequestError: drgn is not installed, or knows no such processor.
+            MissingPackageError: drgn is not installed.
+            RequestError: drgn knows no such processor.
             SourceError: The kernel does not tell about itself.
         """
-        try:
-            module = importlib.import_module("qemu_dump_ext.api.drgn_program")
-        except ImportError as error:
-            raise RequestError(
-                "drgn is not installed", hint="'pip install drgn' installs it"
-            ) from error
+        require_extra("drgn", "drgn()")
+        module = importlib.import_module("qemu_dump_ext.api.drgn_program")
         program: drgn.Program = module.program_of(self._view)
         return program

@@ -122,7 +122,8 @@ def test_without_drgn_one_clear_error(bare_machine, monkeypatch):
     monkeypatch.delitem(sys.modules, "qemu_dump_ext.api.drgn_program", raising=False)
     with still_of(bare_machine) as still, pytest.raises(qd.RequestError) as caught:
         still.drgn()
-    assert str(caught.value) == "drgn is not installed ('pip install drgn' installs it)"
+    assert str(caught.value).startswith("drgn() needs the Python package drgn, which Python 3.")
+    assert str(caught.value).endswith(" -m pip install 'qemu_dump_ext[drgn]')")
 
 
 def test_drgn_of_a_guest_without_linux(bare_machine):
