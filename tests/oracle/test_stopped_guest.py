@@ -32,7 +32,7 @@ pytestmark = pytest.mark.qemu
 ASKED_ONCE = ("info version", "info mtree -f", "qom-list /", "info kvm")
 # May become less.
 QUESTIONS_OF_A_DUMP = 50
-QUESTIONS_OF_ALL = 74
+QUESTIONS_OF_ALL = 77
 QUESTIONS_OF_A_CRASH = 60
 
 
