@@ -291,7 +291,9 @@ def _vmcoreinfo(
     if request.exact and request.kernel is None and known is not None:
         # No note is what QEMU would have.
         return Vmcoreinfo(known, vmcoreinfo_text(known, guest.core.byte_order)), []
-    found = guest.find_vmcoreinfo(request.kernel, advance)
+    # A range is little; page tables, where they are asked for, begin at what VMCOREINFO tells.
+    everywhere = request.memory_range is None or request.kernel is not None or request.paging
+    found = guest.find_vmcoreinfo(request.kernel, advance, everywhere=everywhere)
     remarks = list(found.remarks)
     if known is None:
         remarks.append(f"QEMU's own VMCOREINFO: {guest.probed.native_refusal}")

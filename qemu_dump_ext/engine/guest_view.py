@@ -56,7 +56,7 @@ class GuestView(ABC):
     vcpus: Sequence[Vcpu]
 
     def __init__(self) -> None:
-        self._found: dict[str | None, Vmcoreinfo] = {}
+        self._found: dict[tuple[str | None, bool], Vmcoreinfo] = {}
         self._search_seconds = math.inf
 
     @property
@@ -99,24 +99,34 @@ class GuestView(ABC):
         return [vcpu.registers[name] for vcpu in self.vcpus if name in vcpu.registers]
 
     def find_vmcoreinfo(
-        self, kernel: str | None = None, advance: Callable[[int], None] = lambda _size: None
+        self,
+        kernel: str | None = None,
+        advance: Callable[[int], None] = lambda _size: None,
+        *,
+        everywhere: bool = True,
     ) -> Vmcoreinfo:
         """Return the kernel's VMCOREINFO; memory is searched for it at most once.
 
         Args:
             kernel: Which kernel's, as `NoteSearch.find` takes it; None: the live one.
             advance: Is told the bytes of each piece that is searched; may raise.
+            everywhere: Search all of memory, and not only where one was found before.
 
         Raises:
             SourceError: Memory cannot be read.
             RequestError: There is no such kernel.
         """
-        if kernel not in self._found:
-            known = self._known_vmcoreinfo() if kernel is None else None
-            self._found[kernel] = known or self._search(kernel, advance)
-        return self._found[kernel]
+        for searched in (True, everywhere):
+            if (kernel, searched) in self._found:
+                return self._found[kernel, searched]
+        known = self._known_vmcoreinfo() if kernel is None else None
+        found = known or self._search(kernel, advance, everywhere=everywhere)
+        self._found[kernel, everywhere] = found
+        return found
 
-    def _search(self, kernel: str | None, advance: Callable[[int], None]) -> Vmcoreinfo:
+    def _search(
+        self, kernel: str | None, advance: Callable[[int], None], *, everywhere: bool
+    ) -> Vmcoreinfo:
         search = NoteSearch(
             self.architecture,
             self.core.byte_order,
@@ -124,9 +134,9 @@ class GuestView(ABC):
             self.ram_blocks,
             self.vcpus,
             advance=advance,
-            seconds=self._search_seconds,
+            seconds=self._search_seconds if kernel is None else math.inf,
         )
-        result = search.find(kernel)
+        result = search.find(kernel, everywhere=everywhere)
         if result.chosen is None:
             return Vmcoreinfo(remarks=result.remarks)
         return Vmcoreinfo(result.chosen.note, result.chosen.text, result.remarks)

@@ -10,6 +10,7 @@ from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.guest.memory import SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
@@ -136,7 +137,8 @@ def describe(guest: StoppedGuest) -> GuestDescription:
 def _find_vmcoreinfo(guest: StoppedGuest) -> tuple[Vmcoreinfo, Sequence[str]]:
     """Return the note as a dump would have it, and where it is."""
     try:
-        found = guest.find_vmcoreinfo()
+        # Where it is not known what is populated, reading makes QEMU's memory grow.
+        found = guest.find_vmcoreinfo(everywhere=isinstance(guest.memory, SparseMemory))
     except SourceError as error:
         return Vmcoreinfo(), (f"VMCOREINFO was not looked for: {error}",)
     return found, found.remarks or ("VMCOREINFO is known to QEMU, by its vmcoreinfo device",)

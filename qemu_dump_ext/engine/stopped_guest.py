@@ -27,6 +27,9 @@ from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
+_SEARCH_SECONDS = 10.0
+"""A guest stands still meanwhile; nobody who asked for a dump wants it to be mostly a search."""
+
 
 class StoppedGuest(GuestView):
     """A guest that stands still; `stopped_guest` opens one.
@@ -54,6 +57,7 @@ class StoppedGuest(GuestView):
             pause: For which it stands still.
         """
         super().__init__()
+        self._search_seconds = _SEARCH_SECONDS
         self.probed = probed
         self.pause = pause
         self.architecture = probed.architecture

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -45,6 +46,12 @@ _LINES_WANTED = (b"\nPAGESIZE=", b"\nSYMBOL(")
 _PAGE_SIZES = frozenset(1 << shift for shift in range(12, 17))
 _SLOW_SECONDS = 20.0
 _CANDIDATES_MAX = 64
+_CHUNK = 64 << 20
+"""Bytes; the last ones of memory are searched first, for there the kernel allocates at boot."""
+_CHUNKS = 16
+"""Of one RAM block; what is before them is searched in one go."""
+_RECENT: deque[int] = deque(maxlen=16)
+"""Where this process found the live kernel's last: of each guest, it stays where it is."""
 
 
 class Evidence(IntEnum):
@@ -136,32 +143,38 @@ class NoteSearch:
             ]
         self._advance = advance
         self._incomplete = ""
+        self._searched = 0
         self._is_slow = memory.is_slow
         self._seconds = min(seconds, _SLOW_SECONDS) if self._is_slow else seconds
         self._started = time.monotonic()
 
-    def find(self, wanted: str | None = None) -> SearchResult:
+    def find(self, wanted: str | None = None, *, everywhere: bool = True) -> SearchResult:
         """Search until a kernel is found that is live beyond doubt.
 
         Args:
             wanted: Release of the kernel whose note is asked for, or the gpa of the note as
                 hexadecimal; all of memory is searched then.
+            everywhere: Search all of memory, and not only where one was found before.
 
         Raises:
             RequestError: There is no such kernel; says which there are.
         """
         found: list[KernelNote] = []
         self._started = time.monotonic()
-        for candidate in self.candidates():
+        for candidate in self.candidates(everywhere=everywhere):
             if any(candidate.text == other.text for other in found):
                 continue
             found.append(candidate)
             if wanted is None and candidate.evidence is Evidence.LIVE:
+                if candidate.gpa not in _RECENT:
+                    _RECENT.append(candidate.gpa)
                 break
             if len(found) >= _CANDIDATES_MAX:
                 self._incomplete = f"the search ended at the {len(found)}th"
                 break
-        return self._choose(found, wanted)
+        if not found and not everywhere:
+            return SearchResult(None, ("VMCOREINFO was not looked for in all of guest memory",))
+        return self._choose(sorted(found, key=lambda one: one.gpa), wanted)
 
     def _choose(self, found: list[KernelNote], wanted: str | None) -> SearchResult:
         remarks = [self._incomplete] if self._incomplete else []
@@ -187,9 +200,9 @@ class NoteSearch:
         ]
         return SearchResult(chosen, tuple(remarks))
 
-    def candidates(self) -> Iterator[KernelNote]:
-        """Yield what looks like a VMCOREINFO, by ascending gpa."""
-        for gpa in self._page_starts():
+    def candidates(self, *, everywhere: bool = True) -> Iterator[KernelNote]:
+        """Yield what looks like a VMCOREINFO: where one was found before, then from the end on."""
+        for gpa in self._page_starts(everywhere=everywhere):
             note = self._note_at(gpa)
             if note is None:
                 continue
@@ -200,32 +213,49 @@ class NoteSearch:
                 continue
             yield KernelNote(gpa, note, text, self._evidence(text))
 
-    def _page_starts(self) -> Iterator[int]:
-        """Yield the pages that begin like a text or a note; memory is read in ascending order."""
-        for block in self._blocks:
-            for start, end in populated_ranges(self._memory, block.gpa, block.end):
-                first = -(-start // _PAGE) * _PAGE
+    def _page_starts(self, *, everywhere: bool) -> Iterator[int]:
+        """Yield the pages that begin like a text or a note."""
+        for gpa in _RECENT:
+            block = block_at(self._blocks, gpa)
+            if block is not None and self._is_start(self._read(gpa, min(_HEAD, block.end - gpa))):
+                yield gpa
+        for first, last in self._chunks() if everywhere else ():
+            for start, end in populated_ranges(self._memory, first, last):
+                page = -(-start // _PAGE) * _PAGE
                 search = self._one_by_one if self._is_slow else self._in_pieces
-                yield from search(first, end)
-                if self._is_late(end):
+                yield from search(page, end)
+                if self._is_late():
                     return
 
-    def _is_late(self, gpa: int) -> bool:
+    def _chunks(self) -> Iterator[tuple[int, int]]:
+        for block in reversed(self._blocks):
+            end = block.end
+            for _ in range(_CHUNKS):
+                first = max(block.gpa, (end - 1) // _CHUNK * _CHUNK)
+                yield first, end
+                end = first
+                if end == block.gpa:
+                    break
+            else:
+                yield block.gpa, end
+
+    def _is_late(self) -> bool:
         if time.monotonic() - self._started < self._seconds:
             return False
         slowly = "guest memory is read slowly here, and" if self._is_slow else "guest memory"
         self._incomplete = self._incomplete or (
-            f"{slowly} was searched for VMCOREINFO up to {gpa:#x} only,"
-            f" which took {self._seconds:g} s"
+            f"{slowly} was searched for VMCOREINFO from its end on for {self._seconds:g} s only:"
+            f" {self._searched >> 20} MiB"
         )
         return True
 
     def _one_by_one(self, first: int, end: int) -> Iterator[int]:
         for gpa in range(first, end - _HEAD + 1, _PAGE):
             self._advance(_HEAD)
+            self._searched += _PAGE
             if self._is_start(self._read(gpa, _HEAD)):
                 yield gpa
-            if self._is_late(gpa):
+            if self._is_late():
                 return
 
     def _in_pieces(self, first: int, end: int) -> Iterator[int]:
@@ -236,10 +266,11 @@ class NoteSearch:
         )
         buffer = memoryview(bytearray(min(_PIECE, max(end - first, 0))))
         for gpa in range(first, end, _PIECE):
-            if self._is_late(gpa):
+            if self._is_late():
                 return
             piece = buffer[: end - gpa]
             self._advance(len(piece))
+            self._searched += len(piece)
             try:
                 self._memory.read_into(gpa, piece)
             except GuestMemoryFaultError as error:
@@ -254,7 +285,7 @@ class NoteSearch:
             for place in sorted(places):
                 if self._is_start(bytes(piece[place : place + _HEAD])):
                     yield gpa + place
-                    if self._is_late(gpa + place):
+                    if self._is_late():
                         return
 
     @staticmethod

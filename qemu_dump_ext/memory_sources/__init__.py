@@ -13,9 +13,11 @@ from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest.access import Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory, PartialMemory
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources._composite import CompositeMemory
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._lasting import lasting
+from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.qemu.monitor_text import parse_physical_bytes
 
 __all__ = [
@@ -170,11 +172,18 @@ def _prove(memory: GuestMemory, context: SourceContext) -> None:
     largest = sorted(blocks, key=lambda block: (-block.size, block.gpa))[:_SAMPLES]
     for block in largest:
         size = min(_SAMPLE_SIZE, block.size)
-        for gpa in (block.gpa, block.gpa + (block.size - size) // 2 & ~7):
+        for gpa in _places(memory, block, size):
             seen = bytearray(size)
             memory.read_into(gpa, memoryview(seen))
             if seen != _shown(context, gpa, size):
                 raise SourceError(f"it reads other memory than the monitor at {gpa:#x}")
+
+
+def _places(memory: GuestMemory, block: RamBlock, size: int) -> Iterator[int]:
+    # To read what is not populated could make QEMU's process allocate it: a huge page, maybe.
+    for start in (block.gpa, block.gpa + (block.size - size) // 2 & ~7):
+        first, _ = next(populated_ranges(memory, start, block.end), (start, block.end))
+        yield min(-(-first // 8) * 8, block.end - size)
 
 
 def _shown(context: SourceContext, gpa: int, size: int) -> bytes:

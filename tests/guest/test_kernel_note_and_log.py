@@ -82,9 +82,10 @@ def test_without_the_note_it_is_what_qemu_dumps(deviceless, tmp_path):
 
 
 def test_the_stub_alone_finds_it_as_well(deviceless, tmp_path):
-    """Slow as the stub is, a look at page starts ends at the live kernel."""
+    """Slow as the stub is, a look at page starts comes to the kernel that is asked for."""
     path = tmp_path / "ours"
-    command = f"qemu-dump-guest-memory --memory gdbstub --range 0x100000 0x1000 {path}"
+    kernel = f"--kernel {deviceless.files.release}"
+    command = f"qemu-dump-guest-memory {kernel} --memory gdbstub --range 0x100000 0x1000 {path}"
     done = run_gdb(deviceless, [command])
     assert "lead to the kernel's name" in done.stdout, done.stderr
     with open_dump(path) as opened:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.errors import PauseLimitError, RequestError
+from qemu_dump_ext.linux import vmcoreinfo_search
 from qemu_dump_ext.linux.vmcoreinfo_search import Evidence, NoteSearch
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 from tests.support.fake_kernel import (
@@ -20,6 +22,11 @@ from tests.support.fake_kernel import (
 
 X86_64 = all_architectures()["x86_64"]
 MIB = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+def nothing_found_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vmcoreinfo_search, "_RECENT", deque())
 
 
 def search(memory: FlatMemory, *roots: int) -> NoteSearch:
@@ -164,7 +171,7 @@ def test_the_search_ends_in_time_and_says_how_far_it_came(*, is_slow: bool):
     search = NoteSearch(X86_64, "little", memory, memory.blocks, seconds=0)
     result = search.find()
     assert result.chosen is None
-    assert any(remark.endswith("up to 0x0 only, which took 0 s") for remark in result.remarks)
+    assert any(remark.endswith("from its end on for 0 s only: 0 MiB") for remark in result.remarks)
     assert memory.reads <= 1
 
 
@@ -182,3 +189,46 @@ def test_a_kernel_that_does_not_tell_where_its_name_is(*, told: bool):
     assert chosen is not None
     assert chosen.evidence == Evidence.LIVE
     assert (b"uts_namespace.name" in chosen.text) == told
+
+
+def test_the_last_place_is_looked_at_first_and_by_itself():
+    memory = FlatMemory(16 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0-live")
+    first = search(memory, live).find()
+    assert first.chosen is not None
+    assert first.chosen.gpa == 2 * MIB + NOTE_AT
+    sizes: list[int] = []
+    again = NoteSearch(
+        X86_64, "little", memory, memory.blocks, vcpus_with(live), advance=sizes.append
+    )
+    assert again.find(everywhere=False).chosen == first.chosen
+    assert not sizes
+    elsewhere = FlatMemory(16 * MIB)
+    live = plant_kernel(elsewhere, 6 * MIB, "6.1.0-live")
+    assert search(elsewhere, live).find(everywhere=False).remarks == (
+        "VMCOREINFO was not looked for in all of guest memory",
+    )
+
+
+def test_memory_is_searched_from_its_end_on(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vmcoreinfo_search, "_CHUNK", 4 * MIB)
+    memory = FlatMemory(32 * MIB)
+    live = plant_kernel(memory, 28 * MIB, "6.1.0-live")
+    sizes: list[int] = []
+    found = NoteSearch(
+        X86_64, "little", memory, memory.blocks, vcpus_with(live), advance=sizes.append
+    ).find()
+    assert found.chosen is not None
+    assert sum(sizes) <= 4 * MIB
+
+
+@pytest.mark.parametrize("at", [2 * MIB, 20 * MIB])
+def test_a_kernel_is_found_before_the_last_chunks_and_in_them(
+    at: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(vmcoreinfo_search, "_CHUNK", MIB)
+    memory = FlatMemory(24 * MIB)
+    live = plant_kernel(memory, at, "6.1.0-live")
+    chosen = search(memory, live).find().chosen
+    assert chosen is not None
+    assert chosen.evidence is Evidence.LIVE
