@@ -153,19 +153,22 @@ class NoteSearch:
 
         Args:
             wanted: Release of the kernel whose note is asked for, or the gpa of the note as
-                hexadecimal; all of memory is searched then.
+                hexadecimal; it is searched for however long that takes.
             everywhere: Search all of memory, and not only where one was found before.
 
         Raises:
             RequestError: There is no such kernel; says which there are.
         """
         found: list[KernelNote] = []
+        if wanted is not None:
+            self._seconds = math.inf
         self._started = time.monotonic()
         for candidate in self.candidates(everywhere=everywhere):
             if any(candidate.text == other.text for other in found):
                 continue
             found.append(candidate)
-            if wanted is None and candidate.evidence is Evidence.LIVE:
+            is_it = wanted in {None, candidate.release, hex(candidate.gpa)}
+            if is_it and candidate.evidence is Evidence.LIVE:
                 if candidate.gpa not in _RECENT:
                     _RECENT.append(candidate.gpa)
                 break

@@ -86,7 +86,7 @@ def test_the_stub_alone_finds_it_as_well(deviceless, tmp_path):
     path = tmp_path / "ours"
     kernel = f"--kernel {deviceless.files.release}"
     command = f"qemu-dump-guest-memory {kernel} --memory gdbstub --range 0x100000 0x1000 {path}"
-    done = run_gdb(deviceless, [command])
+    done = run_gdb(deviceless, [command], timeout=300)
     assert "lead to the kernel's name" in done.stdout, done.stderr
     with open_dump(path) as opened:
         assert opened.vmcoreinfo_facts["OSRELEASE"] == deviceless.files.release
