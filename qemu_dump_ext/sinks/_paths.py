@@ -13,6 +13,7 @@ def path_of(target: str) -> Path:
 
     Raises:
         RequestError: It names none.
+        DumpWriteError: No file can have that name.
     """
     path = target.removeprefix("file:")
     if not path:
@@ -20,9 +21,12 @@ def path_of(target: str) -> Path:
     try:
         # A symbolic link stays one: its target is what is replaced.
         resolved = Path(path).expanduser().resolve()
+        is_loop = resolved.is_symlink()  # where Python 3.13 leaves one
     except RuntimeError as error:  # no such user's home, or a loop of links
         raise RequestError(f"{path} names no file: {error}") from error
-    if resolved.is_symlink():  # where Python 3.13 leaves a loop
+    except OSError as error:
+        raise DumpWriteError(f"cannot create {path}: {reason_of(error)}") from error
+    if is_loop:
         raise RequestError(f"{path} names no file: a loop of symbolic links")
     return resolved
 
