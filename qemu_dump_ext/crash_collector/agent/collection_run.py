@@ -156,11 +156,11 @@ class CollectionRun:
             services.budget,
             set_stopped=around.ledger.set_stopped,
         )
-        self.stage = Stage.COLLECTING
+        self.stage, around.ledger.is_collecting = Stage.COLLECTING, True
         try:
             collected = await services.slots.run(collector.collect, patience)
         finally:
-            self.stage = Stage.RETRYING
+            self.stage, around.ledger.is_collecting = Stage.RETRYING, False
             around.spawn(around.ledger.release())
         services.outlets.crash_stored(collected)
         return collected.record

@@ -18,9 +18,14 @@ _logger = logging.getLogger(__name__)
 
 
 class GuestLedger:
-    """Of one guest."""
+    """Of one guest.
+
+    Attributes:
+        is_collecting: A crash is being collected: that the guest stands still is as it shall be.
+    """
 
     def __init__(self, name: str, journal: Journal, session: GuestSession) -> None:
+        self.is_collecting = False
         self._name = name
         self._journal = journal
         self._session = session
@@ -71,7 +76,9 @@ class GuestLedger:
             SourceError: QEMU refuses it, or is gone.
         """
         state, contact = self.state, self._session.contact
-        if state is None or not state.stopped or not contact or state.qemu != contact.instance:
+        if self.is_collecting or state is None or not state.stopped:
+            return False
+        if contact is None or state.qemu != contact.instance:
             return False
         if status == _OURS:
             await self._session.qmp("cont")

@@ -189,7 +189,7 @@ class WatchedGuest:
             if state.cause is None:
                 await self._ledger.forget()
             state = None
-        if self.stage is not Stage.COLLECTING and await self._ledger.resume_owed(status):
+        if await self._ledger.resume_owed(status):
             status = await self.session.status()
         if self.is_collecting:
             return
