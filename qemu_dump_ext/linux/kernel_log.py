@@ -17,8 +17,11 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
-_LOG_SIZE_MAX = 1 << 30
-_COUNT_BITS_MAX = 24
+_LOG_SIZE_MAX = 1 << 26
+"""Bytes of text: twice what a kernel can be built with."""
+_COUNT_BITS_MAX = 21
+"""Of records: those of a log of that size."""
+_PIECE_SIZE = 1 << 20
 _STRUCT_SIZE_MAX = 4096
 _COMMITTED, _FINALIZED = 1, 2
 _STATE_BITS = 2
@@ -78,13 +81,39 @@ class _Facts:
             raise SourceError(f"VMCOREINFO has no usable {key}: the kernel's log cannot be read")
         return value
 
-    def integer(self, data: bytes, offset: int, size: int) -> int:
+    def integer(self, data: bytes | _Pieces, offset: int, size: int) -> int:
         if offset + size > len(data):
             raise SourceError("VMCOREINFO contradicts itself: the kernel's log cannot be read")
         return int.from_bytes(data[offset : offset + size], self.byte_order)
 
     def load(self, address: int, size: int) -> int:
         return int.from_bytes(self.read(address, size), self.byte_order)
+
+
+class _Pieces:
+    """Kernel memory that is read when it is looked at, in pieces of which the last is kept."""
+
+    def __init__(self, read: ReadKernel, address: int, size: int) -> None:
+        self._read = read
+        self._address = address
+        self._size = size
+        self._piece = (0, b"")
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self._size)
+        content = b""
+        while start < stop:
+            first = start // _PIECE_SIZE * _PIECE_SIZE
+            if self._piece[0] != first or not self._piece[1]:
+                size = min(_PIECE_SIZE, self._size - first)
+                self._piece = first, self._read(self._address + first, size)
+            taken = self._piece[1][start - first : stop - first]
+            content += taken
+            start += len(taken)
+        return content
 
 
 def read_kernel_log(
@@ -126,13 +155,14 @@ def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
     if count_bits > _COUNT_BITS_MAX or (1 << min(size_bits, 64)) > _LOG_SIZE_MAX:
         raise SourceError(f"the kernel's log is impossible: 2^{count_bits} in 2^{size_bits} bytes")
     count, text_size = 1 << count_bits, 1 << size_bits
-    if count * max(descriptor_size, info_size) > _LOG_SIZE_MAX:
-        raise SourceError(f"the kernel's log has {count} records, which is impossible")
-    descriptors = facts.read(of_descriptors("descs", word), count * descriptor_size)
-    infos = facts.read(of_descriptors("infos", word), count * info_size)
-    texts = facts.read(
-        integer(ring, texts_at + facts.offset("prb_data_ring.data"), word), text_size
+    descriptors = _Pieces(facts.read, of_descriptors("descs", word), count * descriptor_size)
+    infos = _Pieces(facts.read, of_descriptors("infos", word), count * info_size)
+    texts = _Pieces(
+        facts.read,
+        integer(ring, texts_at + facts.offset("prb_data_ring.data"), word),
+        text_size,
     )
+    left = text_size
     counter = facts.offset("atomic_long_t.counter")
     id_mask = (1 << 8 * word - _STATE_BITS) - 1
     head = integer(ring, descriptors_at + facts.offset("prb_desc_ring.head_id") + counter, word)
@@ -158,6 +188,9 @@ def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
         start = (0 if begin > behind else begin) + word  # its id stands in front of the text
         info = (number % count) * info_size
         length = min(integer(infos, info + length_at, 2), max(behind - start, 0))
+        left -= length
+        if left < 0:  # no two records of a sound log have the same text
+            raise SourceError("the kernel's log contradicts itself: it has more than its texts")
         yield LogRecord(integer(infos, info + stamp_at, 8), texts[start : start + length])
 
 
