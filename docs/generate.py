@@ -42,9 +42,9 @@ _LINE_WIDTH = "100"
 _FILES = {"FILE", "SOCKET", "PATH", "ADDRESS"}
 _DIRECTORIES = {"DIR"}
 _COMPLETIONS = {
-    "bash": "share/bash-completion/completions/{}",
-    "zsh": "share/zsh/site-functions/_{}",
-    "fish": "share/fish/vendor_completions.d/{}.fish",
+    "bash": "docs/share/bash-completion/completions/{}",
+    "zsh": "docs/share/zsh/site-functions/_{}",
+    "fish": "docs/share/fish/vendor_completions.d/{}.fish",
 }
 
 
@@ -53,7 +53,7 @@ def generated_files() -> dict[Path, str]:
     os.environ["COLUMNS"] = _LINE_WIDTH  # which argparse asks for
     files: dict[Path, str] = {}
     for program, parser_of in PARSERS.items():
-        files[ROOT / f"share/man/man1/{program}.1"] = _manual_page(parser_of())
+        files[ROOT / f"docs/share/man/man1/{program}.1"] = _manual_page(parser_of())
         for shell, path in _COMPLETIONS.items():
             files[ROOT / path.format(program)] = _completion(parser_of(), shell)
     for page in sorted((ROOT / "docs").glob("*.md")):

@@ -31,7 +31,7 @@ _TYPED = {
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_manual_page_renders(program: str):
-    page = ROOT / f"share/man/man1/{program}.1"
+    page = ROOT / f"docs/share/man/man1/{program}.1"
     argv = ["groff", "-man", "-ww", "-Tutf8", "-P-cbou", str(page)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -57,7 +57,7 @@ def bash(tmp_path_factory: pytest.TempPathFactory):
         dimensions=(50, 200),
     )
     for program in PARSERS:
-        terminal.sendline(f"source '{ROOT}/share/bash-completion/completions/{program}'")
+        terminal.sendline(f"source '{ROOT}/docs/share/bash-completion/completions/{program}'")
     terminal.sendline("bind 'set bell-style none'; PS1=READ''Y'> '")
     terminal.expect_exact(_READY)
     yield terminal
