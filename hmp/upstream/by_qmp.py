@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import socket
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qemu.qmp import Message, QMPClient, QMPError, Runstate
+from qemu.qmp import Message, QMPError, Runstate
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.qemu.address import connectable, tcp_address
+from qemu_dump_ext.qemu.qmp_client import client_class
 
 from .upstream import Event, Upstream, reason_of
 
@@ -28,16 +28,20 @@ ReplyHandler = Callable[[Reply | None], None]
 """Gets QEMU's answer, or None when QEMU is gone."""
 
 
-class _Client(QMPClient):
+# Its class is made when it is asked for: gdb imports its file, and may lack qemu.qmp.
+class _Client(client_class()):  # type: ignore[misc]
     # Hands out every message in the order of the wire: the base class would put events and
     # answers into different queues.
 
-    # What it logs is in its exceptions as well.
-    logger = logging.Logger("qemu.qmp", logging.CRITICAL + 1)  # noqa: LOG001 - of nobody else
-
-    def __init__(self, route: Callable[[Message], None]) -> None:
+    def __init__(
+        self, route: Callable[[Message], None], waiting_ids: Callable[[], Iterable[str]]
+    ) -> None:
         super().__init__()
         self._route = route
+        self._waiting_ids = waiting_ids
+
+    def waiting_ids(self) -> Iterable[str]:
+        return (*super().waiting_ids(), *self._waiting_ids())
 
     async def _on_message(self, msg: Message) -> None:
         self._route(msg)
@@ -69,12 +73,15 @@ class QmpUpstream(Upstream):
     def __init__(self, address: str) -> None:
         super().__init__(address)
         self.greeting: dict[str, Any] = {}
-        self._client = _Client(self._route)
         self._handlers: dict[str, ReplyHandler] = {}
+        self._client = self._new_client()
         self._next_id = 0
         self._hidden_dumps = 0
         self.descriptor_lock = asyncio.Lock()
         self._directory: Path | None = None
+
+    def _new_client(self) -> _Client:
+        return _Client(self._route, lambda: self._handlers)
 
     def post(self, request: Mapping[str, object], handler: ReplyHandler) -> None:
         """Send a QMP request; `handler` gets the answer, in order with events.
@@ -174,7 +181,7 @@ class QmpUpstream(Upstream):
             handler(content)
 
     async def _connect(self) -> None:
-        self._client = _Client(self._route)
+        self._client = self._new_client()
         self._hidden_dumps = 0
         try:
             with connectable(self.address) as target:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from qemu_dump_ext.qemu.qmp_message import LINE_MAX, parse_message
@@ -56,12 +57,31 @@ def new_client(on_unreadable: Callable[[str], None] | None = None) -> QMPClient:
     Raises:
         ImportError: The package qemu.qmp is not installed.
     """
+    client: QMPClient = client_class()(on_unreadable)
+    return client
+
+
+@cache
+def client_class() -> type[Any]:
+    """Return the class of all our clients; a door that orders answers by itself derives from it.
+
+    Raises:
+        ImportError: The package qemu.qmp is not installed.
+    """
     from qemu.qmp import Message, QMPClient  # noqa: PLC0415 - gdb's own Python may lack it
     from qemu.qmp.error import ProtocolError  # noqa: PLC0415
 
     class Client(QMPClient):
         # What it logs is in its exceptions as well.
         logger = logging.Logger("qemu.qmp", logging.CRITICAL + 1)  # noqa: LOG001 - of nobody else
+
+        def __init__(self, on_unreadable: Callable[[str], None] | None = None) -> None:
+            super().__init__(readbuflen=LINE_MAX)
+            self._on_unreadable = on_unreadable
+
+        def waiting_ids(self) -> Iterable[str]:
+            # Of questions without an answer, in the order in which they were asked.
+            return [key for key in self._pending if key is not None]
 
         # Its own would build the whole text of every message for a log that nobody reads.
         def _cb_inbound(self, msg: Message) -> Message:
@@ -117,14 +137,14 @@ def new_client(on_unreadable: Callable[[str], None] | None = None) -> QMPClient:
         def _refusal(self, line: bytes, reason: str) -> dict[str, Any] | None:
             named = {match.decode("utf-8", "replace") for match in _ID.findall(line)}
             # QEMU answers in the order in which it was asked.
-            waiting = [key for key in self._pending if key in named]
+            waiting = [key for key in self.waiting_ids() if key in named]
             if not waiting and b'"event"' not in line[:_BLOCK]:
-                waiting = list(self._pending)
+                waiting = list(self.waiting_ids())
             if not waiting:
-                if on_unreadable is not None:
-                    on_unreadable(f"a message of QEMU's makes no sense: {reason}")
+                if self._on_unreadable is not None:
+                    self._on_unreadable(f"a message of QEMU's makes no sense: {reason}")
                 return None
             error = {"class": "GenericError", "desc": f"the answer makes no sense: {reason}"}
             return {"id": waiting[0], "error": error}
 
-    return Client(readbuflen=LINE_MAX)
+    return Client

@@ -27,6 +27,7 @@ from tests.support.hmp_proxy import (
     partial_files,
     proxy_argv,
 )
+from tests.support.lying_qmp import DEEP, LyingQmp
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.ports import reserved_port
 from tests.support.waiting import wait_until
@@ -70,6 +71,26 @@ def pair(request, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
         for client in (direct, proxied):
             client.execute("qmp_capabilities", enable=["oob"])
         yield Pair(direct, proxied, machine, alone, proxy)
+
+
+@pytest.mark.parametrize("kind", ["deep", "no JSON"])
+def test_an_answer_that_makes_no_sense_costs_that_question_alone(tmp_path: Path, kind: str):
+    with (
+        stopped_machine(["qemu-system-x86_64"], ["-m", "16"]) as machine,
+        LyingQmp(machine.qmp_sockets[0], tmp_path / "liar").running() as liar,
+        Proxy(tmp_path, "--qmp", liar.path, qmp=True) as proxy,
+        QmpSocket(proxy.qmp_socket) as client,
+    ):
+        client.execute("qmp_capabilities")
+        if kind == "deep":
+            liar.lies = {"query-name": DEEP}
+        else:
+            liar.replies = {"query-name": b'{"return": nonsense, "id": "@ID@"}\n'}
+        answer = client.execute("query-name")[-1]
+        assert answer["id"] == "an id"
+        assert answer["error"]["desc"].startswith("the answer makes no sense: ")
+        assert client.execute("query-kvm")[-1]["return"]["present"] in {True, False}
+        assert liar.connections == 1
 
 
 def test_negotiation(pair: Pair):
