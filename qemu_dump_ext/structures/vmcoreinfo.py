@@ -31,13 +31,11 @@ def vmcoreinfo_number(text: bytes, key: str, base: int = 0) -> int | None:
     Args:
         text: Of VMCOREINFO.
         key: What stands in front of the number.
-        base: 10 or 16; 0: as the number's prefix says, and its sign.
+        base: 10 or 16; 0: as the number's prefix says. There may be a sign in each.
     """
     value = vmcoreinfo_value(text, key) or ""
-    if base:
-        return parse_unsigned(value, base)
     digits = value.removeprefix("-")
-    number = parse_unsigned(digits, 16 if digits[:2] in {"0x", "0X"} else 10)
+    number = parse_unsigned(digits, base or (16 if digits[:2] in {"0x", "0X"} else 10))
     return -number if number is not None and digits != value else number
 
 

@@ -24,6 +24,7 @@ def test_values_and_numbers():
     assert vmcoreinfo_value(TEXT, "OSRELEASE") == "6.1.0"
     assert vmcoreinfo_value(TEXT, "RELEASE") is None
     assert vmcoreinfo_number(TEXT, "NUMBER(phys_base)") == -442499072
+    assert vmcoreinfo_number(TEXT, "NUMBER(phys_base)", 16) == -0x442499072
     assert vmcoreinfo_number(TEXT, "SYMBOL(x)", 16) == 0xFFFF
     assert vmcoreinfo_number(TEXT, "SYMBOL(x)") is None
 
