@@ -30,7 +30,7 @@ from qemu_dump_ext.architectures._page_tables import (
     ones_above,
 )
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import U64_MAX, Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_386, EM_X86_64, NT_QEMU
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
@@ -189,6 +189,9 @@ def reconcile(readings: VcpuReadings) -> Mapping[str, int]:
                 values[name] = native[name]
             else:
                 values.pop(name, None)
+    if values.get("cr2") == native.get("cr2", 0) & U32_MAX:
+        # Outside long mode the monitor prints 32 bits of it.
+        values["cr2"] = native.get("cr2", values["cr2"])
     for segment in f"{_SEGMENTS} ldt tr".split():
         flags = f"{segment}_flags"
         if flags not in values:

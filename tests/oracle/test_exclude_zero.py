@@ -72,8 +72,8 @@ def test_pages(
         (("-s", "--level", "1"), "a kdump of codec snappy has no levels"),
         (("-z", "--level", "10"), "zlib has no level 10"),
         (("-z", "zstd", "--level", "-1"), "zstd has no level -1"),
-        (("--threads", "0"), "invalid _positive value|invalid positive"),
-        (("--max-pause", "0"), "invalid"),
+        (("--threads", "0"), "is no number of 1 or more"),
+        (("--max-pause", "0"), "is no number of seconds above 0"),
     ],
 )
 def test_what_contradicts_itself_is_refused_at_once(
