@@ -21,6 +21,7 @@ from qemu_dump_ext.linux.page_filter import FilterRules, find_excluded_pages
 from qemu_dump_ext.linux.struct_page import parse_struct_page
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.pages.page_set import PageSet
+from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.structures.utsname import UtsName
 
 
@@ -85,7 +86,9 @@ class GuestView(ABC):
         for block in self.ram_blocks:
             low, high = max(block.gpa, gpa), min(block.end, gpa + size)
             if low < high:
-                self.memory.read_into(low, memoryview(data)[low - gpa : high - gpa])
+                # What was never stored is zero; reading it could make QEMU allocate memory.
+                for start, end in populated_ranges(self.memory, low, high):
+                    self.memory.read_into(start, memoryview(data)[start - gpa : end - gpa])
         return bytes(data)
 
     def _has(self, gpa: int, size: int) -> bool:
