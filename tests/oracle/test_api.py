@@ -22,13 +22,10 @@ pytestmark = pytest.mark.qemu
 
 
 @pytest.fixture
-def running(bare_machine) -> Iterator[QemuMachine]:
-    with RawQmp(bare_machine.qmp_sockets[1]) as qmp:
-        qmp.execute("cont")
-    yield bare_machine
-    with RawQmp(bare_machine.qmp_sockets[1]) as qmp:
-        qmp.execute("stop")
-        qmp.execute("system_reset")
+def running() -> Iterator[QemuMachine]:
+    """A machine that runs: the one of all tests never does."""
+    with QemuMachine(["qemu-system-x86_64"], ["-m", "16"]) as machine:
+        yield machine
 
 
 @contextmanager
