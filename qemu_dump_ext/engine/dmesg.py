@@ -49,10 +49,14 @@ def read_log(guest: GuestView, *, kernel: str | None = None) -> GuestLog:
 
 
 def _early_log(guest: GuestView, vmcoreinfo: Vmcoreinfo) -> GuestLog:
-    search = EarlyLogSearch(guest.memory, guest.ram_blocks, guest.core.byte_order)
+    search = EarlyLogSearch(
+        guest.memory, guest.ram_blocks, guest.core.byte_order, seconds=guest.search_seconds
+    )
     found = search.find()
     if found is None:
-        raise SourceError("; ".join(vmcoreinfo.remarks), hint="is it a Linux guest?")
+        late = "not all of memory was searched for the log of a kernel that is booting"
+        reasons = (*vmcoreinfo.remarks, late) if search.gave_up else vmcoreinfo.remarks
+        raise SourceError("; ".join(reasons), hint="is it a Linux guest?")
     stamps = "" if found.has_stamps else ", without the times of its lines"
     remark = (
         "the kernel is still booting, or was built without VMCOREINFO: its log was found by its"

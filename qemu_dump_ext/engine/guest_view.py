@@ -96,6 +96,11 @@ class GuestView(ABC):
         covered = (min(block.end, gpa + size) - max(block.gpa, gpa) for block in self.ram_blocks)
         return sum(max(0, count) for count in covered) == size
 
+    @property
+    def search_seconds(self) -> float:
+        """How long a search through all memory may take; infinite where that does not matter."""
+        return self._search_seconds
+
     def program_counters(self) -> Sequence[int]:
         """Return where the vCPUs are, as far as that is known."""
         name = self.architecture.program_counter

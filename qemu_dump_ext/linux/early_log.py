@@ -11,6 +11,7 @@ printk_info), kernel/printk/printk.c (struct printk_log up to 5.9).
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -75,7 +76,11 @@ class _Form:
 
 
 class EarlyLogSearch:
-    """A search through the memory of one guest."""
+    """A search through the memory of one guest.
+
+    Attributes:
+        gave_up: Whether the time was over before all memory had been looked at.
+    """
 
     def __init__(
         self,
@@ -83,7 +88,7 @@ class EarlyLogSearch:
         ram_blocks: Sequence[RamBlock],
         byte_order: ByteOrder,
         *,
-        seconds: float = _SECONDS,
+        seconds: float = math.inf,
     ) -> None:
         """Prepare.
 
@@ -91,7 +96,7 @@ class EarlyLogSearch:
             memory: Of the guest.
             ram_blocks: Where it has memory, by ascending gpa.
             byte_order: Of the vCPUs, which a kernel may change: the likely one.
-            seconds: How long the search may take.
+            seconds: How long the search may take, if that is less than it may take by itself.
         """
         self._memory = memory
         self._blocks = ram_blocks
@@ -99,7 +104,8 @@ class EarlyLogSearch:
             ("little", "big") if byte_order == "little" else ("big", "little")
         )
         self._forms = [_Form(order, word) for order, word in product(orders, (8, 4))]
-        self._end = time.monotonic() + seconds
+        self._end = time.monotonic() + min(seconds, _SECONDS)
+        self.gave_up = False
 
     def find(self) -> EarlyLog | None:
         """Return the log with the most records: a kernel moves its log to a larger place."""
@@ -117,6 +123,7 @@ class EarlyLogSearch:
             for start, end in populated_ranges(self._memory, block.gpa, block.end):
                 for gpa in range(start, end, _PIECE):
                     if time.monotonic() > self._end:
+                        self.gave_up = True
                         return
                     content = self._read(gpa, min(_PIECE + len(_BANNER) - 1, end - gpa))
                     for match in re.finditer(_BANNER, content):
