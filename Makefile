@@ -10,7 +10,7 @@ check: # the linters, the types, the layers
 	$(PYTHON) -m mypy
 	$(dir $(PYTHON))lint-imports --no-cache
 
-test: # what needs no QEMU: under a minute
+test: # what needs no QEMU: about a minute
 	$(PYTEST) -m "not (qemu or gdb or guest)" tests/unit tests/contract \
 	    tests/static/test_documentation.py
 
