@@ -14,9 +14,12 @@ from qemu_dump_ext.paging.tables import TableReader, collect_mappings, kernel_tr
 from qemu_dump_ext.paging.walk import translate_by
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
-from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
+from qemu_dump_ext.structures.vmcoreinfo import (
+    kernel_word_size,
+    vmcoreinfo_number,
+    vmcoreinfo_value,
+)
 
-_TWO_POINTERS_OF_32_BITS = 8
 _SMALLEST_PAGE = 4096
 _UTSNAME_OFFSETS = (4, 0)
 
@@ -55,8 +58,7 @@ class KernelMemory:
                 f"kernel addresses of {architecture.name} cannot be translated:"
                 " VMCOREINFO does not say where the kernel's page tables are"
             )
-        pointers = vmcoreinfo_number(vmcoreinfo, "SIZE(list_head)")
-        self.word_size = 4 if pointers == _TWO_POINTERS_OF_32_BITS else 8
+        self.word_size = kernel_word_size(vmcoreinfo)
 
     def pages_outside_linear_map(self) -> list[tuple[int, int]]:
         """Return the physical ranges that the kernel maps elsewhere than all memory is mapped.

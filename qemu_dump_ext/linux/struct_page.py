@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import U32_MAX, ByteOrder
-from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number, vmcoreinfo_value
+from qemu_dump_ext.structures.vmcoreinfo import (
+    PAGE_SIZES,
+    kernel_word_size,
+    vmcoreinfo_number,
+    vmcoreinfo_value,
+)
 
-_PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
 _STRUCT_PAGE_MAX = 256
 _MOST_ORDERS = 32
-_TWO_POINTERS_OF_32_BITS = 8
 _SWAPBACKED_BEHIND_PRIVATE = 6
 _BYTES_SINCE = (4, 16)
 """Since this version order and destructor of a compound page are bytes; before, of two bytes."""
@@ -112,10 +115,10 @@ def parse_struct_page(vmcoreinfo: bytes, byte_order: ByteOrder, level: int) -> S
         SourceError: VMCOREINFO lacks an entry that this level needs.
     """
     info = _Entries(vmcoreinfo)
-    word = 4 if info.number("SIZE(list_head)") == _TWO_POINTERS_OF_32_BITS else 8
+    word = kernel_word_size(vmcoreinfo)
     size = info.needed("SIZE(page)")
     page_size = info.needed("PAGESIZE")
-    if page_size not in _PAGE_SIZES or not word <= size <= _STRUCT_PAGE_MAX:
+    if page_size not in PAGE_SIZES or not word <= size <= _STRUCT_PAGE_MAX:
         raise SourceError(
             f"VMCOREINFO makes no sense: pages of {page_size}, struct pages of {size} bytes"
         )

@@ -43,7 +43,6 @@ _HEAD = 24
 """Bytes at the start of a page that tell whether to look closer: up to `VMCOREINFO`, NUL, NUL."""
 _TEXT_START = b"OSRELEASE="
 _LINES_WANTED = (b"\nPAGESIZE=", b"\nSYMBOL(")
-_PAGE_SIZES = frozenset(1 << shift for shift in range(12, 17))
 _SLOW_SECONDS = 20.0
 _CANDIDATES_MAX = 64
 _CHUNK = 64 << 20
@@ -210,7 +209,7 @@ class NoteSearch:
             if note is None:
                 continue
             text = vmcoreinfo_text(note, self._byte_order)
-            if vmcoreinfo_number(text, "PAGESIZE") not in _PAGE_SIZES:
+            if vmcoreinfo_number(text, "PAGESIZE") not in PAGE_SIZES:
                 continue
             if gpa % (vmcoreinfo_number(text, "PAGESIZE") or _PAGE):
                 continue

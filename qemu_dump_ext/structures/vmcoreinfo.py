@@ -16,6 +16,7 @@ PAGE_SIZES = frozenset((4096, 8192, 16384, 32768, 65536))
 VMCOREINFO_NOTE_NAME = "VMCOREINFO"
 MAX_VMCOREINFO_SIZE = 1 << 16
 _NOTE_HEADER_SIZE = 12
+_TWO_POINTERS_OF_32_BITS = 8
 _NOTE_NAME_FIELD = VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
 
 
@@ -37,6 +38,11 @@ def vmcoreinfo_number(text: bytes, key: str, base: int = 0) -> int | None:
     digits = value.removeprefix("-")
     number = parse_unsigned(digits, base or (16 if digits[:2] in {"0x", "0X"} else 10))
     return -number if number is not None and digits != value else number
+
+
+def kernel_word_size(text: bytes) -> int:
+    """Return the size of the kernel's `long`, in bytes; the dump's may be larger."""
+    return 4 if vmcoreinfo_number(text, "SIZE(list_head)") == _TWO_POINTERS_OF_32_BITS else 8
 
 
 def note_at_page_start(page: bytes | memoryview, byte_order: ByteOrder) -> bytes | None:
