@@ -180,8 +180,8 @@ def _check(request: DumpRequest) -> None:
             "QEMU's list of mapped segments has all pages: no dump level goes with it",
             hint="leave out --exact or -p",
         )
-    if request.level is not None or request.exclude_zero:
-        raise RequestError("--level and --exclude-zero are for kdumps", hint="add -z")
+    if request.level is not None or request.omit_zero:
+        raise RequestError("--level and --omit-zero are for kdumps", hint="add -z")
 
 
 def _write(

@@ -227,8 +227,8 @@ class _Kdump:
         if request.level is not None and (request.exact or self.codec.tuned is None):
             what = "--exact" if request.exact else f"a kdump of codec {self.codec.name}"
             raise RequestError(f"{what} has no levels", hint="leave out --level")
-        if request.exclude_zero and request.exact:
-            raise RequestError("QEMU keeps pages of zeros", hint="--exact or --exclude-zero")
+        if request.omit_zero and request.exact:
+            raise RequestError("QEMU keeps pages of zeros", hint="--exact or --omit-zero")
 
     def check_sink(self, sink: Sink) -> None:
         if self.raw and not sink.seekable:
@@ -260,7 +260,7 @@ class _Kdump:
             page_size=plan.page_size,
             descriptor=PAGE_DESCRIPTOR.bind(layout.abi),
             page_flag=self.codec.page_flag,
-            keep_zero_pages=not request.exclude_zero,
+            keep_zero_pages=not request.omit_zero,
             pfn_base=plan.pfn_base,
         )
         with ExitStack() as stack:
@@ -270,7 +270,7 @@ class _Kdump:
             write_at(layout.notes_offset, plan.notes)
             pieces: Iterable[Piece] = pieces_of_runs(memory, layout.runs, plan.page_size)
             data_offset = layout.data_offset
-            if request.exclude_zero:
+            if request.omit_zero:
                 pieces = list(pieces)
                 most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
                 data_offset = layout.descriptor_offset + most * form.descriptor.size
@@ -283,7 +283,7 @@ class _Kdump:
                 descriptor_offset=layout.descriptor_offset,
                 data_offset=data_offset,
             )
-            _write_bitmaps(layout, plan, write_at, both=not request.exclude_zero)
+            _write_bitmaps(layout, plan, write_at, both=not request.omit_zero)
             read_through(
                 memory,
                 pieces,
@@ -293,7 +293,7 @@ class _Kdump:
                 buffers=packer.buffers,
             )
             writer.finish()
-            if isinstance(writer, BulkPageWriter) and request.exclude_zero:
+            if isinstance(writer, BulkPageWriter) and request.omit_zero:
                 _write_second_bitmap(layout, plan.page_size, writer.bitmap, write_at)
 
 

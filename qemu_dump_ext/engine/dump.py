@@ -31,7 +31,7 @@ from qemu_dump_ext.paging.tables import (
     roots_of_vcpus,
 )
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan, select_blocks
-from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.plan.request import ZERO, DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.qemu.run_state import PauseLimit
@@ -276,6 +276,8 @@ def _excluded_pages(
             vmcoreinfo = guest.find_vmcoreinfo(request.kernel)
         return guest.find_excluded_pages(vmcoreinfo, rules), []
     except (SourceError, MissingPackageError, RequestError) as error:
+        if rules.level == ZERO:  # no pages need to be told apart for it
+            return None, []
         if request.dump_level_required:
             raise
         return None, [f"dump level {rules.level}: {error}: no page was left out"]

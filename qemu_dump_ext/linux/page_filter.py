@@ -43,8 +43,8 @@ class FilterRules:
     """What is left out.
 
     Attributes:
-        level: Sum of CACHE, PRIVATE_CACHE (which has CACHE in it), USER and FREE; ZERO is a matter
-            of the format.
+        level: Sum of CACHE, PRIVATE_CACHE (which has CACHE in it), USER and FREE; pages of zeros
+            are a matter of the format.
         exact: As makedumpfile does it. Otherwise cache with private data stays (file systems
             keep their own structures there), so do blocks that contradict others, pages of types
             that are not known, and what else `kept` has.

@@ -167,9 +167,10 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         " with ! rather no dump than one of all pages where they cannot be told apart",
     )
     parser.add_argument(
-        "--exclude-zero",
+        "--omit-zero",
         action="store_true",
-        help="leave pages of zeros out of a kdump, as makedumpfile -d 1 does",
+        help="leave pages of zeros out of a kdump, where they otherwise share one page: crash then"
+        " opens it with --zero_excluded only",
     )
     parser.add_argument(
         "--sparse",
@@ -318,7 +319,7 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         kernel=arguments.kernel,
         level=arguments.level,
         threads=arguments.threads,
-        exclude_zero=arguments.exclude_zero,
+        omit_zero=arguments.omit_zero,
         dump_level=arguments.dump_level.number,
         dump_level_required=arguments.dump_level.required,
         sparse=arguments.sparse,

@@ -17,7 +17,7 @@ from qemu_dump_ext.paging.segments import (
     unmapped_size,
 )
 from qemu_dump_ext.plan.ranges import blocks_within, filter_native
-from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.plan.request import ZERO, DumpRequest
 from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes
@@ -66,7 +66,7 @@ class DumpPlan:
         dialect: How it is spelt.
         ram_blocks: What goes in, by ascending gpa.
         covered_blocks: What the dump is about, by ascending gpa: with the pages that are left out.
-        dump_level: Which pages are left out, as `DumpRequest` has it.
+        dump_level: What is left out, as `DumpRequest` has it; without what could not be told apart.
         segments: The PT_LOADs of an ELF core, in order.
         notes: The notes area, complete.
         vmcoreinfo_span: Offset in `notes` and size of VMCOREINFO's text, in bytes; None: no text.
@@ -152,6 +152,10 @@ def make_plan(
     if not blocks:
         raise RequestError("all pages of this memory are left out: there is nothing to dump")
     segments = _plan_segments(snapshot, dialect, request, blocks)
+    if request.omit_zero:
+        remarks.append(
+            "pages of zeros are not in the dump: crash opens it with --zero_excluded only"
+        )
     if snapshot.excluded is not None:
         left, all_ = (sum(block.size for block in some) for some in (blocks, covered))
         remarks.append(
@@ -177,7 +181,7 @@ def make_plan(
         dialect=dialect,
         ram_blocks=tuple(blocks),
         covered_blocks=tuple(covered),
-        dump_level=request.dump_level if snapshot.excluded is not None else 0,
+        dump_level=_level_of(request, snapshot),
         segments=tuple(segments),
         notes=notes,
         vmcoreinfo_span=span,
@@ -189,6 +193,11 @@ def make_plan(
         pfn_base=base // page_size if relative else 0,
         remarks=tuple(remarks),
     )
+
+
+def _level_of(request: DumpRequest, snapshot: GuestSnapshot) -> int:
+    level = request.dump_level if snapshot.excluded is not None else request.dump_level & ZERO
+    return level | ZERO if request.omit_zero else level
 
 
 def _as_the_kernel_counts(

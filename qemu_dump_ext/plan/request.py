@@ -8,6 +8,8 @@ from qemu_dump_ext.errors import RequestError
 
 DEFAULT_FORMAT = "elf"
 """The format of QEMU, too, where none is asked for."""
+ZERO = 1
+"""Of a dump level: pages of zeros share one page. They are no less there."""
 DUMP_LEVEL_MAX = 31
 """All that makedumpfile can leave out."""
 
@@ -48,7 +50,8 @@ class DumpOptions:
         kernel: Which kernel's, by its release, where guest memory has several; None: the live one.
         level: Of the page codec; None: the best trade of time and size.
         threads: How many compress; None: as many as there are CPUs.
-        exclude_zero: Leave pages of zeros out of a kdump, as makedumpfile's dump level 1 does.
+        omit_zero: Leave pages of zeros out of a kdump, where they otherwise share one page, as they
+            do with makedumpfile's dump level 1.
         sparse: Leave holes in an ELF file for pages of zeros, where the file can have any.
         snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
         dump_level: Which pages are left out, as makedumpfile numbers them: a sum of 1 (zeros), 2
@@ -64,7 +67,7 @@ class DumpOptions:
     kernel: str | None = None
     level: int | None = None
     threads: int | None = None
-    exclude_zero: bool = False
+    omit_zero: bool = False
     sparse: bool = True
     snapshot: bool = False
     dump_level: int = 0

@@ -212,7 +212,7 @@ CASES: Sequence[Case] = (
 )
 SPARSE_CASES: Sequence[Case] = (
     Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
-    Case("kdump-zlib --exclude-zero", by_qemu("kdump-zlib"), by_cli("-z", "--exclude-zero")),
+    Case("kdump-zlib --omit-zero", by_qemu("kdump-zlib"), by_cli("-z", "--omit-zero")),
 )
 
 

@@ -75,7 +75,7 @@ def _requests(name: str) -> list[DumpRequest]:
         DumpRequest(format=name, exact=True),
         DumpRequest(format=name, threads=4),
         DumpRequest(format=name, level=1),
-        DumpRequest(format=name, exclude_zero=True),
+        DumpRequest(format=name, omit_zero=True),
         DumpRequest(format=name, sparse=False),
     ]
     return [request for request in wishes if _refusal(request) is None]
@@ -131,7 +131,7 @@ def test_a_reader_finds_what_was_in_the_guest(name: str, target: str, tmp_path: 
             assert any(note.is_prstatus for note in dump.notes) or target == _LITTLE
             for gpa, expected in _pages():
                 # Of what is left out nothing is told, and nothing is wrong.
-                left_out = request.exclude_zero and not any(expected)
+                left_out = request.omit_zero and not any(expected)
                 cut_by_qemu = request.exact and len(expected) < PAGE
                 if not left_out and not cut_by_qemu:
                     assert dump.read(gpa, len(expected)) == expected
@@ -213,7 +213,7 @@ def test_what_it_has_not_is_refused_in_one_line(name: str):
     for request in (
         DumpRequest(format=name, paging=True),
         DumpRequest(format=name, level=99),
-        DumpRequest(format=name, exclude_zero=True, exact=True),
+        DumpRequest(format=name, omit_zero=True, exact=True),
         DumpRequest(format=name, memory_range=MemoryRange(0, 1)),
     ):
         refusal = _refusal(request)

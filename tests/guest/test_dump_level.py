@@ -118,3 +118,13 @@ def test_without_struct_pages_everything_is_kept_or_the_dump_refused(
     assert refused.returncode == 3
     assert "there is no VMCOREINFO" in refused.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["all"]
+
+
+@pytest.mark.parametrize(
+    ("words", "level"),
+    [(("--dump-level", "1!"), 1), (("--dump-level", "31"), 1), (("--omit-zero",), 1)],
+)
+def test_the_sub_header_has_the_level_that_was_reached(
+    bare_machine: BootedGuest, tmp_path: Path, words: tuple[str, ...], level: int
+):
+    assert _level_of(_take(bare_machine, tmp_path / "dump", "-z", "-R", *words)) == level

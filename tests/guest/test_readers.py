@@ -34,6 +34,7 @@ DUMPS = {
     "kdump-raw-zstd": ("-z", "zstd", "-R"),
     "elf-level-31": ("--dump-level", "31!"),
     "kdump-raw-level-31": ("-z", "zlib", "-R", "--dump-level", "31!"),
+    "kdump-raw-omit-zero": ("-z", "zlib", "-R", "--dump-level", "31!", "--omit-zero"),
 }
 # The ROM at the end of the first 4 GiB keeps makedumpfile from filtering a kdump of a PC.
 WITHOUT_ROM = "kdump-raw-zlib-without-rom"
@@ -111,14 +112,33 @@ def test_drgn_knows_tasks_log_and_stacks(
 def test_crash_knows_the_system_and_its_log(
     dump_of: DumpOf, vmlinux: Path, paused_linux: BootedGuest, name: str
 ):
-    done = subprocess.run(
-        ["crash", "-s", vmlinux, dump_of(name)],
+    done = _crash(vmlinux, dump_of(name))
+    assert_crash_answered(done, paused_linux)
+
+
+def test_crash_opens_a_dump_without_zeros_when_told_so(
+    dump_of: DumpOf, vmlinux: Path, paused_linux: BootedGuest
+):
+    path = dump_of("kdump-raw-omit-zero")
+    assert _crash(vmlinux, path).returncode != 0
+    assert_crash_answered(_crash("--zero_excluded", vmlinux, path), paused_linux)
+
+
+def _crash(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["crash", "-s", *words],
         input="sys\nlog\nbt -a\nquit\n",
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
+
+
+def assert_crash_answered(
+    done: subprocess.CompletedProcess[str], paused_linux: BootedGuest
+) -> None:
+    """The system, its log, and stacks of all vCPUs are in the answer."""
     assert re.search(rf"CPUS: {paused_linux.image.cpus}$", done.stdout, re.MULTILINE), done.stderr
     assert f"RELEASE: {paused_linux.files.release}\n" in done.stdout
     assert paused_linux.image.kernel_log in done.stdout

@@ -71,7 +71,7 @@ def test_each_command_has_help(gdb: pexpect.spawn[str], command: str):
     ("typed", "completed"),
     [
         ("qemu-dump-g", "qemu-dump-guest-memory "),
-        ("qemu-dump-guest-memory --exclude", "qemu-dump-guest-memory --exclude-zero "),
+        ("qemu-dump-guest-memory --omit", "qemu-dump-guest-memory --omit-zero "),
         ("qemu-dump-guest-memory --memory back", "qemu-dump-guest-memory --memory backing_file "),
         ("qemu-dump-guest-memory -z zst", "qemu-dump-guest-memory -z zstd "),
         ("qemu-info-guest --js", "qemu-info-guest --json "),

@@ -321,7 +321,7 @@ def test_a_guest_that_ends_is_an_error_of_one_line():
     [
         ("-z", "--level", "4"),  # not ISA-L, which may pack a page in one of several ways
         ("-z", "zstd", "-R"),
-        ("-z", "--level", "4", "--exclude-zero"),
+        ("-z", "--level", "4", "--omit-zero"),
         (),
     ],
 )
@@ -333,7 +333,7 @@ def test_the_number_of_threads_changes_nothing(numa_machine, tmp_path: Path, thr
     assert filecmp.cmp(default, other, shallow=False)
 
 
-@pytest.mark.parametrize("words", [("-z",), ("-z", "-R"), ("-z", "--exclude-zero", "-R"), ()])
+@pytest.mark.parametrize("words", [("-z",), ("-z", "-R"), ("-z", "--omit-zero", "-R"), ()])
 def test_without_third_party_packages_the_dump_is_the_same(numa_machine, tmp_path: Path, words):
     # As in a gdb whose Python is another one: no numpy, and zlib of the standard library.
     block = (

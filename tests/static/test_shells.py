@@ -14,7 +14,7 @@ from tests.support.waiting import SECONDS
 _READY = "READY> "
 # What is typed before the Tab key, and what the line is afterwards.
 _TYPED = {
-    "qemu-dump-guest-memory --exc": "qemu-dump-guest-memory --exclude-zero ",
+    "qemu-dump-guest-memory --omi": "qemu-dump-guest-memory --omit-zero ",
     "qemu-dump-guest-memory --memory back": "qemu-dump-guest-memory --memory backing_file ",
     "qemu-dump-guest-memory --qmp sock": "qemu-dump-guest-memory --qmp socket ",
     "qemu-dump-guest-memory -z zl": "qemu-dump-guest-memory -z zlib ",

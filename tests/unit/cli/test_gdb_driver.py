@@ -78,7 +78,7 @@ def test_every_option_arrives(option: str):
         ("FILE", "$pc - 4", "0x1000"),
         ("|gzip > 'a file' \\ \"x\"",),
         ("-l", "-R", "--exact", "--threads", "3", "FILE"),
-        ("-z", "--exclude-zero", "--level", "0", "FILE"),
+        ("-z", "--omit-zero", "--level", "0", "FILE"),
         ("-p", "--no-sparse", "--json", "--force", "--snapshot", "--max-pause", "1.5", "FILE"),
     ],
     ids=str,

@@ -71,7 +71,7 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l ker
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l level -x -d 'the level of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l threads -x -d 'how many compress at the same time; default: all CPUs'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l dump-level -x -d 'leave out pages that nobody will look for, as makedumpfile numbers them: the sum of 1 (zeros), 2 (cache), 4 (cache with private data), 8 (user) and 16 (free); 31 is all; with ! rather no dump than one of all pages where they cannot be told apart'
-complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l exclude-zero -d 'leave pages of zeros out of a kdump, as makedumpfile -d 1 does'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l omit-zero -d 'leave pages of zeros out of a kdump, where they otherwise share one page: crash then opens it with --zero_excluded only'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file (default), or write them'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l snapshot -d 'copy guest memory, let the guest run again, and then write the dump'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l max-pause -x -d 'give the dump up when the guest has stood still for so long'

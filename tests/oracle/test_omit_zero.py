@@ -44,8 +44,9 @@ def test_pages(
     ours = tmp_path / "ours"
     qmp = ("--qmp", bare_machine.qmp_sockets[0], "--memory", source)
     words = () if flattened else ("-R",)
-    done = run_cli(*qmp, "-z", "--exclude-zero", *words, ours)
+    done = run_cli(*qmp, "-z", "--omit-zero", *words, ours)
     assert done.returncode == 0, done.stderr
+    assert "crash opens it with --zero_excluded only" in done.stdout + done.stderr
     if flattened:
         ours = rearrange(ours, tmp_path / "raw")
     expected = {}
@@ -65,8 +66,8 @@ def test_pages(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (("-z", "--exact", "--exclude-zero"), "QEMU keeps pages of zeros"),
-        (("--exclude-zero",), "are for kdumps"),
+        (("-z", "--exact", "--omit-zero"), "QEMU keeps pages of zeros"),
+        (("--omit-zero",), "are for kdumps"),
         (("--level", "1"), "are for kdumps"),
         (("-z", "--exact", "--level", "1"), "--exact has no levels"),
         (("-s", "--level", "1"), "a kdump of codec snappy has no levels"),
