@@ -101,8 +101,14 @@ def client_class() -> type[Any]:
                     if self._reader_task is None:  # the greeting, or what follows it
                         raise ProtocolError(f"the message makes no sense: {error}") from error
                     content = self._refusal(line or _end_of(error), str(error))
-                if content is not None:
-                    return Message(content, eager=False)
+                if content is None:
+                    continue
+                message = Message(content, eager=False)
+                if self._reader_task is not None or "event" not in content:
+                    return message
+                # QEMU sends events before its greeting and behind it where the socket had another
+                # client just before.
+                await self._event_dispatch(message)
 
         async def _readline(self) -> bytes:
             if (reader := self._reader) is None:

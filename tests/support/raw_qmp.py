@@ -17,21 +17,27 @@ class RawQmp:
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("rb")
         self.events: list[dict[str, Any]] = []
-        self.greeting: dict[str, Any] = json.loads(self._lines.readline())["QMP"]
-        self.execute("qmp_capabilities")
+        try:
+            self.greeting: dict[str, Any] = self._answer()["QMP"]
+            self.execute("qmp_capabilities")
+        except BaseException:
+            self.__exit__()
+            raise
 
     def execute(self, command: str, **arguments: Any) -> Any:
         """Return the answer; an error of QEMU raises."""
         request = {"execute": command, "arguments": arguments}
         self._socket.sendall(json.dumps(request).encode() + b"\n")
-        while True:
-            answer = json.loads(self._lines.readline())
-            if "event" in answer:
-                self.events.append(answer)
-            elif "error" in answer:
-                raise RuntimeError(f"{command}: {answer['error']['desc']}")
-            else:
-                return answer["return"]
+        answer = self._answer()
+        if "error" in answer:
+            raise RuntimeError(f"{command}: {answer['error']['desc']}")
+        return answer["return"]
+
+    def _answer(self) -> dict[str, Any]:
+        # Behind the events: QEMU may send some even before its greeting.
+        while "event" in (message := json.loads(self._lines.readline())):
+            self.events.append(message)
+        return dict(message)
 
     def wait_for_event(self, name: str) -> dict[str, Any]:
         """Return the first event of a name, past or to come."""
