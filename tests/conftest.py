@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,24 @@ from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
 
 pytest_plugins = ["pytester", "tests.support.linux_guests", "tests.support.native_dumps"]
+
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def pytest_configure() -> None:
+    """Let tests interrupt programs, which ignore Ctrl-C where a shell starts us in background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_as_before() -> Iterator[None]:
+    # A program's `main` handles them until its process ends.
+    before = [(number, signal.getsignal(number)) for number in _INTERRUPTS]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.hookimpl(hookwrapper=True)

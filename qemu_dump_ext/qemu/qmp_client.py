@@ -108,7 +108,7 @@ def client_class() -> type[Any]:
                     return message
                 # QEMU sends events before its greeting and behind it where the socket had another
                 # client just before.
-                await self._event_dispatch(message)
+                await self._on_message(message)
 
         async def _readline(self) -> bytes:
             if (reader := self._reader) is None:
