@@ -9,6 +9,7 @@ from functools import cache
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    FrameRecord,
     NoteLayout,
     Register,
     TargetClues,
@@ -33,6 +34,7 @@ __all__ = [
     "AddressWindow",
     "Architecture",
     "Core",
+    "FrameRecord",
     "NoteLayout",
     "PageTableGeometry",
     "PageTableRoot",

@@ -146,6 +146,23 @@ class TargetClues:
 
 
 @dataclass(frozen=True)
+class FrameRecord:
+    """What a function leaves on the stack by which its caller is found.
+
+    Attributes:
+        pointer: Name of the register that has the address of the innermost record.
+        caller: Where in it the address of the caller's record is, in bytes.
+        returns_to: Where in it the address is at which the caller goes on, in bytes.
+        entries: Regular expression of the functions by which something that interrupts begins.
+    """
+
+    pointer: str
+    caller: int
+    returns_to: int
+    entries: str
+
+
+@dataclass(frozen=True)
 class Architecture:
     """One QEMU target.
 
@@ -191,6 +208,9 @@ class Architecture:
         g_packet: What a stub without target description sends for `g`, named as in the column
             `gdb`; each member as bytes.
         gdb_settings: What a gdb without symbols is to be told before it can connect.
+        has_orc: The kernel may have ORC tables, by which callers are found.
+        frame_record: How callers are found where the kernel is compiled with frame pointers, as
+            it always is; None where that is not known.
     """
 
     name: str
@@ -218,6 +238,8 @@ class Architecture:
     correct_stub: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
     g_packet: StructLayout | None = None
     gdb_settings: tuple[str, ...] = ()
+    has_orc: bool = False
+    frame_record: FrameRecord | None = None
 
     def guessed_registers(self, readings: VcpuReadings) -> Collection[str]:
         """Return the names of registers whose value no source gave as it is."""

@@ -18,6 +18,7 @@ from qemu_dump_ext.architectures._arm_tables import linux_tables_of_aarch64, roo
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    FrameRecord,
     NoteLayout,
     Register,
     TargetClues,
@@ -183,4 +184,5 @@ ARCHITECTURE = Architecture(
     recognize=_recognize,
     page_table_roots=roots_of_aarch64,
     kernel_page_tables=linux_tables_of_aarch64,
+    frame_record=FrameRecord("x29", 0, 8, r"el1h?_\w+"),
 )

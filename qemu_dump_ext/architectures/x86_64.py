@@ -353,4 +353,5 @@ ARCHITECTURE = Architecture(
     reconcile=reconcile,
     guessed_by_reconcile=guessed_flags,
     per_cpu_base=_per_cpu_base,
+    has_orc=True,
 )

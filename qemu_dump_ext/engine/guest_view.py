@@ -15,6 +15,7 @@ from qemu_dump_ext.architectures import Architecture, Core
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.linux.call_trace import functions_of_vcpus
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
 from qemu_dump_ext.linux.mem_map import find_mem_map
 from qemu_dump_ext.linux.page_filter import FilterRules, find_excluded_pages
@@ -156,6 +157,21 @@ class GuestView(ABC):
             SourceError: Its addresses cannot be translated.
         """
         return KernelMemory(self.architecture, self.memory, self.ram_blocks, vmcoreinfo.text)
+
+    def functions_of_vcpus(self, vmcoreinfo: Vmcoreinfo) -> Sequence[str]:
+        """Return the functions of the kernel in which the vCPUs are, as `linux.call_trace` does.
+
+        Raises:
+            SourceError: The kernel does not say where it keeps the names of its functions, or its
+                addresses cannot be translated.
+        """
+        return functions_of_vcpus(
+            self.architecture,
+            self.vcpus,
+            self.kernel_memory(vmcoreinfo),
+            vmcoreinfo.text,
+            self.core.byte_order,
+        )
 
     def find_excluded_pages(self, vmcoreinfo: Vmcoreinfo, rules: FilterRules) -> PageSet:
         """Return the pages that a dump of a level leaves out.

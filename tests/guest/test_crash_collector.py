@@ -11,6 +11,7 @@ from pathlib import Path
 import drgn
 import pytest
 from drgn.helpers.linux.printk import get_dmesg
+from drgn.helpers.linux.sched import cpu_curr
 
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.guest_images.machine import BootedGuest
@@ -142,30 +143,50 @@ def test_open_starts_the_reader_with_the_right_files(collected):
     assert "unsigned long" in done.stdout, done.stderr
 
 
-def test_functions_of_a_guest_that_runs_are_those_that_drgn_names(linux_guest, tmp_path):
-    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
-    entry = {
-        "socket": str(linux_guest.qmp_sockets[0]),
-        "name": "linux",
-        "symbols": {"system_map": str(files.system_map)},
-    }
-    agent = CrashAgent(tmp_path, guests=[entry])
-    with agent.running():
-        agent.wait_connected()
-        done = run_collector("trigger", "linux", "--config", agent.config)
-        assert done.returncode == 0, done.stderr
-    (record,) = agent.records()
-    directory = agent.store.directory(record.id)
+def drgn_trace(vmlinux: Path, dump: Path) -> tuple[drgn.Program, list[int]]:
+    """Return the program, and where drgn finds the threads on its CPUs, innermost first."""
     program = drgn.Program()
-    program.set_core_dump(directory / "vmcore.kdump")
-    program.load_debug_info([files.vmlinux])
-    registers = (directory / "registers.txt").read_text()
-    counters = [int(rip, 16) for rip in re.findall(r"RIP=(\w+)", registers)]
-    in_kernel = [counter for counter in counters if counter in KERNEL_IMAGE]
-    assert in_kernel, registers
-    for name, counter in zip(record.signature.frames, in_kernel, strict=True):
-        ranges = [(s.address, s.address + s.size) for s in program.symbols(name)]
-        assert any(start <= counter < end for start, end in ranges), (name, hex(counter), ranges)
+    program.set_core_dump(dump)
+    program.load_debug_info([vmlinux])
+    counters: list[int] = []
+    for cpu in range(2):
+        thread = cpu_curr(program, cpu)
+        found: list[int] = []
+        for frame in program.stack_trace(thread) if thread.pid else ():
+            if frame.pc not in KERNEL_IMAGE:
+                break
+            if frame.interrupted:  # what interrupted it is not where it was
+                found.clear()
+            if not frame.is_inline:
+                found.append(frame.pc if frame.interrupted or not found else frame.pc - 1)
+        counters += found
+    return program, counters
+
+
+def test_functions_without_any_symbols_are_those_that_drgn_names(linux_guest, tmp_path):
+    """By the tables in the memory of the guest."""
+    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
+    agent = CrashAgent(
+        tmp_path, guests=[{"socket": str(linux_guest.qmp_sockets[0]), "name": "linux"}]
+    )
+    linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
+    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
+    try:
+        with agent.running():
+            agent.wait_connected()
+            done = run_collector("trigger", "linux", "--config", agent.config)
+            assert done.returncode == 0, done.stderr
+    finally:
+        linux_guest.send_console("killall dd\n")
+    (record,) = agent.records()
+    assert {"read_zero", "vfs_read", "ksys_read"} <= set(record.signature.frames), record
+    dump = agent.store.directory(record.id) / "vmcore.kdump"
+    assert files.vmlinux is not None
+    program, counters = drgn_trace(files.vmlinux, dump)
+    for name, counter in zip(record.signature.frames, counters, strict=True):
+        # Labels in assembler have no size.
+        ranges = [range(s.address, s.address + (s.size or 4096)) for s in program.symbols(name)]
+        assert any(counter in one for one in ranges), (name, hex(counter), ranges)
 
 
 def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
@@ -174,29 +195,32 @@ def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
     entry = {
         "socket": str(linux_guest.qmp_sockets[0]),
         "name": "linux",
+        "console": str(linux_guest.console_log),
+        "console_patterns": ["^it hangs"],
         "dumps_per_signature": 1,
         "symbols": {"vmlinux": str(files.vmlinux)},
     }
     agent = CrashAgent(tmp_path, guests=[entry])
     linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
     linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
-    with agent.running(), RawQmp(linux_guest.qmp_sockets[1]) as qmp:
-        agent.wait_connected()
-        qmp.execute("stop")
-        try:
-            for _ in range(2):
-                done = run_collector("trigger", "linux", "--config", agent.config)
-                assert done.returncode == 0, done.stderr
-        finally:
-            qmp.execute("cont")
-            linux_guest.send_console("killall dd\n")
-    first, second = agent.records()
-    assert first.signature.message == "trigger"
+    try:
+        with agent.running():
+            agent.wait_connected()
+            for count in (1, 2):
+                linux_guest.send_console("printf 'it %s\\n' hangs\n")
+                agent.wait_records(count, seconds=120)
+            done = run_collector("trigger", "linux", "--config", agent.config)
+            assert done.returncode == 0, done.stderr
+    finally:
+        linux_guest.send_console("killall dd\n")
+    first, second, wanted = agent.records()
+    assert first.signature.message == "console: it hangs"
     assert {"read_zero", "vfs_read", "ksys_read"} <= set(first.signature.frames), first
     assert first.dump.verified_by == ("verify",)
     assert second.signature == first.signature
     assert second.dump.file is None
     assert second.dump.reason == "1 dumps of this signature are kept (dumps_per_signature)"
+    assert wanted.dump.file is not None
 
 
 # By the event that its machine has for it; Debian's kernels for aarch64 have no driver for pvpanic.

@@ -12,9 +12,11 @@ import pytest
 
 from qemu_dump_ext.cli import main as qemu_dump
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
+from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine
 from qemu_dump_ext.guest_images.manifest import GuestImage, default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = [pytest.mark.qemu, pytest.mark.guest]
@@ -74,6 +76,26 @@ def test_the_log_of_a_kernel_that_is_still_booting(image: GuestImage, tmp_path: 
     assert lines[0].partition("] ")[2][:60] in console
 
 
+def _collected(socket: str, directory: Path) -> CrashRecord:
+    """Collect a guest that stands in its kernel, of which a System.map knows one function."""
+    system_map = directory / "System.map"
+    names = {
+        "_stext": 0xFFFFFFFF81000000,
+        "all_of_it": 0xFFFFFFFF81000000,
+        "_etext": 0xFFFFFFFFC0000000,
+    }
+    lines = [f"{address:016x} T {name}\n" for name, address in names.items()]
+    system_map.write_text("".join(lines))
+    entry = {"socket": socket, "name": "old", "symbols": {"system_map": str(system_map)}}
+    agent = CrashAgent(directory, guests=[entry])
+    with agent.running():
+        agent.wait_connected()
+        done = run_collector("trigger", "old", "--config", agent.config)
+        assert done.returncode == 0, done.stderr
+    (record,) = agent.records()
+    return record
+
+
 def test_a_kernel_that_does_not_tell_where_its_name_is(tmp_path: Path, capsys):
     """Linux 5.10: behind a counter; its VMCOREINFO is borne out all the same."""
     image = older("x86_64")
@@ -87,6 +109,9 @@ def test_a_kernel_that_does_not_tell_where_its_name_is(tmp_path: Path, capsys):
         assert "the page tables of a vCPU lead to the kernel's name as it says" in told
         words = ["--qmp", socket, "-z", "-R", str(tmp_path / "dump")]
         assert dump_guest_memory(words) == 0
+        record = _collected(socket, tmp_path)
+    # Nor where the names of its functions are.
+    assert set(record.signature.frames) == {"all_of_it"}
     capsys.readouterr()
     assert qemu_dump(["inspect", str(tmp_path / "dump")]) == 0
     told = capsys.readouterr().out

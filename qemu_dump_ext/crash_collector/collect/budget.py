@@ -51,15 +51,18 @@ class DumpAllowance:
         self.signatures: Counter[str] = Counter()
         self._budget = budget
 
-    def refusal(self, guest: Guest, signature_id: str | None) -> Refusal | None:
+    def refusal(
+        self, guest: Guest, signature_id: str | None, *, asked_for: bool = False
+    ) -> Refusal | None:
         """Return why there must be no dump of a crash of this signature, or None.
 
         Args:
             guest: Whose crash.
             signature_id: The signature ID of the crash; None: the dump will tell, and `surplus` is
-                asked then.
+                asked then; or the signature tells too little to cost a dump.
+            asked_for: Somebody wants this dump: only the disk can refuse it.
         """
-        return self._budget.allow(guest, signature_id, self.signatures)
+        return self._budget.allow(guest, signature_id, self.signatures, asked_for=asked_for)
 
     def surplus(self, guest: Guest, signature_id: str) -> Refusal | None:
         """Return why a dump that was allowed is not kept, now that its signature is known."""
@@ -103,7 +106,12 @@ class DumpBudget:
                 self._under_way.subtract(allowance.signatures)
 
     def allow(
-        self, guest: Guest, signature_id: str | None, allowed: Counter[str]
+        self,
+        guest: Guest,
+        signature_id: str | None,
+        allowed: Counter[str],
+        *,
+        asked_for: bool = False,
     ) -> Refusal | None:
         """Let a dump be taken, unless there must be none; `DumpAllowance` asks.
 
@@ -111,15 +119,17 @@ class DumpBudget:
             guest: Whose crash.
             signature_id: The signature ID of the crash; None: not known yet.
             allowed: Is told of a dump that may be taken.
+            asked_for: Only the disk can refuse it.
 
         Returns:
             Why there must be none, or None.
         """
         with self._lock:
-            surplus = None if signature_id is None else self._surplus(guest, signature_id)
-            refusal = surplus or self._refusal(guest)
+            refusal = None if asked_for else self._repeated(guest, signature_id)
+            refusal = refusal or self._no_room()
             if refusal is None:
-                self._recent[guest.name].append(self._clock())
+                if not asked_for:
+                    self._recent[guest.name].append(self._clock())
                 if signature_id is not None:
                     self._count(signature_id, allowed)
         return refusal
@@ -173,12 +183,17 @@ class DumpBudget:
         text = f"{most} dumps of this signature are kept (dumps_per_signature)"
         return Refusal("dumps_per_signature", text)
 
-    def _refusal(self, guest: Guest) -> Refusal | None:
+    def _repeated(self, guest: Guest, signature_id: str | None) -> Refusal | None:
+        if signature_id is not None and (surplus := self._surplus(guest, signature_id)):
+            return surplus
         rate, recent = guest.settings.rate, self._recent[guest.name]
         while recent and self._clock() - recent[0] > rate.per:
             recent.popleft()
-        if len(recent) >= rate.dumps:
-            return Refusal("rate", f"{rate.dumps} dumps of this guest in {rate.per:g} s (rate)")
+        if len(recent) < rate.dumps:
+            return None
+        return Refusal("rate", f"{rate.dumps} dumps of this guest in {rate.per:g} s (rate)")
+
+    def _no_room(self) -> Refusal | None:
         if self._store.free_bytes() < self.limits.free:
             prune(self._store, self.limits, needs_upload=self.needs_upload)
         try:

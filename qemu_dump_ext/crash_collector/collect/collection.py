@@ -195,7 +195,7 @@ class CrashCollector:
             _logger.warning("%s", error)  # looked at again when the crash is stored
 
     def _sign(self, taken: Taken, guest: StoppedGuest) -> Taken:
-        # Where the log has no frames, by the dump, or else by where the vCPUs stand.
+        # Where the log has no frames, by the dump, or else by where the vCPUs are.
         signature = make_signature(self._task.cause, taken.log)
         if signature.frames:
             return replace(taken, signature=signature)
@@ -210,14 +210,20 @@ class CrashCollector:
     def _functions(
         self, vmcoreinfo: bytes, guest: StoppedGuest
     ) -> tuple[Sequence[str], Sequence[str]]:
-        """Return the functions at which the vCPUs stand, and remarks."""
-        system_map = self._kernel_file(self._settings.symbols.system_map, vmcoreinfo)
-        if system_map is None or not vmcoreinfo:
+        """Return the functions in which the vCPUs are, and remarks."""
+        if not vmcoreinfo:
             return (), ()
+        try:
+            return guest.functions_of_vcpus(guest.find_vmcoreinfo(everywhere=False)), ()
+        except DumpError as error:
+            remark = f"functions: {error}"
+        system_map = self._kernel_file(self._settings.symbols.system_map, vmcoreinfo)
+        if system_map is None:
+            return (), (remark,)
         try:
             return functions_at(system_map, vmcoreinfo, guest.program_counters()), ()
         except DumpError as error:
-            return (), (f"symbols: {error}",)
+            return (), (remark, f"symbols: {error}")
 
     def _kernel_file(self, template: str | None, vmcoreinfo: bytes) -> Path | None:
         release = vmcoreinfo_value(vmcoreinfo, "OSRELEASE")
@@ -232,8 +238,11 @@ class CrashCollector:
         allowance: DumpAllowance,
     ) -> Taken:
         settings, signature = self._settings, taken.signature
-        known = signature.id if signature is not None and taken.symbols is None else None
-        refusal = allowance.refusal(self._task.guest, known)
+        # Two crashes of which nobody knows where they happened are not the same for that.
+        tells = signature is not None and signature.frames and taken.symbols is None
+        known = signature.id if signature is not None and tells else None
+        asked_for = self._task.cause.kind == "trigger"
+        refusal = allowance.refusal(self._task.guest, known, asked_for=asked_for)
         if refusal is not None:
             return self._without_dump(taken, refusal.text, refusal)
         name = f"vmcore.{find_dump_format(settings.format).extension}"
@@ -284,6 +293,8 @@ class CrashCollector:
         if trace:
             signature = make_signature(self._task.cause, taken.log, trace=trace)
         taken = replace(taken, signature=signature)
+        if not signature.frames or self._task.cause.kind == "trigger":
+            return taken
         surplus = allowance.surplus(self._task.guest, signature.id)
         if surplus is None:
             return taken

@@ -23,8 +23,7 @@ def _threads(program: drgn.Program) -> list[drgn.Object]:
     except LookupError:  # none did
         cpus = islice(for_each_online_cpu(program), _THREADS_MAX)
         running = [cpu_curr(program, cpu) for cpu in cpus]
-        # A vCPU that waits for work tells nothing, unless all do.
-        return [thread for thread in running if thread.pid] or running
+        return [thread for thread in running if thread.pid]  # who waits for work tells nothing
 
 
 def _functions(program: drgn.Program, thread: drgn.Object) -> list[str]:

@@ -141,7 +141,7 @@ class Symbols:
 
     Attributes:
         system_map: The kernel's System.map, which names the functions at which the vCPUs stand
-            where neither the kernel's log nor drgn names any.
+            where neither the kernel's log nor drgn names any, nor the kernel's own memory.
         vmlinux: The kernel's vmlinux with DWARF, for crash and drgn; drgn names the functions of
             the crash by it, where the kernel's log names none.
     """

@@ -1,19 +1,24 @@
 """What goes first when the store may not take more. Pure.
 
-1. Whole crashes that are older than the age, then, above the count, the oldest.
-2. Above the bytes, or below the free space: the oldest dumps of signatures that have more than one
-   (everything else of the crash stays), then the oldest dumps at all.
-3. Above the bytes: the oldest crashes. What else fills the disk takes no more than the dumps.
+1. Whole crashes that are older than the age, then those above the count.
+2. Above the bytes, or below the free space: dumps; everything else of the crash stays.
+3. Above the bytes: whole crashes. What else fills the disk takes no more than the dumps.
+
+Of each, what is most repeated goes first, and of that the oldest, but for the last dump. The only
+one of its kind goes when nothing else is left that may, for a limit is a limit. A kind is a
+signature, or, where that has no frames and so says little, a signature and a guest.
 
 What is held, and what is not uploaded yet where it shall be, never goes.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from heapq import heapify, heappop, heappush
+from itertools import islice
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.record import CrashRecord
@@ -56,7 +61,8 @@ def choose_removals(
                 gone.add(record.id)
     if limits.count is not None:
         surplus = len(ordered) - len(gone) - limits.count
-        for record in [r for r in movable if r.id not in gone][: max(surplus, 0)]:
+        kept = [r for r in ordered if r.id not in gone]
+        for record in islice(_most_repeated(kept, {r.id for r in movable}), max(surplus, 0)):
             removals.append(Removal(record, whole=True, reason="count"))
             gone.add(record.id)
     left = [r for r in ordered if r.id not in gone]
@@ -64,34 +70,50 @@ def choose_removals(
     short = limits.free - free_bytes - freed
     above = 0 if limits.bytes is None else sum(map(_size, left)) - limits.bytes
     without: set[str] = set()
-    for record in _dumps_in_order(left, {r.id for r in movable}):
+    dumps = [r for r in left if r.dump.file]
+    for record in _most_repeated(dumps, {r.id for r in movable}):
         if max(short, above) <= 0:
             break
         removals.append(Removal(record, whole=False, reason="free" if above <= 0 else "bytes"))
         without.add(record.id)
         short, above = short - record.dump.bytes, above - record.dump.bytes
-    for record in movable:
+    for record in _most_repeated(left, {r.id for r in movable}):
         if above <= 0:
             break
-        if record.id not in gone:
-            removals.append(Removal(record, whole=True, reason="bytes"))
-            above -= _size(record) - (record.dump.bytes if record.id in without else 0)
+        removals.append(Removal(record, whole=True, reason="bytes"))
+        above -= _size(record) - (record.dump.bytes if record.id in without else 0)
     return removals
 
 
-def _dumps_in_order(records: Sequence[CrashRecord], movable: set[str]) -> Iterator[CrashRecord]:
-    dumps = Counter(r.signature.id for r in records if r.dump.file)
-    gone: set[str] = set()
-    for at_least in (2, 1):
-        for record in records:
-            if (
-                record.dump.file
-                and record.id in movable - gone
-                and dumps[record.signature.id] >= at_least
-            ):
-                dumps[record.signature.id] -= 1
-                gone.add(record.id)
-                yield record
+def _most_repeated(records: Sequence[CrashRecord], movable: set[str]) -> Iterator[CrashRecord]:
+    """Yield those that may go, the first of the most repeated kind that is left first.
+
+    Args:
+        records: By ascending time.
+        movable: IDs of those that may go; the others count, but stay.
+    """
+    counts = Counter(map(_kind, records))
+    newest = {_kind(record): record.id for record in records if record.dump.file}
+    last = frozenset(newest.values())  # dumps, each of which stays as long as its kind does
+    waiting: defaultdict[str, deque[CrashRecord]] = defaultdict(deque)
+    for record in sorted(records, key=lambda record: record.id in last):
+        if record.id in movable:
+            waiting[_kind(record)].append(record)
+    # Of kinds that are repeated as often, the one whose next is oldest.
+    heap = [(-counts[kind], crashes[0].moment, kind) for kind, crashes in waiting.items()]
+    heapify(heap)
+    while heap:
+        _, _, kind = heappop(heap)
+        crashes = waiting[kind]
+        yield crashes.popleft()
+        counts[kind] -= 1
+        if crashes:
+            heappush(heap, (-counts[kind], crashes[0].moment, kind))
+
+
+def _kind(record: CrashRecord) -> str:
+    signature = record.signature
+    return signature.id if signature.frames else f"{signature.id} {record.guest}"
 
 
 def _size(record: CrashRecord) -> int:

@@ -10,9 +10,21 @@ from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 
 def prune(
-    store: CrashStore, limits: Limits, *, now: datetime | None = None, needs_upload: bool = False
+    store: CrashStore,
+    limits: Limits,
+    *,
+    now: datetime | None = None,
+    needs_upload: bool = False,
+    dry_run: bool = False,
 ) -> list[Removal]:
     """Remove what the limits do not allow; returns what was removed.
+
+    Args:
+        store: Whose crashes.
+        limits: What it may take.
+        now: The time; without, that of the clock.
+        needs_upload: Nothing goes that is not uploaded.
+        dry_run: Remove nothing, and return what would be.
 
     Raises:
         DumpWriteError: The store cannot be changed.
@@ -25,7 +37,7 @@ def prune(
             free_bytes=store.free_bytes(),
             needs_upload=needs_upload,
         )
-        for removal in removals:
+        for removal in () if dry_run else removals:
             if removal.whole:
                 store.remove(removal.record)
             else:

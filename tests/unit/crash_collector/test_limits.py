@@ -65,7 +65,7 @@ def test_crash_of_the_future_is_not_old():
             2,
             [
                 *("dump 2a bytes", "dump 3a bytes", "dump 1b bytes", "dump 4a bytes"),
-                *("crash 1b bytes", "crash 2a bytes"),
+                *("crash 2a bytes", "crash 3a bytes"),
             ],
         ),
     ],
@@ -73,6 +73,33 @@ def test_crash_of_the_future_is_not_old():
 def test_dumps_that_there_are_more_of_go_before_the_last_of_a_signature(mib, expected):
     records = [crash(1, "b"), crash(2), crash(3), crash(4)]
     assert chosen(records, Limits(bytes=mib * MIB)) == expected
+
+
+def test_only_one_of_its_kind_outlives_what_is_repeated():
+    records = [crash(1, "b"), crash(2), crash(3), crash(4, "c"), crash(5, "c"), crash(6, "c")]
+    assert chosen(records, Limits(count=3)) == [
+        "crash 4c count",
+        "crash 2a count",
+        "crash 5c count",
+    ]
+    assert chosen(records, Limits(count=2))[-1] == "crash 1b count"  # a limit is a limit
+
+
+def test_last_dump_of_a_kind_outlives_crashes_without():
+    records = [crash(1), crash(2, dump=False), crash(3, dump=False)]
+    assert chosen(records, Limits(count=1)) == ["crash 2a count", "crash 3a count"]
+
+
+def test_signature_without_frames_makes_no_kind_of_crashes_of_two_guests():
+    def hung(day: int, guest: str) -> CrashRecord:
+        record = crash(day)
+        return replace(record, guest=guest, signature=replace(record.signature, frames=()))
+
+    records = [hung(1, "web1"), hung(2, "web2"), hung(3, "web2")]
+    assert chosen(records, Limits(count=2)) == ["crash 2a count"]
+    assert chosen([replace(one, guest="web1") for one in records], Limits(count=2)) == [
+        "crash 1a count"
+    ]
 
 
 def test_full_disk_takes_dumps_and_no_crash():
