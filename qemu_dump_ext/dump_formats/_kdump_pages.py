@@ -9,15 +9,20 @@ Source: QEMU dump/dump.c write_dump_pages(), struct DataCache.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from qemu_dump_ext.pages.dedup import EqualPages, PageDeduplicator
 from qemu_dump_ext.pages.packing import Packer
 from qemu_dump_ext.pages.pipeline import Buffer, Piece, PieceWork
 from qemu_dump_ext.pages.zero_pages import numpy_or_none
 from qemu_dump_ext.structures.c_struct import BoundStruct
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _CACHED_BLOCKS = 4
 _ZERO_DESCRIPTORS = 1 << 16
@@ -71,8 +76,10 @@ class _PageWriter:
         *,
         descriptor_offset: int,
         data_offset: int,
+        equal_pages: PageDeduplicator | None = None,
     ) -> None:
         self._form = form
+        self._equal_pages = equal_pages
         self._packer = packer
         self._write_at = write_at
         self._descriptor_offset = descriptor_offset
@@ -103,6 +110,60 @@ class _PageWriter:
         raise NotImplementedError
 
 
+class _DescriptorTable:
+    # The descriptors of a piece, by numpy; those of pages that are stored once are shared.
+
+    def __init__(
+        self,
+        numpy: ModuleType,
+        form: PageForm,
+        zero_descriptor: bytes,
+        equal_pages: PageDeduplicator | None,
+    ) -> None:
+        self._numpy = numpy
+        self._form = form
+        self._zero = numpy.frombuffer(
+            zero_descriptor, dtype=numpy.dtype(_numpy_fields(form.descriptor))
+        )
+        self._equal_pages = equal_pages
+        self._found: deque[EqualPages] = deque()
+        self._of_slots = numpy.empty(
+            equal_pages.slot_count if equal_pages else 0, dtype=self._zero.dtype
+        )
+
+    @property
+    def prepare(self) -> Callable[[Piece, Buffer], None] | None:
+        return self._take_out if self._equal_pages is not None else None
+
+    def _take_out(self, piece: Piece, buffer: Buffer) -> None:
+        if self._equal_pages is not None:
+            self._found.append(self._equal_pages.take_out(piece, buffer))
+
+    def make(self, page_sizes: array[int], data_offset: int) -> tuple[bytes, list[int]]:
+        """Return the descriptors of the next piece, and the numbers of the pages that have one."""
+        numpy, form = self._numpy, self._form
+        sizes = numpy.frombuffer(page_sizes, dtype=numpy.uint32)
+        is_there = sizes > 0
+        table = numpy.empty(len(sizes), dtype=self._zero.dtype)
+        table[:] = self._zero
+        stored = sizes[is_there]
+        ends = numpy.cumsum(stored, dtype=numpy.int64)
+        table["size"][is_there] = stored
+        table["offset"][is_there] = ends - stored + data_offset
+        table["flags"][is_there] = numpy.where(stored < form.page_size, form.page_flag, 0)
+        if self._found:
+            self._share(self._found.popleft(), table, is_there)
+        if form.keep_zero_pages:
+            return table.tobytes(), []
+        return table[is_there].tobytes(), numpy.flatnonzero(is_there).tolist()
+
+    def _share(self, found: EqualPages, table: NDArray[Any], is_there: NDArray[Any]) -> None:
+        table[found.from_slots] = self._of_slots[found.slots]
+        table[found.copies] = table[found.originals]
+        is_there[found.from_slots] = is_there[found.copies] = True
+        self._of_slots[found.fresh_slots] = table[found.fresh]
+
+
 class BulkPageWriter(_PageWriter):
     """Writes the descriptors of a piece at once, and its data.
 
@@ -114,10 +175,19 @@ class BulkPageWriter(_PageWriter):
     def _begin(self) -> None:
         self.bitmap: dict[int, bytearray] = {}
         self._zero_descriptors = self._zero_descriptor * _ZERO_DESCRIPTORS
-        self._numpy = numpy_or_none()
+        self._table: _DescriptorTable | None = None
+        numpy = numpy_or_none()
+        if numpy is not None:
+            self._table = _DescriptorTable(
+                numpy, self._form, self._zero_descriptor, self._equal_pages
+            )
         if self._form.keep_zero_pages:
             # There even if no page needs it, as QEMU has it.
             self._append_data(bytes(self._form.page_size))
+
+    def work(self) -> PieceWork[PackedPiece]:
+        """Return what the pipeline does with pieces."""
+        return replace(super().work(), prepare=self._table.prepare if self._table else None)
 
     def _append_data(self, data: bytes | memoryview) -> None:
         if data:
@@ -135,12 +205,14 @@ class BulkPageWriter(_PageWriter):
             if self._form.keep_zero_pages:
                 self._append_zero_descriptors(self._page_count(packed.piece))
             return
-        if not self._form.keep_zero_pages:
-            self._mark(packed.piece, sizes)
-        if self._numpy is not None:
-            self._append_descriptors(self._table(self._numpy, sizes))
+        if self._table is not None:
+            descriptors, numbers = self._table.make(sizes, self._data_offset)
         else:
-            self._append_descriptors(b"".join(self._descriptors(sizes)))
+            descriptors = b"".join(self._descriptors(sizes))
+            numbers = [number for number, size in enumerate(sizes) if size]
+        if not self._form.keep_zero_pages:
+            self._mark(packed.piece, numbers)
+        self._append_descriptors(descriptors)
         self._append_data(packed.data)
 
     def _append_zero_descriptors(self, count: int) -> None:
@@ -149,25 +221,6 @@ class BulkPageWriter(_PageWriter):
             some = min(count, _ZERO_DESCRIPTORS)
             self._append_descriptors(memoryview(self._zero_descriptors)[: some * size])
             count -= some
-
-    def _table(self, numpy: ModuleType, page_sizes: array[int]) -> bytes:
-        dtype = numpy.dtype(_numpy_fields(self._form.descriptor))
-        sizes = numpy.frombuffer(page_sizes, dtype=numpy.uint32)
-        stored = sizes > 0
-        if not self._form.keep_zero_pages:
-            sizes = sizes[stored]
-            stored = slice(None)
-        descriptors = numpy.empty(len(sizes), dtype=dtype)
-        descriptors[:] = numpy.frombuffer(self._zero_descriptor, dtype=dtype)
-        sizes = sizes[stored]
-        ends = numpy.cumsum(sizes, dtype=numpy.int64)
-        descriptors["size"][stored] = sizes
-        descriptors["offset"][stored] = ends - sizes + self._data_offset
-        descriptors["flags"][stored] = numpy.where(
-            sizes < self._form.page_size, self._form.page_flag, 0
-        )
-        table: bytes = descriptors.tobytes()
-        return table
 
     def _descriptors(self, sizes: array[int]) -> Iterator[bytes]:
         pack = self._form.descriptor.codec.pack
@@ -179,12 +232,10 @@ class BulkPageWriter(_PageWriter):
             elif self._form.keep_zero_pages:
                 yield self._zero_descriptor
 
-    def _mark(self, piece: Piece, sizes: array[int]) -> None:
+    def _mark(self, piece: Piece, numbers: Sequence[int]) -> None:
         size = self._form.page_size
         first_pfn = piece.gpa // size - self._form.pfn_base
-        for number, stored in enumerate(sizes):
-            if not stored:
-                continue
+        for number in numbers:
             index, bit = divmod(first_pfn + number, 8 * size)
             block = self.bitmap.get(index)
             if block is None:

@@ -24,6 +24,7 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs
+from qemu_dump_ext.pages.dedup import PageDeduplicator, deduplicator
 from qemu_dump_ext.pages.packing import Compression, Packer
 from qemu_dump_ext.pages.packing_processes import start_packer
 from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
@@ -282,6 +283,7 @@ class _Kdump:
                 write_at,
                 descriptor_offset=layout.descriptor_offset,
                 data_offset=data_offset,
+                equal_pages=None if request.exact else _equal_pages(plan, memory),
             )
             _write_bitmaps(layout, plan, write_at, both=not request.omit_zero)
             read_through(
@@ -295,6 +297,11 @@ class _Kdump:
             writer.finish()
             if isinstance(writer, BulkPageWriter) and request.omit_zero:
                 _write_second_bitmap(layout, plan.page_size, writer.bitmap, write_at)
+
+
+def _equal_pages(plan: DumpPlan, memory: GuestMemory) -> PageDeduplicator | None:
+    count = plan.memory_size // plan.page_size
+    return deduplicator(memory, plan.ram_blocks, plan.page_size, count)
 
 
 def _container(sink: Sink, *, raw: bool) -> AbstractContextManager[WriteAt]:

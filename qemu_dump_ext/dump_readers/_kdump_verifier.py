@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 from array import array
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from qemu_dump_ext.dump_readers.kdump import Descriptor, KdumpFile
 
 _MAX_MAPNR_32 = (1 << 32) - 1
+_BACK_MAX = 1 << 20
+"""Different descriptors that point back, which are looked at."""
 _PROBLEMS_MAX = 1 << 16
 """Enough to call a dump damaged; bitmaps of a small file may claim millions of pages."""
 
@@ -44,10 +47,14 @@ class KdumpVerifier:
     def __init__(self, dump: KdumpFile, report: VerifyReport) -> None:
         self._dump = dump
         self._report = report
-        # Extents of page data: descriptors that follow each other in the file are one extent.
+        # Extents of page data, by ascending offset: descriptors that follow each other in the
+        # file are one extent.
         self._starts = array("Q")
         self._ends = array("Q")
         self._first_pfns = array("Q")
+        # Descriptors that point back: at the data of an earlier page, or at a gap.
+        self._back: dict[Descriptor, int] = {}  # the first pfn of each
+        self._back_count = 0
         self._left_out = 0  # pages that the guest had, and the dump has not
 
     def verify(self, pool: OrderedPool, progress: Progress) -> None:
@@ -145,27 +152,82 @@ class KdumpVerifier:
         return result
 
     def _note_extents(self, result: _BatchResult) -> None:
-        dump = self._dump
-        zero_page, limit = dump.zero_page_descriptor, dump.image.size
         starts, ends = self._starts, self._ends
-        last = ends[-1] if ends else -1
-        for pfn, descriptor in zip(result.pfns, result.descriptors, strict=True):
+        for pfn, descriptor in self._with_data(result.pfns, result.descriptors):
             offset, size, *_ = descriptor
-            if descriptor == zero_page or not size or offset < 0 or offset + size > limit:
-                continue
-            if offset == last:
-                last = ends[-1] = offset + size
-            else:
-                last = offset + size
+            if ends and offset == ends[-1]:
+                ends[-1] += size
+            elif not ends or offset > ends[-1]:
                 starts.append(offset)
-                ends.append(last)
+                ends.append(offset + size)
                 self._first_pfns.append(pfn)
+            elif descriptor not in self._back:
+                self._back_count += 1
+                if len(self._back) < _BACK_MAX:
+                    self._back[descriptor] = pfn
+
+    def _with_data(
+        self, pfns: Iterable[int], descriptors: Iterable[Descriptor]
+    ) -> Iterator[tuple[int, Descriptor]]:
+        zero_page, limit = self._dump.zero_page_descriptor, self._dump.image.size
+        for pfn, descriptor in zip(pfns, descriptors, strict=True):
+            offset, size, *_ = descriptor
+            if descriptor != zero_page and size and 0 <= offset <= limit - size:
+                yield pfn, descriptor
+
+    def _verify_back_references(self) -> None:
+        """Whoever points back shares all the data of a page, or has data of its own in a gap."""
+        if self._back_count > len(self._back):
+            self._report.remarks.append(
+                f"{self._back_count - len(self._back)} pages that share data were not looked at"
+            )
+        unknown = dict(self._back)
+        if not unknown:
+            return
+        end = -1
+        for batch in self._batches():
+            descriptors = self._dump.read_descriptors(batch.rank, len(batch.pfns))
+            for _, descriptor in self._with_data(batch.pfns, descriptors):
+                offset, size, *_ = descriptor
+                if offset >= end:
+                    unknown.pop(descriptor, None)
+                    end = offset + size
+        self._verify_gaps(unknown)
+        ends, last, last_pfn = self._ends, 0, 0
+        for descriptor, pfn in sorted(unknown.items(), key=lambda item: item[0][0]):
+            offset, size, *_ = descriptor
+            index = bisect_right(ends, offset)  # the first extent that ends behind its first byte
+            if index < len(ends) and self._starts[index] < offset + size:
+                other = self._first_pfns[index]
+            elif offset < last:
+                other = last_pfn
+            else:
+                last, last_pfn = offset + size, pfn
+                continue
+            self._report.add_problem(
+                f"page {pfn:#x}: its data at offset {offset:#x} overlap those of page"
+                f" {other:#x} or its followers"
+            )
+
+    def _is_page_of_zeroes(self, offset: int) -> bool:
+        # One that pages share: a writer has it in front of all page data, or not at all.
+        size = self._dump.page_size
+        return (offset, size, 0, 0) in self._back and not any(self._dump.image.read(offset, size))
+
+    def _verify_gaps(self, in_gaps: Iterable[Descriptor]) -> None:
+        # A page that points at the data of another one by mistake leaves its own behind.
+        gaps = sum(self._starts[1:]) - sum(self._ends[:-1])
+        orphaned = gaps - sum(size for _, size, *_ in in_gaps)
+        self._report.expect(
+            orphaned <= 0,
+            f"{orphaned} bytes among the page data belong to no page: a descriptor is wrong",
+        )
 
     def _verify_extents(self) -> None:
         dump, report = self._dump, self._report
         starts, ends = self._starts, self._ends
         data = dump.data_offset
-        end = last_index = 0
+        end = 0
         if report.zero_pages:
             end = data + dump.page_size
             # One page alone there may be any page, of a writer that has no page of zeroes.
@@ -174,26 +236,24 @@ class KdumpVerifier:
                 f"the page of zeroes at offset {data:#x} is not zero"
                 f" ({report.zero_pages} pages share it)",
             )
-        order = sorted(range(len(starts)), key=starts.__getitem__)
-        if order:
-            lowest = starts[order[0]]
+        if starts:
+            lowest = min([starts[0], *(descriptor[0] for descriptor in self._back)])
             # A writer that leaves pages out while it writes has had room for their descriptors.
             unused, rest = divmod(lowest - data, PAGE_DESCRIPTOR_SIZE)
             report.expect(
                 lowest == data + dump.page_size
                 or lowest <= (end or data)
-                or (not rest and unused <= self._left_out),
+                or (not rest and unused <= self._left_out and not self._is_page_of_zeroes(lowest)),
                 f"page data begin at offset {lowest:#x}, the descriptors end at {data:#x}:"
                 " bitmap and descriptors disagree",
             )
-        for index in order:
-            if starts[index] < end:
+            if starts[0] < end:
                 report.add_problem(
-                    f"page {self._first_pfns[index]:#x}: its data at offset {starts[index]:#x}"
-                    f" overlap those of page {self._first_pfns[last_index]:#x} or its followers"
+                    f"page {self._first_pfns[0]:#x}: its data at offset {starts[0]:#x} overlap the"
+                    " page of zeroes"
                 )
-            if ends[index] > end:
-                end, last_index = ends[index], index
+            end = max(end, ends[-1])
+        self._verify_back_references()
         behind = dump.image.size - max(end, data)
         # Pages with problems are not counted among the extents.
         if behind > (0 if end > data else dump.page_size) and not report.problem_count:

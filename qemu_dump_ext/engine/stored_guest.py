@@ -30,6 +30,7 @@ class _DumpMemory:
 
     name = "dump"
     is_slow = False
+    is_at_hand = True
 
     def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
         self._dump = dump

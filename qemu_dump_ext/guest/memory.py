@@ -50,6 +50,23 @@ class SparseMemory(GuestMemory, Protocol):
 
 
 @runtime_checkable
+class MemoryAtHand(GuestMemory, Protocol):
+    """Guest memory of which a page is read again for little more than the cost of copying it.
+
+    Optional: memory that is no MemoryAtHand is not at hand.
+    """
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether it is."""
+
+
+def is_at_hand(memory: GuestMemory) -> bool:
+    """Return whether reading a page of `memory` again costs next to nothing."""
+    return isinstance(memory, MemoryAtHand) and memory.is_at_hand
+
+
+@runtime_checkable
 class PartialMemory(GuestMemory, Protocol):
     """Guest memory that has some RAM blocks only; others come from another source."""
 

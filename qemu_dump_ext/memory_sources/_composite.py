@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory, is_at_hand
 from qemu_dump_ext.guest.model import RamBlock
 
 
@@ -28,6 +28,11 @@ class CompositeMemory:
     def is_slow(self) -> bool:
         """Whether one of them is."""
         return any(memory.is_slow for memory in self._memories)
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether all of them are."""
+        return all(is_at_hand(memory) for memory in self._memories)
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""

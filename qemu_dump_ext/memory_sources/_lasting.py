@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory, is_at_hand
 
 
 class LastingMemory:
@@ -36,6 +36,11 @@ class LastingMemory:
     def is_slow(self) -> bool:
         """Whether the one in use is."""
         return self._memories[-1].is_slow
+
+    @property
+    def is_at_hand(self) -> bool:
+        """Whether the one in use is."""
+        return is_at_hand(self._memories[-1])
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""

@@ -51,6 +51,7 @@ class BackingFileMemory:
 
     name = "backing_file"
     is_slow = False
+    is_at_hand = True
 
     def __init__(self, parts: Mapping[RamBlock, FilePart], missing: Sequence[RamBlock]) -> None:
         """Read `parts`, which go by ascending gpa."""

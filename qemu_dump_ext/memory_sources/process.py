@@ -96,6 +96,7 @@ class ProcessMemory:
 
     name = "process"
     is_slow = False
+    is_at_hand = True
 
     def __init__(self, pid: int, segments: Sequence[HostSegment]) -> None:
         """Prepare to read `segments`, which go by ascending gpa."""

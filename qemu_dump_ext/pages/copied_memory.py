@@ -111,6 +111,7 @@ class CopiedMemory:
     """
 
     is_slow = False
+    is_at_hand = True
 
     def __init__(self, name: str, store: _Store, where: str) -> None:
         self.name = name

@@ -86,11 +86,13 @@ class PieceWork(Generic[ResultT]):
             return parts of the buffer, which are consumed before the buffer is used again.
         zeros: Runs in the caller's thread. Gets a piece that is known to be zero.
         consume: Runs in the caller's thread, in the order of the pieces.
+        prepare: Likewise, behind the reading of a piece that is read; it may change the buffer.
     """
 
     pack: Callable[[Piece, Buffer], ResultT]
     zeros: Callable[[Piece], ResultT]
     consume: Callable[[ResultT], None]
+    prepare: Callable[[Piece, Buffer], None] | None = None
 
 
 def populated_ranges(memory: GuestMemory, gpa: int, end: int) -> Iterator[tuple[int, int]]:
@@ -219,6 +221,8 @@ def read_through(
                 buffer = free.pop()
                 filled = replace(buffer, view=buffer.view[: piece.size])
                 _fill(memory, piece, filled.view)
+                if work.prepare is not None:
+                    work.prepare(piece, filled)
                 with uninterrupted():
                     future = pool.submit(work.pack, piece, filled)
                 pending.append((future, buffer, piece.size))

@@ -26,7 +26,7 @@ PREFIX = "qemu_crash_collector_"
 
 def scrape(port: int) -> dict[tuple[str, ...], float]:
     """Return what is served: by name without the prefix, and labels in the order of their names."""
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=300) as answer:
         assert answer.headers["Content-Type"].startswith("text/plain")
         families = text_string_to_metric_families(answer.read().decode())
         return {

@@ -39,7 +39,7 @@ def run_tests(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> Run
     def run(content: str, machine: QemuMachine, *words: str) -> pytest.RunResult:
         named = content.replace("SOCKET", repr(str(machine.qmp_sockets[0])))
         pytester.makepyfile(named.replace("CONSOLE", repr(str(machine.console_log))))
-        return pytester.runpytest_subprocess("-p", MODULE, *words, timeout=120)
+        return pytester.runpytest_subprocess("-p", MODULE, *words, timeout=300)
 
     return run
 

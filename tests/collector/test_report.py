@@ -75,7 +75,7 @@ def _chromium(directory: Path, *words: str) -> str:
     argv = ["chromium", "--headless", "--no-sandbox", "--disable-gpu"]
     profile = f"--user-data-dir={directory / 'profile'}"
     done = subprocess.run(
-        [*argv, profile, *words], capture_output=True, text=True, timeout=120, check=True
+        [*argv, profile, *words], capture_output=True, text=True, timeout=300, check=True
     )
     return done.stdout
 

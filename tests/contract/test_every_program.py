@@ -44,7 +44,7 @@ sys.exit(run())
         [sys.executable, "-c", code, *words],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         stdin=subprocess.DEVNULL,
         env=child_environment(),

@@ -37,7 +37,7 @@ def test_the_guest_is_as_the_manifest_says(x86_64_guest: BootedGuest):
     with RawQmp(x86_64_guest.qmp_sockets[0]) as qmp:
         assert len(qmp.execute("query-cpus-fast")) == image.cpus
     x86_64_guest.send_console("dmesg | tail -n 1; cat /proc/[0-9]*/comm; echo E''ND\n")
-    text = x86_64_guest.wait_for_console("END", timeout_seconds=60)
+    text = x86_64_guest.wait_for_console("END", timeout_seconds=300)
     assert image.kernel_log in text
     assert set(image.processes) <= set(text.splitlines())
 
@@ -83,7 +83,7 @@ def test_memory_is_filled_before_the_marker():
         image, store.fetch(image), cpus=1, fill_mib=64, fill_disk=store.fill_disk(64)
     ) as guest:
         guest.send_console("stat -c %s /fill/content; echo E''ND\n")
-        assert str(64 * _MIB) in guest.wait_for_console("END", timeout_seconds=60)
+        assert str(64 * _MIB) in guest.wait_for_console("END", timeout_seconds=300)
 
 
 @pytest.mark.guest

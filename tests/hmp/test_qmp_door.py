@@ -253,7 +253,7 @@ def test_shell_of_qemu_qmp(pair: Pair):
             input=line + "\n",
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=True,
         )
         assert "Connected to QEMU" in done.stdout

@@ -229,7 +229,7 @@ def test_qemu_is_killed_in_the_middle(tmp_path: Path, memory: str):
         gdb_in_dump(machine, tmp_path, f"--memory {memory}", [], [_STATUS]) as gdb,
     ):
         os.kill(machine.pid, signal.SIGKILL)
-        output, _ = gdb.communicate(timeout=60)
+        output, _ = gdb.communicate(timeout=300)
     _, said, after = output.split(f"{_MARK}\n")
     assert_one_line(said, r"^the guest is gone: QEMU closed the connection to gdb$")
     assert after.startswith("3")
@@ -302,7 +302,7 @@ def test_an_interrupt_leaves_gdb_usable(tmp_path: Path, memory: str, mode: str):
         ) as gdb,
     ):
         gdb.send_signal(signal.SIGINT)
-        output, _ = gdb.communicate(timeout=60)
+        output, _ = gdb.communicate(timeout=300)
         assert guest_status(machine) == "prelaunch"
     _, before, said, status, after, again = output.split(f"{_MARK}\n")
     assert_one_line(said, r"^interrupted: no partial dump was left behind$")
@@ -383,7 +383,7 @@ def from_bare_tree(machine: QemuMachine, tree: Path, words: Sequence[str]) -> li
         text=True,
         env=env,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     assert "Traceback" not in result.stdout, result.stdout
     return [part.strip() for part in result.stdout.split(f"{_MARK}\n")[3:]]

@@ -215,7 +215,7 @@ def test_no_room(stopped: QemuMachine, tmp_path: Path, door: str, words: list[st
             text=True,
             env=child_environment(),
             check=False,
-            timeout=60,
+            timeout=300,
         )
     refuse(result, 4, message)
 
@@ -226,7 +226,7 @@ def test_the_reader_of_standard_output_goes_away(stopped: QemuMachine):
         dump.stdout.read(1000)
         dump.stdout.close()
         dump.stdout = None
-        _, error = dump.communicate(timeout=60)
+        _, error = dump.communicate(timeout=300)
     assert dump.returncode == 4
     assert_one_line(error.decode(), r"cannot write -: its reader has gone away$")
 
@@ -247,7 +247,7 @@ def open_dump(words: Sequence[str], *more: object) -> Iterator[subprocess.Popen[
 
 
 def finish(dump: subprocess.Popen[bytes]) -> tuple[int, str]:
-    _, error = dump.communicate(timeout=60)
+    _, error = dump.communicate(timeout=300)
     return dump.returncode, error.decode()
 
 
@@ -511,7 +511,7 @@ def test_the_packages_are_named_that_are_missing(stopped: QemuMachine, tmp_path:
             text=True,
             env=child_environment(),
             check=False,
-            timeout=60,
+            timeout=300,
         )
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
         refuse(

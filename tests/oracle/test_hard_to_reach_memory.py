@@ -113,7 +113,7 @@ def test_where_only_the_qmp_socket_can_be_reached(tmp_path: Path):
             text=True,
             check=False,
             env=child_environment(),
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 0, done.stderr
         assert "memory by native_stream" in done.stderr
@@ -143,7 +143,7 @@ def test_where_only_the_stub_of_another_user_can_be_reached(tmp_path: Path):
                 text=True,
                 check=False,
                 env=child_environment(),
-                timeout=60,
+                timeout=300,
             )
             for source in ("pmemsave", "auto")
         )

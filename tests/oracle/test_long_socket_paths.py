@@ -49,7 +49,7 @@ def run_program(entry: str, *words: object) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         env=child_environment(),
     )
 

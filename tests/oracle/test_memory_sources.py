@@ -237,7 +237,7 @@ def run_unprivileged(*words: object) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         env=child_environment(),
-        timeout=60,
+        timeout=300,
     )
 
 
@@ -268,7 +268,7 @@ def test_a_process_in_another_pid_namespace_is_not_guessed(tmp_path: Path):
             text=True,
             check=False,
             env=child_environment(),
-            timeout=60,
+            timeout=300,
         )
         assert done.returncode == 3
         assert "no process here that we may look at has the other end" in done.stderr
@@ -288,7 +288,7 @@ def test_a_daemonized_qemu_is_found(tmp_path: Path):
     socket, pid_file = tmp_path / "qmp", tmp_path / "pid"
     command = [QEMU, "-S", "-m", "16", "-nodefaults", "-display", "none", "-daemonize"]
     command += ["-qmp", f"unix:{socket},server=on,wait=off", "-pidfile", str(pid_file)]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=300)
     try:
         done = run_cli("--qmp", socket, "--memory", "process", tmp_path / "x")
         assert done.returncode == 0, done.stderr
@@ -344,7 +344,7 @@ def test_without_third_party_packages_the_dump_is_the_same(numa_machine, tmp_pat
     options = ["--qmp", numa_machine.qmp_sockets[0], *words]
     level = ["--level", "4"] if words else []  # ISA-L has none of that level
     command = [sys.executable, "-c", block, *map(str, options), *level, str(plain)]
-    subprocess.run(command, check=True, env=child_environment(), timeout=60)
+    subprocess.run(command, check=True, env=child_environment(), timeout=300)
     assert run_cli(*options, *level, ours).returncode == 0
     assert filecmp.cmp(plain, ours, shallow=False)
 

@@ -287,7 +287,7 @@ def registers(qmp: RawQmp) -> str:
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
-    said = process.communicate(timeout=60)[1]
+    said = process.communicate(timeout=300)[1]
     assert "Traceback" not in said, said
     return process.returncode, said
 

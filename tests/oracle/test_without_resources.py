@@ -49,7 +49,7 @@ def dump(argv: Sequence[str], machine: QemuMachine, folder: Path, *words: str) -
         text=True,
         check=False,
         env=child_environment(TMPDIR=str(folder), OPENBLAS_NUM_THREADS=None),
-        timeout=120,
+        timeout=300,
     )
     assert guest_status(machine) == "running"
     if done.returncode:
@@ -159,7 +159,7 @@ def test_nobody_hears_of_the_dump(
         stdout=subprocess.PIPE,
         check=False,
         env=child_environment(),
-        timeout=120,
+        timeout=300,
     )
     assert guest_status(machine) == "running"
     assert done.returncode == 0

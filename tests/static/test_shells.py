@@ -33,7 +33,7 @@ _TYPED = {
 def test_the_manual_page_renders(program: str):
     page = ROOT / f"docs/share/man/man1/{program}.1"
     argv = ["groff", "-man", "-ww", "-Tutf8", "-P-cbou", str(page)]
-    done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     for heading in ("NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "SEE ALSO"):
         assert f"\n{heading}\n" in done.stdout

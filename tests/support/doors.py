@@ -14,7 +14,7 @@ from tests.support.raw_qmp import RawQmp
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GDB_SCRIPT = REPOSITORY / "gdb" / "qemu_dump.py"
-_SECONDS = 60
+_SECONDS = 300
 _MAIN = "import sys; from qemu_dump_ext.entry import qemu_dump_guest_memory as run; sys.exit(run())"
 
 

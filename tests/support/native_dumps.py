@@ -56,7 +56,7 @@ def _dump(target: str, directory: Path) -> NativeDumps:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     ).stdout
     assert '"error"' not in answers
     raw = directory / "raw"

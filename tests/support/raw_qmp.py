@@ -11,7 +11,7 @@ from typing import Any, Self
 class RawQmp:
     """Connected and past the negotiation; events are kept in `events`."""
 
-    def __init__(self, path: Path, timeout_seconds: float = 60) -> None:
+    def __init__(self, path: Path, timeout_seconds: float = 300) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(timeout_seconds)
         self._socket.connect(str(path))

@@ -60,8 +60,12 @@ def make_kdump(
     nr_cpus: int = 1,
     max_mapnr: int | None = None,
     version: int = 6,
+    share: bool = False,
 ) -> SampleKdump:
-    """Lay out what QEMU would write for these pages (page frame number: content)."""
+    """Lay out what QEMU would write for these pages (page frame number: content).
+
+    With `share`, pages of the same content have the same data, which QEMU does for zeros alone.
+    """
     mapnr = max(pages) + 1 if max_mapnr is None else max_mapnr
     bitmap_size = -(-(mapnr + 7) // 8 // BLOCK) * BLOCK or BLOCK
     bitmap = bytearray(bitmap_size)
@@ -88,13 +92,17 @@ def make_kdump(
     descriptors = len(data)
     page_data = descriptors + 24 * len(pages)
     body = bytearray(ZERO)
+    places: dict[bytes, int] = {}
     for _, page in sorted(pages.items()):
         place, stored, flags = page_data + len(body), compress(page), flag
         if len(stored) >= BLOCK:
             stored, flags = page, 0
         if page == ZERO:
             place, stored, flags = page_data, ZERO, 0
+        elif share and page in places:
+            place = places[page]
         else:
+            places[page] = place
             body += stored
         data += struct.pack(f"{order}qIIQ", place, len(stored), flags, 0)
     return SampleKdump(data + body, 2 * BLOCK, bitmap_size, descriptors, page_data)

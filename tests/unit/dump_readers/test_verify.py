@@ -79,6 +79,14 @@ def test_whole_kdump_of_few_kinds_of_pages(verify, pages):
     assert report.memory_bytes == len(pages) * BLOCK
 
 
+def test_whole_kdump_whose_pages_share_data(verify):
+    pages = PAGES | {11: PAGES[8], 13: RANDOM_PAGE, 301: PAGES[300], 599: PAGES[0]}
+    sample = make_kdump(pages, share=True)
+    assert len(sample.data) == len(make_kdump(PAGES).data) + 4 * 24
+    report = verify(sample.data)
+    assert (report.problems, report.remarks, report.packed_pages) == ([], [], 303)
+
+
 def test_whole_kdump_without_a_page_of_zeroes(verify):
     """A writer that needs none may leave it out."""
     sample = make_kdump({1: RANDOM_PAGE, 2: b"text" * 1024})
@@ -135,6 +143,12 @@ def share_page(sample: SampleKdump) -> None:
     sample.data[one : one + 24] = sample.data[other : other + 24]
 
 
+def share_part_of_page(sample: SampleKdump) -> None:
+    (offset,) = struct.unpack_from("<q", sample.data, descriptor_of(sample, 7))
+    struct.pack_into("<qI", sample.data, descriptor_of(sample, 8), offset + 2048, BLOCK)
+    struct.pack_into("<I", sample.data, descriptor_of(sample, 8) + 12, 0)
+
+
 def without_bit(*bitmaps: int):
     def damage(sample: SampleKdump) -> None:
         for number in bitmaps:
@@ -159,7 +173,8 @@ KDUMP_DAMAGE = {
     "offset beyond": (with_descriptor(8, 0, "q", 1 << 40), "page 0x8: descriptor with offset"),
     "offset negative": (with_descriptor(8, 0, "q", -1), "page 0x8: descriptor with offset"),
     "offset in the headers": (with_descriptor(8, 0, "q", 4096), "page 0x8: descriptor with offset"),
-    "offset of another page": (share_page, "page 0xa: its data at offset"),
+    "offset of another page": (share_page, "2126 bytes among the page data belong"),
+    "offset into another page": (share_part_of_page, "page 0x8: its data at offset"),
     "size 0": (with_descriptor(8, 8, "I", 0), "page 0x8: descriptor of 0x0 bytes"),
     "size of 4 GiB": (with_descriptor(8, 8, "I", 0xFFFFFFFF), "page 0x8: descriptor of 0xffffffff"),
     "size too small": (with_descriptor(8, 8, "I", 100), "page 0x8: page data at offset"),
@@ -173,8 +188,8 @@ KDUMP_DAMAGE = {
         ),
         "page 0x8: empty descriptor",
     ),
-    "bit missing in the second bitmap": (without_bit(1), "overlap"),
-    "bit missing in both bitmaps": (without_bit(0, 1), "overlap"),
+    "bit missing in the second bitmap": (without_bit(1), "bitmap and descriptors disagree"),
+    "bit missing in both bitmaps": (without_bit(0, 1), "bitmap and descriptors disagree"),
     "bit missing in the first bitmap": (without_bit(0), "in the second bitmap only"),
     "bit too many in the second bitmap": (with_extra_bit(1), "in the second bitmap only"),
     "bit too many in both bitmaps": (with_extra_bit(0, 1), "outside the data"),
