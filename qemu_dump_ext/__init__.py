@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qemu_dump_ext.api.dumps import StoredDump, open_dump, verify
+    from qemu_dump_ext.api.dumps import StoredDump, convert, open_dump, verify
     from qemu_dump_ext.api.guests import Guest, StoppedGuest, connect, dump
     from qemu_dump_ext.api.views import GuestView
     from qemu_dump_ext.crash_collector.collect_now import collect_crash
@@ -33,6 +33,7 @@ __all__ = [  # noqa: RUF022
     "dump",
     "connect",
     "open_dump",
+    "convert",
     "verify",
     "collect_crash",
     "Guest",
@@ -52,7 +53,7 @@ __all__ = [  # noqa: RUF022
 ]
 
 _HOMES = {
-    "api.dumps": ("StoredDump", "open_dump", "verify"),
+    "api.dumps": ("StoredDump", "convert", "open_dump", "verify"),
     "api.guests": ("Guest", "StoppedGuest", "connect", "dump"),
     "api.views": ("GuestView",),
     "crash_collector.collect_now": ("collect_crash",),

@@ -21,7 +21,7 @@ class GuestView:
     Attributes:
         architecture: QEMU's name of the target, such as `x86_64`.
         ram_blocks: The RAM blocks by ascending gpa.
-        vcpus: The vCPUs by ascending index; empty for a dump.
+        vcpus: The vCPUs by ascending index; empty for a dump without registers.
         vmcoreinfo: What the guest's kernel says of itself; empty where it was not found.
     """
 
@@ -41,7 +41,7 @@ class GuestView:
 
     @property
     def vcpus(self) -> Sequence[Vcpu]:
-        """By ascending index; empty for a dump."""
+        """By ascending index; empty for a dump without registers."""
         return self._view.vcpus
 
     @property

@@ -6,9 +6,10 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import FrameType, ModuleType
+from typing import Any
 
 from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Subcommand
@@ -64,6 +65,20 @@ def _interrupt(program: str, _number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+class _SubcommandParser(argparse.ArgumentParser):
+    # Gives each subcommand the words as it wants them.
+    def __init__(self, commands: Mapping[str, Subcommand], *, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description)
+        self._commands = commands
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        command = self._commands.get(words[0].replace("-", "_")) if words else None
+        if command is not None:
+            words[1:] = command.spell_out(words[1:])
+        return super().parse_known_args(words, namespace)
+
+
 def subcommand_parser(
     program: str, description: str, folder: ModuleType
 ) -> argparse.ArgumentParser:
@@ -74,12 +89,17 @@ def subcommand_parser(
         description: One line.
         folder: Has one file for each subcommand; `_` in its name is `-` in the word.
     """
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    commands = collect(folder, "COMMAND", Subcommand)
+    parser = _SubcommandParser(commands, prog=program, description=description)
     add_version(parser)
     choices = parser.add_subparsers(
-        title="commands", dest="subcommand", metavar="COMMAND", required=True
+        title="commands",
+        dest="subcommand",
+        metavar="COMMAND",
+        required=True,
+        parser_class=argparse.ArgumentParser,
     )
-    for name, command in collect(folder, "COMMAND", Subcommand).items():
+    for name, command in commands.items():
         word = name.replace("_", "-")
         subparser = choices.add_parser(word, help=command.help, description=command.help)
         command.add_arguments(subparser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -16,9 +16,11 @@ class Subcommand:
         help: One line.
         add_arguments: Declares the options on the parser of this subcommand.
         run: Does the work and returns the exit status; `DumpError` becomes one line on stderr.
+        spell_out: Returns the words behind the subcommand as argparse wants them.
     """
 
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    spell_out: Callable[[Sequence[str]], Sequence[str]] = tuple

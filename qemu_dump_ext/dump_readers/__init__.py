@@ -13,6 +13,7 @@ from qemu_dump_ext.dump_readers._declaration import HEAD_SIZE, LISTED_MAX, DumpR
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._flattened_image import FlattenedImage, is_flattened
 from qemu_dump_ext.dump_readers._image import DumpImage, PlainImage
+from qemu_dump_ext.dump_readers._parts import is_part, join_parts
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
 from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
 
@@ -41,14 +42,33 @@ def reader_of(dump: DumpFile) -> DumpReader[Any]:
     return all_dump_readers()[dump.reader]
 
 
-def open_dump(path: str | os.PathLike[str]) -> DumpFile:
+def open_dump(path: str | os.PathLike[str], *parts: str | os.PathLike[str]) -> DumpFile:
     """Open a dump for reading; close it, or use it in a `with` statement.
 
+    Args:
+        path: The file; told apart by its content.
+        parts: The other files of a dump that was split into several.
+
     Raises:
-        RequestError: The file cannot be opened, or is one part of a split dump.
+        RequestError: The file cannot be opened, or is one part of a split dump without the others.
         NotADumpError: It is of no format that we read; says why, for each of them.
         CorruptDumpError: It is, but its headers contradict the format or are cut off.
     """
+    first = _open_file(path)
+    if not parts and not is_part(first):
+        return first
+    files = [first]
+    try:
+        for part in parts:
+            files.append(_open_file(part))  # noqa: PERF401 - those that are open are closed
+        return join_parts(files)
+    except BaseException:
+        for file in files:
+            file.close()
+        raise
+
+
+def _open_file(path: str | os.PathLike[str]) -> DumpFile:
     file = PlainImage(path)
     try:
         return _open_image(file, os.fspath(path))

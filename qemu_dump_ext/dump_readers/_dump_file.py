@@ -48,6 +48,11 @@ class DumpFile(ABC):
     page_size: int
     header: Mapping[str, int | str]
 
+    @property
+    def files(self) -> Sequence[DumpFile]:
+        """The dump itself, or the parts of one that was split into several files."""
+        return (self,)
+
     def __enter__(self) -> Self:
         return self
 
@@ -133,6 +138,29 @@ class DumpFile(ABC):
         Raises:
             CorruptDumpError: The dump cannot be read so far.
         """
+
+    def covered_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the guest memory that the dump is about, ascending, merged.
+
+        With what was left out of it on purpose; errors as `memory_ranges`.
+        """
+        return self.memory_ranges()
+
+    def stored_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of what the dump says to have data of, ascending, merged.
+
+        What is memory and has no data is not stored, though it reads as zero; errors as
+        `memory_ranges`.
+        """
+        return self.memory_ranges()
+
+    def readable_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of what of `stored_ranges` is in the file, ascending, merged.
+
+        Without what was lost when the dump was written, or cut off afterwards; errors as
+        `memory_ranges`.
+        """
+        return self.stored_ranges()
 
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return (gpa, end) of what may not be zero in a part of one of `memory_ranges`."""

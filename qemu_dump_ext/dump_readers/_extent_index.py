@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 
 _SORT_AT_ONCE = 1 << 16
@@ -77,14 +77,29 @@ class ExtentIndex:
                 index += 1
             start = stop
 
+    def extents(self) -> Iterator[tuple[int, int, int]]:
+        """Yield (start, size, place) of every extent, ascending, not overlapping."""
+        return zip(self._starts, self._sizes, self._places, strict=True)
+
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (start, size) of what is covered, ascending, adjacent extents as one."""
-        start = end = 0
-        for first, size in zip(self._starts, self._sizes, strict=True):
-            if first != end:
-                if end > start:
-                    yield start, end - start
-                start = first
-            end = first + size
-        if end > start:
-            yield start, end - start
+        return merged(zip(self._starts, self._sizes, strict=True))
+
+
+def merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield ranges (start, size) that go up and do not overlap, adjacent ones as one."""
+    start = end = 0
+    for first, size in ranges:
+        if first != end:
+            if end > start:
+                yield start, end - start
+            start = first
+        end = first + size
+    if end > start:
+        yield start, end - start
+
+
+def merged_pairs(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield ranges (start, end) that go up and do not overlap, adjacent ones as one."""
+    for start, size in merged((start, end - start) for start, end in ranges):
+        yield start, start + size

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
+from qemu_dump_ext.dump_readers._extent_index import ExtentIndex, merged_pairs
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.flattened import (
@@ -48,7 +48,7 @@ class FlattenedImage(DumpImage):
                 f" and version {fields['version']}, not {FLATTENED_TYPE} and {FLATTENED_VERSION}"
             )
         self._index = ExtentIndex()
-        self._ended = False
+        self.is_whole = False  # until the end marker is seen
         problem = self._read_chunk_headers()
         self.problems = () if problem is None else (problem,)
         self.chunk_count = len(self._index)
@@ -65,7 +65,7 @@ class FlattenedImage(DumpImage):
             offset, size = codec.unpack(read(position, codec.size))
             data = position + codec.size
             if offset == size == FLATTENED_END:
-                self._ended = True
+                self.is_whole = True
                 if data != end:
                     return f"{end - data} bytes behind the end marker at offset {position:#x}"
                 return None
@@ -88,7 +88,7 @@ class FlattenedImage(DumpImage):
             part = buffer[done : done + size]
             if place is not None:
                 self._file.read_into(place, part)
-            elif self._ended:
+            elif self.is_whole:
                 part[:] = bytes(size)
             else:
                 raise CorruptDumpError(
@@ -102,7 +102,17 @@ class FlattenedImage(DumpImage):
             if place is not None:
                 for start, end in self._file.stored(place, length):
                     yield offset + start - place, offset + end - place
-            elif offset >= self.size or not self._ended:
+            elif offset >= self.size or not self.is_whole:
+                yield offset, offset + length
+            offset += length
+
+    def readable(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, end) of what is in a chunk, or in a gap of a stream that is whole."""
+        return merged_pairs(self._readable_pieces(offset, min(size, self.size - offset)))
+
+    def _readable_pieces(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        for length, place in self._index.pieces(offset, size):
+            if place is not None or self.is_whole:
                 yield offset, offset + length
             offset += length
 

@@ -17,10 +17,12 @@ class DumpImage(ABC):
     Attributes:
         size: In bytes.
         problems: What is wrong with it as a whole, in words; offsets are those of the file.
+        is_whole: Everything up to `size` can be read.
     """
 
     size: int
     problems: tuple[str, ...] = ()
+    is_whole: bool = True
 
     def check(self, offset: int, size: int) -> None:
         """Refuse a range that is not inside, before memory is spent on it.
@@ -52,6 +54,11 @@ class DumpImage(ABC):
     @abstractmethod
     def stored(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, end) of a range, ascending, but for its holes, which read as zero."""
+
+    def readable(self, offset: int, size: int) -> Iterator[tuple[int, int]]:
+        """Yield (offset, end) of what of a range can be read, ascending."""
+        if offset < self.size:
+            yield offset, min(offset + size, self.size)
 
     @abstractmethod
     def close(self) -> None:

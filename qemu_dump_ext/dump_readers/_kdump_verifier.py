@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import heapq
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.dump_readers._notes_verifier import verify_notes
@@ -106,7 +105,7 @@ class KdumpVerifier:
     def _verify_bitmaps(self) -> None:
         dump, report = self._dump, self._report
         unknown = beyond = 0
-        for number, first, second in self._bitmaps():
+        for number, first, second in dump.bitmap_pairs():
             left = max(0, dump.max_mapnr - 8 * dump.bitmap_piece * number)
             bits, in_dump = (int.from_bytes(piece, "little") for piece in (first, second))
             unknown += (in_dump & ~bits).bit_count()
@@ -116,17 +115,6 @@ class KdumpVerifier:
         report.expect(
             not beyond, f"{beyond} bits of the bitmaps lie beyond max_mapnr {dump.max_mapnr:#x}"
         )
-
-    def _bitmaps(self) -> Iterator[tuple[int, bytes, bytes]]:
-        """Yield (index, piece of the first bitmap, of the second); empty where it is zero."""
-
-        def tagged(number: int) -> Iterator[tuple[int, int, bytes]]:
-            return ((index, number, piece) for index, piece in self._dump.bitmap_pieces(number))
-
-        both = heapq.merge(tagged(0), tagged(1))
-        for index, group in groupby(both, key=lambda item: item[0]):
-            pieces = {number: piece for _, number, piece in group}
-            yield index, pieces.get(0, b""), pieces.get(1, b"")
 
     def _batches(self) -> Iterator[_Batch]:
         pfns, rank = self._dump.pfns(), 0

@@ -15,7 +15,7 @@ from typing import Any
 from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._elf_verifier import verify_elf_core
-from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
+from qemu_dump_ext.dump_readers._extent_index import ExtentIndex, merged
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
 from qemu_dump_ext.structures.c_struct import ByteOrder
@@ -42,6 +42,8 @@ _PHDRS_MAX = 1 << 20
 """More program headers than a paged dump of any guest was seen to have."""
 _PHDRS_AT_ONCE = 4096
 _OFFSET_END = 1 << 63
+_PAGE = 4096
+"""The smallest page of any kernel, in bytes."""
 _ZEROES = 1 << 63
 """Place of memory that the file does not have, so that it reads as zero."""
 
@@ -174,6 +176,38 @@ class ElfCoreFile(DumpFile):
     def memory_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
         return self._index.ranges()
+
+    def covered_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the segments that have any data, ascending, merged.
+
+        Those without are memory that a page table maps and the guest has not.
+        """
+        index = ExtentIndex()
+        for segment in self.segments:
+            if segment.p_filesz and segment.p_memsz:
+                index.append(segment.p_paddr, segment.p_memsz, 0)
+        index.settle()
+        return index.ranges()
+
+    def stored_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of what has data, ascending, merged."""
+        return merged((gpa, size) for gpa, size, place in self._index.extents() if place < _ZEROES)
+
+    def readable_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of what has data in the file; of a page that is cut, nothing."""
+        for gpa, size in merged(self._readable_pieces()):
+            end = gpa + size
+            ((_, behind),) = self._index.pieces(end, 1)
+            if behind is not None and behind < _ZEROES:
+                end -= end % _PAGE
+            if end > gpa:
+                yield gpa, end - gpa
+
+    def _readable_pieces(self) -> Iterator[tuple[int, int]]:
+        for gpa, size, place in self._index.extents():
+            if place < _ZEROES:
+                for start, end in self.image.readable(place, size):
+                    yield gpa + start - place, end - start
 
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return (gpa, end) of what is in the file, holes left out."""

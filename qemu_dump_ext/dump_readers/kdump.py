@@ -5,20 +5,25 @@ Source: makedumpfile diskdump_mod.h, IMPLEMENTATION; crash diskdump.c; QEMU dump
 
 from __future__ import annotations
 
+import heapq
 import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
+from itertools import groupby
+from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 from qemu_dump_ext.dump_readers._declaration import DumpReader, Fit
+from qemu_dump_ext.dump_readers._descriptor_runs import faulty_runs, zero_runs
 from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
+from qemu_dump_ext.dump_readers._extent_index import merged
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._kdump_verifier import verify_kdump
-from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, RequestError
+from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
 from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder
 from qemu_dump_ext.structures.kdump import (
@@ -45,6 +50,7 @@ BITMAP_PIECE = 1 << 14
 """Bytes of bitmap read at one time."""
 PAGES_AT_ONCE = 256
 """Pages read and unpacked as one piece of work."""
+_NO_RUN = (1 << 64, 1 << 64)
 _SLACK = 1 << 16
 """Bytes between pages that are rather read than stepped over."""
 _BIT_RUNS = re.compile(rb"\xff+|\x00+|[^\x00\xff]")
@@ -159,6 +165,8 @@ class KdumpFile(DumpFile):
         descriptors_offset: Of the first page descriptor.
         bitmap_piece: Bytes of bitmap that are read at one time.
         pages_at_once: Pages that are read and unpacked as one piece of work.
+        part: Of one part of a split dump, the first pfn of its pages and the first one behind;
+            None: it has all pages.
     """
 
     bitmap_piece = BITMAP_PIECE
@@ -180,13 +188,12 @@ class KdumpFile(DumpFile):
         self.descriptors_offset = self.bitmaps_offset + bitmap_blocks * block
         image.check(0, self.descriptors_offset)
         self._read_sub_header()
+        new = self._integers["header_version"] >= 6
+        self.max_mapnr = self.sub_header["max_mapnr_64"] if new else self._integers["max_mapnr"]
+        self.part: tuple[int, int] | None = None
         if self.sub_header["split"]:
-            raise RequestError("one part of a split dump cannot be read", hint="join the parts")
-        self.max_mapnr = (
-            self.sub_header["max_mapnr_64"]
-            if self._integers["header_version"] >= 6
-            else self._integers["max_mapnr"]
-        )
+            first, end = (self.sub_header[f"{name}_pfn{'_64' * new}"] for name in ("start", "end"))
+            self.part = first, max(first, min(end, self.max_mapnr))
         if self.max_mapnr > 8 * self.bitmap_size:
             raise CorruptDumpError(
                 f"two bitmaps in {bitmap_blocks} blocks do not hold {self.max_mapnr:#x} bits"
@@ -277,7 +284,13 @@ class KdumpFile(DumpFile):
     def _bitmap_piece(self, number: int, index: int) -> bytes:
         done = index * BITMAP_PIECE
         start = self.bitmaps_offset + number * self.bitmap_size + done
-        return self.image.read(start, min(BITMAP_PIECE, self.bitmap_size - done))
+        piece = self.image.read(start, min(BITMAP_PIECE, self.bitmap_size - done))
+        if number and self.part is not None:
+            first, end = (min(max(0, pfn - 8 * done), 8 * len(piece)) for pfn in self.part)
+            inside = (1 << end) - (1 << first)
+            masked = int.from_bytes(piece, "little") & inside
+            piece = masked.to_bytes(len(piece), "little")
+        return piece
 
     def count_bits(self, number: int) -> int:
         """Return the number of pages in the first (0) or second (1) bitmap."""
@@ -332,26 +345,83 @@ class KdumpFile(DumpFile):
     def read_descriptors(self, rank: int, count: int) -> list[Descriptor]:
         """Return `count` page descriptors, the first being number `rank` of the dump."""
         codec = PAGE_DESCRIPTOR.bind(Abi(self.byte_order, 8, 8)).codec
-        start = self.descriptors_offset + codec.size * rank
-        return list(codec.iter_unpack(self.image.read(start, codec.size * count)))
+        return list(codec.iter_unpack(self.read_descriptor_table(rank, count)))
+
+    def read_descriptor_table(self, rank: int, count: int) -> bytes:
+        """Return page descriptors as `read_descriptors`, as they stand in the file."""
+        start = self.descriptors_offset + PAGE_DESCRIPTOR_SIZE * rank
+        return self.image.read(start, PAGE_DESCRIPTOR_SIZE * count)
 
     def page_runs(self) -> Iterator[tuple[int, int]]:
         """Yield (pfn, pages) of what the second bitmap has, ascending, merged."""
-        start = end = 0
-        for number, piece in self.bitmap_pieces(1):
-            for pfn, count in runs_of_ones(piece, 8 * BITMAP_PIECE * number):
-                if pfn != end:
-                    if end > start:
-                        yield start, end - start
-                    start = pfn
-                end = pfn + count
-        if end > start:
-            yield start, end - start
+        return merged(
+            run
+            for number, piece in self.bitmap_pieces(1)
+            for run in runs_of_ones(piece, 8 * BITMAP_PIECE * number)
+        )
 
     def memory_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
         for pfn, count in self.page_runs():
             yield pfn * self.page_size, count * self.page_size
+
+    def covered_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the pages of both bitmaps, ascending, merged."""
+        page_size = self.page_size
+        runs = (
+            run
+            for index, *bits in self.bitmap_pairs()
+            for run in runs_of_ones(_united(*bits), 8 * BITMAP_PIECE * index)
+        )
+        for pfn, count in merged(runs):
+            yield pfn * page_size, count * page_size
+
+    def bitmap_pairs(self) -> Iterator[tuple[int, bytes, bytes]]:
+        """Yield (index, piece of the first bitmap, of the second); empty where it is zero."""
+
+        def tagged(number: int) -> Iterator[tuple[int, int, bytes]]:
+            return ((index, number, piece) for index, piece in self.bitmap_pieces(number))
+
+        both = heapq.merge(tagged(0), tagged(1))
+        for index, group in groupby(both, key=itemgetter(0)):
+            pieces = {number: piece for _, number, piece in group}
+            yield index, pieces.get(0, b""), pieces.get(1, b"")
+
+    def readable_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the pages whose descriptor leads to data, ascending, merged."""
+        page_size = self.page_size
+        for pfn, count in merged(self._readable_runs()):
+            yield pfn * page_size, count * page_size
+
+    def _readable_runs(self) -> Iterator[tuple[int, int]]:
+        faulty = faulty_runs(self)
+        bad, bad_end = next(faulty, _NO_RUN)
+        rank = 0  # of the first page of a run
+        for first, count in self.page_runs():
+            at, behind = rank, rank + count
+            while at < behind:
+                if bad_end <= at:
+                    bad, bad_end = next(faulty, _NO_RUN)
+                    continue
+                stop = min(bad if bad > at else bad_end, behind)
+                if bad > at:
+                    yield first + at - rank, stop - at
+                at = stop
+            rank = behind
+
+    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
+        """Return (gpa, end) but for long runs of pages that share the page of zeroes."""
+        pfn, page_size = gpa // self.page_size, self.page_size
+        rank, _ = self._run_from(pfn, 1)
+        ranks = range(rank, rank + -(-(gpa + size) // page_size) - pfn)
+        found: list[tuple[int, int]] = []
+        start, end = gpa, gpa + size
+        for first, last in zero_runs(self, ranks):
+            low, high = ((pfn + number - rank) * page_size for number in (first, last))
+            if max(low, gpa) > start:
+                found.append((start, low))
+            start = min(max(high, gpa), end)
+        return [*found, (start, end)] if start < end else found
 
     def count_pages(self) -> PageCounts:
         """Count how pages are stored, from their descriptors alone.
@@ -434,6 +504,11 @@ class KdumpFile(DumpFile):
         """Yield the page frame number of each descriptor, in their order."""
         for pfn, count in self.page_runs():
             yield from range(pfn, pfn + count)
+
+
+def _united(first: bytes, second: bytes) -> bytes:
+    bits = int.from_bytes(first, "little") | int.from_bytes(second, "little")
+    return bits.to_bytes(max(len(first), len(second)), "little")
 
 
 def _header_fault(layout: BoundStruct, fields: dict[str, int]) -> str | None:

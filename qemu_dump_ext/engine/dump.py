@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
-from qemu_dump_ext.engine.guest_view import Vmcoreinfo
+from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins, stopped_guest
 from qemu_dump_ext.errors import (
@@ -36,7 +36,7 @@ from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.qemu.run_state import PauseLimit
 from qemu_dump_ext.sinks import Sink, all_sinks
-from qemu_dump_ext.structures.dialect import MENDED, Dialect, qemu_dialect
+from qemu_dump_ext.structures.dialect import Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
 
@@ -103,6 +103,18 @@ def dump_stopped(
     return job.report(guest.pause.seconds())
 
 
+def dump_stored(
+    request: DumpRequest, guest: GuestView, sink: Sink, *, progress: ProgressMeter
+) -> DumpReport:
+    """Write a dump of a guest that is in another dump; errors as those of `dump`."""
+    _check(request, sink)
+    find_dump_format(request.format).require(request)
+    job = _Dump(request, guest, sink, progress, time.monotonic())
+    job.plan()
+    job.write_from_guest()
+    return job.report(guest.pause.seconds())
+
+
 def prepare(request: DumpRequest) -> None:
     """Import, while the guest still runs, what a dump of it uses.
 
@@ -129,7 +141,7 @@ class _Dump:
     def __init__(
         self,
         request: DumpRequest,
-        guest: StoppedGuest,
+        guest: GuestView,
         sink: Sink,
         progress: ProgressMeter,
         started: float,
@@ -148,7 +160,7 @@ class _Dump:
         if mend_refused and self._request.exact and not _is_dumped_by_qemu(guest.probed):
             self._request = replace(self._request, exact=False)
         request = self._request
-        dialect = _native_dialect(guest.probed) if request.exact else MENDED
+        dialect = _native_dialect(guest.probed) if request.exact else guest.dialect
         whole_pages = self._format.whole_pages
         granule = guest.architecture.page_size if whole_pages else 1
         select_blocks(guest.ram_blocks, dialect, request, granule)
@@ -199,8 +211,15 @@ class _Dump:
             memory_source=self._memory.name,
             passed_over=tuple(self._passed_over),
             missing=self._plan.missing,
-            remarks=(*self._remarks, *self._plan.remarks, *filter(None, [self._guest.pause.left])),
+            remarks=(
+                *self._guest.remarks,
+                *self._remarks,
+                *self._plan.remarks,
+                *filter(None, [self._guest.pause.left]),
+            ),
             native_refusal=guest.native_refusal if _is_dumped_by_qemu(guest) else None,
+            mended=self._guest.differences(self._plan, self._format.name),
+            lacking=tuple(self._guest.lacking),
             doubts=(*guest.doubts, *(_guesses(guest, self._request) if exact else ())),
         )
 
@@ -239,7 +258,7 @@ def _native_dialect(guest: ProbedGuest) -> Dialect:
 
 
 def _snapshot(
-    guest: StoppedGuest, request: DumpRequest, advance: Callable[[int], None]
+    guest: GuestView, request: DumpRequest, advance: Callable[[int], None]
 ) -> tuple[GuestSnapshot, list[str]]:
     """Return what a dump is planned from, and remarks."""
     vmcoreinfo, remarks = _vmcoreinfo(guest, request, advance)
@@ -251,23 +270,21 @@ def _snapshot(
     if request.paging:
         mappings, more = _map_memory(guest, request, vmcoreinfo.text)
         remarks += more
-    return (
-        GuestSnapshot(
-            architecture=guest.architecture,
-            ram_blocks=guest.ram_blocks,
-            vcpus=guest.vcpus,
-            guest_note=vmcoreinfo.note,
-            utsname=guest.read_utsname(vmcoreinfo),
-            mappings=mappings,
-            machine=guest.probed.machine,
-            excluded=excluded,
-        ),
-        remarks,
+    snapshot = GuestSnapshot(
+        architecture=guest.architecture,
+        ram_blocks=guest.ram_blocks,
+        vcpus=guest.vcpus,
+        guest_note=vmcoreinfo.note,
+        utsname=guest.read_utsname(vmcoreinfo),
+        mappings=mappings,
+        machine=guest.probed.machine,
+        excluded=excluded,
     )
+    return guest.complete(snapshot), remarks
 
 
 def _excluded_pages(
-    guest: StoppedGuest, request: DumpRequest, vmcoreinfo: Vmcoreinfo
+    guest: GuestView, request: DumpRequest, vmcoreinfo: Vmcoreinfo
 ) -> tuple[PageSet | None, list[str]]:
     """Return what a dump level leaves out; None, with the reason, where that cannot be told."""
     rules = FilterRules(request.dump_level, request.exact)
@@ -284,7 +301,7 @@ def _excluded_pages(
 
 
 def _vmcoreinfo(
-    guest: StoppedGuest, request: DumpRequest, advance: Callable[[int], None]
+    guest: GuestView, request: DumpRequest, advance: Callable[[int], None]
 ) -> tuple[Vmcoreinfo, list[str]]:
     """Return the note that the dump shall have behind those of the vCPUs, and remarks."""
     known = guest.probed.guest_note
@@ -303,7 +320,7 @@ def _vmcoreinfo(
 
 
 def _map_memory(
-    guest: StoppedGuest, request: DumpRequest, vmcoreinfo: bytes
+    guest: GuestView, request: DumpRequest, vmcoreinfo: bytes
 ) -> tuple[list[Segment] | None, list[str]]:
     """Return what the page tables map, and remarks."""
     architecture, native = guest.architecture, request.exact

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
@@ -23,7 +24,28 @@ from qemu_dump_ext.linux.struct_page import parse_struct_page
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.pipeline import populated_ranges
+from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot
+from qemu_dump_ext.qemu.probe import ProbedGuest
+from qemu_dump_ext.structures.dialect import MENDED, Dialect
 from qemu_dump_ext.structures.utsname import UtsName
+
+
+class StandsStill(Protocol):
+    """The time for which a guest does not change."""
+
+    @property
+    def left(self) -> str | None:
+        """What somebody else made of it meanwhile, in which it was left; None: nothing."""
+
+    def seconds(self) -> float:
+        """Return how long it has been."""
+
+    def check(self) -> None:
+        """Raise what has ended it before its time, if anything has.
+
+        Raises:
+            DumpError: What is read of the guest now is worth nothing.
+        """
 
 
 @dataclass(frozen=True)
@@ -50,12 +72,22 @@ class GuestView(ABC):
         core: Form of the headers and notes of its dumps.
         ram_blocks: By ascending gpa.
         vcpus: By ascending cpu_index; empty where their registers are not known.
+        probed: What it is, as QEMU tells, or the dump.
+        pause: For which it stands still.
+        dialect: How dumps of it are spelt, but for those that are to be exact.
+        lacking: What of the guest cannot be had, in words.
+        remarks: What else is to be known of it.
     """
 
     architecture: Architecture
     core: Core
     ram_blocks: Sequence[RamBlock]
     vcpus: Sequence[Vcpu]
+    probed: ProbedGuest
+    pause: StandsStill
+    dialect: Dialect = MENDED
+    lacking: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._found: dict[tuple[str | None, bool], Vmcoreinfo] = {}
@@ -69,6 +101,25 @@ class GuestView(ABC):
         Raises:
             SourceError: It cannot be read.
         """
+
+    @property
+    def passed_over(self) -> Sequence[tuple[str, str]]:
+        """Faster memory sources, and why each was not taken; errors as `memory`."""
+        return ()
+
+    def complete(self, snapshot: GuestSnapshot) -> GuestSnapshot:
+        """Return what a dump is planned from, with what only this kind of guest knows."""
+        return snapshot
+
+    def differences(self, plan: DumpPlan, dump_format: str) -> Sequence[str] | None:
+        """Say how a dump differs from the one that the guest is in; None: it is in none.
+
+        Args:
+            plan: Of the dump.
+            dump_format: Name of its format.
+        """
+        del plan, dump_format
+        return None
 
     @abstractmethod
     def _known_vmcoreinfo(self) -> Vmcoreinfo | None:

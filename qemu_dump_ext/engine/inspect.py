@@ -17,7 +17,7 @@ _QEMU_NOTE_HEAD = 8
 
 def describe(file: str, dump: DumpFile) -> dict[str, Any]:
     """Return what `--json` prints, see above."""
-    problems = list(dump.image.problems)
+    problems = [problem for part in dump.files for problem in part.image.problems]
     facts: dict[str, Any] = {
         "file": file,
         "format": dump.format,
@@ -27,7 +27,7 @@ def describe(file: str, dump: DumpFile) -> dict[str, Any]:
         "header": dict(dump.header),
     }
     parts: dict[str, Callable[[], Any]] = {
-        **reader_of(dump).describe(dump),
+        **reader_of(dump).describe(dump.files[0]),
         "notes": lambda: [_describe_note(dump, note) for note in dump.notes],
         "vmcoreinfo": lambda: _describe_vmcoreinfo(dump),
         "memory": lambda: _describe_memory(dump.memory_ranges()),

@@ -27,6 +27,8 @@ class DumpReport:
         native_refusal: Why QEMU's own notes, of which some have more registers, could not be had;
             None where they could, or QEMU has none for the target.
         doubts: What could not be found out, and may be otherwise than in the dump.
+        lacking: What else of the guest could not be had, and is not in the dump.
+        mended: Of a dump that was made of another one: how it differs from that; None of others.
     """
 
     target: str
@@ -41,11 +43,13 @@ class DumpReport:
     remarks: Sequence[str]
     native_refusal: str | None = None
     doubts: Sequence[str] = ()
+    lacking: Sequence[str] = ()
+    mended: Sequence[str] | None = None
 
     @property
     def exit_status(self) -> int:
         """EXIT_SUCCESS, or EXIT_INCOMPLETE where something could not be had."""
-        return EXIT_INCOMPLETE if self.missing or self.doubts else EXIT_SUCCESS
+        return EXIT_INCOMPLETE if self.missing or self.doubts or self.lacking else EXIT_SUCCESS
 
     @property
     def _why_missing(self) -> str:
@@ -59,12 +63,19 @@ class DumpReport:
         rate = self.memory_size / mib / max(self.seconds, 1e-6)
         summary = (
             f"{self.target}: {self.format}, {self.memory_size / mib:.1f} MiB of guest memory in"
-            f" {self.bytes_written / mib:.1f} MiB, {self.seconds:.1f} s ({rate:.0f} MiB/s,"
-            f" memory by {self.memory_source}), guest stopped for {self.stopped_seconds:.1f} s"
+            f" {self.bytes_written / mib:.1f} MiB, {self.seconds:.1f} s ({rate:.0f} MiB/s"
         )
+        if self.mended is None:
+            summary += (
+                f", memory by {self.memory_source}), guest stopped for {self.stopped_seconds:.1f} s"
+            )
+        else:
+            summary += ")"
         lines = [summary]
         lines += [f"{name} was not used: {reason}" for name, reason in self.passed_over]
         lines += self.remarks
+        lines += [f"mended: {difference}" for difference in self.mended or ()]
+        lines += [f"incomplete: {what}" for what in self.lacking]
         lines += [f"uncertain: {doubt}" for doubt in self.doubts]
         lines += [
             f"incomplete: vCPU {index} has zero for {', '.join(names)} in its note {note}:"

@@ -32,12 +32,9 @@ _SEARCH_SECONDS = 10.0
 
 
 class StoppedGuest(GuestView):
-    """A guest that stands still; `stopped_guest` opens one.
+    """A guest that stands still; `stopped_guest` opens one."""
 
-    Attributes:
-        probed: What it is, as QEMU tells.
-        pause: For which it stands still.
-    """
+    pause: Pause
 
     def __init__(
         self,
@@ -67,7 +64,7 @@ class StoppedGuest(GuestView):
         self.ram_blocks = probed.ram_blocks
         self.vcpus = probed.vcpus
         self._access = access
-        self._context = access.source_context(probed.ram_blocks, probed.dumps_forbidden)
+        self._context = access.source_context(probed.ram_blocks)
         self._choice = memory
         self._stack = opened
         self._opened: OpenedMemory | SourceError | None = None

@@ -3,23 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 
-from qemu_dump_ext.architectures import Architecture, Core, all_architectures
+from qemu_dump_ext.architectures import Architecture, Core
 from qemu_dump_ext.dump_readers import DumpFile
+from qemu_dump_ext.engine.differences import differences
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
-from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, UnsupportedTargetError
+from qemu_dump_ext.engine.recognize import MemoryOf, Recognized, notes_of, recognize
+from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.linux.kernel_memory import read_utsname
+from qemu_dump_ext.pages.page_set import PageSet
+from qemu_dump_ext.paging.segments import Segment
+from qemu_dump_ext.plan.plan import DumpPlan, EarlierDump, GuestSnapshot
+from qemu_dump_ext.qemu.probe import ProbedGuest
+from qemu_dump_ext.registers.from_dump_notes import encode_notes
+from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.elf_notes import encode_note
-from qemu_dump_ext.structures.vmcoreinfo import VMCOREINFO_NOTE_NAME
+from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS, UtsName
+from qemu_dump_ext.structures.vmcoreinfo import PAGE_SIZES, VMCOREINFO_NOTE_NAME
 
-_UNKNOWN = "Unknown"
-"""The machine in a kdump by QEMU of all but x86, and since 9.2 of every target."""
 _RANGES_MAX = 1 << 20
 """More than a guest's memory has with every page left out that makedumpfile can leave out."""
+_SHOWN_RANGES = 4
+_4G = 1 << 32
+_NOWHERE = 1 << 66
+
+
+def _bounded(ranges: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return (gpa, size) of some memory.
+
+    Raises:
+        CorruptDumpError: They are more than any guest has.
+    """
+    found = list(islice(ranges, _RANGES_MAX + 1))
+    if len(found) > _RANGES_MAX:
+        raise CorruptDumpError(f"memory in more than {_RANGES_MAX} ranges: no guest has so many")
+    return found
 
 
 class _DumpMemory:
@@ -34,34 +58,47 @@ class _DumpMemory:
 
     def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
         self._dump = dump
-        self._first = 0
-        ranges = list(islice(dump.memory_ranges(), _RANGES_MAX + 1))
-        if len(ranges) > _RANGES_MAX:
-            raise CorruptDumpError(
-                f"memory in more than {_RANGES_MAX} ranges: no guest has so many"
-            )
+        self.first = 0
+        ranges = _bounded(dump.readable_ranges())
         base = dump.phys_base
         if architecture.pfn_from_phys_base and base is not None and ranges:
             # QEMU's own dumps count from 0 nevertheless.
-            self._first = base if ranges[0][0] < base else 0
-        self.blocks = [RamBlock(self._first + gpa, size, "", 0) for gpa, size in ranges]
+            self.first = base if ranges[0][0] < base else 0
+        self.blocks = self.blocks_of(ranges)
+
+    def blocks_of(self, ranges: Iterable[tuple[int, int]]) -> list[RamBlock]:
+        """Return where ranges of the dump are in the guest."""
+        return [RamBlock(self.first + gpa, size, "", 0) for gpa, size in ranges]
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""
         try:
-            self._dump.read_into(gpa - self._first, buffer)
+            self._dump.read_into(gpa - self.first, buffer)
         except CorruptDumpError as error:
             raise GuestMemoryFaultError(gpa, len(buffer), str(error)) from error
 
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return where there may be something else than zeros."""
-        first = self._first
+        first = self.first
         return [
             (start + first, end + first) for start, end in self._dump.populated(gpa - first, size)
         ]
 
     def close(self) -> None:
         """Leave the dump to its owner."""
+
+
+class _NoPause:
+    """Of a guest that is in a file, which does not change."""
+
+    left = None
+
+    def seconds(self) -> float:
+        """It never ran."""
+        return 0.0
+
+    def check(self) -> None:
+        """Nobody can let it run."""
 
 
 class StoredGuest(GuestView):
@@ -71,56 +108,201 @@ class StoredGuest(GuestView):
         dump: Stays its opener's to close.
     """
 
-    def __init__(self, dump: DumpFile, *, search_seconds: float = math.inf) -> None:
+    def __init__(
+        self,
+        dump: DumpFile,
+        *,
+        search_seconds: float = math.inf,
+        target: str | None = None,
+        keep: bool = False,
+    ) -> None:
         """Find out what guest it was.
 
         Args:
             dump: Not used by anyone else meanwhile.
             search_seconds: How long VMCOREINFO may be searched for, where the dump has none.
+            target: Name of the architecture, where the dump does not tell it; None: it does.
+            keep: A dump that is made of it says what this one says, be it right or not.
 
         Raises:
             UnsupportedTargetError: Nothing tells.
+            RequestError: There is no such architecture.
             CorruptDumpError: The dump's headers or notes are damaged.
         """
         super().__init__()
         self.dump = dump
+        self._keep = keep
         self._search_seconds = search_seconds
-        self.architecture, self.core = _architecture_of(dump)
-        self._memory = _DumpMemory(dump, self.architecture)
+        memory_of: MemoryOf = lambda architecture: _DumpMemory(dump, architecture)  # noqa: E731
+        self._notes, self._fault = notes_of(dump)
+        self._recognized = found = recognize(dump, memory_of, target)
+        self.architecture = found.architecture
+        self._memory = _DumpMemory(dump, found.architecture)
         self.ram_blocks = self._memory.blocks
-        self.vcpus = ()
+        self.core = _written_core(found, self.ram_blocks)
+        self.vcpus = found.notes.vcpus
+        self.pause = _NoPause()
+        self.probed = self._probed()
+        self.lacking = self._lacking()
+        if self.left_out:
+            self.remarks = (f"{_in_words(self.left_out)} were left out of the earlier dump",)
+        if keep:
+            self.dialect = replace(
+                MENDED,
+                name="as the earlier dump",
+                vcpus_as_made=True,
+                pfn_from_zero=not self._memory.first,
+            )
 
     @property
     def memory(self) -> GuestMemory:
         """Guest physical memory, as far as it is in the dump."""
         return self._memory
 
+    def _probed(self) -> ProbedGuest:
+        known = self._known_vmcoreinfo()
+        return ProbedGuest(
+            version=(0, 0, 0),
+            architecture=self.architecture,
+            ram_blocks=self.ram_blocks,
+            readable_ranges=[(block.gpa, block.end) for block in self.ram_blocks],
+            vcpus=self.vcpus,
+            guest_note=known.note if known else b"",
+            native_refusal=None,
+        )
+
+    @cached_property
+    def _covered(self) -> list[tuple[int, int]]:
+        return _bounded(self.dump.covered_ranges())
+
+    @cached_property
+    def _stored(self) -> list[tuple[int, int]]:
+        return _bounded(self.dump.stored_ranges())
+
+    @cached_property
+    def left_out(self) -> Sequence[tuple[int, int]]:
+        """First gpa and end of what was left out of the dump on purpose."""
+        return self._in_guest(_without(self._covered, self._stored))
+
+    @cached_property
+    def lost(self) -> Sequence[tuple[int, int]]:
+        """First gpa and end of what the dump is to have, and has not."""
+        return self._in_guest(_without(self._stored, _bounded(self.dump.readable_ranges())))
+
+    def _in_guest(self, ranges: Iterable[tuple[int, int]]) -> Sequence[tuple[int, int]]:
+        first = self._memory.first
+        return [(first + start, first + end) for start, end in ranges]
+
+    def _lacking(self) -> Sequence[str]:
+        """Return what the dump has not."""
+        words = []
+        if self._fault is not None:
+            words.append(f"the notes of the earlier dump are damaged: {self._fault}")
+        if self.lost:
+            words.append(f"{_in_words(self.lost)} are not in the earlier dump: cut off or lost")
+        if not self.vcpus and self._recognized.notes.as_they_are in {None, b""}:
+            words.append("the earlier dump has no registers")
+        return words
+
     def _known_vmcoreinfo(self) -> Vmcoreinfo | None:
-        text = self.dump.vmcoreinfo
+        text: bytes | None = None
+        with suppress(CorruptDumpError):
+            text = self.dump.vmcoreinfo
         if not text:
-            return None
+            descriptors = (
+                note.descriptor for note in self._notes if note.name == VMCOREINFO_NOTE_NAME
+            )
+            text = next(descriptors, b"").partition(b"\0")[0]
+        if not text:
+            return Vmcoreinfo() if self._keep else None
         return Vmcoreinfo(encode_note(VMCOREINFO_NOTE_NAME, 0, text, self.core.byte_order), text)
 
+    def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:
+        """Return what the kernel calls itself, in its memory or else in the dump's header."""
+        told = {name: self.dump.header.get(name, "") for name in UTSNAME_FIELDS}
+        stored = UtsName(**{name: str(value) for name, value in told.items()})
+        if self._keep:
+            return stored
+        found = super().read_utsname(vmcoreinfo)
+        names = {
+            name: getattr(found, name) or getattr(stored, name)
+            for name in UTSNAME_FIELDS
+            if name != "machine"  # in which QEMU has its own name of the target
+        }
+        return UtsName(**names, machine=found.machine)
 
-def _architecture_of(dump: DumpFile) -> tuple[Architecture, Core]:
-    machine = dump.header.get("e_machine", dump.header.get("machine"))
+    def complete(self, snapshot: GuestSnapshot) -> GuestSnapshot:
+        """Return what a dump is planned from, with what the dump says besides."""
+        notes, dump = self._recognized.notes, self.dump
+        of_vcpus = notes.as_they_are
+        if self._keep:
+            of_vcpus = encode_notes(self._notes, dump.byte_order)
+        absent = sorted((*self.left_out, *self.lost))
+        sub_header = getattr(dump.files[0], "sub_header", {})
+        earlier = EarlierDump(
+            core=self._recognized.core if self._keep else self.core,
+            vcpu_notes=of_vcpus,
+            vcpu_count=len(self.vcpus) or sum(note.is_prstatus for note in self._notes),
+            other_notes=b"" if self._keep else notes.others,
+            absent=PageSet(1, absent),
+            dump_level=sub_header.get("dump_level", 0) if self.left_out else 0,
+            phys_base=dump.phys_base,
+            page_size=dump.page_size if dump.page_size in PAGE_SIZES else None,
+            segments=self._kept_segments() if self._keep else None,
+            kept=self._keep,
+        )
+        return replace(
+            snapshot,
+            ram_blocks=self._memory.blocks_of(self._covered),
+            guest_note=b"" if self._keep else snapshot.guest_note,
+            earlier=earlier,
+        )
+
+    def differences(self, plan: DumpPlan, dump_format: str) -> Sequence[str]:
+        """Say how a dump that is made of this one differs from it, besides its format."""
+        return differences(self.dump, self._recognized.core, plan, dump_format)
+
+    def _kept_segments(self) -> Sequence[Segment] | None:
+        segments = getattr(self.dump, "segments", None)
+        if segments is None or self.lost or self.left_out:
+            return None
+        return [Segment(one.p_vaddr, one.p_paddr, one.p_memsz) for one in segments]
+
+
+def _written_core(found: Recognized, blocks: Sequence[RamBlock]) -> Core:
+    """Return the form of a dump that readers want of this guest."""
+    core = found.core
     fitting = [
-        (architecture, core)
-        for architecture in all_architectures().values()
-        for core in architecture.cores
-        if (core.byte_order, core.word_size) == (dump.byte_order, dump.word_size)
-        and architecture.kernel_page_tables is not None
+        one
+        for one in found.architecture.cores
+        if (one.e_machine, one.byte_order) == (core.e_machine, core.byte_order)
+        and not one.of_others
     ]
-    for architecture, core in fitting:
-        if machine in {core.e_machine, core.uname_machine, architecture.qemu_uname_machine} - {
-            _UNKNOWN
-        }:
-            return architecture, core
-    if machine in {_UNKNOWN, ""}:
-        # The kernel's own name is found only where addresses are translated rightly.
-        for architecture, core in fitting:
-            memory = _DumpMemory(dump, architecture)
-            name = read_utsname(memory, architecture, memory.blocks, dump.vmcoreinfo or b"")
-            if name.machine and name.machine == core.uname_machine:
-                return architecture, core
-    raise UnsupportedTargetError(f"the kernel's log of a guest of machine {machine!r} is not read")
+    wide = bool(blocks) and blocks[-1].end > _4G
+    fitting.sort(key=lambda one: (wide and one.word_size < 8, one.word_size != core.word_size))
+    return fitting[0] if fitting else core
+
+
+def _without(
+    some: Iterable[tuple[int, int]], others: Iterable[tuple[int, int]]
+) -> Iterator[tuple[int, int]]:
+    """Yield first and end of what of (first, size) ranges is in none of others; all ascending."""
+    rest = iter(others)
+    taken, taken_end = 0, 0
+    for first, size in some:
+        start, end = first, first + size
+        while start < end:
+            while taken_end <= start:
+                taken, length = next(rest, (_NOWHERE, 1))
+                taken_end = taken + length
+            stop = min(taken, end)
+            if stop > start:
+                yield start, stop
+            start = min(taken_end, end)
+
+
+def _in_words(ranges: Sequence[tuple[int, int]]) -> str:
+    shown = ", ".join(f"{start:#x}-{end - 1:#x}" for start, end in ranges[:_SHOWN_RANGES])
+    more = f" and {len(ranges) - _SHOWN_RANGES} more" if len(ranges) > _SHOWN_RANGES else ""
+    size = sum(end - start for start, end in ranges)
+    return f"{size / (1 << 20):.1f} MiB of guest memory ({shown}{more})"

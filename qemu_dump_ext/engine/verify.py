@@ -25,12 +25,13 @@ def verify_dump(
         CodecUnavailableError: Pages are packed by a codec that cannot be imported.
     """
     report = VerifyReport()
-    for problem in dump.image.problems:
-        report.add_problem(problem)
     with WorkerThreads(workers, "verify") as threads:
         pool = OrderedPool(threads, 2 * workers)
-        try:
-            reader_of(dump).verify(dump, report, pool, progress)
-        except CorruptDumpError as error:
-            report.add_problem(error)
+        for file in dump.files:
+            for problem in file.image.problems:
+                report.add_problem(problem)
+            try:
+                reader_of(file).verify(file, report, pool, progress)
+            except CorruptDumpError as error:
+                report.add_problem(error)
     return report

@@ -78,6 +78,34 @@ class OneLineParser(argparse.ArgumentParser):
 
 def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options that both doors have."""
+    _add_form_arguments(parser)
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="write byte for byte what the attached QEMU would, its known defects included",
+    )
+    _add_content_arguments(parser)
+    _add_guest_arguments(parser)
+    _add_report_arguments(parser)
+
+
+def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of a dump that is made of another one.
+
+    What concerns a guest that runs is as where nobody asks for it.
+    """
+    every = argparse.ArgumentParser(add_help=False)
+    add_dump_arguments(every)
+    parser.set_defaults(
+        bounds=[],
+        **{action.dest: action.default for action in every._actions},  # noqa: SLF001
+    )
+    _add_form_arguments(parser)
+    _add_content_arguments(parser)
+    _add_report_arguments(parser)
+
+
+def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "-p",
         dest="paging",
@@ -126,11 +154,9 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         help="guest physical memory to dump, as BEGIN LENGTH behind FILE, but also for a kdump:"
         " the pages that the range touches",
     )
-    parser.add_argument(
-        "--exact",
-        action="store_true",
-        help="write byte for byte what the attached QEMU would, its known defects included",
-    )
+
+
+def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     kernel = parser.add_mutually_exclusive_group()
     kernel.add_argument(
         "--no-vmcoreinfo",
@@ -178,6 +204,9 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="leave holes for zeros in an ELF file (default), or write them",
     )
+
+
+def _add_guest_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--snapshot",
         action="store_true",
@@ -185,7 +214,7 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-pause",
-        type=_seconds,
+        type=positive_seconds,
         metavar="SECONDS",
         help="give the dump up when the guest has stood still for so long",
     )
@@ -198,6 +227,9 @@ def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--qmp", metavar="SOCKET", help="the QMP socket of the guest: unix path or HOST:PORT"
     )
+
+
+def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace FILE if it exists")
     parser.add_argument("--json", action="store_true", help="print the report as one line of JSON")
     parser.add_argument(
@@ -228,10 +260,16 @@ def parse_dump_arguments(
     Raises:
         RequestError: The options contradict each other or are unknown.
     """
-    return parser.parse_intermixed_args(_with_explicit_codec(words))
+    return parser.parse_intermixed_args(with_explicit_codec(words))
 
 
-def _with_explicit_codec(words: Sequence[str]) -> list[str]:
+def with_explicit_codec(words: Sequence[str], files: int = 1) -> list[str]:
+    """Return the words with a codec behind each -z, as argparse wants it.
+
+    Args:
+        words: Of a command line.
+        files: How many words that are no options name files.
+    """
     # `-z out.kdump` names a file, `-z lzo out.kdump` a codec and a file. A word of no codec with
     # another word behind it is a misspelt codec, and argparse says which there are.
     explicit: list[str] = []
@@ -243,8 +281,8 @@ def _with_explicit_codec(words: Sequence[str]) -> list[str]:
         following = words[index + 1] if index + 1 < len(words) else ""
         plain = [later for later in rest if later == "-" or later[:1] != "-"]
         misspelt = (
-            len(plain) > 1
-            and not is_expression(plain[1])  # BEGIN behind FILE
+            len(plain) > files
+            and not is_expression(plain[files])  # BEGIN behind FILE
             and following[:1] != "-"
             and following in rest
         )
@@ -371,7 +409,12 @@ def _positive(word: str) -> int:
     return int(word)
 
 
-def _seconds(word: str) -> float:
+def positive_seconds(word: str) -> float:
+    """Return the seconds that a word asks for.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no number above 0.
+    """
     try:
         seconds = float(word)
     except ValueError:

@@ -38,6 +38,21 @@ class PageSet:
         whole = ((-(-first // ratio), end // ratio) for first, end in self.ranges)
         return PageSet(page_size, tuple((first, end) for first, end in whole if first < end))
 
+    def touched(self, page_size: int) -> PageSet:
+        """Return the larger pages of which a part is in the set.
+
+        Args:
+            page_size: In bytes, a multiple of the set's.
+        """
+        ratio = page_size // self.page_size
+        merged: list[tuple[int, int]] = []
+        for first, end in self.ranges:
+            low, high = first // ratio, -(-end // ratio)
+            if merged and low <= merged[-1][1]:
+                low = merged.pop()[0]
+            merged.append((low, high))
+        return PageSet(page_size, tuple(merged))
+
     def cut_from(self, blocks: Sequence[RamBlock]) -> list[RamBlock]:
         """Return what of RAM blocks lies on no page of the set.
 

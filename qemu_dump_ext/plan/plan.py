@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qemu_dump_ext.architectures import Architecture, Core, phys_base
 from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError
@@ -18,7 +18,7 @@ from qemu_dump_ext.paging.segments import (
 )
 from qemu_dump_ext.plan.ranges import blocks_within, filter_native
 from qemu_dump_ext.plan.request import ZERO, DumpRequest
-from qemu_dump_ext.registers.notes import KERNEL_GS_BASE, encode_vcpu_notes
+from qemu_dump_ext.registers.notes import EncodedNotes, encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes
 from qemu_dump_ext.structures.utsname import UtsName
@@ -28,6 +28,36 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
+
+
+@dataclass(frozen=True)
+class EarlierDump:
+    """What an earlier dump of the guest says, of which a dump is made.
+
+    Attributes:
+        core: Form of the dump that is to be made of it.
+        vcpu_notes: Notes that say of the vCPUs what registers do not; None: registers say it all.
+        vcpu_count: Number of vCPUs.
+        other_notes: Notes of neither vCPUs nor the kernel.
+        absent: Bytes that the guest had and the earlier dump has not, as a set of pages of one
+            byte; what touches them is left out.
+        dump_level: Which pages it has left out.
+        phys_base: As it says it; None: it does not.
+        page_size: As it says it; None: it does not.
+        segments: The PT_LOADs of a core that is to be kept as it is; None: others are made.
+        kept: What it says of the kernel counts, be it right or not.
+    """
+
+    core: Core
+    vcpu_notes: bytes | None
+    vcpu_count: int
+    other_notes: bytes
+    absent: PageSet
+    dump_level: int = 0
+    phys_base: int | None = None
+    page_size: int | None = None
+    segments: Sequence[Segment] | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +75,7 @@ class GuestSnapshot:
         mappings: What the page tables map, as `collect_mappings` returns it; None where paging
             was not asked for, or no vCPU uses it.
         excluded: Pages that stay out of the dump; None: none was looked for.
+        earlier: The dump that all this comes from; None: it comes from the guest itself.
     """
 
     architecture: Architecture
@@ -55,6 +86,7 @@ class GuestSnapshot:
     machine: str = ""
     mappings: Sequence[Segment] | None = None
     excluded: PageSet | None = None
+    earlier: EarlierDump | None = None
 
 
 @dataclass(frozen=True)
@@ -121,29 +153,18 @@ def make_plan(
     """
     request = request or DumpRequest()
     architecture = snapshot.architecture
-    if not snapshot.vcpus or not snapshot.ram_blocks:
+    earlier = snapshot.earlier
+    if not snapshot.ram_blocks or not (snapshot.vcpus or earlier):
         raise RequestError(
             "dump: no guest memory to dump",
             hint="QEMU dumps the address space of the machine, which has no RAM or no vCPU here",
         )
-    core = architecture.select_core(snapshot.vcpus, snapshot.ram_blocks, dialect, snapshot.machine)
-    vcpus: Sequence[Vcpu] = snapshot.vcpus
-    remarks: list[str] = []
-    if not dialect.vcpus_as_made:
-        vcpus, remarks = _as_the_kernel_counts(architecture, vcpus)
-    kernel_gs_base, more = _has_kernel_gs_base(core, dialect, vcpus)
-    remarks += more
-    encoded = encode_vcpu_notes(architecture, core, vcpus, kernel_gs_base=kernel_gs_base)
-    if dialect.notes_of_one_size and len(set(encoded.sizes.values())) > 1:
-        raise NotDumpedByQemuError(
-            "dump: failed to write elf notes",
-            hint=f"{dialect.name} does not dump vCPUs of different kinds; without --exact we do",
-        )
-    notes = encoded.data + snapshot.guest_note
+    core, encoded, remarks = _vcpu_notes(snapshot, dialect)
+    notes = encoded.data + snapshot.guest_note + (earlier.other_notes if earlier else b"")
     span = None
-    for note in whole_notes(snapshot.guest_note, core.byte_order):
+    for note in whole_notes(notes, core.byte_order):
         if note.name == VMCOREINFO_NOTE_NAME:
-            span = len(encoded.data) + note.descriptor_offset, len(note.descriptor)
+            span = note.descriptor_offset, len(note.descriptor)
     text = notes[span[0] : sum(span)] if span else b""
     page_size = _page_size(snapshot, dialect, text)
     covered = select_blocks(snapshot.ram_blocks, dialect, request, page_size if whole_pages else 1)
@@ -151,6 +172,9 @@ def make_plan(
     if snapshot.excluded is not None:
         granule = page_size if whole_pages else snapshot.excluded.page_size
         blocks = snapshot.excluded.in_pages_of(granule).cut_from(covered)
+    left = sum(block.size for block in blocks)
+    if earlier is not None:
+        blocks = earlier.absent.touched(page_size if whole_pages else 1).cut_from(blocks)
     if not blocks:
         raise RequestError("all pages of this memory are left out: there is nothing to dump")
     segments = _plan_segments(snapshot, dialect, request, blocks)
@@ -159,7 +183,7 @@ def make_plan(
             "pages of zeros are not in the dump: crash opens it with --zero_excluded only"
         )
     if snapshot.excluded is not None:
-        left, all_ = (sum(block.size for block in some) for some in (blocks, covered))
+        all_ = sum(block.size for block in covered)
         remarks.append(
             f"dump level {request.dump_level}: {(all_ - left) / (1 << 20):.1f} of"
             f" {all_ / (1 << 20):.1f} MiB of guest memory were left out"
@@ -174,20 +198,18 @@ def make_plan(
             f"{overlap / (1 << 20):.1f} MiB of virtual addresses are mapped differently by several"
             " page tables: they have a segment for each, of which readers take one"
         )
-    base = phys_base(architecture, text, is_hex=dialect.phys_base_is_hex)
-    if base is None:
-        base = snapshot.ram_blocks[0].gpa if architecture.phys_base_is_lowest else 0
+    base = _phys_base(snapshot, dialect, text)
     relative = architecture.pfn_from_phys_base and not dialect.pfn_from_zero
     return DumpPlan(
         core=core,
         dialect=dialect,
         ram_blocks=tuple(blocks),
         covered_blocks=tuple(covered),
-        dump_level=_level_of(request, snapshot),
+        dump_level=_level_of(request, snapshot) | (earlier.dump_level if earlier else 0),
         segments=tuple(segments),
         notes=notes,
         vmcoreinfo_span=span,
-        vcpu_count=len(snapshot.vcpus),
+        vcpu_count=earlier.vcpu_count if earlier else len(snapshot.vcpus),
         page_size=page_size,
         phys_base=base,
         utsname=_utsname(snapshot, core, dialect, text),
@@ -200,6 +222,29 @@ def make_plan(
 def _level_of(request: DumpRequest, snapshot: GuestSnapshot) -> int:
     level = request.dump_level if snapshot.excluded is not None else request.dump_level & ZERO
     return level | ZERO if request.omit_zero else level
+
+
+def _vcpu_notes(snapshot: GuestSnapshot, dialect: Dialect) -> tuple[Core, EncodedNotes, list[str]]:
+    """Return the form of the dump, the notes of the vCPUs, and remarks."""
+    architecture, earlier = snapshot.architecture, snapshot.earlier
+    if earlier is not None and earlier.vcpu_notes is not None:
+        return earlier.core, EncodedNotes(earlier.vcpu_notes, {}, {}), []
+    vcpus: Sequence[Vcpu] = snapshot.vcpus
+    core = (
+        earlier.core
+        if earlier is not None
+        else architecture.select_core(vcpus, snapshot.ram_blocks, dialect, snapshot.machine)
+    )
+    remarks: list[str] = []
+    if not dialect.vcpus_as_made:
+        vcpus, remarks = _as_the_kernel_counts(architecture, vcpus)
+    encoded = encode_vcpu_notes(architecture, core, vcpus, kernel_gs_base=dialect.kernel_gs_base)
+    if dialect.notes_of_one_size and len(set(encoded.sizes.values())) > 1:
+        raise NotDumpedByQemuError(
+            "dump: failed to write elf notes",
+            hint=f"{dialect.name} does not dump vCPUs of different kinds; without --exact we do",
+        )
+    return core, encoded, remarks
 
 
 def _as_the_kernel_counts(
@@ -222,25 +267,17 @@ def _as_the_kernel_counts(
     return vcpus, [f"{told}, and so are the notes: the kernel may count them otherwise"]
 
 
-def _has_kernel_gs_base(
-    core: Core, dialect: Dialect, vcpus: Sequence[Vcpu]
-) -> tuple[bool, list[str]]:
-    """Tell whether the note `QEMU` has that register, and return remarks."""
-    is_there = any(layout.owner == "QEMU" for layout in core.notes)
-    if dialect.kernel_gs_base != "known" or not is_there:
-        return dialect.kernel_gs_base != "never", []
-    if all(KERNEL_GS_BASE in vcpu.registers for vcpu in vcpus):
-        return True, []
-    shorter = "the notes named QEMU end before it, as they did until QEMU 3.0"
-    return False, [f"{KERNEL_GS_BASE} is not known: {shorter}"]
-
-
 def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> int:
-    architecture = snapshot.architecture
+    architecture, earlier = snapshot.architecture, snapshot.earlier
+    stored = earlier.page_size if earlier else None
+    if stored is not None and earlier is not None and earlier.kept:
+        return stored
     if not dialect.fixed_page_size:
         told = vmcoreinfo_number(vmcoreinfo, "PAGESIZE")
         if told in PAGE_SIZES:
             return told
+    if stored is not None:
+        return stored
     return next(
         (
             size
@@ -249,6 +286,19 @@ def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> 
         ),
         architecture.page_size,
     )
+
+
+def _phys_base(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> int:
+    architecture, earlier = snapshot.architecture, snapshot.earlier
+    stored = earlier.phys_base if earlier else None
+    if stored is not None and earlier is not None and earlier.kept:
+        return stored
+    told = phys_base(architecture, vmcoreinfo, is_hex=dialect.phys_base_is_hex)
+    if told is None:
+        told = stored
+    if told is None:
+        told = snapshot.ram_blocks[0].gpa if architecture.phys_base_is_lowest else 0
+    return told
 
 
 def select_blocks(
@@ -273,6 +323,9 @@ def select_blocks(
 def _plan_segments(
     snapshot: GuestSnapshot, dialect: Dialect, request: DumpRequest, blocks: Sequence[RamBlock]
 ) -> list[Segment]:
+    earlier = snapshot.earlier
+    if earlier and earlier.segments and not request.paging and request.memory_range is None:
+        return list(earlier.segments)
     if not request.paging:
         return [
             Segment(block.gpa if dialect.vaddr_is_paddr else 0, block.gpa, block.size)
@@ -296,6 +349,8 @@ def _utsname(snapshot: GuestSnapshot, core: Core, dialect: Dialect, vmcoreinfo: 
     if dialect.utsname == "target":
         return UtsName(machine=snapshot.architecture.qemu_uname_machine)
     known = snapshot.utsname
+    if snapshot.earlier is not None and snapshot.earlier.kept:
+        return replace(known, machine=known.machine or core.uname_machine)
     # libkdumpfile takes a header for one of Linux only if none of these is empty.
     return UtsName(
         sysname=known.sysname or "Linux",

@@ -42,7 +42,7 @@ def test_examples_of_the_page(bare_machine, tmp_path, monkeypatch, capsys):
     assert "vm.elf exists" in shown
     assert (tmp_path / "from-a-thread.elf").read_bytes()[:4] == b"\x7fELF"
     assert {path.name for path in tmp_path.iterdir()} == {
-        *("vm.kdump", "vm.elf", "vm.gz", "from-a-thread.elf", "crashes"),
+        *("vm.kdump", "vm.elf", "vm-of-elf.kdump", "vm.gz", "from-a-thread.elf", "crashes"),
     }
 
 

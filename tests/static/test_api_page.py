@@ -44,5 +44,5 @@ def test_names_are_imported_when_they_are_used():
 
 
 def test_a_name_that_is_not_there():
-    with pytest.raises(AttributeError, match="no attribute 'convert'"):
-        qd.convert  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'revert'"):
+        qd.revert  # noqa: B018

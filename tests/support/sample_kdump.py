@@ -108,10 +108,11 @@ def make_kdump(
     return SampleKdump(data + body, 2 * BLOCK, bitmap_size, descriptors, page_data)
 
 
-def flatten(data: bytes | bytearray, *, chunk: int = 3000) -> bytes:
-    """Return `data` as a flattened stream, second half first."""
+def flatten(data: bytes | bytearray, *, chunk: int = 3000, in_order: bool = False) -> bytes:
+    """Return `data` as a flattened stream, second half first or in order."""
     starts = list(range(0, len(data), chunk))
-    chunks = starts[len(starts) // 2 :] + starts[: len(starts) // 2]
+    first = 0 if in_order else len(starts) // 2
+    chunks = starts[first:] + starts[:first]
     parts = (data[start : start + chunk] for start in chunks)
     return (
         FLAT_HEAD

@@ -50,14 +50,38 @@ function _shtab_qemu_dump_using
   test "$_shtab_qemu_dump_cmdpath" = "$argv"
 end
 
-set -g _shtab_qemu_dump_commands dmesg gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --fill --gdb --kernel --memory --qmp --search-seconds --smp
+set -g _shtab_qemu_dump_commands convert dmesg gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect targets verify
+set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --memory --part --progress --qmp --range --search-seconds --smp --target --threads -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
 
 complete -c qemu-dump -n _shtab_qemu_dump_using -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n _shtab_qemu_dump_using -l version -d 'show the version and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a convert -d 'make another dump of a dump: in another format, with less in it, mended'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile --split wrote, once for each'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l keep -d 'mend nothing: notes, names and addresses are as the earlier dump has them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l target -xka "aarch64 alpha arm hppa i386 loongarch64 m68k microblaze microblazeel mips mips64 mips64el mipsel or1k ppc ppc64 riscv32 riscv64 s390x sh4 sh4eb sparc sparc64 x86_64 xtensa xtensaeb" -d 'the guest'"'"'s target by its name in QEMU, where nothing in the dump tells it'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l search-seconds -x -d 'how long to search memory for the kernel'"'"'s VMCOREINFO where the dump has none; default: 60'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s p -d 'write an ELF core with one segment for each range that the vCPUs'"'"' page tables map, at its virtual address'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s z -xka "lzo snappy zlib zstd none" -d 'write a kdump, packed by this codec; without a word behind it: zlib'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s l -d 'write a kdump, pages packed by lzo'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s s -d 'write a kdump, pages packed by snappy'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none" -d 'format of the dump by its name in QMP: elf, kdump-lzo, kdump-raw-lzo, kdump-snappy, kdump-raw-snappy, kdump-zlib, kdump-raw-zlib, kdump-zstd, kdump-raw-zstd, kdump-none, kdump-raw-none'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s R -d 'write a kdump as it is, not as makedumpfile'"'"'s flattened stream; to a seekable file'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l range -x -d 'guest physical memory to dump, as BEGIN LENGTH behind FILE, but also for a kdump: the pages that the range touches'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l no-vmcoreinfo -d 'leave out the note in which a Linux kernel tells readers about itself; without a vmcoreinfo device it is looked for in guest memory'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l kernel -x -d 'take the note of this kernel (as '"'"'uname -r'"'"' prints it, or the note'"'"'s address as 0x...) where guest memory has those of several'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l level -x -d 'the level of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l threads -x -d 'how many compress at the same time; default: all CPUs'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l dump-level -x -d 'leave out pages that nobody will look for, as makedumpfile numbers them: the sum of 1 (zeros), 2 (cache), 4 (cache with private data), 8 (user) and 16 (free); 31 is all; with ! rather no dump than one of all pages where they cannot be told apart'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l omit-zero -d 'leave pages of zeros out of a kdump, where they otherwise share one page: crash then opens it with --zero_excluded only'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file (default), or write them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l force -d 'replace FILE if it exists'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l json -d 'print the report as one line of JSON'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l progress -xka "auto always never" -d 'show progress; auto: where somebody watches'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert; and test $_shtab_qemu_dump_npos -eq 1' -ka "(__fish_complete_path (commandline -ct))" -d 'PATH, file:PATH, fd:N (an open descriptor), '"'"'|COMMAND'"'"', or - for standard output'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dmesg -d 'show the guest kernel'"'"'s log'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'QMP socket of a live guest, which is stopped meanwhile'
@@ -97,7 +121,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l json -d 'answer as one
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a inspect -d 'show what is in a dump: headers, notes, memory, how pages are stored'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l json -d 'print one JSON object'
-complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF, kdump, also flattened, or a migration stream'
+complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF or kdump, also flattened'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a targets -d 'show which targets can be dumped'
 complete -c qemu-dump -n '_shtab_qemu_dump_using targets' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a verify -d 'read a whole dump and find damage in it'

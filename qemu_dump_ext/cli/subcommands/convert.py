@@ -1,0 +1,83 @@
+"""`qemu-dump convert`: make of a dump that exists the dump that a reader wants."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.cli.dump_command import (
+    STANDARD_OUTPUT,
+    check_outputs,
+    progress_of,
+    show_report,
+)
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.engine.convert import SEARCH_SECONDS, convert
+from qemu_dump_ext.options.dump_options import (
+    add_convert_arguments,
+    positive_seconds,
+    request_of,
+    with_explicit_codec,
+)
+from qemu_dump_ext.sinks import open_sink, target_forms
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="IN", help="a dump; told by what is in it")
+    parser.add_argument("file", metavar="FILE", help=f"{target_forms()}, or - for standard output")
+    parser.add_argument(
+        "--part",
+        dest="parts",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="another file of a dump that makedumpfile --split wrote, once for each",
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="mend nothing: notes, names and addresses are as the earlier dump has them",
+    )
+    parser.add_argument(
+        "--target",
+        choices=tuple(all_architectures()),
+        metavar="NAME",
+        help="the guest's target by its name in QEMU, where nothing in the dump tells it",
+    )
+    parser.add_argument(
+        "--search-seconds",
+        type=positive_seconds,
+        default=SEARCH_SECONDS,
+        metavar="N",
+        help="how long to search memory for the kernel's VMCOREINFO where the dump has none;"
+        f" default: {SEARCH_SECONDS:g}",
+    )
+    add_convert_arguments(parser)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    check_outputs(arguments)
+    request = request_of(arguments)
+    sink = open_sink(arguments.file, force=arguments.force, standard_output=STANDARD_OUTPUT)
+    with open_dump(arguments.source, *arguments.parts) as dump, sink:
+        report = convert(
+            request,
+            dump,
+            sink,
+            progress=progress_of(arguments),
+            target=arguments.target,
+            keep=arguments.keep,
+            search_seconds=arguments.search_seconds,
+        )
+    return show_report(arguments, report, sink)
+
+
+COMMAND = Subcommand(
+    name="convert",
+    help="make another dump of a dump: in another format, with less in it, mended",
+    add_arguments=_add_arguments,
+    run=_run,
+    spell_out=partial(with_explicit_codec, files=2),
+)
