@@ -12,7 +12,7 @@ from qemu_dump_ext.architectures import Architecture
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.struct_page import StructPage
-from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.vmcoreinfo import VmcoreinfoNumbers
 
 _PRESENT = 1
 _SECTION_STATE_BITS_OF_MAKEDUMPFILE = 5
@@ -73,7 +73,7 @@ def find_mem_map(
         SourceError: VMCOREINFO tells of no memory model, or what it tells leads nowhere.
     """
     end_pfn = min(end_pfn, _PFNS_MAX)
-    info = _Numbers(vmcoreinfo)
+    info = VmcoreinfoNumbers(vmcoreinfo)
     if info.get("SIZE(mem_section)") and info.get("SYMBOL(mem_section)") is not None:
         sections = _Sections(info, architecture, layout, kernel, end_pfn, exact=exact)
         runs = sections.runs()
@@ -84,22 +84,8 @@ def find_mem_map(
     return runs
 
 
-class _Numbers:
-    def __init__(self, text: bytes) -> None:
-        self._text = text
-
-    def get(self, key: str) -> int | None:
-        return vmcoreinfo_number(self._text, key, 16 if key.startswith("SYMBOL(") else 0)
-
-    def needed(self, key: str) -> int:
-        value = self.get(key)
-        if value is None:
-            raise SourceError(f"VMCOREINFO lacks {key}")
-        return value
-
-
 def _flat(
-    info: _Numbers, layout: StructPage, kernel: KernelMemory, end_pfn: int
+    info: VmcoreinfoNumbers, layout: StructPage, kernel: KernelMemory, end_pfn: int
 ) -> list[MemMapRun]:
     node = info.get("SYMBOL(contig_page_data)")
     if node is None:
@@ -121,7 +107,7 @@ class _Sections:
 
     def __init__(
         self,
-        info: _Numbers,
+        info: VmcoreinfoNumbers,
         architecture: Architecture,
         layout: StructPage,
         kernel: KernelMemory,
@@ -149,7 +135,7 @@ class _Sections:
             state_bits = _SECTION_STATE_BITS_OF_MAKEDUMPFILE
         self._address_mask = ((1 << 8 * layout.word_size) - 1) & ~((1 << state_bits) - 1)
 
-    def _has_roots(self, info: _Numbers, bits: int) -> bool:
+    def _has_roots(self, info: VmcoreinfoNumbers, bits: int) -> bool:
         length, reach = info.get("LENGTH(mem_section)"), info.get("NUMBER(MAX_PHYSMEM_BITS)")
         if length is None:
             return True

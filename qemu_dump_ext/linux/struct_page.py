@@ -16,8 +16,8 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import U32_MAX, ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import (
     PAGE_SIZES,
+    VmcoreinfoNumbers,
     kernel_word_size,
-    vmcoreinfo_number,
     vmcoreinfo_value,
 )
 
@@ -122,8 +122,10 @@ def parse_struct_page(vmcoreinfo: bytes, byte_order: ByteOrder, level: int) -> S
         raise SourceError(
             f"VMCOREINFO makes no sense: pages of {page_size}, struct pages of {size} bytes"
         )
-    info.require(level)
-    order, destructor, hugetlb_bit, hugetlb_destructor = _second_page(info, size, word)
+    _require(info, level)
+    order, destructor, hugetlb_bit, hugetlb_destructor = _second_page(
+        info, size, word, width=1 if _version(vmcoreinfo) >= _BYTES_SINCE else 2
+    )
     return StructPage(
         page_size=page_size,
         size=size,
@@ -142,7 +144,7 @@ def parse_struct_page(vmcoreinfo: bytes, byte_order: ByteOrder, level: int) -> S
         swapcache=_swapcache(info, word),
         slab_bit=info.bit("PG_slab", word),
         hwpoison=info.bit("PG_hwpoison", word),
-        head=(info.number("NUMBER(PG_head_mask)") or 0) & (1 << 8 * word) - 1,
+        head=(info.get("NUMBER(PG_head_mask)") or 0) & (1 << 8 * word) - 1,
         hugetlb_bit=hugetlb_bit,
         hugetlb_destructor=hugetlb_destructor,
         buddy=info.page_type("BUDDY"),
@@ -150,42 +152,14 @@ def parse_struct_page(vmcoreinfo: bytes, byte_order: ByteOrder, level: int) -> S
         unaccepted=info.page_type("UNACCEPTED"),
         slab_type=info.page_type("SLAB"),
         hugetlb_type=info.page_type("HUGETLB"),
-        free_orders=min(max(info.number("LENGTH(zone.free_area)") or 0, 0), _MOST_ORDERS),
+        free_orders=min(max(info.get("LENGTH(zone.free_area)") or 0, 0), _MOST_ORDERS),
     )
 
 
-class _Entries:
-    # VMCOREINFO by entries.
-    def __init__(self, text: bytes) -> None:
-        self._text = text
-
-    def number(self, key: str) -> int | None:
-        return vmcoreinfo_number(self._text, key)
-
-    def needed(self, key: str) -> int:
-        value = self.number(key)
-        if value is None:
-            raise SourceError(f"VMCOREINFO lacks {key}")
-        return value
-
-    def require(self, level: int) -> None:
-        # A kernel that changed more than this reader knows must not lose what readers need.
-        if level & 0b1110:
-            self._one_of("OFFSET(page.compound_head)", "OFFSET(page.compound_info)")
-            self._one_of("NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)", "NUMBER(PG_slab)")
-            self._one_of("NUMBER(PG_lru)")
-            self._one_of("NUMBER(PG_head_mask)")
-        if level & 0b10000:
-            self._one_of("NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)")
-            self._one_of("OFFSET(page.private)")
-            self._one_of("LENGTH(zone.free_area)")
-
-    def _one_of(self, *keys: str) -> None:
-        if all(self.number(key) is None for key in keys):
-            raise SourceError(f"VMCOREINFO lacks {' and '.join(keys)}")
-
+class _Entries(VmcoreinfoNumbers):
+    # What VMCOREINFO says of struct page.
     def field_or_none(self, name: str, width: int, size: int) -> Field | None:
-        offset = self.number(f"OFFSET({name})")
+        offset = self.get(f"OFFSET({name})")
         if offset is None:
             return None
         if not 0 <= offset <= size - width:
@@ -199,17 +173,31 @@ class _Entries:
         return found
 
     def bit(self, name: str, word: int) -> int:
-        number = self.number(f"NUMBER({name})")
+        number = self.get(f"NUMBER({name})")
         return 1 << number if number is not None and 0 <= number < 8 * word else 0
 
     def page_type(self, name: str) -> int | None:
-        value = self.number(f"NUMBER(PAGE_{name}_MAPCOUNT_VALUE)")
+        value = self.get(f"NUMBER(PAGE_{name}_MAPCOUNT_VALUE)")
         return None if value is None else value & U32_MAX
 
-    def version(self) -> tuple[int, int]:
-        release = vmcoreinfo_value(self._text, "OSRELEASE") or ""
-        found = re.match(r"(\d{1,4})\.(\d{1,4})", release)
-        return (int(found[1]), int(found[2])) if found else (0, 0)
+
+def _require(info: VmcoreinfoNumbers, level: int) -> None:
+    # A kernel that changed more than this reader knows must not lose what readers need.
+    if level & 0b1110:
+        info.require("OFFSET(page.compound_head)", "OFFSET(page.compound_info)")
+        info.require("NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)", "NUMBER(PG_slab)")
+        info.require("NUMBER(PG_lru)")
+        info.require("NUMBER(PG_head_mask)")
+    if level & 0b10000:
+        info.require("NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)")
+        info.require("OFFSET(page.private)")
+        info.require("LENGTH(zone.free_area)")
+
+
+def _version(vmcoreinfo: bytes) -> tuple[int, int]:
+    release = vmcoreinfo_value(vmcoreinfo, "OSRELEASE") or ""
+    found = re.match(r"(\d{1,4})\.(\d{1,4})", release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def _swapcache(info: _Entries, word: int) -> int:
@@ -224,24 +212,23 @@ def _swapcache(info: _Entries, word: int) -> int:
 
 
 def _second_page(
-    info: _Entries, size: int, word: int
+    info: _Entries, size: int, word: int, *, width: int
 ) -> tuple[Field | None, Field | None, int, int | None]:
     """Return order, destructor, bit and value of hugetlb in a compound page's second struct."""
-    if info.page_type("HUGETLB") is not None or info.number("NUMBER(PG_hugetlb)") is not None:
+    if info.page_type("HUGETLB") is not None or info.get("NUMBER(PG_hugetlb)") is not None:
         flags = info.field("page.flags", word, size)
         return flags, None, info.bit("PG_hugetlb", word), None
-    width = 1 if info.version() >= _BYTES_SINCE else 2
-    of_folio = info.number("OFFSET(folio._folio_order)")
+    of_folio = info.get("OFFSET(folio._folio_order)")
     if of_folio is not None:
-        of_dtor = info.number("OFFSET(folio._folio_dtor)")
+        of_dtor = info.get("OFFSET(folio._folio_dtor)")
         offsets = of_folio - size, None if of_dtor is None else of_dtor - size
     else:
-        of_page = info.number("OFFSET(page.compound_order)")
+        of_page = info.get("OFFSET(page.compound_order)")
         if of_page is None:
             return None, None, 0, None
-        offsets = of_page, info.number("OFFSET(page.compound_dtor)")
+        offsets = of_page, info.get("OFFSET(page.compound_dtor)")
     order, destructor = (
         Field(offset, width) if offset is not None and 0 <= offset <= size - width else None
         for offset in offsets
     )
-    return order, destructor, 0, info.number("NUMBER(HUGETLB_PAGE_DTOR)")
+    return order, destructor, 0, info.get("NUMBER(HUGETLB_PAGE_DTOR)")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 
+from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.untrusted import parse_unsigned
 
@@ -38,6 +39,38 @@ def vmcoreinfo_number(text: bytes, key: str, base: int = 0) -> int | None:
     digits = value.removeprefix("-")
     number = parse_unsigned(digits, base or (16 if digits[:2] in {"0x", "0X"} else 10))
     return -number if number is not None and digits != value else number
+
+
+class VmcoreinfoNumbers:
+    """The numbers in a VMCOREINFO by their keys; those of symbols are in base 16."""
+
+    def __init__(self, text: bytes) -> None:
+        """Keep the text, which is untrusted."""
+        self._text = text
+
+    def get(self, key: str) -> int | None:
+        """Return a number, or None where there is none."""
+        return vmcoreinfo_number(self._text, key, 16 if key.startswith("SYMBOL(") else 0)
+
+    def needed(self, key: str) -> int:
+        """Return a number.
+
+        Raises:
+            SourceError: There is none.
+        """
+        value = self.get(key)
+        if value is None:
+            raise SourceError(f"VMCOREINFO lacks {key}")
+        return value
+
+    def require(self, *keys: str) -> None:
+        """Check that there is one of several numbers, of which each kernel has another.
+
+        Raises:
+            SourceError: There is none of them.
+        """
+        if all(self.get(key) is None for key in keys):
+            raise SourceError(f"VMCOREINFO lacks {' and '.join(keys)}")
 
 
 def kernel_word_size(text: bytes) -> int:
