@@ -25,6 +25,7 @@ _OUR_HELP = (
     "-z {codecs}: kdump-compressed with that codec",
     "--mended: as readers want it, instead of byte for byte as QEMU writes it",
     "--dump-level N: leave out pages as makedumpfile -d N does",
+    "--mini, --mini=smallest: what triage needs, in a small kdump",
     "--snapshot: copy guest memory, let the guest run, write the copy",
     "--memory NAME: where guest memory comes from",
     "--native: QEMU's own dump-guest-memory",

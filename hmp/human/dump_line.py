@@ -13,7 +13,13 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 
-from qemu_dump_ext.options.dump_options import NO_DUMP_LEVEL, DumpLevel, parse_dump_level
+from qemu_dump_ext.options.dump_options import (
+    DEFAULT_CODEC,
+    NO_DUMP_LEVEL,
+    DumpLevel,
+    parse_dump_level,
+)
+from qemu_dump_ext.plan.request import MINI_DUMPS, MiniDump
 
 _FLAGS = "pdwzlsR"
 _ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
@@ -33,6 +39,7 @@ class DumpLine:
         mended: Not as QEMU writes it; None: the proxy's default.
         snapshot: Copy guest memory, let the guest run, write the copy.
         dump_level: Which pages are left out.
+        mini: What more is left out, as `DumpRequest` has it.
         names_codec: It stands behind -z.
     """
 
@@ -44,13 +51,15 @@ class DumpLine:
     mended: bool | None = None
     snapshot: bool = False
     dump_level: DumpLevel = NO_DUMP_LEVEL
+    mini: MiniDump | None = None
     names_codec: bool = False
 
     @property
     def extends_qemu(self) -> bool:
         """Whether there are words in the line that QEMU does not know."""
         ours = self.memory is not None or self.mended is not None or self.snapshot
-        return ours or self.names_codec or self.dump_level.number > 0
+        less = self.dump_level.number > 0 or self.mini is not None
+        return ours or self.names_codec or less
 
 
 _SWITCHES: Mapping[str, Callable[[DumpLine], DumpLine]] = {
@@ -144,7 +153,7 @@ def _parse(
         parsed,
         filename=filename,
         flags=frozenset(flags),
-        codec=codec,
+        codec=codec or (DEFAULT_CODEC if parsed.mini else None),
         bounds=bounds.strip(),
         names_codec=codec_word is not None,
     )
@@ -165,8 +174,21 @@ def _take_extension(
         except ArgumentTypeError as error:
             return BadExtension(f"--dump-level: {error}")
         return replace(parsed, dump_level=level), rest[value.end() :]
+    if word == "-mini":
+        return _take_mini(parsed, rest)
     change = _SWITCHES.get(word)
     return None if change is None else (change(parsed), rest)
+
+
+def _take_mini(parsed: DumpLine, rest: str) -> tuple[DumpLine, str] | BadExtension:
+    value = re.match(r"=(\S*)", rest)
+    word = value[1] if value else MINI_DUMPS[0]
+    for kind in MINI_DUMPS:
+        if word == kind:
+            # QEMU has none, so it cannot be as QEMU writes it.
+            mended = True if parsed.mended is None else parsed.mended
+            return replace(parsed, mini=kind, mended=mended), rest[value.end() if value else 0 :]
+    return BadExtension(f"--mini: one of {', '.join(MINI_DUMPS)} expected")
 
 
 def _take_string(text: str) -> tuple[str, str]:

@@ -262,6 +262,7 @@ class Interpreter:
             memory_range=memory_range,
             snapshot=parsed.snapshot,
             dump_level=parsed.dump_level.number,
+            mini=parsed.mini,
             dump_level_required=parsed.dump_level.required,
         )
         find_dump_format(request.format).check(request)

@@ -175,7 +175,7 @@ def _block_places(plan: DumpPlan, memory_offset: int) -> tuple[list[int], list[i
 
 
 def _check(request: DumpRequest) -> None:
-    if request.dump_level and request.paging and request.exact:
+    if request.level_of_pages and request.paging and request.exact:
         raise RequestError(
             "QEMU's list of mapped segments has all pages: no dump level goes with it",
             hint="leave out --exact or -p",

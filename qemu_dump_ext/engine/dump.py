@@ -263,7 +263,7 @@ def _snapshot(
     """Return what a dump is planned from, and remarks."""
     vmcoreinfo, remarks = _vmcoreinfo(guest, request, advance)
     excluded = None
-    if request.dump_level:
+    if request.level_of_pages:
         excluded, more = _excluded_pages(guest, request, vmcoreinfo)
         remarks += more
     mappings = None
@@ -287,11 +287,17 @@ def _excluded_pages(
     guest: GuestView, request: DumpRequest, vmcoreinfo: Vmcoreinfo
 ) -> tuple[PageSet | None, list[str]]:
     """Return what a dump level leaves out; None, with the reason, where that cannot be told."""
-    rules = FilterRules(request.dump_level, request.exact)
+    rules = FilterRules(
+        request.level_of_pages,
+        request.exact,
+        without_struct_pages=request.mini is not None,
+        without_text=request.mini == "smallest",
+    )
     try:
         if not vmcoreinfo.text:  # as --exact or --no-vmcoreinfo will have it in the dump
             vmcoreinfo = guest.find_vmcoreinfo(request.kernel)
-        return guest.find_excluded_pages(vmcoreinfo, rules), []
+        pages = guest.kernel_pages(vmcoreinfo)
+        return pages.excluded(rules), list(pages.remarks)
     except (SourceError, MissingPackageError, RequestError) as error:
         if rules.level == ZERO:  # no pages need to be told apart for it
             return None, []

@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core
-from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
+from qemu_dump_ext.errors import GuestMemoryFaultError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.linux.call_trace import functions_of_vcpus
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
-from qemu_dump_ext.linux.mem_map import find_mem_map
-from qemu_dump_ext.linux.page_filter import FilterRules, find_excluded_pages
-from qemu_dump_ext.linux.struct_page import parse_struct_page
+from qemu_dump_ext.linux.kernel_pages import KernelPages
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
-from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot
 from qemu_dump_ext.qemu.probe import ProbedGuest
@@ -57,11 +54,13 @@ class Vmcoreinfo:
         text: The text in that note; empty likewise.
         remarks: Where in memory it was found, or that it was not; empty where it was not looked
             for.
+        gpa: Where in memory; None: not known, or not looked for.
     """
 
     note: bytes = b""
     text: bytes = b""
     remarks: tuple[str, ...] = ()
+    gpa: int | None = None
 
 
 class GuestView(ABC):
@@ -199,7 +198,8 @@ class GuestView(ABC):
         result = search.find(kernel, everywhere=everywhere)
         if result.chosen is None:
             return Vmcoreinfo(remarks=result.remarks)
-        return Vmcoreinfo(result.chosen.note, result.chosen.text, result.remarks)
+        chosen = result.chosen
+        return Vmcoreinfo(chosen.note, chosen.text, result.remarks, chosen.gpa)
 
     def kernel_memory(self, vmcoreinfo: Vmcoreinfo) -> KernelMemory:
         """Return memory at the addresses of the kernel that `vmcoreinfo` is of.
@@ -224,33 +224,21 @@ class GuestView(ABC):
             self.core.byte_order,
         )
 
-    def find_excluded_pages(self, vmcoreinfo: Vmcoreinfo, rules: FilterRules) -> PageSet:
-        """Return the pages that a dump of a level leaves out.
+    def kernel_pages(self, vmcoreinfo: Vmcoreinfo) -> KernelPages:
+        """Return the pages of the guest as the kernel that `vmcoreinfo` is of accounts for them.
 
         Raises:
-            SourceError: The kernel's struct pages cannot be found or read.
-            RequestError: Its page tables are hostile.
-            MissingPackageError: numpy cannot be imported.
+            SourceError: There is no VMCOREINFO, or it says too little.
         """
-        if not vmcoreinfo.text:
-            raise SourceError("there is no VMCOREINFO, which tells where struct pages are")
-        layout = parse_struct_page(vmcoreinfo.text, self.core.byte_order, rules.level)
-        kernel = self.kernel_memory(vmcoreinfo)
-        runs = find_mem_map(
-            vmcoreinfo.text,
+        start, size = vmcoreinfo.gpa, len(vmcoreinfo.note)
+        return KernelPages(
             self.architecture,
-            layout,
-            kernel,
-            -(-self.ram_blocks[-1].end // layout.page_size),
-            exact=rules.exact,
-        )
-        kept = [] if rules.exact else kernel.pages_outside_linear_map()
-        if self.architecture.phys_base_is_lowest and not rules.exact:
-            # By which readers know where the kernel was loaded.
-            kept.append((self.ram_blocks[0].gpa, self.ram_blocks[0].gpa + layout.page_size))
-        size = layout.page_size
-        return find_excluded_pages(
-            rules, layout, runs, kernel, [(low // size, -(-high // size)) for low, high in kept]
+            self.memory,
+            self.ram_blocks,
+            vcpus=self.vcpus,
+            vmcoreinfo=vmcoreinfo.text,
+            byte_order=self.core.byte_order,
+            kept=() if start is None else ((start, start + size),),
         )
 
     def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:

@@ -162,10 +162,14 @@ class Kallsyms:
             data = self._kernel.read(self._symbol("kallsyms_addresses"), word * self._count)
             code = "I" if word == 4 else "Q"
             return struct.unpack(f"{_prefix(self._order)}{self._count}{code}", data)
-        base = self._number(self._symbol("kallsyms_relative_base"), word)
-        data = self._kernel.read(self._symbol("kallsyms_offsets"), 4 * self._count)
+        place = self._symbol("kallsyms_offsets")
+        data = self._kernel.read(place, 4 * self._count)
         offsets = struct.unpack(f"{_prefix(self._order)}{self._count}i", data)
         mask = (1 << 8 * word) - 1
+        if vmcoreinfo_number(self._text, "SYMBOL(kallsyms_relative_base)", 16) is None:
+            # As in v7.2: each counts from its own place.
+            return [(place + 4 * at + offset) & mask for at, offset in enumerate(offsets)]
+        base = self._number(self._symbol("kallsyms_relative_base"), word)
         if min(offsets) >= 0:
             return [(base + offset) & mask for offset in offsets]
         # Until v6.15, where the addresses of per-CPU symbols are small numbers by themselves.

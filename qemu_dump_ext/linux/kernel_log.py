@@ -139,34 +139,95 @@ def read_kernel_log(
         raise SourceError("VMCOREINFO does not say where the kernel's log is")
 
 
-def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
-    """Walk struct printk_ringbuffer: descriptors, informations, and a ring of texts."""
+@dataclass(frozen=True)
+class _Ring:
+    """Where struct printk_ringbuffer has its parts.
+
+    Attributes:
+        head: Number of the last record.
+        tail: Number of the first one.
+        count: Of descriptors and informations.
+        descriptors: Address of the first one.
+        infos: Likewise.
+        texts: Likewise.
+        text_size: Of all texts, in bytes.
+    """
+
+    head: int
+    tail: int
+    count: int
+    descriptors: int
+    infos: int
+    texts: int
+    text_size: int
+
+
+def _find_ring(facts: _Facts, address: int) -> _Ring:
     word, integer = facts.word, facts.integer
     ring = facts.read(address, facts.size("printk_ringbuffer"))
     descriptors_at = facts.offset("printk_ringbuffer.desc_ring")
     texts_at = facts.offset("printk_ringbuffer.text_data_ring")
+    counter = facts.offset("atomic_long_t.counter")
 
-    def of_descriptors(member: str, size: int) -> int:
-        return integer(ring, descriptors_at + facts.offset(f"prb_desc_ring.{member}"), size)
+    def of_descriptors(member: str, size: int, inside: int = 0) -> int:
+        return integer(
+            ring, descriptors_at + facts.offset(f"prb_desc_ring.{member}") + inside, size
+        )
 
     count_bits = of_descriptors("count_bits", 4)
     size_bits = integer(ring, texts_at + facts.offset("prb_data_ring.size_bits"), 4)
-    descriptor_size, info_size = facts.size("prb_desc"), facts.size("printk_info")
     if count_bits > _COUNT_BITS_MAX or (1 << min(size_bits, 64)) > _LOG_SIZE_MAX:
         raise SourceError(f"the kernel's log is impossible: 2^{count_bits} in 2^{size_bits} bytes")
-    count, text_size = 1 << count_bits, 1 << size_bits
-    descriptors = _Pieces(facts.read, of_descriptors("descs", word), count * descriptor_size)
-    infos = _Pieces(facts.read, of_descriptors("infos", word), count * info_size)
-    texts = _Pieces(
-        facts.read,
-        integer(ring, texts_at + facts.offset("prb_data_ring.data"), word),
-        text_size,
+    return _Ring(
+        head=of_descriptors("head_id", word, counter),
+        tail=of_descriptors("tail_id", word, counter),
+        count=1 << count_bits,
+        descriptors=of_descriptors("descs", word),
+        infos=of_descriptors("infos", word),
+        texts=integer(ring, texts_at + facts.offset("prb_data_ring.data"), word),
+        text_size=1 << size_bits,
     )
+
+
+def log_places(
+    vmcoreinfo: bytes, read: ReadKernel, byte_order: ByteOrder, word_size: int
+) -> list[tuple[int, int]]:
+    """Return the kernel addresses and sizes of the parts of the log; arguments as below.
+
+    Raises:
+        SourceError: As below.
+    """
+    facts = _Facts(vmcoreinfo, read, byte_order, word_size)
+    if (pointer := facts.symbol("prb")) is not None:
+        address = facts.load(pointer, word_size)
+        ring = _find_ring(facts, address)
+        return [
+            (pointer, word_size),
+            (address, facts.size("printk_ringbuffer")),
+            (ring.descriptors, ring.count * facts.size("prb_desc")),
+            (ring.infos, ring.count * facts.size("printk_info")),
+            (ring.texts, ring.text_size),
+        ]
+    if (pointer := facts.symbol("log_buf")) is not None:
+        size_at = facts.symbol("log_buf_len")
+        size = 0 if size_at is None else facts.load(size_at, 4)
+        return [(pointer, word_size), (facts.load(pointer, word_size), min(size, _LOG_SIZE_MAX))]
+    raise SourceError("VMCOREINFO does not say where the kernel's log is")
+
+
+def _ring_buffer(facts: _Facts, address: int) -> Iterator[LogRecord]:
+    """Walk struct printk_ringbuffer: descriptors, informations, and a ring of texts."""
+    word, integer = facts.word, facts.integer
+    ring = _find_ring(facts, address)
+    count, text_size = ring.count, ring.text_size
+    descriptor_size, info_size = facts.size("prb_desc"), facts.size("printk_info")
+    descriptors = _Pieces(facts.read, ring.descriptors, count * descriptor_size)
+    infos = _Pieces(facts.read, ring.infos, count * info_size)
+    texts = _Pieces(facts.read, ring.texts, text_size)
     left = text_size
     counter = facts.offset("atomic_long_t.counter")
     id_mask = (1 << 8 * word - _STATE_BITS) - 1
-    head = integer(ring, descriptors_at + facts.offset("prb_desc_ring.head_id") + counter, word)
-    tail = integer(ring, descriptors_at + facts.offset("prb_desc_ring.tail_id") + counter, word)
+    head, tail = ring.head, ring.tail
     state_at = facts.offset("prb_desc.state_var") + counter
     block_at = facts.offset("prb_desc.text_blk_lpos")
     begin_at = block_at + facts.offset("prb_data_blk_lpos.begin")

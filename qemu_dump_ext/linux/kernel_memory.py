@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from qemu_dump_ext.architectures import Architecture, PageTableRoot
-from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
+from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
+from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.pages.pipeline import populated_ranges
-from qemu_dump_ext.paging.tables import TableReader, collect_mappings, kernel_translations
-from qemu_dump_ext.paging.walk import translate_by
+from qemu_dump_ext.paging.segments import Segment
+from qemu_dump_ext.paging.tables import TableReader, kernel_translations, mapped_by
+from qemu_dump_ext.paging.walk import MemoryMap, PageTableWalker, translate_by, translate_pages_by
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import (
@@ -22,6 +24,19 @@ from qemu_dump_ext.structures.vmcoreinfo import (
 
 _SMALLEST_PAGE = 4096
 _UTSNAME_OFFSETS = (4, 0)
+
+
+@dataclass(frozen=True)
+class KernelMappings:
+    """What the page tables of a kernel map elsewhere than all memory is mapped.
+
+    Attributes:
+        segments: In no order; may overlap.
+        tables: First gpa and end of each of these tables, in no order; there may be no memory.
+    """
+
+    segments: Sequence[Segment]
+    tables: Sequence[tuple[int, int]]
 
 
 class KernelMemory:
@@ -60,32 +75,49 @@ class KernelMemory:
             )
         self.word_size = kernel_word_size(vmcoreinfo)
 
-    def pages_outside_linear_map(self) -> list[tuple[int, int]]:
-        """Return the physical ranges that the kernel maps elsewhere than all memory is mapped.
+    def mappings(self, others: Sequence[Translation] = ()) -> KernelMappings:
+        """Return what the kernel maps elsewhere than all memory is mapped.
 
         That is its image, modules, stacks, per-CPU areas and struct pages, as far as they are
         mapped by page tables. The linear map is known as what maps most of all memory with one
         distance of virtual and physical addresses.
 
-        Returns:
-            First gpa and end of each, in no order; may overlap.
+        Args:
+            others: Roots of page tables, such as those of vCPUs, of which the tables alone count.
 
         Raises:
-            RequestError: The kernel's page tables are hostile.
+            SourceError: The kernel's page tables are hostile.
         """
         ranges = [(block.gpa, block.end) for block in self._blocks]
-        roots = [root for root in self._translations if isinstance(root, PageTableRoot)]
-        mapped = collect_mappings(roots, self._tables, ranges, native=False)
+        tables: list[tuple[int, int]] = []
+
+        def read_table(gpa: int, size: int) -> bytes:
+            tables.append((gpa, gpa + size))
+            return self._tables(gpa, size)
+
+        walker = PageTableWalker(read_table, MemoryMap(ranges), whole_pages=False, repeat=False)
+        try:
+            mapped = [segment for root in self._roots() for segment in mapped_by(walker, root)]
+            for root in others:
+                if isinstance(root, PageTableRoot):
+                    mapped_by(walker, root)
+        except RequestError as error:
+            raise SourceError(error.message) from error
         sizes: Counter[int] = Counter()
         for segment in mapped:
             sizes[segment.gva - segment.gpa] += segment.size
         most = sum(end - first for first, end in ranges) // 2
         linear = next((distance for distance, size in sizes.items() if size > most), None)
-        return [
-            (segment.gpa, segment.gpa + segment.size)
-            for segment in mapped
-            if segment.gva - segment.gpa != linear
-        ]
+        special = [segment for segment in mapped if segment.gva - segment.gpa != linear]
+        return KernelMappings(special, tables)
+
+    def _roots(self) -> Sequence[PageTableRoot]:
+        return [root for root in self._translations if isinstance(root, PageTableRoot)]
+
+    def physical_ranges(self, gva: int, size: int) -> list[tuple[int, int]]:
+        """Return first gpa and end of what is mapped of a range of kernel addresses."""
+        spans = self._spans(gva, size)
+        return [(gpa, gpa + length) for _, gpa, length in spans if gpa is not None]
 
     def read_known(self, gva: int, view: memoryview) -> list[tuple[int, int]]:
         """Fill `view` from a kernel address on, as far as that can be done.
@@ -104,12 +136,7 @@ class KernelMemory:
     def _spans(self, gva: int, size: int) -> Iterator[tuple[int, int | None, int]]:
         """Yield offset, gpa or None, and size of what is mapped together, neighbours merged."""
         start, place, length = 0, None, 0
-        offset = 0
-        while offset < size:
-            address = (gva + offset) & U64_MAX
-            found = translate_by(self._translations, self._tables, address)
-            gpa, run = found or (None, _SMALLEST_PAGE - address % _SMALLEST_PAGE)
-            run = min(run, size - offset)
+        for offset, gpa, run in self._pages(gva, size):
             follows = gpa == place if None in {gpa, place} else gpa == (place or 0) + length
             if not follows and length:
                 yield start, place, length
@@ -117,9 +144,23 @@ class KernelMemory:
             if not length:
                 place = gpa
             length += run
-            offset += run
         if length:
             yield start, place, length
+
+    def _pages(self, gva: int, size: int) -> Iterator[tuple[int, int | None, int]]:
+        """Yield offset, gpa or None, and size of each page, the first and last in part."""
+        offset = 0
+        while offset < size:
+            address = (gva + offset) & U64_MAX
+            left = size - offset
+            found = translate_pages_by(self._translations, self._tables, address, left)
+            hole = [(None, _SMALLEST_PAGE - address % _SMALLEST_PAGE)]
+            for gpa, run in found or hole:
+                step = min(run, size - offset)
+                if step <= 0:
+                    break
+                yield offset, gpa, step
+                offset += step
 
     def _fill(self, gpa: int, view: memoryview) -> bool:
         block = block_at(self._blocks, gpa)

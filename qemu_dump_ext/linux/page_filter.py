@@ -48,10 +48,14 @@ class FilterRules:
         exact: As makedumpfile does it. Otherwise cache with private data stays (file systems
             keep their own structures there), so do blocks that contradict others, pages of types
             that are not known, and what else `kept` has.
+        without_struct_pages: Leave out those of pages that are left out.
+        without_text: Leave out the kernel's code, which readers take from its vmlinux.
     """
 
     level: int
     exact: bool = False
+    without_struct_pages: bool = False
+    without_text: bool = False
 
 
 def find_excluded_pages(

@@ -24,7 +24,7 @@ from qemu_dump_ext.options.expressions import (
     registers_in,
     with_register,
 )
-from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, DumpRequest, MemoryRange
+from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, MINI_DUMPS, DumpRequest, MemoryRange
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")
@@ -193,6 +193,16 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         " with ! rather no dump than one of all pages where they cannot be told apart",
     )
     parser.add_argument(
+        "--mini",
+        nargs="?",
+        const=MINI_DUMPS[0],
+        choices=MINI_DUMPS,
+        metavar="smallest",
+        help="what triage needs, in a small kdump: --dump-level 31, and no struct pages of pages"
+        " that are left out; --mini=smallest: nor the kernel's code, which readers have in its"
+        " vmlinux",
+    )
+    parser.add_argument(
         "--omit-zero",
         action="store_true",
         help="leave pages of zeros out of a kdump, where they otherwise share one page: crash then"
@@ -272,9 +282,10 @@ def with_explicit_codec(words: Sequence[str], files: int = 1) -> list[str]:
     """
     # `-z out.kdump` names a file, `-z lzo out.kdump` a codec and a file. A word of no codec with
     # another word behind it is a misspelt codec, and argparse says which there are.
+    # What is behind `--mini` is none of its words, which stand behind `--mini=`.
     explicit: list[str] = []
     for index, word in enumerate(words):
-        explicit.append(word)
+        explicit.append(f"{word}={MINI_DUMPS[0]}" if word == "--mini" else word)
         if word != "-z":
             continue
         rest = [later for later in words[index + 1 :] if not later.startswith("--")]
@@ -321,7 +332,7 @@ def _words_for(action: argparse.Action, value: object) -> list[str]:
         return [option if value else action.option_strings[-1]]
     if action.nargs == 0:
         return [option] if value == action.const else []
-    if action.nargs is not None:
+    if action.nargs not in {None, "?"}:
         return [option, *value] if isinstance(value, list) else []
     return [f"{option}={value}"] if option.startswith("--") else [option, str(value)]
 
@@ -359,6 +370,7 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         threads=arguments.threads,
         omit_zero=arguments.omit_zero,
         dump_level=arguments.dump_level.number,
+        mini=arguments.mini,
         dump_level_required=arguments.dump_level.required,
         sparse=arguments.sparse,
         snapshot=arguments.snapshot,
@@ -371,7 +383,8 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
 
 def _format_of(arguments: argparse.Namespace) -> str:
     if arguments.format is None:
-        return format_by_words(arguments.codec, raw=arguments.raw)
+        codec = arguments.codec or (DEFAULT_CODEC if arguments.mini else None)
+        return format_by_words(codec, raw=arguments.raw)
     if arguments.raw:
         raise RequestError("-R goes with -z, -l or -s", hint="--format kdump-raw-zlib says it all")
     return str(arguments.format)

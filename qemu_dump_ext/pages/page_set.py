@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 from qemu_dump_ext.guest.model import RamBlock
 
@@ -20,6 +21,39 @@ class PageSet:
 
     page_size: int
     ranges: Sequence[tuple[int, int]]
+
+    @classmethod
+    def touched_by(cls, page_size: int, ranges: Iterable[tuple[int, int]]) -> PageSet:
+        """Return the pages of which some byte is in one of `ranges`.
+
+        Args:
+            page_size: In bytes.
+            ranges: First gpa and end of each, in any order; they may overlap.
+        """
+        pages = ((first // page_size, -(-end // page_size)) for first, end in ranges)
+        return cls(page_size, tuple(_merged(pages)))
+
+    def union(self, other: PageSet) -> PageSet:
+        """Return the pages that are in this set or in another one of the same page size."""
+        return replace(self, ranges=tuple(_merged([*self.ranges, *other.ranges])))
+
+    def without(self, other: PageSet) -> PageSet:
+        """Return the pages of this set that are not in another one of the same page size."""
+        return replace(self, ranges=tuple(self._remaining(other.ranges)))
+
+    def _remaining(self, others: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+        for begin, end in self.ranges:
+            first = begin
+            at = max(bisect_right(others, first, key=itemgetter(0)) - 1, 0)
+            while at < len(others) and others[at][1] <= first:
+                at += 1
+            while first < end and at < len(others) and others[at][0] < end:
+                if first < others[at][0]:
+                    yield first, others[at][0]
+                first = max(first, others[at][1])
+                at += 1
+            if first < end:
+                yield first, end
 
     @property
     def page_count(self) -> int:
@@ -81,3 +115,17 @@ class PageSet:
                 )
             position = block.end if end is None else max(position, end * self.page_size)
             index += 1
+
+
+def _merged(ranges: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Yield ranges in ascending order, with something between two of them."""
+    begin = behind = 0
+    for first, end in sorted(ranges):
+        if first > behind or behind == begin:
+            if begin < behind:
+                yield begin, behind
+            begin, behind = first, end
+        else:
+            behind = max(behind, end)
+    if begin < behind:
+        yield begin, behind

@@ -155,10 +155,19 @@ def collect_mappings(
         if isinstance(root, AddressWindow):
             segments.append(Segment(root.gva, root.gpa, root.size))
             continue
-        runs: list[tuple[int, int, int]] = []
-        walker.walk(root, partial(_append, runs))
-        segments += [Segment(*part) for run in runs for part in root.parts(*run)]
+        segments += mapped_by(walker, root)
     return segments
+
+
+def mapped_by(walker: PageTableWalker, root: PageTableRoot) -> list[Segment]:
+    """Return what the tables of one root map, unmerged, but for what the walker has seen.
+
+    Raises:
+        RequestError: The tables are hostile.
+    """
+    runs: list[tuple[int, int, int]] = []
+    walker.walk(root, partial(_append, runs))
+    return [Segment(*part) for run in runs for part in root.parts(*run)]
 
 
 def _append(

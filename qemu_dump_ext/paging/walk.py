@@ -8,7 +8,7 @@ of mapped ranges are bounded.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from struct import Struct
@@ -268,37 +268,87 @@ def translate(translation: Translation, read_table: ReadTable, gva: int) -> tupl
     Returns:
         The gpa, and how many bytes from there on are on the same page; None if it is not mapped.
     """
+    return next(iter(translate_pages(translation, read_table, gva, 1)), None)
+
+
+def translate_pages(
+    translation: Translation, read_table: ReadTable, gva: int, size: int
+) -> list[tuple[int, int]]:
+    """Translate the pages that one table maps, from a virtual address on.
+
+    Args:
+        translation: The tables, or what is mapped without any.
+        read_table: Reads guest memory.
+        gva: Where to begin.
+        size: Bytes that are wanted; how many more are told is not said.
+
+    Returns:
+        The gpa and the bytes on each page, one page behind the other, to the first that is not
+        mapped or the last of its table; empty if `gva` itself is not mapped.
+    """
     if isinstance(translation, AddressWindow):
         offset = gva - translation.gva
         inside = 0 <= offset < translation.size
-        return (translation.gpa + offset, translation.size - offset) if inside else None
+        return [(translation.gpa + offset, translation.size - offset)] if inside else []
     geometry = translation.geometry
     inner = gva & (1 << geometry.address_bits) - 1
     if geometry.extended(inner) != gva:
-        return None
+        return []
     table = translation.gpa
-    code = "<" if geometry.byte_order == "little" else ">"
-    codec = Struct(code + _ENTRY_CODES[geometry.entry_size])
     for level in geometry.levels:
         index = inner >> level.shift & (1 << (level.entry_count - 1).bit_length()) - 1
         if index >= level.entry_count:
-            return None
+            return []
         place = (table & translation.address_mask) + index * geometry.entry_size
-        (entry,) = codec.unpack(read_table(place, codec.size))
+        (entry,) = _read_entries(geometry, read_table, place, 1)
         if not _is_present(geometry, level, entry):
-            return None
+            return []
         if level.leaf is not None and passes(entry, level.leaf.mask, level.leaf.wanted):
-            offset = inner & (1 << level.shift) - 1
-            gpa = level.leaf_gpa(entry, gva - offset) + offset
-            parts = translation.parts(gva, gpa, (1 << level.shift) - offset)
-            return next(((part[1], part[2]) for part in parts if part[0] == gva), None)
+            start = gva & -1 << level.shift
+            wanted = -(-(gva + size - start) >> level.shift)
+            count = min(wanted, level.entry_count - index) if level.leaf is ALWAYS_LEAF else 1
+            entries = _read_entries(geometry, read_table, place, count)
+            return list(_leaves(translation, level, entries, start, gva))
         table = (entry & level.table_mask) << level.address_shift
-    return None
+    return []
+
+
+def _read_entries(
+    geometry: PageTableGeometry, read_table: ReadTable, gpa: int, count: int
+) -> tuple[int, ...]:
+    codec = _table_codec(geometry, count)
+    return codec.unpack(read_table(gpa, codec.size))
+
+
+def _leaves(
+    root: PageTableRoot, level: TableLevel, entries: Sequence[int], start: int, gva: int
+) -> Iterator[tuple[int, int]]:
+    """Yield gpa and size of what leaves map, the first of them at `start`, from `gva` on."""
+    page = 1 << level.shift
+    for entry in entries:
+        if not _is_present(root.geometry, level, entry):
+            return
+        gpa = level.leaf_gpa(entry, start)
+        for part in root.parts(gva, gpa + gva - start, start + page - gva):
+            if part[0] != gva:
+                return
+            yield part[1], part[2]
+            gva += part[2]
+        start += page
+        if gva != start:
+            return
 
 
 def translate_by(
     translations: Iterable[Translation], read_table: ReadTable, gva: int
 ) -> tuple[int, int] | None:
     """Translate one virtual address by the first that maps it; returns as `translate`."""
-    found = (translate(one, read_table, gva) for one in translations)
-    return next((result for result in found if result is not None), None)
+    return next(iter(translate_pages_by(translations, read_table, gva, 1)), None)
+
+
+def translate_pages_by(
+    translations: Iterable[Translation], read_table: ReadTable, gva: int, size: int
+) -> list[tuple[int, int]]:
+    """Translate pages by the first that maps `gva`; returns as `translate_pages`."""
+    found = (translate_pages(one, read_table, gva, size) for one in translations)
+    return next(filter(None, found), [])

@@ -178,14 +178,13 @@ def make_plan(
     if not blocks:
         raise RequestError("all pages of this memory are left out: there is nothing to dump")
     segments = _plan_segments(snapshot, dialect, request, blocks)
-    if request.omit_zero:
-        remarks.append(
-            "pages of zeros are not in the dump: crash opens it with --zero_excluded only"
-        )
+    what = "pages of zeros are" if request.omit_zero else "the kernel's code is"
+    if request.omit_zero or (request.mini == "smallest" and snapshot.excluded is not None):
+        remarks.append(f"{what} not in the dump: crash opens it with --zero_excluded only")
     if snapshot.excluded is not None:
         all_ = sum(block.size for block in covered)
         remarks.append(
-            f"dump level {request.dump_level}: {(all_ - left) / (1 << 20):.1f} of"
+            f"{_name_of_level(request)}: {(all_ - left) / (1 << 20):.1f} of"
             f" {all_ / (1 << 20):.1f} MiB of guest memory were left out"
         )
     if request.paging and (unmapped := unmapped_size(segments, blocks)):
@@ -219,8 +218,14 @@ def make_plan(
     )
 
 
+def _name_of_level(request: DumpRequest) -> str:
+    return f"dump level {request.dump_level}" if request.mini is None else "mini dump"
+
+
 def _level_of(request: DumpRequest, snapshot: GuestSnapshot) -> int:
-    level = request.dump_level if snapshot.excluded is not None else request.dump_level & ZERO
+    level = request.level_of_pages
+    if snapshot.excluded is None:
+        level &= ZERO
     return level | ZERO if request.omit_zero else level
 
 

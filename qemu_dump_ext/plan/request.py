@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from qemu_dump_ext.errors import RequestError
 
@@ -10,6 +11,8 @@ DEFAULT_FORMAT = "elf"
 """The format of QEMU, too, where none is asked for."""
 ZERO = 1
 """Of a dump level: pages of zeros share one page. They are no less there."""
+MiniDump = Literal["usual", "smallest"]
+MINI_DUMPS: tuple[MiniDump, ...] = get_args(MiniDump)
 DUMP_LEVEL_MAX = 31
 """All that makedumpfile can leave out."""
 
@@ -56,6 +59,8 @@ class DumpOptions:
         snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
         dump_level: Which pages are left out, as makedumpfile numbers them: a sum of 1 (zeros), 2
             (cache), 4 (cache with private data, too), 8 (user) and 16 (free).
+        mini: What triage needs: dump level 31, and the struct pages of pages that are left out are
+            left out, too; `smallest`: so is the kernel's code. None: no more than the level.
         dump_level_required: Rather no dump than one of all pages, where they cannot be told apart.
         max_pause: Seconds for which the guest may stand still; None: any.
     """
@@ -71,6 +76,7 @@ class DumpOptions:
     sparse: bool = True
     snapshot: bool = False
     dump_level: int = 0
+    mini: MiniDump | None = None
     dump_level_required: bool = False
     max_pause: float | None = None
 
@@ -78,12 +84,20 @@ class DumpOptions:
         """Refuse what no format can do, in QEMU's words.
 
         Raises:
-            RequestError: A negative range.
+            RequestError: A negative range; a mini dump of another level, or one that is exact.
         """
+        if self.mini is not None and (self.exact or self.dump_level not in {0, DUMP_LEVEL_MAX}):
+            what = "QEMU has no mini dumps" if self.exact else "a mini dump is of dump level 31"
+            raise RequestError(what, hint="--mini goes with neither --exact nor another level")
         if self.memory_range is not None:
             for name in ("begin", "length"):
                 if getattr(self.memory_range, name) < 0:
                     raise RequestError(f"parameter '{name}' must not be negative")
+
+    @property
+    def level_of_pages(self) -> int:
+        """The dump level, also of a mini dump."""
+        return self.dump_level if self.mini is None else DUMP_LEVEL_MAX
 
     def of_format(self, name: str) -> DumpRequest:
         """Return the request for a dump of a format; a range is one for every format."""

@@ -136,6 +136,8 @@ def test_what_we_add(bench: Bench, tmp_path: Path):
             "--snapshot",
         ),
         "--dump-level 31 -l",
+        "--mini",
+        "-z zstd --mini=smallest",
     )
     for index, words in enumerate(additions):
         path = tmp_path / f"dump{index}"
@@ -145,6 +147,10 @@ def test_what_we_add(bench: Bench, tmp_path: Path):
     assert answer.startswith("Error: --memory: one of ")
     answer = bench.proxied.command(f"dump-guest-memory --dump-level 32 {tmp_path / 'x'}")
     assert answer == "Error: --dump-level: '32' is no dump level from 0 to 31\n"
+    answer = bench.proxied.command(f"dump-guest-memory --mini=tiny {tmp_path / 'x'}")
+    assert answer == "Error: --mini: one of usual, smallest expected\n"
+    answer = bench.proxied.command(f"dump-guest-memory --exact --mini {tmp_path / 'x'}")
+    assert answer.startswith("Error: QEMU has no mini dumps")
     answer = bench.proxied.command(f"dump-guest-memory --dump-level 31! {tmp_path / 'x'}")
     assert answer.startswith("Error: there is no VMCOREINFO")
     assert not (tmp_path / "x").exists()

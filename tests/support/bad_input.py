@@ -42,6 +42,9 @@ BAD_INPUT = (
     BadInput(
         "dump level", ("--dump-level", "32", "@/new"), 2, r"'32' is no dump level from 0 to 31"
     ),
+    BadInput("mini dump", ("--mini=tiny", "@/new"), 2, r"'tiny' \(choose from '?usual'?,"),
+    BadInput("mini of a level", ("--mini", "--dump-level", "3", "@/new"), 2, r"of dump level 31"),
+    BadInput("exact mini dump", ("--mini", "--exact", "@/new"), 2, r"QEMU has no mini dumps"),
     BadInput("threads", ("--threads", "0", "@/new"), 2, r"'0' is no number of 1 or more"),
     BadInput("memory", ("--memory", "aether", "@/new"), 2, r"'aether' \(choose from '?auto'?,"),
     BadInput("no file", (), 2, r"required: FILE"),

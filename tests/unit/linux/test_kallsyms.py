@@ -98,6 +98,17 @@ def test_tables_that_are_not_there_are_an_error(part):
         tables.kallsyms()
 
 
+def test_offsets_from_their_own_places():
+    tables = Tables(SYMBOLS, until_v6_15=False)
+    placed = [address - tables.at["offsets"] - 4 * at for at, (_, _, address) in enumerate(SYMBOLS)]
+    tables.parts["offsets"] = struct.pack(f"<{len(placed)}i", 0, *placed[1:])
+    del tables.at["relative_base"]
+    assert tables.kallsyms().addresses_of({"_stext", "_etext"}) == {
+        "_stext": TEXT,
+        "_etext": TEXT + 0x400,
+    }
+
+
 def test_kernel_that_does_not_tell_is_an_error():
     tables = Tables(SYMBOLS, until_v6_15=True)
     with pytest.raises(SourceError, match=r"VMCOREINFO lacks SYMBOL\(kallsyms_num_syms\)"):

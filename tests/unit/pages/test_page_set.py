@@ -48,3 +48,34 @@ def test_larger_pages_are_in_the_set_if_all_of_theirs_are():
     assert pages.in_pages_of(16 * _PAGE) == PageSet(16 * _PAGE, ((0, 1), (3, 5)))
     assert pages.in_pages_of(_PAGE) is pages
     assert pages.page_count == 17 + 2 + 33
+
+
+def test_pages_that_ranges_touch_are_merged():
+    found = PageSet.touched_by(4096, [(8192, 8193), (0, 1), (4095, 4097), (20480, 20480)])
+    assert found.ranges == ((0, 3),)
+
+
+def _pages(pages: PageSet) -> set[int]:
+    return {page for first, end in pages.ranges for page in range(first, end)}
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=9),
+    st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), max_size=9),
+)
+def test_union_and_difference_are_those_of_sets(
+    one: list[tuple[int, int]], other: list[tuple[int, int]]
+):
+    sets, pages = [], []
+    for places in (one, other):
+        ranges = [(first, first + count) for first, count in places]
+        sets.append(PageSet.touched_by(1, ranges))
+        pages.append({page for first, end in ranges for page in range(first, end)})
+    for found, expected in (
+        (sets[0], pages[0]),
+        (sets[0].union(sets[1]), pages[0] | pages[1]),
+        (sets[0].without(sets[1]), pages[0] - pages[1]),
+    ):
+        assert _pages(found) == expected
+        borders = [border for bounds in found.ranges for border in bounds]
+        assert borders == sorted(set(borders))

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_using
 end
 
 set -g _shtab_qemu_dump_commands convert dmesg gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --memory --part --progress --qmp --range --search-seconds --smp --target --threads -z
+set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --memory --mini --part --progress --qmp --range --search-seconds --smp --target --threads -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -76,6 +76,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l kernel -x -d 'take 
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l level -x -d 'the level of zlib (0 to 9) or zstd (0 to 19): low is fast, high is small'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l threads -x -d 'how many compress at the same time; default: all CPUs'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l dump-level -x -d 'leave out pages that nobody will look for, as makedumpfile numbers them: the sum of 1 (zeros), 2 (cache), 4 (cache with private data), 8 (user) and 16 (free); 31 is all; with ! rather no dump than one of all pages where they cannot be told apart'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l mini -xka "usual smallest" -d 'what triage needs, in a small kdump: --dump-level 31, and no struct pages of pages that are left out; --mini=smallest: nor the kernel'"'"'s code, which readers have in its vmlinux'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l omit-zero -d 'leave pages of zeros out of a kdump, where they otherwise share one page: crash then opens it with --zero_excluded only'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file (default), or write them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l force -d 'replace FILE if it exists'

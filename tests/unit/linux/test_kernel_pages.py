@@ -1,0 +1,78 @@
+"""What stays in a dump whatever struct pages say, and what more goes from a mini dump."""
+
+from __future__ import annotations
+
+import pytest
+
+from qemu_dump_ext.linux.page_filter import FilterRules
+from qemu_dump_ext.pages.page_set import PageSet
+from tests.support.fake_pages import (
+    IMAGE,
+    LINEAR_MAP,
+    MEM_MAP,
+    MEM_MAP_SIZE,
+    PAGE,
+    SIZE,
+    STRUCT_PAGE,
+    TABLES,
+    VMEMMAP,
+    GuestWithPages,
+)
+
+_ALL = SIZE // PAGE
+_MINI = FilterRules(31, without_struct_pages=True)
+
+
+def _pages(found: PageSet) -> set[int]:
+    return {pfn for first, end in found.ranges for pfn in range(first, end)}
+
+
+@pytest.fixture
+def guest() -> GuestWithPages:
+    return GuestWithPages()
+
+
+def test_makedumpfile_would_leave_everything_out(guest: GuestWithPages):
+    assert _pages(guest.pages().excluded(FilterRules(31, exact=True))) == set(range(_ALL))
+
+
+def test_what_readers_need_stays_though_all_struct_pages_lie(guest: GuestWithPages):
+    excluded = _pages(guest.pages().excluded(FilterRules(31)))
+    for name, pages in guest.needed().items():
+        assert not excluded & set(pages), name
+    assert len(excluded) > _ALL * 3 // 4
+
+
+def test_a_mini_dump_lacks_struct_pages_of_pages_that_it_lacks(guest: GuestWithPages):
+    level = _pages(guest.pages().excluded(FilterRules(31)))
+    mini = _pages(guest.pages().excluded(_MINI))
+    per_page = PAGE // STRUCT_PAGE
+    first = MEM_MAP // PAGE
+    gone = {
+        first + number
+        for number in range(MEM_MAP_SIZE // PAGE)
+        if set(range(number * per_page, (number + 1) * per_page)) <= level
+    }
+    assert mini == level | gone
+    assert gone
+    for name, pages in guest.needed().items():
+        assert name == "struct pages" or not mini & set(pages), name
+
+
+def test_a_page_that_the_kernel_has_at_another_address_as_well_stays(guest: GuestWithPages):
+    # Sections that lead to the page tables and to the image for struct pages.
+    guest.memory.put(IMAGE, bytes(PAGE))
+    for target in (TABLES, IMAGE):
+        guest.memory.put_entries(0x141000, {0: LINEAR_MAP + target | 1, 2: LINEAR_MAP + target | 1})
+        excluded = _pages(guest.pages().excluded(_MINI))
+        for name, pages in guest.needed().items():
+            assert name == "struct pages" or not excluded & set(pages), name
+
+
+def test_a_page_of_struct_pages_that_is_mapped_twice_stays_for_either(guest: GuestWithPages):
+    # As with the optimised vmemmap of hugetlb.
+    of_image = MEM_MAP + IMAGE // PAGE * STRUCT_PAGE
+    guest.map_page(VMEMMAP + MEM_MAP_SIZE - PAGE, of_image)
+    excluded = _pages(guest.pages().excluded(_MINI))
+    assert of_image // PAGE not in excluded
+    assert {(MEM_MAP + MEM_MAP_SIZE) // PAGE - 2, _ALL - 1} <= excluded
