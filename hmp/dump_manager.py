@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from qemu_dump_ext.errors import DumpError, RequestError, UnsupportedTargetError
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.qemu.dump_listeners import WHO_LISTENS, why_listeners_forbid_dumps
 from qemu_dump_ext.qemu.monitor_text import parse_dump_status, parse_migration, parse_status
 from qemu_dump_ext.qemu.run_state import DUMP_ACTIVE, why_not_dumped
 from qemu_dump_ext.qemu.run_states import Treatment, treatment
@@ -89,6 +90,16 @@ class DumpManager:
         if job.finished.done() and (error := job.finished.exception()) is not None:
             raise error
         return job
+
+    async def require_native_allowed(self) -> None:
+        """Refuse to let QEMU itself dump the guest where somebody listens who must not.
+
+        Raises:
+            RequestError: Somebody does.
+        """
+        reason = why_listeners_forbid_dumps(await self._upstream.execute_hmp(WHO_LISTENS))
+        if reason is not None:
+            raise RequestError(f"QEMU itself is not asked for a dump: {reason}")
 
     async def _require_idle_qemu(self) -> None:
         upstream = self._upstream

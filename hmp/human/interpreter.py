@@ -187,6 +187,7 @@ class Interpreter:
     async def _native(self, line: str, client: HmpClient) -> str:
         if self.dumps.active:
             raise RequestError(IN_PROCESS)
+        await self.dumps.require_native_allowed()
         answer = await self.upstream.execute_hmp(line, client.cpu_index)
         if not answer:
             self.dumps.latest_is_native = True

@@ -168,6 +168,12 @@ class QmpSession:
             return
         if command == "closefd":
             self._descriptors.drop(fdname_of(request))
+        if command == DUMP_COMMAND:
+            try:
+                await self._dumps.require_native_allowed()
+            except DumpError as error:
+                self._answer(refusal(error.message), request)
+                return
         await self._exchange(request)
 
     async def _forward_descriptor(self, request: Message) -> None:

@@ -17,12 +17,13 @@ import tty
 from pathlib import Path
 
 from qemu_dump_ext.errors import ConnectError, SourceError
-from qemu_dump_ext.qemu.address import connectable, tcp_address
+from qemu_dump_ext.qemu.address import tcp_address
+from qemu_dump_ext.qemu.command_line import HMP
+from qemu_dump_ext.qemu.socket_kind import GREETING_SECONDS, TelnetFilter, open_socket
 
 from ..readline import LINE_MAX, PROMPT, LineEditor
 from .upstream import Upstream, reason_of
 
-_GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _ANSWER_MAX = 64 << 20
 _READ_SIZE = 1 << 16
@@ -38,6 +39,7 @@ class HmpUpstream(Upstream):
         super().__init__(address)
         self._descriptor = -1
         self._socket: socket.socket | None = None
+        self._telnet: TelnetFilter | None = None
         self._received = bytearray()
         self._asked = False
         self._news = asyncio.Event()
@@ -120,6 +122,10 @@ class HmpUpstream(Upstream):
             return
         except OSError:
             data = b""
+        if data and self._telnet is not None:
+            data = self._telnet.take(data)
+            if not data:
+                return
         if not data:
             asyncio.get_running_loop().remove_reader(self._descriptor)
             self._lost.set()
@@ -133,7 +139,7 @@ class HmpUpstream(Upstream):
         await self.close()
         self._received.clear()
         try:
-            self._descriptor = await asyncio.wait_for(self._open(), _GREETING_SECONDS)
+            self._descriptor = await self._open()
             os.set_blocking(self._descriptor, False)
             asyncio.get_running_loop().add_reader(self._descriptor, self._readable)
             self._lost.clear()
@@ -141,16 +147,19 @@ class HmpUpstream(Upstream):
             if is_terminal:
                 await self._send(b"\x05\x15\n")  # a pty says nothing until a line is entered
             await asyncio.wait_for(
-                self._up_to_prompt_of_banner(has_banner=not is_terminal), _GREETING_SECONDS
+                self._up_to_prompt_of_banner(has_banner=not is_terminal), GREETING_SECONDS
             )
             if is_terminal:
                 self._take_version(await self._exchange(b"info version"), rb"(\d+)\.(\d+)\.(\d+)")
         except TimeoutError as error:
             await self.close()
             raise ConnectError(
-                f"monitor {self.address} is busy: no prompt in {_GREETING_SECONDS:.0f} s",
+                f"monitor {self.address} is busy: no prompt in {GREETING_SECONDS:.0f} s",
                 hint="QEMU serves one client on a monitor; end the other one or add a monitor",
             ) from error
+        except ConnectError:
+            await self.close()
+            raise
         except (OSError, SourceError, termios.error) as error:
             await self.close()
             raise ConnectError(
@@ -178,9 +187,7 @@ class HmpUpstream(Upstream):
         self._editor = LineEditor(self.version)
 
     async def _open(self) -> int:
-        target = tcp_address(self.address)
-        loop = asyncio.get_running_loop()
-        if target is None and _is_terminal(self.address):
+        if tcp_address(self.address) is None and _is_terminal(self.address):
             descriptor = os.open(self.address, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
             try:
                 tty.setraw(descriptor)
@@ -188,15 +195,8 @@ class HmpUpstream(Upstream):
                 os.close(descriptor)
                 raise
             return descriptor
-        if target is None:
-            family, where = socket.AF_UNIX, None
-        else:
-            found = await loop.getaddrinfo(*target, type=socket.SOCK_STREAM)
-            family, where = found[0][0], found[0][4]
-        connected = self._socket = socket.socket(family)
-        connected.setblocking(False)
-        with connectable(self.address) as path:
-            await loop.sock_connect(connected, where or path)
+        connected = self._socket = await asyncio.to_thread(open_socket, self.address, HMP)
+        self._telnet = TelnetFilter.of(connected)
         return connected.fileno()
 
     async def _wait_lost(self) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 from qemu.qmp import Message, QMPError, Runstate
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
-from qemu_dump_ext.qemu.address import connectable, tcp_address
+from qemu_dump_ext.qemu.address import tcp_address
+from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.qemu.qmp_client import client_class
+from qemu_dump_ext.qemu.socket_kind import GREETING_SECONDS, open_socket
 
 from .upstream import Event, Upstream, reason_of
 
-_GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _DUMP = "dump-guest-memory"
 _UCRED = struct.Struct("3i")
@@ -183,15 +184,12 @@ class QmpUpstream(Upstream):
     async def _connect(self) -> None:
         self._client = self._new_client()
         self._hidden_dumps = 0
+        connection = await asyncio.to_thread(open_socket, self.address, QMP)
+        connection.setblocking(False)
         try:
-            with connectable(self.address) as target:
-                await asyncio.wait_for(self._client.connect(target), _GREETING_SECONDS)
-        except TimeoutError as error:
-            raise ConnectError(
-                f"QMP socket {self.address} is busy: no greeting in {_GREETING_SECONDS:.0f} s",
-                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
-            ) from error
-        except (QMPError, OSError) as error:
+            await asyncio.wait_for(self._client.connect(connection), GREETING_SECONDS)
+        except (TimeoutError, QMPError, OSError) as error:
+            connection.close()
             raise ConnectError(
                 f"cannot connect to QMP socket {self.address}: {reason_of(error)}",
                 hint="it is the path behind -qmp unix:PATH,server=on,wait=off",

@@ -13,6 +13,7 @@ from qemu_dump_ext.architectures._page_tables import Translation
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U64_MAX, Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.structures.dialect import Dialect, QemuVersion
+from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 
@@ -101,6 +102,71 @@ class Core:
     u64_align: int = 8
     os_abi: int = 0
     of_others: bool = False
+
+
+@dataclass(frozen=True)
+class MachineRam:
+    """How the RAM of a machine lies in guest physical memory, as QEMU's source has it.
+
+    Attributes:
+        machine: How its type begins, such as `pc-q35-`.
+        windows: Of its main memory: gpa, offset in the memory, and size or None for the rest;
+            by ascending gpa. What is in none of them cannot be seen by the guest.
+        size_min: The size of the memory from which on it is so, in bytes.
+        others: Where other RAM blocks begin, by their names.
+        ends: Where other RAM blocks end, by their names.
+        screen: First gpa of what a graphics card shows instead of memory, where there is one, and
+            the end of it.
+    """
+
+    machine: str
+    windows: tuple[tuple[int, int, int | None], ...]
+    size_min: int = 0
+    others: Mapping[str, int] = field(default_factory=dict)
+    ends: Mapping[str, int] = field(default_factory=dict)
+    screen: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class MigratedCpu:
+    """What a vCPU's section of QEMU's migration stream calls its registers.
+
+    Attributes:
+        recognize: Tells whether a section is one of this target.
+        fields: Names of the fields by our names of registers; the first that is there counts.
+        derive: Returns registers that are no field of their own; None where all are.
+        absent_is_zero: Registers that the processor does not have where the section has not.
+        needed_for: Registers without which a part of a section makes no note, by its name.
+    """
+
+    recognize: Callable[[DeviceFields], bool]
+    fields: Mapping[str, tuple[str, ...]]
+    derive: Callable[[DeviceFields], Mapping[str, int]] | None = None
+    absent_is_zero: frozenset[str] = frozenset()
+    needed_for: Mapping[str, str] = field(default_factory=dict)
+
+    def registers(self, section: DeviceFields) -> Mapping[str, int]:
+        """Return the registers in a section by our names."""
+        values: dict[str, int] = dict.fromkeys(self.absent_is_zero, 0)
+        for register, names in self.fields.items():
+            found = (section.integer(name) for name in names)
+            value = next((value for value in found if value is not None), None)
+            if value is not None:
+                values[register] = value
+        return {**values, **self.derive(section)} if self.derive else values
+
+
+def field_names(registers: str, *patterns: str) -> dict[str, tuple[str, ...]]:
+    """Return the fields of registers that follow each other.
+
+    Args:
+        registers: Their names, separated by blanks.
+        patterns: Of the fields, with `{}` for the number of each, from 0.
+    """
+    return {
+        register: tuple(pattern.format(number) for pattern in patterns)
+        for number, register in enumerate(registers.split())
+    }
 
 
 @dataclass(frozen=True)
@@ -213,6 +279,9 @@ class Architecture:
         has_orc: The kernel may have ORC tables, by which callers are found.
         frame_record: How callers are found where the kernel is compiled with frame pointers, as
             it always is; None where that is not known.
+        migrated: What QEMU's migration stream calls the registers; None where that is unknown.
+        machines: Where machines have their RAM, for streams, which do not tell; of several that
+            fit, the likely one first.
     """
 
     name: str
@@ -242,6 +311,8 @@ class Architecture:
     gdb_settings: tuple[str, ...] = ()
     has_orc: bool = False
     frame_record: FrameRecord | None = None
+    migrated: MigratedCpu | None = None
+    machines: tuple[MachineRam, ...] = ()
 
     def guessed_registers(self, readings: VcpuReadings) -> Collection[str]:
         """Return the names of registers whose value no source gave as it is."""

@@ -15,10 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MachineRam,
+    MigratedCpu,
     NoteLayout,
     Register,
     TargetClues,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._page_tables import AddressWindow, ones_above
@@ -27,6 +30,7 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U32_MAX, ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_MIPS, NT_PRFPREG
+from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 32)
@@ -48,6 +52,9 @@ _FLOATING_POINT = NoteLayout(
     NT_PRFPREG,
     StructLayout("elf_fpregset_t", (*fields_of("u64", _FPRS), *fields_of("u32", "fsr fir"))),
     max_align=8,
+)
+_MACHINES = (  # QEMU hw/mips/malta.c
+    MachineRam("malta", ((0, 0, 1 << 28), (0x90000000, 1 << 28, None))),
 )
 _FP_VALID = {"pr_fpvalid": 1}
 
@@ -129,12 +136,46 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
+def _order_of(config0: int) -> ByteOrder:
+    return "big" if config0 & _CONFIG0_BE else "little"
+
+
 def _recognize_by(byte_order: ByteOrder) -> Callable[[TargetClues], bool]:
     def recognize(clues: TargetClues) -> bool:
         config0 = _parse_monitor(clues.register_text).get("config0", 0)
-        return (config0 & _CONFIG0_BE != 0) == (byte_order == "big")
+        return _order_of(config0) == byte_order
 
     return recognize
+
+
+def _migrated(word_size: int, byte_order: ByteOrder) -> MigratedCpu:
+    def recognize(section: DeviceFields) -> bool:
+        config0 = section.integer("env.CP0_Config0")
+        fits = len(section.data("env.active_tc.PC") or b"") == word_size
+        return fits and config0 is not None and _order_of(config0) == byte_order
+
+    def derive(section: DeviceFields) -> Mapping[str, int]:
+        # Each is a vector of 16 bytes that begins with it.
+        values = {name: section.data(f"env.active_fpu.fpr[{name[1:]}]") for name in _FPRS.split()}
+        return {name: int.from_bytes(data[:8], "big") for name, data in values.items() if data}
+
+    return MigratedCpu(
+        recognize,
+        {
+            **field_names(_GPRS, "env.active_tc.gpr[{}]"),
+            "pc": ("env.active_tc.PC",),
+            "hi": ("env.active_tc.HI[0]",),
+            "lo": ("env.active_tc.LO[0]",),
+            "badvaddr": ("env.CP0_BadVAddr",),
+            "status": ("env.CP0_Status",),
+            "cause": ("env.CP0_Cause",),
+            "config0": ("env.CP0_Config0",),
+            "config1": ("env.CP0_Config1",),
+            "fir": ("env.active_fpu.fcr0",),
+            "fsr": ("env.active_fpu.fcr31",),
+        },
+        derive,
+    )
 
 
 def make_architecture(name: str, word_size: int, byte_order: ByteOrder) -> Architecture:
@@ -164,6 +205,8 @@ def make_architecture(name: str, word_size: int, byte_order: ByteOrder) -> Archi
         recognize=_recognize_by(byte_order),
         g_packet=g_packet((word_size, f"{_IN_STUB} zero_fp")),
         kernel_page_tables=_linux_windows,
+        migrated=_migrated(word_size, byte_order),
+        machines=_MACHINES,
         gdb_settings=(
             f"set architecture mips:isa{8 * word_size}r2",
             f"set endian {byte_order}",

@@ -17,9 +17,11 @@ from itertools import pairwise
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MigratedCpu,
     NoteLayout,
     Register,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus_layout, wide_fields
 from qemu_dump_ext.architectures._register_text import parse_rows
@@ -34,6 +36,7 @@ from qemu_dump_ext.structures.c_struct import (
 )
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import NT_PPC_SPE, NT_PPC_VMX, NT_PPC_VSX, NT_PRFPREG, NT_PRSTATUS
+from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)
@@ -221,6 +224,40 @@ def _stub_byte_order(registers: Mapping[str, bytes]) -> ByteOrder:
     return "little" if msr[:1] and msr[0] & _MSR_LE_BYTE else "big"
 
 
+_SPR_NUMBERS = {"xer": 1, "link": 8, "ctr": 9, "vrsave": 256, "pvr": 287, "lpcr": 318, "hid0": 1008}
+
+
+def _derive_migrated(section: DeviceFields) -> Mapping[str, int]:
+    # The halves of a vector in the order of the host's memory: taken for a little-endian one.
+    vectors = {name: section.data(f"cpu/altivec/env.vsr[{name[2:]}]") for name in _VMX.split()}
+    values = {
+        name: int.from_bytes(data[8:] + data[:8], "big") for name, data in vectors.items() if data
+    }
+    fields = section.integers("env.crf")
+    if len(fields) == 8:
+        values["ccr"] = sum((value & 0xF) << 28 - 4 * index for index, value in enumerate(fields))
+    return values
+
+
+def _migrated(word_size: int) -> MigratedCpu:
+    return MigratedCpu(
+        recognize=lambda section: len(section.data("env.nip") or b"") == word_size,
+        fields={
+            **field_names(_GPRS, "env.gpr[{}]"),
+            **field_names(_SPE_HIGH, "env.gprh[{}]"),
+            **field_names(_FPRS, "cpu/fpu/env.vsr[{}]"),
+            **field_names(_VSX_LOW, "cpu/vsx/env.vsr[{}]"),
+            **{name: (f"env.spr[{number}]",) for name, number in _SPR_NUMBERS.items()},
+            "nip": ("env.nip",),
+            "msr": ("env.msr",),
+            "fpscr": ("cpu/fpu/env.fpscr",),
+            "vscr": ("cpu/altivec/vscr",),
+            "spe_acc": ("env.spe_acc",),
+        },
+        derive=_derive_migrated,
+    )
+
+
 def make_architecture(
     name: str,
     e_machine: int,
@@ -246,4 +283,5 @@ def make_architecture(
         machine_page_sizes=machine_page_sizes or {},
         stub_byte_order=_stub_byte_order,
         correct_stub=_correct_stub,
+        migrated=_migrated(word_size),
     )

@@ -2,7 +2,8 @@
 
 Sources:
     Linux arch/riscv/include/uapi/asm/ptrace.h (user_regs_struct: pc, x1 to x31), asm/elf.h;
-    QEMU target/riscv/arch_dump.c; RISC-V ABI specification (names of registers).
+    QEMU target/riscv/arch_dump.c, machine.c (migration stream); RISC-V ABI specification (names
+    of registers).
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from dataclasses import replace
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MachineRam,
+    MigratedCpu,
     Register,
     TargetClues,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._page_tables import Translation
@@ -25,12 +29,17 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_RISCV
+from qemu_dump_ext.structures.migration import DeviceFields
 
 _ABI_NAMES = "ra sp gp tp t0 t1 t2 fp s1 a0 a1 a2 a3 a4 a5 a6 a7 s2 s3 s4 s5 s6 s7 s8 s9 s10 s11"
 _ABI_NAMES = f"{_ABI_NAMES} t3 t4 t5 t6"
 _GPRS = numbered("x", 31, first=1)
 _BIG_ENDIAN = "big_endian"
 _MSTATUS_UBE = 1 << 6
+_MACHINES = (  # QEMU hw/riscv/virt.c
+    MachineRam("virt", ((0x80000000, 0, None),), others={"riscv_virt_board.mrom": 0x1000}),
+)
+_MXL_WORD_SIZES = {1: 4, 2: 8}
 
 
 def _select(little: Core, big: Core, vcpus: Sequence[Vcpu]) -> Core:
@@ -84,6 +93,19 @@ def make_architecture(word_size: int) -> Architecture:
     def page_table_roots(registers: Mapping[str, int], _native: bool) -> Sequence[Translation]:
         return roots_by_satp(registers, word_size)
 
+    def recognize_migrated(section: DeviceFields) -> bool:
+        width = _MXL_WORD_SIZES.get(section.integer("env.misa_mxl") or 0)
+        return width == word_size and "env.satp" in section
+
+    migrated = MigratedCpu(
+        recognize=recognize_migrated,
+        fields={
+            **field_names(f"x0 {_GPRS}", "env.gpr[{}]"),
+            "pc": ("env.pc",),
+            "mstatus": ("env.mstatus",),
+            "satp": ("env.satp",),
+        },
+    )
     return Architecture(
         name=f"riscv{bits}",
         cpu_type_suffix="-riscv-cpu",
@@ -106,4 +128,6 @@ def make_architecture(word_size: int) -> Architecture:
         reconcile=_reconcile,
         recognize=recognize,
         page_table_roots=page_table_roots,
+        migrated=migrated,
+        machines=_MACHINES,
     )

@@ -13,22 +13,33 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qemu_dump_ext.architectures._arm import BIG_ENDIAN, BYTE_ORDER_REGISTERS, byte_order
+from qemu_dump_ext.architectures._arm import (
+    BIG_ENDIAN,
+    BYTE_ORDER_REGISTERS,
+    byte_order,
+    numbered_registers,
+    runs_aarch64,
+    system_register,
+)
 from qemu_dump_ext.architectures._arm_tables import linux_tables_of_aarch64, roots_of_aarch64
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
     FrameRecord,
+    MachineRam,
+    MigratedCpu,
     NoteLayout,
     Register,
     TargetClues,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
+from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("x", 31)
 _VECTORS = numbered("v", 32)
@@ -125,6 +136,14 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
     return values | {"pstate": int(psr[1], 16), "runs_32_bit_code": 1}
 
 
+def _vq(values: Mapping[str, int], most: int) -> int:
+    """Return the vector length in 16 bytes: each exception level may have set a shorter one."""
+    level = values.get("pstate", 0) >> 2 & 3
+    names = ("zcr_el1", "zcr_el2", "zcr_el3")
+    limits = [values[name] & 0xF for name in names[max(level, 1) - 1 :] if name in values]
+    return min((*limits, most - 1)) + 1
+
+
 def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     native, stub = readings.native, readings.gdb
     values = {**native, **readings.monitor, **stub, **byte_order(readings)}
@@ -144,6 +163,8 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
         values["sve_vl"] = 8 * stub["vg"]
     if readings.qom.get("sve_max_vq"):
         values["sve_max_vl"] = _VQ_SIZE * readings.qom["sve_max_vq"]
+        if "zcr_el1" in values:
+            values["sve_vl"] = _VQ_SIZE * _vq(values, readings.qom["sve_max_vq"])
     for length, size in (("sve_vl", "sve_size"), ("sve_max_vl", "sve_max_size")):
         if values.get(length):
             values[size] = _sve_offsets(values[length] // _VQ_SIZE)[1]
@@ -153,6 +174,59 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
 def _recognize(clues: TargetClues) -> bool:
     return clues.vcpu_property("aarch64") is not None or "X00=" in clues.register_text
 
+
+_FPSR_BITS, _FPCR_BITS = 0xF800009F, 0x07FF9F00
+_MIGRATED_SYSTEM_REGISTERS = {
+    "sctlr_el1": system_register(3, 0, 1, 0, 0),
+    "ttbr0_el1": system_register(3, 0, 2, 0, 0),
+    "ttbr1_el1": system_register(3, 0, 2, 0, 1),
+    "tcr_el1": system_register(3, 0, 2, 0, 2),
+    "zcr_el1": system_register(3, 0, 1, 2, 0),
+    "zcr_el2": system_register(3, 4, 1, 2, 0),
+    "zcr_el3": system_register(3, 6, 1, 2, 0),
+}
+
+
+def _derive_migrated(section: DeviceFields) -> Mapping[str, int]:
+    values = numbered_registers(section, _MIGRATED_SYSTEM_REGISTERS)
+    for index, name in enumerate(_VECTORS.split()):
+        halves = section.integers(f"cpu/vfp/env.vfp.zregs[{index}].d")
+        if len(halves) == 2:
+            values[name] = halves[1] << 64 | halves[0]
+    both = section.integer("cpu/vfp/fpscr")
+    if both is not None:
+        values |= {"fpsr": both & _FPSR_BITS, "fpcr": both & _FPCR_BITS}
+    values |= _sve_registers(section)
+    return values
+
+
+def _sve_registers(section: DeviceFields) -> Mapping[str, int]:
+    values = {}
+    for index, name in enumerate(_SVE_VECTORS.split()):
+        low = section.integers(f"cpu/vfp/env.vfp.zregs[{index}].d")
+        high = section.integers(f"cpu/sve/env.vfp.zregs[{index}].d")
+        if low and high:
+            values[name] = _wide([*low, *high])
+    for index, name in enumerate(_SVE_PREDICATES.split()):
+        if words := section.integers(f"cpu/sve/env.vfp.pregs[{index}].p"):
+            values[name] = _wide(words)
+    return values
+
+
+def _wide(words: Sequence[int]) -> int:
+    return sum(word << 64 * index for index, word in enumerate(words))
+
+
+_MIGRATED = MigratedCpu(
+    recognize=lambda section: runs_aarch64(section) is True,
+    fields={
+        **field_names(f"{_GPRS} sp", "env.xregs[{}]"),
+        "pc": ("env.pc",),
+        "pstate": ("cpsr",),
+    },
+    derive=_derive_migrated,
+    needed_for={"cpu/sve/": "sve_vl"},
+)
 
 ARCHITECTURE = Architecture(
     name="aarch64",
@@ -185,4 +259,6 @@ ARCHITECTURE = Architecture(
     page_table_roots=roots_of_aarch64,
     kernel_page_tables=linux_tables_of_aarch64,
     frame_record=FrameRecord("x29", 0, 8, r"el1h?_\w+"),
+    migrated=_MIGRATED,
+    machines=(MachineRam("virt", ((0x40000000, 0, None),)),),
 )

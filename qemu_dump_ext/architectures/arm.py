@@ -11,21 +11,32 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from qemu_dump_ext.architectures._arm import BIG_ENDIAN, BYTE_ORDER_REGISTERS, byte_order
+from qemu_dump_ext.architectures._arm import (
+    BIG_ENDIAN,
+    BYTE_ORDER_REGISTERS,
+    byte_order,
+    coprocessor_register,
+    numbered_registers,
+    runs_aarch64,
+)
 from qemu_dump_ext.architectures._arm_tables import linux_tables_of_arm, roots_of_arm
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MachineRam,
+    MigratedCpu,
     NoteLayout,
     Register,
     TargetClues,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus_layout
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_ARM, NT_ARM_VFP, NT_PRSTATUS
+from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("r", 16)
 _GDB_NAMES = {"r13": "sp", "r14": "lr", "r15": "pc"}
@@ -81,6 +92,34 @@ def _recognize(clues: TargetClues) -> bool:
     return clues.vcpu_property("aarch64") is None and "X00=" not in clues.register_text
 
 
+_MIGRATED_SYSTEM_REGISTERS = {
+    "sctlr": coprocessor_register(1, 0, wide=False),
+    "ttbcr": coprocessor_register(2, 0, 0, 2, wide=False),
+    "ttbr0_32": coprocessor_register(2, 0, wide=False),
+    "ttbr1_32": coprocessor_register(2, 0, 0, 1, wide=False),
+    "ttbr0": coprocessor_register(0, 2, wide=True),
+    "ttbr1": coprocessor_register(0, 2, 1, wide=True),
+}
+
+
+def _derive_migrated(section: DeviceFields) -> Mapping[str, int]:
+    return numbered_registers(section, _MIGRATED_SYSTEM_REGISTERS)
+
+
+_MIGRATED = MigratedCpu(
+    recognize=lambda section: runs_aarch64(section) is False,
+    fields={
+        **field_names(_GPRS, "env.regs[{}]"),
+        "cpsr": ("cpsr",),
+        "fpscr": ("cpu/vfp/fpscr",),
+        **{
+            f"d{index}": (f"cpu/vfp/env.vfp.zregs[{index // 2}].d[{index % 2}]",)
+            for index in range(32)
+        },
+    },
+    derive=_derive_migrated,
+)
+
 ARCHITECTURE = Architecture(
     name="arm",
     cpu_type_suffix="-arm-cpu",
@@ -110,4 +149,6 @@ ARCHITECTURE = Architecture(
     recognize=_recognize,
     page_table_roots=roots_of_arm,
     kernel_page_tables=linux_tables_of_arm,
+    migrated=_MIGRATED,
+    machines=(MachineRam("virt", ((0x40000000, 0, None),)),),
 )

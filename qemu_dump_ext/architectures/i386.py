@@ -51,4 +51,5 @@ ARCHITECTURE = replace(
     reconcile=_reconcile,
     guessed_by_reconcile=x86_64.guessed_flags,
     kernel_page_tables=_kernel_page_tables,
+    migrated=x86_64.migrated_cpu(4),
 )

@@ -2,10 +2,10 @@
 
 Sources:
     Linux arch/loongarch/include/uapi/asm/ptrace.h (user_pt_regs, user_fp_state), asm/elf.h
-    (ELF_NGREG 45); QEMU target/loongarch/arch_dump.c (since 9.2), gdb-xml/loongarch-*.xml;
-    LoongArch Reference Manual, volume 1, "Virtual Memory and Multi-level Page Table", "Direct
-    Mapping Configuration Window", PWCL and PWCH; Linux Documentation/arch/loongarch/
-    introduction.rst (the windows that it uses).
+    (ELF_NGREG 45); QEMU target/loongarch/arch_dump.c (since 9.2), gdb-xml/loongarch-*.xml,
+    machine.c (migration stream); LoongArch Reference Manual, volume 1, "Virtual Memory and
+    Multi-level Page Table", "Direct Mapping Configuration Window", PWCL and PWCH; Linux
+    Documentation/arch/loongarch/introduction.rst (the windows that it uses).
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ from functools import cache
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MachineRam,
+    MigratedCpu,
     NoteLayout,
     Register,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus
 from qemu_dump_ext.architectures._page_tables import (
@@ -173,6 +176,33 @@ def _reconcile(readings: VcpuReadings) -> Mapping[str, int]:
     return values
 
 
+def _control_fields(name: str, field: str) -> dict[str, tuple[str, ...]]:
+    return {name: (f"env.sys_states[0].CSR_{field}", f"env.CSR_{field}")}  # since QEMU 11, before
+
+
+_MIGRATED = MigratedCpu(
+    recognize=lambda section: any(
+        name in section for name in _control_fields("crmd", "CRMD")["crmd"]
+    ),
+    fields={
+        **field_names(_GPRS, "env.gpr[{}]"),
+        **field_names(_FPRS, "cpu/fpu/env.fpr[{}].UD[0]", "env.fpr[{}].UD[0]", "env.fpr[{}]"),
+        **field_names(" ".join(_CONDITION_FLAGS), "cpu/fpu/env.cf[{}]", "env.cf[{}]"),
+        "fcsr": ("cpu/fpu/env.fcsr0", "env.fcsr0"),
+        "pc": ("env.pc",),
+        **{
+            name: fields
+            for register in f"era badv {_CONTROL} pgdl pgdh pwcl pwch".split()
+            for name, fields in _control_fields(register, register.upper()).items()
+        },
+        **{
+            name: fields
+            for index in range(4)
+            for name, fields in _control_fields(f"dmw{index}", f"DMW[{index}]").items()
+        },
+    },
+)
+
 ARCHITECTURE = Architecture(
     name="loongarch64",
     cpu_type_suffix="-loongarch-cpu",
@@ -196,4 +226,9 @@ ARCHITECTURE = Architecture(
     kernel_page_tables=_linux_windows,
     # Most have no LoongArch: any little-endian architecture with registers of 64 bits can connect.
     gdb_settings=("set architecture alpha",),
+    migrated=_MIGRATED,
+    machines=tuple(  # since QEMU 8.1, and before
+        MachineRam("virt", ((0, 0, 1 << 28), (high, 1 << 28, None)))
+        for high in (0x80000000, 0x90000000)
+    ),
 )

@@ -2,7 +2,8 @@
 
 Sources:
     Linux arch/s390/include/uapi/asm/ptrace.h (s390_regs, s390_fp_regs), asm/elf.h,
-    arch/s390/kernel/ptrace.c (regsets behind the notes); QEMU target/s390x/arch_dump.c;
+    arch/s390/kernel/ptrace.c (regsets behind the notes); QEMU target/s390x/arch_dump.c,
+    machine.c (migration stream);
     z/Architecture Principles of Operation, "Dynamic Address Translation", "Prefixing"; Linux
     arch/s390/include/asm/page.h (__pa), arch/s390/kernel/machine_kexec.c (VMCOREINFO).
 """
@@ -16,9 +17,12 @@ from functools import cache
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MachineRam,
+    MigratedCpu,
     NoteLayout,
     Register,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import numbered, prstatus, wide_fields
 from qemu_dump_ext.architectures._page_tables import (
@@ -43,6 +47,7 @@ from qemu_dump_ext.structures.elf import (
     NT_S390_VXRS_HIGH,
     NT_S390_VXRS_LOW,
 )
+from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _GPRS = numbered("r", 16)
@@ -231,6 +236,36 @@ def _guessed(readings: VcpuReadings) -> Collection[str]:
     return () if readings.native else ("psw_mask_as_stored",)
 
 
+def _derive_migrated(section: DeviceFields) -> Mapping[str, int]:
+    values = {}
+    for index in range(16, 32):
+        halves = [section.integer(f"cpu/vregs/env.vregs[{index}][{half}]") for half in (0, 1)]
+        if halves[0] is not None and halves[1] is not None:
+            values[f"v{index}"] = halves[0] << 64 | halves[1]
+    return values
+
+
+_MIGRATED = MigratedCpu(
+    recognize=lambda section: "env.psw.addr" in section,
+    fields={
+        **field_names(_GPRS, "env.regs[{}]"),
+        **field_names(_ACCESS, "env.aregs[{}]"),
+        **field_names(_CONTROL, "env.cregs[{}]"),
+        **field_names(_FPRS, "cpu/fpu/env.vregs[{}][0]"),
+        **field_names(_VECTOR_LOW, "cpu/vregs/env.vregs[{}][1]"),
+        **field_names(_GUARDED_STORAGE, "cpu/gscb/env.gscb[{}]"),
+        "fpc": ("cpu/fpu/env.fpc",),
+        "psw_mask": ("env.psw.mask",),
+        "psw_addr": ("env.psw.addr",),
+        "prefix": ("env.psa",),
+        "cpu_timer": ("env.cputm",),
+        "clock_comparator": ("env.ckc",),
+        "tod_register": ("env.todpr",),
+    },
+    derive=_derive_migrated,
+    absent_is_zero=frozenset(f"{_VECTOR_LOW} {_VECTOR_HIGH} {_GUARDED_STORAGE}".split()),
+)
+
 _SAME_IN_STUB = f"{_ACCESS} fpc {_FPRS} {_VECTOR_LOW} {_VECTOR_HIGH} {_GUARDED_STORAGE} prefix"
 
 ARCHITECTURE = Architecture(
@@ -261,4 +296,6 @@ ARCHITECTURE = Architecture(
     guessed_by_reconcile=_guessed,
     page_table_roots=_page_table_roots,
     kernel_page_tables=_linux_tables,
+    migrated=_MIGRATED,
+    machines=(MachineRam("s390-ccw-virtio", ((0, 0, None),)),),
 )

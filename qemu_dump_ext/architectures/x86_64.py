@@ -3,8 +3,9 @@
 Sources:
     Linux arch/x86/include/asm/elf.h, user_64.h, user_32.h (elf_prstatus); QEMU
     target/i386/arch_dump.c (order and contents of the notes, struct QEMUCPUState);
-    target/i386/cpu-dump.c (text of `info registers`). Page tables: Intel SDM volume 3A, chapter
-    "Paging"; what QEMU makes of them: target/i386/arch_memory_mapping.c.
+    target/i386/cpu-dump.c (text of `info registers`), machine.c (migration stream). Page tables:
+    Intel SDM volume 3A, chapter "Paging"; what QEMU makes of them:
+    target/i386/arch_memory_mapping.c.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from functools import cache
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
     Core,
+    MachineRam,
+    MigratedCpu,
     NoteLayout,
     Register,
     VcpuReadings,
+    field_names,
 )
 from qemu_dump_ext.architectures._linux_notes import prstatus
 from qemu_dump_ext.architectures._page_tables import (
@@ -33,6 +37,7 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_386, EM_X86_64, NT_QEMU
+from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
@@ -313,6 +318,68 @@ def _gpr(name: str) -> Register:
     return Register(name, gdb=name, monitor=monitor)
 
 
+_SEGMENT_NUMBERS = field_names("es cs ss ds fs gs", "env.segs[{}]")
+_HFLAGS_SMM = 1 << 19
+
+
+def _descriptor_fields() -> dict[str, tuple[str, ...]]:
+    places = {name: f"env.{name}" for name in ("ldt", "tr", "gdt", "idt")}
+    places |= {name: fields[0] for name, fields in _SEGMENT_NUMBERS.items()}
+    return {
+        f"{name}_{part}": (f"{place}.{part}",)
+        for name, place in places.items()
+        for part in ("selector", "base", "limit", "flags")
+    }
+
+
+def _derive_migrated(section: DeviceFields) -> Mapping[str, int]:
+    mask, flags = section.integer("env.a20_mask"), section.integer("env.hflags")
+    values = {} if mask is None else {"a20": int(mask & _A20 != 0)}
+    return values if flags is None else values | {"smm": int(flags & _HFLAGS_SMM != 0)}
+
+
+def migrated_cpu(word_size: int) -> MigratedCpu:
+    """Return what a QEMU of one word size calls the registers."""
+    return MigratedCpu(
+        recognize=lambda section: len(section.data("env.eip") or b"") == word_size,
+        fields={
+            **field_names(f"rax rcx rdx rbx rsp rbp rsi rdi {_LONG_GPRS}", "env.regs[{}]"),
+            "rip": ("env.eip",),
+            "eflags": ("env.eflags",),
+            **_descriptor_fields(),
+            **{f"cr{number}": (f"env.cr[{number}]",) for number in (0, 2, 3, 4)},
+            "kernel_gs_base": ("env.kernelgsbase",),
+            "efer": ("env.efer",),
+        },
+        derive=_derive_migrated,
+    )
+
+
+def _machine_ram(machine: str, below_4g: int, size_min: int) -> MachineRam:
+    """Return the memory of a PC, which has a hole below 4 GiB."""
+    return MachineRam(
+        machine,
+        ((0, 0, below_4g), (_4G, below_4g, None)),
+        size_min,
+        ends={"pc.bios": _4G},
+        screen=(0xA0000, 0xC0000),
+    )
+
+
+# QEMU hw/i386/pc_q35.c, pc_piix.c, microvm.c; with max-ram-below-4g the hole is elsewhere.
+MACHINES = (
+    _machine_ram("pc-q35-", 0x80000000, 0xB0000000),
+    _machine_ram("pc-q35-", 0xB0000000, 0),
+    _machine_ram("pc-i440fx-", 0xC0000000, 0xE0000000),
+    _machine_ram("pc-i440fx-", 0xE0000000, 0),
+    _machine_ram("microvm", 0xC0000000, 0),
+    *(
+        _machine_ram(machine, below_4g, below_4g)
+        for machine in ("pc-q35-", "pc-i440fx-", "microvm")
+        for below_4g in (0xE0000000, 0xC0000000, 0x80000000, 0x40000000)
+    ),
+)
+
 ARCHITECTURE = Architecture(
     name="x86_64",
     cpu_type_suffix="-x86_64-cpu",
@@ -354,4 +421,6 @@ ARCHITECTURE = Architecture(
     guessed_by_reconcile=guessed_flags,
     per_cpu_base=_per_cpu_base,
     has_orc=True,
+    migrated=migrated_cpu(8),
+    machines=MACHINES,
 )

@@ -31,18 +31,21 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.options.dump_options import words_of_options
 from qemu_dump_ext.qemu.address import connectable, unix_path
+from qemu_dump_ext.qemu.command_line import GDBSTUB
 from qemu_dump_ext.qemu.guardian import Guardian
 from qemu_dump_ext.qemu.monitor_text import parse_status
 from qemu_dump_ext.qemu.process import has_client
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import require_dumpable
 from qemu_dump_ext.qemu.run_states import PAUSED, RESET, Treatment, treatment
+from qemu_dump_ext.qemu.socket_kind import busy, greeting_kind, other_kind, require_kind
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.standard_error import is_terminal
 from qemu_dump_ext.third_party import import_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
 _CONNECT_SECONDS = 10
+_GREETING_SECONDS = 0.3  # a gdbstub has none
 _POLL_SECONDS = 0.125
 _BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
 _INTERRUPTED_SECONDS = 30.0
@@ -250,10 +253,9 @@ def _ask_by_qmp(qmp: str) -> _Known:
 @contextmanager
 def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
     # Attaching stops the guest, and gdb's own `detach` lets it run even if it did not before.
-    if has_client(address):
-        raise ConnectError(
-            f"another debugger is connected to {address}", hint="QEMU serves one at a time"
-        )
+    known_way = require_kind(address, GDBSTUB, free=True)
+    if known_way is None and has_client(address):
+        raise busy(address, GDBSTUB, None)
     for setting in ("confirm off", "pagination off", f"tcp connect-timeout {_CONNECT_SECONDS}"):
         gdb.run(f"-gdb-set {setting}")
     for command in known.settings:
@@ -263,6 +265,10 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
     # Also a connection that was never answered stops the guest, when QEMU takes it.
     guardian = None if known.ran is False else Guardian("gdb", address)
     try:
+        if known_way is None and (greeting := greeting_kind(address, _GREETING_SECONDS)):
+            _dismiss(guardian)
+            guardian = None
+            raise other_kind(address, greeting)
         _connect(gdb, address, told=bool(known.settings))
         ran_before = known.ran
         if ran_before is None:

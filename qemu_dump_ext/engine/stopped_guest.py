@@ -64,7 +64,7 @@ class StoppedGuest(GuestView):
         self.ram_blocks = probed.ram_blocks
         self.vcpus = probed.vcpus
         self._access = access
-        self._context = access.source_context(probed.ram_blocks)
+        self._context = access.source_context(probed.ram_blocks, probed.dumps_forbidden)
         self._choice = memory
         self._stack = opened
         self._opened: OpenedMemory | SourceError | None = None

@@ -37,7 +37,11 @@ class AsyncMonitor(Monitor, Protocol):
 
 
 class DescriptorMonitor(Protocol):
-    """QEMU's QMP, through a socket that passes descriptors."""
+    """QEMU's QMP, through a socket that may pass descriptors."""
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether the socket is one that passes descriptors: a unix socket."""
 
     def begin_qmp(
         self, command: str, arguments: dict[str, object] | None = None
@@ -63,10 +67,6 @@ class QmpMonitor(DescriptorMonitor, Monitor, Protocol):
     @property
     def address(self) -> str:
         """Where QEMU listens: a path or HOST:PORT."""
-
-    @property
-    def passes_descriptors(self) -> bool:
-        """Whether the socket is one that passes descriptors: a unix socket."""
 
     def listening(self, hear: Callable[[Mapping[str, Any]], None]) -> AbstractContextManager[None]:
         """Have `hear` called with each event of QEMU's, in any thread, inside a `with` block."""
@@ -126,9 +126,23 @@ class GuestAccess:
         """
         return cls(monitor, stub, None, (*addresses, *(stub.addresses() if stub else ())))
 
-    def source_context(self, ram_blocks: Sequence[RamBlock]) -> SourceContext:
-        """Return what memory sources may use to get at `ram_blocks`."""
-        return SourceContext(self.monitor, self.stub, ram_blocks, self.addresses, self.qmp)
+    def source_context(
+        self, ram_blocks: Sequence[RamBlock], dumps_forbidden: str | None
+    ) -> SourceContext:
+        """Return what memory sources may use to get at `ram_blocks`.
+
+        Args:
+            ram_blocks: By ascending gpa.
+            dumps_forbidden: Why QEMU must not be asked for dumps of its own, or None.
+        """
+        return SourceContext(
+            self.monitor,
+            self.stub,
+            ram_blocks,
+            self.addresses,
+            self.qmp,
+            dumps_forbidden=dumps_forbidden,
+        )
 
 
 @dataclass(frozen=True)
@@ -141,6 +155,7 @@ class SourceContext:
         ram_blocks: Of the guest, by ascending gpa.
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
         qmp: QEMU's QMP, where the door has one.
+        dumps_forbidden: Why QEMU must not be asked for dumps of its own, or None: it may.
         shown: What the monitor has shown of memory, by gpa and size: the guest stands still.
     """
 
@@ -149,4 +164,5 @@ class SourceContext:
     ram_blocks: Sequence[RamBlock]
     addresses: Sequence[str] = ()
     qmp: DescriptorMonitor | None = None
+    dumps_forbidden: str | None = None
     shown: dict[tuple[int, int], bytes] = field(default_factory=dict, compare=False)

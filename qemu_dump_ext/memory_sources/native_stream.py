@@ -3,8 +3,8 @@
 Needs nothing but a QMP socket that passes descriptors (a unix socket, but no common file system,
 process or user), and a target that QEMU can dump. Each piece is a dump of its range.
 
-QEMU announces the end of every dump to all clients of QMP (DUMP_COMPLETED), and `query-dump` tells
-of the last one.
+QEMU announces the end of every dump to all clients of QMP (DUMP_COMPLETED): it is not asked where
+libvirt is one of them. `query-dump` tells of the last one.
 
 Source: QEMU dump/dump.c qmp_dump_guest_memory(), create_vmcore(); monitor/fds.c.
 """
@@ -16,12 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest.access import DescriptorMonitor, SourceContext
+from qemu_dump_ext.guest.access import SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._pieces import FILE_COUNT, FilePlace, PiecewiseMemory
-from qemu_dump_ext.qemu.native_dump import begin_dump_into
+from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.structures.elf import PT_LOAD, parse_elf_head
 
 _HEAD_SIZE = 1 << 20
@@ -30,14 +30,14 @@ _PHDRS_END = 4096
 """Bytes; the program headers of one range are before that."""
 
 
-class NativeDumps:
+class DumpedPieces:
     """Has QEMU dump ranges."""
 
     is_async = True
     piece_size = 32 << 20  # QEMU takes some 10 ms for them, and 2 ms for none
 
-    def __init__(self, qmp: DescriptorMonitor) -> None:
-        self._qmp = qmp
+    def __init__(self, native: NativeDumps) -> None:
+        self._native = native
         self._files: list[int] = []
         try:
             with refused_as(SourceError, "get memory for QEMU to dump into"):
@@ -54,7 +54,7 @@ class NativeDumps:
         """Ask for a range."""
         descriptor = self._files[file]
         os.lseek(descriptor, 0, os.SEEK_SET)  # QEMU writes from here on
-        wait = begin_dump_into(self._qmp, descriptor, gpa, size)
+        wait = self._native.begin_into(descriptor, gpa, size)
 
         def place() -> FilePlace:
             wait()
@@ -87,12 +87,9 @@ def _offset_of_range(content: bytes, gpa: int, size: int) -> int:
 
 @contextmanager
 def _open(context: SourceContext) -> Iterator[GuestMemory]:
-    if context.qmp is None:
-        raise SourceError(
-            "QEMU takes descriptors of ours through QMP only, not through the human monitor",
-            hint="--qmp SOCKET",
-        )
-    memory = PiecewiseMemory("native_stream", context.ram_blocks, NativeDumps(context.qmp))
+    native = NativeDumps(context.monitor, context.qmp, context.dumps_forbidden)
+    native.require_descriptors()
+    memory = PiecewiseMemory("native_stream", context.ram_blocks, DumpedPieces(native))
     try:
         yield memory
     finally:

@@ -18,7 +18,7 @@ from qemu_dump_ext.paging.segments import (
 )
 from qemu_dump_ext.plan.ranges import blocks_within, filter_native
 from qemu_dump_ext.plan.request import ZERO, DumpRequest
-from qemu_dump_ext.registers.notes import EncodedNotes, encode_vcpu_notes
+from qemu_dump_ext.registers.notes import KERNEL_GS_BASE, EncodedNotes, encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf_notes import whole_notes
 from qemu_dump_ext.structures.utsname import UtsName
@@ -243,7 +243,9 @@ def _vcpu_notes(snapshot: GuestSnapshot, dialect: Dialect) -> tuple[Core, Encode
     remarks: list[str] = []
     if not dialect.vcpus_as_made:
         vcpus, remarks = _as_the_kernel_counts(architecture, vcpus)
-    encoded = encode_vcpu_notes(architecture, core, vcpus, kernel_gs_base=dialect.kernel_gs_base)
+    kernel_gs_base, more = _has_kernel_gs_base(core, dialect, vcpus)
+    remarks += more
+    encoded = encode_vcpu_notes(architecture, core, vcpus, kernel_gs_base=kernel_gs_base)
     if dialect.notes_of_one_size and len(set(encoded.sizes.values())) > 1:
         raise NotDumpedByQemuError(
             "dump: failed to write elf notes",
@@ -270,6 +272,19 @@ def _as_the_kernel_counts(
             order = ", ".join(str(vcpu.index) for vcpu in ordered)
             return ordered, [f"{told}; the kernel counts them {order}, and so do the notes"]
     return vcpus, [f"{told}, and so are the notes: the kernel may count them otherwise"]
+
+
+def _has_kernel_gs_base(
+    core: Core, dialect: Dialect, vcpus: Sequence[Vcpu]
+) -> tuple[bool, list[str]]:
+    """Tell whether the note `QEMU` has that register, and return remarks."""
+    is_there = any(layout.owner == "QEMU" for layout in core.notes)
+    if dialect.kernel_gs_base != "known" or not is_there:
+        return dialect.kernel_gs_base != "never", []
+    if all(KERNEL_GS_BASE in vcpu.registers for vcpu in vcpus):
+        return True, []
+    shorter = "the notes named QEMU end before it, as they did until QEMU 3.0"
+    return False, [f"{KERNEL_GS_BASE} is not known: {shorter}"]
 
 
 def _page_size(snapshot: GuestSnapshot, dialect: Dialect, vmcoreinfo: bytes) -> int:

@@ -14,12 +14,13 @@ import time
 from typing import Any
 
 _LINE_MAX = 1 << 20
+_ACKNOWLEDGEMENTS = (b"+", b"-")
 _RETRY_SECONDS = 0.3
 _IN_PROCESS = "dump in process"
 _PAUSED = re.compile(r"VM status: paused(?: \(single step mode\))?\s*$", re.MULTILINE)
 
 
-class _GoneError(Exception):
+class GoneError(Exception):
     """QEMU has closed the connection."""
 
 
@@ -47,20 +48,24 @@ class _Qmp:
     def _message(self) -> dict[str, Any]:
         line = self._lines.readline(_LINE_MAX)
         if not line:
-            raise _GoneError
+            raise GoneError
         message = json.loads(line)
         return message if isinstance(message, dict) else {}
 
 
-class _Stub:
+class StubPeer:
+    """QEMU's monitor behind a gdbstub that was connected to."""
+
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._bytes = connection.makefile("rb")
 
     def is_paused(self) -> bool:
+        """Tell whether the guest is paused, as a connection to the stub leaves it."""
         return _PAUSED.search(self._monitor("info status")) is not None
 
     def resume(self) -> bool:
+        """Tell whether QEMU has taken it: it does not while it dumps the guest itself."""
         return _IN_PROCESS not in self._monitor("cont")
 
     def _monitor(self, command: str) -> str:
@@ -76,19 +81,19 @@ class _Stub:
 
     def _packet(self) -> bytes:
         while (byte := self._bytes.read(1)) != b"$":
-            if not byte:
-                raise _GoneError
+            if byte not in _ACKNOWLEDGEMENTS:
+                raise GoneError  # or it is no stub
         packet = b""
         while (byte := self._bytes.read(1)) != b"#":
             if not byte or len(packet) > _LINE_MAX:
-                raise _GoneError
+                raise GoneError
             packet += byte
         self._bytes.read(2)
         self._connection.sendall(b"+")
         return packet
 
 
-_KINDS: dict[str, type[_Qmp | _Stub]] = {"qmp": _Qmp, "gdb": _Stub}
+_KINDS: dict[str, type[_Qmp | StubPeer]] = {"qmp": _Qmp, "gdb": StubPeer}
 
 
 def _connect(address: object) -> socket.socket:
@@ -113,5 +118,5 @@ def release(kind: str, address: object) -> None:
 if __name__ == "__main__" and not sys.stdin.buffer.read(1):
     try:
         release(sys.argv[1], json.loads(sys.argv[2]))
-    except (_GoneError, OSError, ValueError):
+    except (GoneError, OSError, ValueError):
         sys.exit(1)

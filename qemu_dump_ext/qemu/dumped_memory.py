@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.guest.access import DescriptorMonitor, Monitor
+from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_queries import find_devices, read_number, read_property
 from qemu_dump_ext.qemu.monitor_text import parse_flat_view
-from qemu_dump_ext.qemu.native_dump import is_dumped, native_ranges
+from qemu_dump_ext.qemu.native_dump import NativeDumps
 
 _VIRTIO_MEM = r"virtio-mem-(pci|ccw)"
 _BISECT_SECONDS = 5.0
@@ -69,14 +69,12 @@ class VirtioMem:
         return self.gpa + self.size
 
 
-def find_dumped_memory(
-    monitor: Monitor, qmp: DescriptorMonitor | None, flat_views: str
-) -> DumpedMemory:
+def find_dumped_memory(monitor: Monitor, native: NativeDumps, flat_views: str) -> DumpedMemory:
     """Find out what of a stopped guest's memory goes into a dump.
 
     Args:
         monitor: QEMU's human monitor.
-        qmp: QEMU's QMP, or None; finds out faster.
+        native: Asks QEMU for its own dumps.
         flat_views: The answer to `info mtree -f`.
 
     Raises:
@@ -89,7 +87,7 @@ def find_dumped_memory(
         name = f"virtio-mem {path.rpartition('/')[2]}"
         try:
             device = _read_virtio_mem(monitor, path, name)
-            plugged = _plugged_ranges(device, monitor, qmp)
+            plugged = _plugged_ranges(device, native)
         except SourceError as error:
             doubts.append(f"{name}: all of its blocks are dumped, also those not plugged: {error}")
             continue
@@ -100,7 +98,7 @@ def find_dumped_memory(
     if confidential := _confidential_guest(monitor):
         try:
             whole = blocks[0].gpa, blocks[-1].end
-            blocks = keep_within(blocks, whole, _asked_of_qmp(qmp, *whole))
+            blocks = keep_within(blocks, whole, native.ranges(whole[0], whole[1] - whole[0]))
             left_out.append(f"{confidential}: what only the guest can read is not dumped")
         except (IndexError, SourceError) as error:
             doubts.append(
@@ -154,26 +152,18 @@ def _read_virtio_mem(monitor: Monitor, path: str, name: str) -> VirtioMem:
     return VirtioMem(name, gpa, size, block_size, plugged)
 
 
-def _plugged_ranges(
-    device: VirtioMem, monitor: Monitor, qmp: DescriptorMonitor | None
-) -> Sequence[AddressRange]:
+def _plugged_ranges(device: VirtioMem, native: NativeDumps) -> Sequence[AddressRange]:
     if not device.plugged:
         return ()
     if device.plugged == device.size:
         return ((device.gpa, device.end),)
     try:
-        ranges = _asked_of_qmp(qmp, device.gpa, device.end)
+        ranges = native.ranges(device.gpa, device.size)
     except SourceError:
-        ranges = find_plugged(device, lambda gpa, size: is_dumped(monitor, gpa, size))
+        ranges = find_plugged(device, native.has_any)
     if sum(end - first for first, end in ranges) != device.plugged:
         raise SourceError("QEMU's dump has another number of them than are plugged")
     return ranges
-
-
-def _asked_of_qmp(qmp: DescriptorMonitor | None, first: int, end: int) -> Sequence[AddressRange]:
-    if qmp is None:
-        raise SourceError("QEMU's own dump tells, through a QMP socket that passes descriptors")
-    return native_ranges(qmp, first, end - first)
 
 
 def find_plugged(

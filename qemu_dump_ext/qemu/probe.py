@@ -16,6 +16,7 @@ from qemu_dump_ext.architectures import (
 from qemu_dump_ext.errors import GuestDisturbedError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess, Monitor
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.qemu.dump_listeners import why_dumps_are_forbidden
 from qemu_dump_ext.qemu.dumped_memory import find_dumped_memory
 from qemu_dump_ext.qemu.monitor_queries import (
     find_devices,
@@ -31,7 +32,7 @@ from qemu_dump_ext.qemu.monitor_text import (
     parse_status,
     parse_version,
 )
-from qemu_dump_ext.qemu.native_dump import native_dump
+from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.qemu.target_name import target_name
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.registers.from_stub import read_g_packet
@@ -55,6 +56,7 @@ class ProbedGuest:
         guest_note: From the vmcoreinfo device; None where QEMU's own notes could not be had,
             though there is such a device.
         native_refusal: Why QEMU's own notes could not be had, or None.
+        dumps_forbidden: Why QEMU must not be asked for dumps of its own, or None: it may.
         guessed: Registers of which only those notes would tell every bit.
         machine: QOM type of the machine.
         left_out: What of its memory does not go into a dump, in words.
@@ -69,6 +71,7 @@ class ProbedGuest:
     vcpus: Sequence[Vcpu]
     guest_note: bytes | None
     native_refusal: str | None
+    dumps_forbidden: str | None = None
     guessed: Collection[str] = ()
     machine: str = ""
     left_out: tuple[str, ...] = ()
@@ -89,7 +92,9 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
     )
     flat_views = monitor.execute("info mtree -f")
-    dumped = find_dumped_memory(monitor, access.qmp, flat_views)
+    dumps_forbidden = why_dumps_are_forbidden(monitor)
+    native_dumps = NativeDumps(monitor, access.qmp, dumps_forbidden)
+    dumped = find_dumped_memory(monitor, native_dumps, flat_views)
     ram_blocks = dumped.blocks
     texts = read_register_texts(monitor)
     vcpu_property = partial(read_property, monitor, objects.cpu_path)
@@ -104,7 +109,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     native, refusal = NativeNotes({}, b""), None
     try:
         if ram_blocks:
-            content = native_dump(access, ram_blocks[0].gpa)
+            content = native_dumps.dump_byte(ram_blocks[0].gpa)
             native = parse_native_notes(content, architecture, list(texts))
     except SourceError as error:
         refusal = str(error)
@@ -143,6 +148,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
+        dumps_forbidden=dumps_forbidden,
         guessed=sorted(guessed),
         machine=objects.machine_type,
         left_out=dumped.left_out,

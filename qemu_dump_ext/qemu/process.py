@@ -4,7 +4,7 @@ The process is the one at the other end of a socket that this process is connect
 name, command line or pid file has to be trusted. It follows that a QEMU which is on another host,
 or in another PID or network namespace, is not found rather than mistaken.
 
-Source: sock_diag(7), struct unix_diag_req and unix_diag_msg in linux/unix_diag.h; proc(5).
+Source: proc(5).
 """
 
 from __future__ import annotations
@@ -21,21 +21,12 @@ from pathlib import Path
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address, unix_path
+from qemu_dump_ext.qemu.socket_tables import file_number, unix_peer_inode, unix_socket_of
 
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<flags>\S+) (?P<offset>[0-9a-f]+)"
     r" \S+ (?P<inode>\d+) *(?P<path>.*)"
 )
-_NETLINK_SOCK_DIAG = 4
-_SOCK_DIAG_BY_FAMILY = 20
-_NLM_F_REQUEST = 1
-_UDIAG_SHOW_PEER = 4
-_UNIX_DIAG_PEER = 2
-_ANY_STATE = _ANY_COOKIE = 0xFFFFFFFF
-_NLMSGHDR = struct.Struct("=IHHII")
-_UNIX_DIAG_REQ = struct.Struct("=BBHIIIII")
-_UNIX_DIAG_MSG_SIZE = 16
-_RTATTR = struct.Struct("=HH")
 _UCRED = struct.Struct("=iII")
 _ACCEPTS = 1 << 16  # flag __SO_ACCEPTCON
 _TCP_ESTABLISHED = "01"
@@ -265,7 +256,8 @@ def _leads_to(connection: socket.socket, address: str) -> bool:
     except OSError:
         return False
     if connection.family == socket.AF_UNIX:
-        return _is_path(peer, unix_path(address))
+        path = unix_path(address)
+        return _is_path(peer, path) or _is_bound_to(connection, os.fsdecode(peer), path)
     if connection.family in {socket.AF_INET, socket.AF_INET6}:
         return _is_host_and_port(peer, tcp_address(address))
     return False
@@ -279,6 +271,18 @@ def _is_path(peer: str | bytes, path: str) -> bool:
         return True
     # It was made by a path from the directory in which QEMU was started.
     return not name.startswith(("/", "\0")) and Path(path).name == Path(name).name
+
+
+def _is_bound_to(connection: socket.socket, name: str, path: str) -> bool:
+    """Tell whether the other end was bound to a path, which has another name for who bound it."""
+    with contextlib.suppress(OSError, ValueError, struct.error):
+        peer = unix_peer_inode(os.fstat(connection.fileno()).st_ino)
+        other = unix_socket_of(peer) if peer else None
+        if other is not None and other.file == file_number(path):
+            return True
+    pid = _peer_pid(connection)
+    view = "root" if name.startswith("/") else "cwd/"
+    return pid > 0 and bool(name) and _is_same(f"/proc/{pid}/{view}{name}", path)
 
 
 def _is_same(name: str, path: str) -> bool:
@@ -313,7 +317,7 @@ def _peer_inodes(connection: socket.socket) -> set[int]:
         return _tcp_peer_inodes(connection)
     peer = None
     with contextlib.suppress(OSError, struct.error):
-        peer = _unix_peer_inode(inode)
+        peer = unix_peer_inode(inode)
     if peer is not None:
         return {peer}
     # A kernel without unix_diag: every socket of that name, also the listening one.
@@ -321,29 +325,6 @@ def _peer_inodes(connection: socket.socket) -> set[int]:
     wanted = os.fsdecode(name).replace("\0", "@") if isinstance(name, bytes) else str(name)
     rows = [line.split(maxsplit=7) for line in _lines(Path("/proc/net/unix"))]
     return {int(row[6]) for row in rows if len(row) == 8 and row[7] == wanted}
-
-
-def _unix_peer_inode(inode: int) -> int | None:
-    request = _UNIX_DIAG_REQ.pack(
-        socket.AF_UNIX, 0, 0, _ANY_STATE, inode, _UDIAG_SHOW_PEER, _ANY_COOKIE, _ANY_COOKIE
-    )
-    header = _NLMSGHDR.pack(
-        _NLMSGHDR.size + len(request), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0
-    )
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as netlink:
-        netlink.settimeout(1)
-        netlink.send(header + request)
-        answer = netlink.recv(1 << 16)
-    length, kind, _, _, _ = _NLMSGHDR.unpack_from(answer)
-    if kind != _SOCK_DIAG_BY_FAMILY:
-        return None
-    position = _NLMSGHDR.size + _UNIX_DIAG_MSG_SIZE
-    while position + _RTATTR.size <= length:
-        size, attribute = _RTATTR.unpack_from(answer, position)
-        if attribute == _UNIX_DIAG_PEER:
-            return int.from_bytes(answer[position + 4 : position + 8], "little") or None
-        position += max(_RTATTR.size, size + -size % 4)
-    return None
 
 
 def _tcp_peer_inodes(connection: socket.socket) -> set[int]:

@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
-from qemu_dump_ext.qemu.address import connectable, tcp_address
+from qemu_dump_ext.qemu.address import tcp_address
+from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.qemu.qmp_client import new_client, new_listener
 from qemu_dump_ext.qemu.qmp_message import bad_reply, monitor_text, target_of
+from qemu_dump_ext.qemu.socket_kind import GREETING_SECONDS, open_socket
 from qemu_dump_ext.third_party import import_package
 
 if TYPE_CHECKING:
     from qemu.qmp import QMPClient
 
-_GREETING_SECONDS = 5.0
 _ANSWER_SECONDS = 120.0
 _INTERRUPTED_ANSWER_SECONDS = 2.0
 _WAKE_SECONDS = 0.5
@@ -243,16 +244,18 @@ class QmpMonitor(SharedQmp):
             raise ConnectError(
                 "cannot start a thread: the host allows no more", hint="see 'ulimit -u'"
             )
+        connection = open_socket(self.address, QMP)
+        connection.setblocking(False)
         try:
-            with connectable(self.address) as target:
-                self._run(lambda: self._client.connect(target), _GREETING_SECONDS)
+            self._run(partial(self._client.connect, connection), GREETING_SECONDS)
         except TimeoutError as error:
+            connection.close()
             raise ConnectError(
-                f"QMP socket {self.address} is busy, or no QMP socket:"
-                f" no greeting in {_GREETING_SECONDS:.0f} s",
-                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
+                f"cannot connect to QMP socket {self.address}:"
+                f" no whole greeting in {GREETING_SECONDS:.0f} s"
             ) from error
         except (self._qmp_error, OSError) as error:
+            connection.close()
             raise ConnectError(
                 f"cannot connect to QMP socket {self.address}: {_reason(error)}",
                 hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
@@ -267,7 +270,7 @@ class QmpMonitor(SharedQmp):
                 with contextlib.suppress(
                     self._qmp_error, OSError, EOFError, TimeoutError, SourceError
                 ):
-                    self._run(self._client.disconnect, _GREETING_SECONDS)
+                    self._run(self._client.disconnect, GREETING_SECONDS)
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 self._thread.join()
 

@@ -13,6 +13,7 @@ from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, encode_note
 
+KERNEL_GS_BASE = "kernel_gs_base"
 QEMU_NOTE_SIZE_WITHOUT_KERNEL_GS_BASE = 432
 _PID = "pr_pid"
 
@@ -41,7 +42,8 @@ def encode_vcpu_notes(
         architecture: Tells which members of a note are registers.
         core: Declares the notes and their byte order.
         vcpus: The vCPUs in the order of their notes.
-        kernel_gs_base: The note `QEMU` ends with that register, as since QEMU 3.0.
+        kernel_gs_base: The note `QEMU` ends with that register, as since QEMU 3.0; otherwise it
+            ends before.
 
     Returns:
         The notes of each vCPU, then those that stand after all of them.
@@ -58,11 +60,12 @@ def encode_vcpu_notes(
                     if encoded is None:
                         continue
                     descriptor, absent = encoded
+                    if layout.owner == "QEMU" and not kernel_gs_base:
+                        descriptor = _shorten_qemu_note(descriptor)
+                        absent = [name for name in absent if name != KERNEL_GS_BASE]
                     if absent:
                         key = layout.owner, vcpu.index
                         missing[key] = sorted({*missing.get(key, ()), *absent})
-                    if layout.owner == "QEMU" and not kernel_gs_base:
-                        descriptor = _shorten_qemu_note(descriptor)
                     note = encode_note(layout.owner, layout.type, descriptor, core.byte_order)
                     data += note
                     sizes[vcpu.index] += len(note)

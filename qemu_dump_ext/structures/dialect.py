@@ -27,7 +27,8 @@ class Dialect:
             7.2.9, want the program headers right behind the ELF header.
         vaddr_is_paddr: An unpaged PT_LOAD has its physical address as p_vaddr (QEMU since 4.0);
             with 0, gdb maps all blocks over each other.
-        kernel_gs_base: The note `QEMU` has its last member (QEMU since 3.0).
+        kernel_gs_base: When the note `QEMU` has its last member: QEMU since 3.0 `always`, before
+            `never`; where it is not `known`, it is better absent than zero.
         utsname: What a kdump header says of the kernel. `facts`: all that the guest tells;
             libkdumpfile, and drgn with it, refuses a header without. `target`: only a machine
             name, and only for some targets. `unknown`: the machine name "Unknown".
@@ -72,7 +73,7 @@ class Dialect:
     name: str
     sections_first: bool
     vaddr_is_paddr: bool
-    kernel_gs_base: bool
+    kernel_gs_base: Literal["always", "known", "never"]
     utsname: Literal["facts", "target", "unknown"]
     phys_base_is_hex: bool
     first_vcpu_decides: bool
@@ -96,7 +97,7 @@ MENDED = Dialect(
     name="as the readers want it",
     sections_first=False,
     vaddr_is_paddr=True,
-    kernel_gs_base=True,
+    kernel_gs_base="known",
     utsname="facts",
     phys_base_is_hex=False,
     first_vcpu_decides=False,
@@ -121,7 +122,7 @@ _QEMU_0 = Dialect(
     name="QEMU",
     sections_first=False,
     vaddr_is_paddr=False,
-    kernel_gs_base=False,
+    kernel_gs_base="never",
     utsname="target",
     phys_base_is_hex=True,
     first_vcpu_decides=True,
@@ -142,7 +143,7 @@ _QEMU_0 = Dialect(
 )
 # What each version of QEMU changed, oldest first.
 _CHANGES: tuple[tuple[QemuVersion, Callable[[Dialect], Dialect]], ...] = (
-    ((3, 0, 0), partial(replace, kernel_gs_base=True)),
+    ((3, 0, 0), partial(replace, kernel_gs_base="always")),
     ((4, 0, 0), partial(replace, vaddr_is_paddr=True)),
     ((7, 2, 0), partial(replace, sections_first=True, extended_from=PN_XNUM)),
     ((8, 1, 0), partial(replace, hypervisor_decides_byte_order=False)),

@@ -12,11 +12,11 @@ import pytest
 
 import qemu_dump_ext.dump_readers as package
 from qemu_dump_ext.architectures import all_architectures
-from qemu_dump_ext.dump_formats import find_dump_format
+from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
 from qemu_dump_ext.dump_readers import DumpFile, Fit, all_dump_readers, open_dump, reader_of
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import CorruptDumpError, DumpError, GuestMemoryFaultError, NotADumpError
-from qemu_dump_ext.guest.model import Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.sinks import open_sink
@@ -25,9 +25,16 @@ from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.fake_guest import BLOCKS, PAGE, content_of
 from tests.support.leftovers import nothing_left
 from tests.support.plain_memory import PlainMemory
+from tests.support.sample_migration import make_migration
 
 # Formats whose dumps a reader opens; one of each way in which it may be wrapped.
-READS = {"elf": ("elf",), "kdump": ("kdump-raw-zlib", "kdump-zlib")}
+READS = {
+    "elf": ("elf",),
+    "kdump": ("kdump-raw-zlib", "kdump-zlib"),
+    "migration": ("migration",),
+}
+# What no format of ours is: its guest has the memory that its machine has.
+_STREAMED = (RamBlock(0x80000000, 12 * PAGE, BLOCKS[0].name, 0),)
 _CASES = [(reader, written) for reader, formats in READS.items() for written in formats]
 EVERY_DUMP = pytest.mark.parametrize(("reader", "written"), _CASES)
 EVERY_WRITTEN = pytest.mark.parametrize("written", [written for _, written in _CASES])
@@ -42,7 +49,8 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("dumps")
     architecture = all_architectures()["or1k"]
     registers = {register.name: 0x1234 for register in architecture.registers}
-    for _, name in _CASES:
+    (folder / "migration").write_bytes(make_migration(content_of(*_STREAMED)))
+    for name in sorted(all_dump_formats().keys() & {written for _, written in _CASES}):
         request = DumpRequest(format=name)
         snapshot = GuestSnapshot(architecture, BLOCKS, [Vcpu(0, registers)], b"", UtsName())
         with open_sink(str(folder / name), force=False, standard_output=None) as sink:
@@ -77,12 +85,16 @@ def test_it_knows_its_own_by_the_first_bytes(name: str, dumps: dict[str, Path]):
         assert probe(head) is not Fit.SURE
 
 
+def _blocks_of(dump: DumpFile) -> tuple[RamBlock, ...]:
+    return _STREAMED if dump.reader == "migration" else BLOCKS
+
+
 @EVERY_DUMP
 def test_ranges_are_in_order_and_all_of_them_can_be_read(dump: DumpFile):
     ranges = list(dump.memory_ranges())
     edges = [edge for gpa, size in ranges for edge in (gpa, gpa + size)]
     assert edges == sorted(set(edges)), "ascending, merged, not empty"
-    for block in BLOCKS:
+    for block in _blocks_of(dump):
         assert any(gpa <= block.gpa and block.end <= gpa + size for gpa, size in ranges)
         assert dump.read(block.gpa, block.size) == content_of(block)
         assert dump.read(block.end - 3, 3) == content_of(block)[-3:]
@@ -97,8 +109,9 @@ def test_ranges_are_in_order_and_all_of_them_can_be_read(dump: DumpFile):
 
 @EVERY_DUMP
 def test_memory_that_it_has_not_is_a_fault(dump: DumpFile):
-    (_, first_size), *_ = dump.memory_ranges()
-    for gpa, size in ((first_size, 1), (first_size - 1, 2), (0x80000000, PAGE), (1 << 70, 1)):
+    (first, first_size), *_ = dump.memory_ranges()
+    end = first + first_size
+    for gpa, size in ((end, 1), (end - 1, 2), (0x90000000, PAGE), (1 << 70, 1)):
         with pytest.raises(GuestMemoryFaultError):
             dump.read(gpa, size)
 
@@ -114,7 +127,7 @@ def test_its_description_can_be_sent(dump: DumpFile):
 def test_a_good_dump_has_no_damage(dump: DumpFile):
     report = verify_dump(dump)
     assert not report.problems
-    assert report.memory_bytes >= sum(block.size for block in BLOCKS)
+    assert report.memory_bytes >= sum(block.size for block in _blocks_of(dump))
 
 
 @EVERY_DUMP
@@ -129,7 +142,7 @@ def _damage_found(path: Path) -> list[str]:
             for describe in reader_of(dump).describe(dump).values():
                 with suppress(CorruptDumpError):
                     describe()
-            for block in BLOCKS:
+            for block in _blocks_of(dump):
                 with suppress(CorruptDumpError, GuestMemoryFaultError):
                     dump.read(block.gpa, block.size)
             return list(verify_dump(dump).problems)

@@ -43,6 +43,7 @@ from tests.support.crashes import make_record
 from tests.support.fake_kernel import KERNEL_MAP, LOG_AT, FlatMemory, plant_kernel, vmcoreinfo
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
+from tests.support.sample_migration import make_migration
 
 _MIB = 1 << 20
 _X86_64 = all_architectures()["x86_64"]
@@ -170,6 +171,14 @@ def _flattened_seeds() -> list[bytes]:
     return [flatten(seed, chunk=1000) for seed in (_elf_seeds()[0], _kdump_seeds()[0])]
 
 
+def _migration_seeds() -> list[bytes]:
+    content = b"".join(_PAGES.get(pfn, b"")[:BLOCK].ljust(BLOCK, b"\0") for pfn in range(12))
+    table = bytearray(BLOCK)
+    table[16:24] = (0x80000 << 10 | 0xF).to_bytes(8, "little")  # the third GiB is RAM
+    satp = 8 << 60 | 0x80000
+    return [make_migration(content), make_migration(bytes(table) + content, satp=satp)]
+
+
 _RING = (
     f"SYMBOL(prb)={KERNEL_MAP + LOG_AT:x}",
     *("SIZE(printk_ringbuffer)=80", "OFFSET(printk_ringbuffer.desc_ring)=0"),
@@ -295,6 +304,7 @@ PARSERS: Mapping[str, Parser] = {
     "elf": Parser(_elf_seeds, _use_dump),
     "kdump": Parser(_kdump_seeds, _use_dump),
     "flattened": Parser(_flattened_seeds, _use_dump),
+    "migration": Parser(_migration_seeds, _use_dump),
     "vmcoreinfo": Parser(_vmcoreinfo_seeds, _use_vmcoreinfo),
     "kernel-log": Parser(_log_seeds, _use_log, most=_MIB),
     "expressions": Parser(

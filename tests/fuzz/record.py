@@ -16,7 +16,7 @@ from pathlib import Path
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import stopped_machine
-from qemu_dump_ext.qemu.native_dump import native_dump
+from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.qemu.probe import probe_guest
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from tests.fuzz.recorded import SEEDS, Recorded
@@ -79,7 +79,7 @@ def _record(target: str, words: Sequence[str]) -> Recorded:
         monitor, stub = _RecordingMonitor(qmp), _RecordingStub(machine.gdb_socket)
         native = b""
         with suppress(SourceError):
-            native = native_dump(GuestAccess.by_qmp(qmp), 0x40000000 if "virt" in words else 0)
+            native = NativeDumps(qmp, qmp, None).dump_byte(0x40000000 if "virt" in words else 0)
         probe_guest(GuestAccess.by_monitor(monitor, (), stub))
         return Recorded(target, monitor.answers, stub.replies, native)
 

@@ -428,4 +428,4 @@ def test_qmp_is_busy_or_something_else(stopped: QemuMachine, tmp_path: Path):
             stopped, f"--qmp {tmp_path}/plain {tmp_path}/new", 3, r"QMP socket .*refused \(it is"
         )
         with RawQmp(stopped.qmp_sockets[0]):
-            refuse(stopped, f"--qmp {stopped.qmp_sockets[0]} {tmp_path}/new", 3, r"is busy, or no")
+            refuse(stopped, f"--qmp {stopped.qmp_sockets[0]} {tmp_path}/new", 3, r"is busy: held")

@@ -6,8 +6,6 @@ By the machine's QEMU, and by a newer one, which spells its dumps in its own way
 from __future__ import annotations
 
 import filecmp
-import hashlib
-import re
 import shutil
 import struct
 import subprocess
@@ -32,17 +30,12 @@ from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
 from tests.support.newer_qemu import newer_qemu_command
-from tests.support.raw_gdbstub import RawGdbstub
+from tests.support.planted import plant_memory, plant_registers
 from tests.support.raw_qmp import RawQmp
 from tests.support.side_by_side import SideBySide, made_side_by_side
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
-# Written, they change the mode that the vCPU is in, or stop at an assertion of QEMU.
-_LEFT_ALONE = (
-    "msr lpcr hid0 pvr cpsr SCTLR vg pswm mstatus eflags efer cr0 cr3 cr4 cs ds es fs gs ss"
-    " fs_base gs_base k_gs_base"
-)
 _GDB_SECONDS = 60
 
 
@@ -255,42 +248,6 @@ def _firmware(path: Path) -> Path:
     return path
 
 
-def _plant_registers(row: Row, gdb_socket: Path) -> None:
-    wanted = {register.gdb for register in all_architectures()[row.architecture].registers}
-    with RawGdbstub(gdb_socket) as stub:
-        threads = []
-        answer = stub.packet("qfThreadInfo")
-        while answer.startswith("m"):
-            threads += answer[1:].split(",")
-            answer = stub.packet("qsThreadInfo")
-        registers = list(stub.described_registers())
-        for thread in threads:
-            stub.packet(f"Hg{thread}")
-            for name, number, size in registers:
-                if name in row.planted:
-                    value = row.planted[name].to_bytes(size, "big")
-                elif name in wanted - set(_LEFT_ALONE.split()):
-                    value = hashlib.shake_128(f"{thread} {name}".encode()).digest(size)
-                else:
-                    continue
-                stub.packet(f"P{number:x}={value.hex()}")
-
-
-def _plant_memory(row: Row, qmp: RawQmp, gdb_socket: Path) -> None:
-    command = {"command-line": "info mtree -f"}
-    ranges = re.findall(
-        r"([0-9a-f]{16})-([0-9a-f]{16}) \(prio \d+, ram\)",
-        qmp.execute("human-monitor-command", **command),
-    )
-    first, last = max(((int(a, 16), int(b, 16)) for a, b in ranges), key=lambda r: r[1] - r[0])
-    with RawGdbstub(gdb_socket) as stub:
-        assert stub.packet("Qqemu.PhyMemMode:1") == "OK"
-        for address in (first + 65536 - 500, first + 5 * 4096, last + 1 - 1000):
-            content = hashlib.shake_128(f"{row.name} {address}".encode()).hexdigest(1000)
-            assert stub.packet(f"M{address:x},{1000:x}:{content}") == "OK"
-        assert stub.packet("Qqemu.PhyMemMode:0") == "OK"
-
-
 def _qmp_dumps(socket: Path, folder: Path) -> None:
     with connect_qmp(str(socket)) as monitor:
         access = GuestAccess.by_qmp(monitor)
@@ -314,8 +271,8 @@ def _take(row: Row, folder: Path) -> Dumps:
         pytest.skip(f"{command[0]} or gdb-multiarch is not installed")
     with stopped_machine(command, arguments) as machine:
         with RawQmp(machine.qmp_sockets[0]) as qmp:
-            _plant_registers(row, machine.gdb_socket)
-            _plant_memory(row, qmp, machine.gdb_socket)
+            plant_registers(row.architecture, machine.gdb_socket, row.planted)
+            plant_memory(row.name, qmp, machine.gdb_socket)
             for name, extra in (("native.elf", {}), ("native.kdump", {"format": "kdump-zlib"})):
                 protocol = f"file:{folder / name}"
                 qmp.execute("dump-guest-memory", paging=False, protocol=protocol, **extra)

@@ -130,7 +130,7 @@ def opened(machine: QemuMachine, source: str) -> Iterator[tuple[GuestMemory, Pro
     with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
         access = GuestAccess.by_qmp(monitor)
         guest = probe_guest(access)
-        with open_memory(source, access.source_context(guest.ram_blocks)) as chosen:
+        with open_memory(source, access.source_context(guest.ram_blocks, None)) as chosen:
             yield chosen.memory, guest
 
 

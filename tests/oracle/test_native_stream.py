@@ -20,7 +20,8 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import open_memory
 from qemu_dump_ext.memory_sources._pieces import PiecewiseMemory
-from qemu_dump_ext.memory_sources.native_stream import NativeDumps
+from qemu_dump_ext.memory_sources.native_stream import DumpedPieces
+from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.qemu.probe import probe_guest
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from tests.conftest import loaded_content
@@ -53,7 +54,7 @@ def opened(
     address = str(machine.qmp_sockets[socket])
     with connect_qmp(address) as monitor:
         access = GuestAccess.by_qmp(monitor)
-        context = access.source_context(probe_guest(access).ram_blocks)
+        context = access.source_context(probe_guest(access).ram_blocks, None)
         with open_memory(source, context) as chosen:
             yield chosen.memory, max(context.ram_blocks, key=lambda block: block.size)
 
@@ -134,11 +135,11 @@ def test_nothing_is_left_behind(machine: QemuMachine):
 def test_qemu_is_not_charged_for_our_memory(machine: QemuMachine):
     with opened(machine) as (memory, block):
         assert isinstance(memory, PiecewiseMemory)
-        assert isinstance(memory._writer, NativeDumps)
+        assert isinstance(memory._writer, DumpedPieces)
         for descriptor in memory._writer._files:
             before = os.fstat(descriptor).st_blocks
-            assert before * 512 >= NativeDumps.piece_size
-            read(memory, block.gpa, 3 * NativeDumps.piece_size)
+            assert before * 512 >= DumpedPieces.piece_size
+            read(memory, block.gpa, 3 * DumpedPieces.piece_size)
             assert os.fstat(descriptor).st_blocks == before
 
 
@@ -211,7 +212,7 @@ def test_a_descriptor_that_qemu_did_not_take_is_taken_back():
     with stopped_machine([QEMU], [*NEVER_RAN, "-incoming", "defer"]) as machine:
         before = descriptors_of(machine.pid)
         with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
-            dumps = NativeDumps(monitor)
+            dumps = DumpedPieces(NativeDumps(monitor, monitor, None))
             with pytest.raises(MonitorAnswerError, match="not allowed during incoming migration"):
                 dumps.begin(0, 0, 8)()
             dumps.close()
@@ -240,6 +241,10 @@ class ShiftedQmp:
     def __init__(self, qmp: DescriptorMonitor) -> None:
         self._qmp = qmp
 
+    @property
+    def passes_descriptors(self) -> bool:
+        return self._qmp.passes_descriptors
+
     def hand_over(self, descriptor: int, name: str) -> None:
         self._qmp.hand_over(descriptor, name)
 
@@ -253,7 +258,7 @@ class ShiftedQmp:
 
 def test_another_range_than_was_asked_for_is_refused(machine: QemuMachine):
     with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
-        dumps = NativeDumps(ShiftedQmp(monitor))
+        dumps = DumpedPieces(NativeDumps(monitor, ShiftedQmp(monitor), None))
         with pytest.raises(SourceError, match="another range than it was asked for"):
             dumps.begin(0, 0x200000, 8)()
         dumps.close()

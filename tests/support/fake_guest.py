@@ -119,7 +119,7 @@ class FakeGuest:
     @property
     def context(self) -> SourceContext:
         """What memory sources get."""
-        return self.access.source_context(self.blocks)
+        return self.access.source_context(self.blocks, None)
 
 
 class FakeMonitor:
@@ -152,6 +152,7 @@ class FakeMonitor:
         )
         return {
             "version": "7.2.22\n",
+            "chardev": "compat_monitor0: filename=unix:/run/fake.qmp,server=on\n",
             "status": f"VM status: {status}\n",
             "dump": "Status: none\n",
             "kvm": "kvm support: disabled\n",

@@ -2,8 +2,8 @@
 
 With `--json` one object is printed. Numbers are numbers, sizes are bytes:
 
-- `file`, `format` (elf, kdump, elf-flattened, kdump-flattened), `size_bytes` (of the dump itself,
-  rearranged if flattened), `byte_order`, `word_bits`;
+- `file`, `format` (elf, kdump, elf-flattened, kdump-flattened, migration), `size_bytes` (of the
+  dump itself, rearranged if flattened), `byte_order`, `word_bits`;
 - `header`: the main header's members by their names in C; kdump also has `sub_header`;
 - `notes`: of each `name`, `type`, `type_name` (NT_..., or null), `size_bytes`, `offset`, and where
   it applies `pid` (NT_PRSTATUS), `version` and `declared_bytes` (QEMU);
@@ -65,7 +65,9 @@ _IN_HEX = frozenset(
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="ELF or kdump, also flattened")
+    parser.add_argument(
+        "file", metavar="FILE", help="ELF, kdump, also flattened, or a migration stream"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -89,29 +91,35 @@ def _in_words(facts: dict[str, Any]) -> Iterator[str]:
     yield f"{facts['word_bits']} bit, {facts['byte_order']} endian"
     for key in ("header", "sub_header"):
         if key in facts:
-            yield f"\n{key.replace('_', '-')}:"
+            yield ""
+            yield f"{key.replace('_', '-')}:"
             yield from _aligned(facts[key])
     if facts["notes"] is not None:
-        yield f"\nnotes: {len(facts['notes'])}"
+        yield ""
+        yield f"notes: {len(facts['notes'])}"
         yield from map(_note_in_words, facts["notes"][:_LISTED_WORDS])
         yield from _rest(len(facts["notes"]))
     if facts["vmcoreinfo"] is not None:
-        yield f"\nVMCOREINFO: {facts['vmcoreinfo']['size_bytes']} bytes"
+        yield ""
+        yield f"VMCOREINFO: {facts['vmcoreinfo']['size_bytes']} bytes"
         found = facts["vmcoreinfo"]["facts"]
         yield from _aligned({key: found[key] for key in _FACTS_SHOWN if key in found})
     if "segments" in facts:
-        yield f"\nsegments: {facts['segment_count']}"
+        yield ""
+        yield f"segments: {facts['segment_count']}"
         yield from map(_segment_in_words, facts["segments"][:_LISTED_WORDS])
         yield from _rest(facts["segment_count"])
     if facts["memory"] is not None:
         memory = facts["memory"]
-        yield f"\nmemory: {_size(memory['size_bytes'])}, ranges: {memory['range_count']}"
+        yield ""
+        yield f"memory: {_size(memory['size_bytes'])}, ranges: {memory['range_count']}"
         for item in memory["ranges"][:_LISTED_WORDS]:
             start, size = item["gpa"], item["size_bytes"]
             yield f"  {start:#018x} to {start + size - 1:#018x}  {_size(size)}"
         yield from _rest(memory["range_count"])
     if facts.get("pages"):
-        yield "\npages:"
+        yield ""
+        yield "pages:"
         yield from _aligned(_pages_in_words(facts["pages"]))
     for key in sorted(facts.keys() - _SHOWN_IN_THEIR_WAY):
         yield from _part_in_words(key, facts[key])
@@ -124,10 +132,12 @@ def _in_words(facts: dict[str, Any]) -> Iterator[str]:
 def _part_in_words(key: str, part: object) -> Iterator[str]:
     # Of a format that is described here by nothing else.
     if isinstance(part, dict):
-        yield f"\n{key.replace('_', ' ')}:"
+        yield ""
+        yield f"{key.replace('_', ' ')}:"
         yield from _aligned(part)
     else:
-        yield f"\n{key.replace('_', ' ')}: {part}"
+        yield ""
+        yield f"{key.replace('_', ' ')}: {part}"
 
 
 def _rest(count: int) -> Iterator[str]:

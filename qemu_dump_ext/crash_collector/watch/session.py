@@ -20,11 +20,17 @@ from qemu_dump_ext.crash_collector.watch.events import Event
 from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.errors import ConnectError, DumpError, MonitorAnswerError, SourceError
 from qemu_dump_ext.qemu.address import connectable, tcp_address, unix_path
+from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.qemu.process import find_listeners, process_at_other_end
 from qemu_dump_ext.qemu.qmp_client import new_client
 from qemu_dump_ext.qemu.qmp_message import bad_reply, run_state, target_of, version_text
+from qemu_dump_ext.qemu.socket_kind import (
+    GREETING_SECONDS,
+    check_greeting,
+    first_bytes,
+    require_kind,
+)
 
-_GREETING_SECONDS = 5.0
 _NOBODY = frozenset((errno.ENOENT, errno.ECONNREFUSED))
 _RETRY_SECONDS = 0.2
 _RETRY_SECONDS_MAX = 5.0
@@ -134,7 +140,7 @@ class GuestSession:
 
     async def _try_to_connect(self, on_event: Callable[[Event], None]) -> Contact | None:
         try:
-            async with asyncio.timeout(2 * _GREETING_SECONDS):
+            async with asyncio.timeout(2 * GREETING_SECONDS):
                 return await self._connect(on_event)
         except Exception as error:  # noqa: BLE001 - whatever it is, the guest is watched again
             self._tell_why(error)
@@ -207,21 +213,17 @@ class GuestSession:
         )
 
     async def _connect(self, on_event: Callable[[Event], None]) -> Contact:
+        await asyncio.to_thread(require_kind, self.address, QMP, free=True)
         connection = await _open_socket(self.address)
         try:
+            await _require_greeting(connection, self.address)
             pid = await asyncio.to_thread(_pid_of_peer, connection, self.address)
             client = new_client(_Complaints(self.address))
             client.events.event_filter = lambda _event: False
             client.register_listener(_Events(on_event))
-            async with asyncio.timeout(_GREETING_SECONDS):
+            async with asyncio.timeout(GREETING_SECONDS):
                 await client.connect(connection)
-        except TimeoutError as error:
-            connection.close()
-            raise ConnectError(
-                f"QMP socket {self.address} is busy: no greeting in {_GREETING_SECONDS:.0f} s",
-                hint="QEMU serves one client on a QMP socket; end the other one or add a socket",
-            ) from error
-        except (QMPError, OSError, EOFError) as error:
+        except (TimeoutError, QMPError, OSError, EOFError) as error:
             connection.close()
             reason = str(error.__cause__ or error) or "it was closed"
             raise ConnectError(f"cannot connect to QMP socket {self.address}: {reason}") from error
@@ -273,7 +275,7 @@ async def _open_socket(address: str) -> socket.socket:
     connection.setblocking(False)
     loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(_GREETING_SECONDS):
+        async with asyncio.timeout(GREETING_SECONDS):
             if where is not None:
                 await loop.sock_connect(connection, where)
             else:
@@ -288,6 +290,21 @@ async def _open_socket(address: str) -> socket.socket:
         connection.close()
         raise
     return connection
+
+
+async def _require_greeting(connection: socket.socket, address: str) -> None:
+    loop = asyncio.get_running_loop()
+    readable = asyncio.Event()
+    loop.add_reader(connection, readable.set)
+    try:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GREETING_SECONDS):
+                await readable.wait()
+    finally:
+        loop.remove_reader(connection)
+    first = await asyncio.to_thread(first_bytes, connection, 0)
+    await asyncio.to_thread(check_greeting, connection, first, address, QMP)
+    connection.setblocking(False)
 
 
 async def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:

@@ -63,7 +63,7 @@ def test_every_candidate_says_why_it_cannot(tmp_path):
     with pytest.raises(NotADumpError) as caught:
         open_dump(path)
     assert caught.value.message.endswith(
-        f"elf: {begins}; kdump: {begins}; toy: no toy is that large"
+        f"elf: {begins}; kdump: {begins}; migration: {begins}; toy: no toy is that large"
     )
 
 

@@ -15,6 +15,7 @@ from qemu_dump_ext.qemu.dumped_memory import (
     find_plugged,
     keep_within,
 )
+from qemu_dump_ext.qemu.native_dump import NativeDumps
 
 _BLOCK = 0x200000
 _AT = 1 << 32
@@ -56,7 +57,9 @@ class _Monitor:
 
 def _found(changes: dict[str, str], plugged: Collection[int] | None = None) -> DumpedMemory:
     monitor = _Monitor(_DEVICE | changes, plugged)
-    return find_dumped_memory(monitor, None, monitor.execute("info mtree -f"))
+    return find_dumped_memory(
+        monitor, NativeDumps(monitor, None, None), monitor.execute("info mtree -f")
+    )
 
 
 def test_of_a_device_without_plugged_blocks_nothing_is_dumped():

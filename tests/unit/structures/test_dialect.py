@@ -8,15 +8,15 @@ from qemu_dump_ext.structures.dialect import MENDED, qemu_dialect
 @pytest.mark.parametrize(
     ("version", "expected"),
     [
-        ((2, 0, 0), (False, False, False, "target")),
-        ((3, 1, 0), (False, False, True, "target")),
-        ((7, 1, 0), (False, True, True, "target")),
-        ((7, 2, 22), (True, True, True, "target")),
-        ((11, 1, 3), (True, True, True, "unknown")),
+        ((2, 0, 0), (False, False, "never", "target")),
+        ((3, 1, 0), (False, False, "always", "target")),
+        ((7, 1, 0), (False, True, "always", "target")),
+        ((7, 2, 22), (True, True, "always", "target")),
+        ((11, 1, 3), (True, True, "always", "unknown")),
     ],
 )
 def test_each_version_of_qemu_spells_its_dumps_in_its_way(
-    version: tuple[int, int, int], expected: tuple[bool, bool, bool, str]
+    version: tuple[int, int, int], expected: tuple[bool, bool, str, str]
 ):
     dialect = qemu_dialect(version)
     assert expected == (

@@ -122,7 +122,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l json -d 'answer as one
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a inspect -d 'show what is in a dump: headers, notes, memory, how pages are stored'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l json -d 'print one JSON object'
-complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF or kdump, also flattened'
+complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF, kdump, also flattened, or a migration stream'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a targets -d 'show which targets can be dumped'
 complete -c qemu-dump -n '_shtab_qemu_dump_using targets' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a verify -d 'read a whole dump and find damage in it'
