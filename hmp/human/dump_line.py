@@ -33,7 +33,7 @@ class DumpLine:
     Attributes:
         filename: The filename as the user wrote it, without quotes.
         flags: Letters of the options.
-        codec: The codec of a kdump; None for an ELF core.
+        codec: The codec of a kdump; None for any other format.
         bounds: The text behind the filename: expressions for begin and length.
         memory: Name of the memory source; None: the proxy's default.
         mended: Not as QEMU writes it; None: the proxy's default.
@@ -41,6 +41,7 @@ class DumpLine:
         dump_level: Which pages are left out.
         mini: What more is left out, as `DumpRequest` has it.
         names_codec: It stands behind -z.
+        windows: A Windows dump is asked for.
     """
 
     filename: str
@@ -53,6 +54,7 @@ class DumpLine:
     dump_level: DumpLevel = NO_DUMP_LEVEL
     mini: MiniDump | None = None
     names_codec: bool = False
+    windows: bool = False
 
     @property
     def extends_qemu(self) -> bool:
@@ -144,10 +146,11 @@ def _parse(
                 rest = rest[following.end(1) :]
     filename, bounds = _take_string(rest)
     chosen = [_CODECS[flag] for flag in "zls" if flag in flags]
-    if len(chosen) > 1 or "w" in flags:
+    windows = "w" in flags
+    if len(chosen) + windows > 1 or (windows and "R" in flags):
         raise _QemuRefuses
     codec = codec_word or (chosen[0] if chosen else None)
-    if codec and codec_word is None and (bounds.strip() or "p" in flags):
+    if (windows or (codec and codec_word is None)) and (bounds.strip() or "p" in flags):
         raise _QemuRefuses
     return replace(
         parsed,
@@ -156,6 +159,7 @@ def _parse(
         codec=codec or (DEFAULT_CODEC if parsed.mini else None),
         bounds=bounds.strip(),
         names_codec=codec_word is not None,
+        windows=windows,
     )
 
 

@@ -18,7 +18,7 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
-from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+from qemu_dump_ext.plan.request import WINDOWS_FORMAT, DumpRequest, MemoryRange
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.run_states import MIGRATION_REFUSED
 
@@ -257,7 +257,11 @@ class Interpreter:
                 raise _LeftToQemuError
             memory_range = MemoryRange(values[0], values[1])
         request = DumpRequest(
-            format=format_by_words(parsed.codec, raw="R" in parsed.flags),
+            format=(
+                WINDOWS_FORMAT
+                if parsed.windows
+                else format_by_words(parsed.codec, raw="R" in parsed.flags)
+            ),
             exact=not mended,
             paging="p" in parsed.flags,
             memory_range=memory_range,

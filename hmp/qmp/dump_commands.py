@@ -69,7 +69,13 @@ class DumpCommands:
         if arguments_of(request):
             raise LeftToQemuError
         native = formats_of(await self._upstream.call(name_of(request)))
-        ours = query_capabilities().formats
+        known = all_dump_formats()
+        # Of every guest but one: QEMU tells which may be one of Windows.
+        ours = [
+            name
+            for name in query_capabilities().formats
+            if name in native or not known[name].of_windows
+        ]
         return {"formats": [*ours, *(name for name in native if name not in ours)]}
 
     async def _dump(self, request: Message) -> object:

@@ -282,6 +282,8 @@ class Architecture:
         migrated: What QEMU's migration stream calls the registers; None where that is unknown.
         machines: Where machines have their RAM, for streams, which do not tell; of several that
             fit, the likely one first.
+        runs_windows: A Windows of 32 or 64 bits of this target is known to `windows/`.
+        windows_by_qemu: QEMU itself dumps such a guest as Windows does.
     """
 
     name: str
@@ -313,6 +315,8 @@ class Architecture:
     frame_record: FrameRecord | None = None
     migrated: MigratedCpu | None = None
     machines: tuple[MachineRam, ...] = ()
+    runs_windows: bool = False
+    windows_by_qemu: bool = False
 
     def guessed_registers(self, readings: VcpuReadings) -> Collection[str]:
         """Return the names of registers whose value no source gave as it is."""

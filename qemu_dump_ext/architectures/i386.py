@@ -52,4 +52,5 @@ ARCHITECTURE = replace(
     guessed_by_reconcile=x86_64.guessed_flags,
     kernel_page_tables=_kernel_page_tables,
     migrated=x86_64.migrated_cpu(4),
+    windows_by_qemu=False,
 )

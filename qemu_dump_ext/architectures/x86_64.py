@@ -42,6 +42,7 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"
+_DEBUG_REGISTERS = "dr0 dr1 dr2 dr3 dr6 dr7"
 _SEGMENTS = "cs ds es fs gs ss"
 _DESCRIPTORS = f"{_SEGMENTS} ldt tr gdt idt"
 _SEGMENT_BASE_GDB = {"fs": "fs_base", "gs": "gs_base"}
@@ -405,6 +406,8 @@ ARCHITECTURE = Architecture(
         ),
         Register("kernel_gs_base", gdb="k_gs_base"),
         Register("efer", gdb="efer", monitor=("EFER",)),
+        *(Register(name, monitor=(name.upper(),)) for name in _DEBUG_REGISTERS.split()),
+        Register("mxcsr", monitor=("MXCSR",)),
         Register("a20", monitor=("A20",)),
         Register("smm", monitor=("SMM",)),
     ),
@@ -423,4 +426,6 @@ ARCHITECTURE = Architecture(
     has_orc=True,
     migrated=migrated_cpu(8),
     machines=MACHINES,
+    runs_windows=True,
+    windows_by_qemu=True,
 )

@@ -37,6 +37,7 @@ class DumpFormat:
         require: Refuses what cannot be written here and now: by CodecUnavailableError where a
             package is missing, by RequestError where a codec has no such level.
         check_sink: Refuses, by RequestError, a target that it cannot be written to.
+        of_windows: It describes a guest that runs Windows: `DumpPlan.windows` is there.
         whole_pages: Stores whole pages only: of a range, all pages that it touches.
         codec: The word behind `-z` that asks for it; None: the name alone does.
         raw: `-R` asks for it, besides that word.
@@ -51,6 +52,7 @@ class DumpFormat:
     check: Callable[[DumpRequest], None] = _accept
     require: Callable[[DumpRequest], None] = _accept
     check_sink: Callable[[Sink], None] = _accept
+    of_windows: bool = False
     whole_pages: bool = False
     codec: str | None = None
     raw: bool = False

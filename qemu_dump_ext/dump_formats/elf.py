@@ -9,21 +9,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
+from qemu_dump_ext.dump_formats._memory_image import Area, MemoryImage, places_of, write_image
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.pages.pipeline import (
-    Buffer,
-    Piece,
-    PieceWork,
-    ResultT,
-    pieces_of_blocks,
-    populated_ranges,
-    read_through,
-)
-from qemu_dump_ext.pages.zero_pages import runs_with_content
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
@@ -48,11 +38,6 @@ from qemu_dump_ext.structures.elf import (
 _STRING_TABLE = b"\0.shstrtab\0"
 _QEMU_SECTION_COUNT = 2
 _QEMU_E_EHSIZE = 8
-_FILE_BLOCK = 4096
-_SMALLEST_HOLE = 8
-"""Blocks of zeros; smaller holes cost more in writes than they save."""
-_NOTHING = memoryview(b"")
-_ZEROS = memoryview(bytes(1 << 20))
 _4G = 1 << 32
 
 
@@ -156,7 +141,8 @@ def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, 
     offset, all bits set.
     """
     blocks = plan.ram_blocks
-    starts, offsets = _block_places(plan, memory_offset)
+    starts = [block.gpa for block in blocks]
+    offsets = places_of(blocks, memory_offset)
     for segment in plan.segments:
         index = bisect_right(starts, segment.gpa) - 1
         if index < 0 or segment.gpa >= blocks[index].end:
@@ -165,13 +151,6 @@ def _places(plan: DumpPlan, memory_offset: int) -> Iterator[tuple[Segment, int, 
         inside = segment.gpa - starts[index]
         size = min(segment.size, blocks[index].end - segment.gpa)
         yield segment, offsets[index] + inside, size
-
-
-def _block_places(plan: DumpPlan, memory_offset: int) -> tuple[list[int], list[int]]:
-    """Return first gpa and file offset of every RAM block."""
-    starts = [block.gpa for block in plan.ram_blocks]
-    sizes = (block.size for block in plan.ram_blocks)
-    return starts, list(accumulate(sizes, initial=memory_offset))
 
 
 def _check(request: DumpRequest) -> None:
@@ -192,65 +171,10 @@ def _write(
     progress: ProgressCallback,
 ) -> None:
     layout = lay_out(plan)
-    if request.sparse and sink.can_leave_holes():
-        populated = sum(
-            end - start
-            for block in plan.ram_blocks
-            for start, end in populated_ranges(memory, block.gpa, block.end)
-        )
-        sink.require_room(layout.size - plan.memory_size + populated)
-        sink.write_at(0, layout.head)
-        _read_all(memory, plan, _places_content(sink, plan, len(layout.head)), progress, request)
-        sink.write_at(layout.size - len(layout.tail), layout.tail)
-        sink.set_size(layout.size)
-    else:
-        sink.require_room(layout.size)
-        sink.write(layout.head)
-        _read_all(memory, plan, _writes_in_order(sink), progress, request)
-        sink.write(layout.tail)
-
-
-def _read_all(
-    memory: GuestMemory,
-    plan: DumpPlan,
-    work: PieceWork[ResultT],
-    progress: ProgressCallback,
-    request: DumpRequest,
-) -> None:
-    pieces = pieces_of_blocks(memory, plan.ram_blocks)
-    read_through(memory, pieces, work, progress, threads=request.threads)
-
-
-def _writes_in_order(sink: Sink) -> PieceWork[tuple[int, memoryview]]:
-    # For pipes, and files that are to have no holes.
-    def consume(content: tuple[int, memoryview]) -> None:
-        left, view = content
-        if view:
-            sink.write(view)
-            return
-        while left:
-            some = min(left, len(_ZEROS))
-            sink.write(_ZEROS[:some])
-            left -= some
-
-    return PieceWork(
-        lambda piece, buffer: (piece.size, buffer.view),
-        lambda piece: (piece.size, _NOTHING),
-        consume,
+    areas = (Area(block.gpa, block.size, (block,)) for block in plan.ram_blocks)
+    write_image(
+        request, MemoryImage(layout.head, tuple(areas), layout.tail), memory, sink, progress
     )
-
-
-def _places_content(sink: Sink, plan: DumpPlan, memory_offset: int) -> PieceWork[None]:
-    # What is not zero, at its place in a new file. The workers write.
-    starts, offsets = _block_places(plan, memory_offset)
-
-    def write(piece: Piece, buffer: Buffer) -> None:
-        index = bisect_right(starts, piece.gpa) - 1
-        offset = offsets[index] + piece.gpa - starts[index]
-        for start, end in runs_with_content(buffer.view, _FILE_BLOCK, _SMALLEST_HOLE):
-            sink.write_at(offset + start, buffer.view[start:end])
-
-    return PieceWork(write, lambda _: None, lambda _: None)
 
 
 def _failure(has_begun: bool, reason: str) -> str:

@@ -30,8 +30,9 @@ from qemu_dump_ext.paging.tables import (
     kernel_translations,
     roots_of_vcpus,
 )
-from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan, select_blocks
+from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.plan.request import ZERO, DumpRequest
+from qemu_dump_ext.plan.windows_plan import make_windows_plan
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.qemu.run_state import PauseLimit
@@ -161,11 +162,14 @@ class _Dump:
             self._request = replace(self._request, exact=False)
         request = self._request
         dialect = _native_dialect(guest.probed) if request.exact else guest.dialect
-        whole_pages = self._format.whole_pages
-        granule = guest.architecture.page_size if whole_pages else 1
-        select_blocks(guest.ram_blocks, dialect, request, granule)
-        snapshot, self._remarks = _snapshot(guest, request, self._check_pause)
-        self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
+        if self._format.of_windows:
+            self._plan = _plan_windows(guest, request, dialect)
+        else:
+            whole_pages = self._format.whole_pages
+            granule = guest.architecture.page_size if whole_pages else 1
+            select_blocks(guest.ram_blocks, dialect, request, granule)
+            snapshot, self._remarks = _snapshot(guest, request, self._check_pause)
+            self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
         self._memory, self._passed_over = guest.memory, guest.passed_over
         self._progress.start(self._plan.memory_size)
         self._check_pause(0)
@@ -220,7 +224,11 @@ class _Dump:
             native_refusal=guest.native_refusal if _is_dumped_by_qemu(guest) else None,
             mended=self._guest.differences(self._plan, self._format.name),
             lacking=tuple(self._guest.lacking),
-            doubts=(*guest.doubts, *(_guesses(guest, self._request) if exact else ())),
+            doubts=(
+                *guest.doubts,
+                *self._plan.doubts,
+                *(_guesses(guest, self._request) if exact else ()),
+            ),
         )
 
 
@@ -255,6 +263,15 @@ def _native_dialect(guest: ProbedGuest) -> Dialect:
             hint="without --exact, they are dumped as their Linux does it",
         )
     return dialect
+
+
+def _plan_windows(guest: GuestView, request: DumpRequest, dialect: Dialect) -> DumpPlan:
+    """Decide what goes into a Windows dump."""
+    note = guest.probed.guest_note
+    if note is None and request.exact:
+        raise SourceError(f"the note of the vmcoreinfo device: {guest.probed.native_refusal}")
+    windows = guest.describe_windows((note or b"") if request.vmcoreinfo else b"", dialect)
+    return make_windows_plan(guest.core, guest.ram_blocks, windows, dialect, request)
 
 
 def _snapshot(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core
-from qemu_dump_ext.errors import GuestMemoryFaultError
+from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.linux.call_trace import functions_of_vcpus
@@ -25,6 +25,9 @@ from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.structures.dialect import MENDED, Dialect
 from qemu_dump_ext.structures.utsname import UtsName
+from qemu_dump_ext.structures.win_dmp import WindowsDump
+from qemu_dump_ext.windows.dump_header import header_of_note
+from qemu_dump_ext.windows.system_memory import WindowsGuest
 
 
 class StandsStill(Protocol):
@@ -244,3 +247,25 @@ class GuestView(ABC):
     def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:
         """Return what the kernel that `vmcoreinfo` is of calls itself; empty where unknown."""
         return read_utsname(self.memory, self.architecture, self.ram_blocks, vmcoreinfo.text)
+
+    def describe_windows(self, note: bytes, dialect: Dialect) -> WindowsDump:
+        """Return what a Windows dump of it has besides its memory.
+
+        Args:
+            note: Of the vmcoreinfo device; empty where there is none.
+            dialect: How the dump is spelt.
+
+        Raises:
+            RequestError: It does not run Windows, or what tells of its kernel is not there.
+            SourceError: Memory, or a register, cannot be had.
+        """
+        architecture, native = self.architecture, dialect.windows_as_qemu
+        if not (architecture.windows_by_qemu if native else architecture.runs_windows):
+            raise RequestError("Windows dump is only available for x86-64")
+        if not self.vcpus or not self.ram_blocks:
+            raise RequestError(
+                "dump: no guest memory to dump",
+                hint="a Windows dump is made of RAM and of the registers of vCPUs",
+            )
+        guest = WindowsGuest(architecture, self.vcpus, self.memory, self.ram_blocks)
+        return header_of_note(guest, note, dialect)

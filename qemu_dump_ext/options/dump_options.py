@@ -24,7 +24,13 @@ from qemu_dump_ext.options.expressions import (
     registers_in,
     with_register,
 )
-from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, MINI_DUMPS, DumpRequest, MemoryRange
+from qemu_dump_ext.plan.request import (
+    DUMP_LEVEL_MAX,
+    MINI_DUMPS,
+    WINDOWS_FORMAT,
+    DumpRequest,
+    MemoryRange,
+)
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never")
@@ -136,6 +142,13 @@ def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
         help="write a kdump, pages packed by snappy",
     )
     codecs.add_argument(
+        "-w",
+        dest="format",
+        action="store_const",
+        const=WINDOWS_FORMAT,
+        help="write a crash dump of Windows, for a guest that runs it",
+    )
+    codecs.add_argument(
         "--format",
         metavar="NAME",
         choices=all_dump_formats(),
@@ -205,14 +218,14 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--omit-zero",
         action="store_true",
-        help="leave pages of zeros out of a kdump, where they otherwise share one page: crash then"
-        " opens it with --zero_excluded only",
+        help="leave pages of zeros out: of a kdump, where they otherwise share one page (crash then"
+        " opens it with --zero_excluded only), or of a dump of Windows, which then has a bitmap",
     )
     parser.add_argument(
         "--sparse",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="leave holes for zeros in an ELF file (default), or write them",
+        help="leave holes for zeros in an ELF file or a dump of Windows (default), or write them",
     )
 
 

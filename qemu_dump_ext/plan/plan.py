@@ -28,6 +28,7 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
+from qemu_dump_ext.structures.win_dmp import WindowsDump
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,9 @@ class DumpPlan:
         missing: Registers that no source gave, by note and cpu_index.
         remarks: What the user should know of it.
         pfn_base: The page frame from which those of a kdump are counted.
+        doubts: What could not be had, or found out.
+        windows: What a Windows dump has besides memory; None where it is none. Its runs of pages
+            say in which order memory goes in; of `notes` and `segments` it has none.
     """
 
     core: Core
@@ -126,6 +130,8 @@ class DumpPlan:
     dump_level: int = 0
     remarks: tuple[str, ...] = ()
     pfn_base: int = 0
+    doubts: tuple[str, ...] = ()
+    windows: WindowsDump | None = None
 
     @property
     def memory_size(self) -> int:

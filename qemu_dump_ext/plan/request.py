@@ -13,6 +13,8 @@ ZERO = 1
 """Of a dump level: pages of zeros share one page. They are no less there."""
 MiniDump = Literal["usual", "smallest"]
 MINI_DUMPS: tuple[MiniDump, ...] = get_args(MiniDump)
+WINDOWS_FORMAT = "win-dmp"
+"""What -w asks for."""
 DUMP_LEVEL_MAX = 31
 """All that makedumpfile can leave out."""
 
@@ -54,8 +56,9 @@ class DumpOptions:
         level: Of the page codec; None: the best trade of time and size.
         threads: How many compress; None: as many as there are CPUs.
         omit_zero: Leave pages of zeros out of a kdump, where they otherwise share one page, as they
-            do with makedumpfile's dump level 1.
-        sparse: Leave holes in an ELF file for pages of zeros, where the file can have any.
+            do with makedumpfile's dump level 1, or out of a Windows dump.
+        sparse: Leave holes for pages of zeros in an ELF core or a Windows dump, where the file can
+            have any.
         snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
         dump_level: Which pages are left out, as makedumpfile numbers them: a sum of 1 (zeros), 2
             (cache), 4 (cache with private data, too), 8 (user) and 16 (free).

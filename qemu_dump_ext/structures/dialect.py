@@ -67,6 +67,11 @@ class Dialect:
             this many bytes; where that is a page, readers can map it, and it need not go through
             the page cache. QEMU puts it right behind the notes.
         extended_from: Number of program headers from which section header 0 holds the number.
+        windows_as_qemu: A Windows dump has what QEMU gets wrong in it: with 32-bit pointers, its
+            size cut to 32 bits, and 4 bytes overwritten behind the registers of each vCPU; parts
+            of what could not be read as a whole; runs that do not ascend, or are no memory.
+        names_missing_note: Messages tell a guest without a note from one whose note is no header
+            of a Windows dump.
         native_mappings: A paged dump has QEMU's list of mappings, with what is wrong in it.
     """
 
@@ -90,6 +95,8 @@ class Dialect:
     names_wrong_parameters: bool
     memory_alignment: int
     extended_from: int
+    windows_as_qemu: bool
+    names_missing_note: bool
     native_mappings: bool
 
 
@@ -114,6 +121,8 @@ MENDED = Dialect(
     names_wrong_parameters=True,
     memory_alignment=4096,
     extended_from=PN_XNUM,
+    windows_as_qemu=False,
+    names_missing_note=True,
     native_mappings=False,
 )
 
@@ -139,6 +148,8 @@ _QEMU_0 = Dialect(
     names_wrong_parameters=False,
     memory_alignment=1,
     extended_from=PN_XNUM - 1,
+    windows_as_qemu=True,
+    names_missing_note=False,
     native_mappings=True,
 )
 # What each version of QEMU changed, oldest first.
@@ -149,6 +160,7 @@ _CHANGES: tuple[tuple[QemuVersion, Callable[[Dialect], Dialect]], ...] = (
     ((8, 1, 0), partial(replace, hypervisor_decides_byte_order=False)),
     ((9, 1, 0), partial(replace, pid_unconverted=False, names_wrong_parameters=True)),
     ((9, 2, 0), partial(replace, utsname="unknown")),
+    ((11, 0, 0), partial(replace, names_missing_note=True)),
 )
 
 

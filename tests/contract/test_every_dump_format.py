@@ -25,17 +25,30 @@ from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot, make_plan
 from qemu_dump_ext.plan.request import DumpRequest, MemoryRange
+from qemu_dump_ext.plan.windows_plan import make_windows_plan
 from qemu_dump_ext.sinks import Sink, open_sink
 from qemu_dump_ext.structures.dialect import MENDED, qemu_dialect
 from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.fake_guest import BLOCKS, PAGE, content_of
 from tests.support.leftovers import nothing_left
 from tests.support.plain_memory import KnownMemory, PlainMemory
+from tests.support.sample_win_dmp import sample_windows_dump
 
 FORMATS = list(all_dump_formats())
 EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
 _LITTLE, _BIG = "x86_64", "or1k"
-EVERY_GUEST = pytest.mark.parametrize("target", [_LITTLE, _BIG])
+EVERY_FORMAT_AND_GUEST = pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        (name, target)
+        for name in FORMATS
+        for target in (_LITTLE, _BIG)
+        if target == _LITTLE or not find_dump_format(name).of_windows
+    ],
+)
+WITH_RANGES = pytest.mark.parametrize(
+    "name", [name for name in FORMATS if not find_dump_format(name).of_windows]
+)
 
 
 def _plan(request: DumpRequest, target: str = _LITTLE) -> DumpPlan:
@@ -45,6 +58,9 @@ def _plan(request: DumpRequest, target: str = _LITTLE) -> DumpPlan:
     architecture = replace(architecture, page_size=PAGE)
     snapshot = GuestSnapshot(architecture, BLOCKS, [Vcpu(0, registers)], b"", UtsName())
     dialect = qemu_dialect((7, 2, 0)) if request.exact else MENDED
+    if find_dump_format(request.format).of_windows:
+        core = architecture.cores[0]
+        return make_windows_plan(core, BLOCKS, sample_windows_dump(BLOCKS), dialect, request)
     whole_pages = find_dump_format(request.format).whole_pages
     return make_plan(snapshot, dialect, request, whole_pages=whole_pages)
 
@@ -118,8 +134,7 @@ def test_its_words_are_words(name: str):
     assert found.codec is None or format_by_words(found.codec, raw=found.raw) == name
 
 
-@EVERY_FORMAT
-@EVERY_GUEST
+@EVERY_FORMAT_AND_GUEST
 def test_a_reader_finds_what_was_in_the_guest(name: str, target: str, tmp_path: Path):
     for number, request in enumerate(_requests(name)):
         path = tmp_path / str(number)
@@ -161,7 +176,7 @@ def test_a_pipe_gets_a_whole_dump_or_is_refused_before_the_first_byte(name: str,
         assert _digest(copy) == _digest(tmp_path / "file")
 
 
-@EVERY_FORMAT
+@WITH_RANGES
 def test_of_a_range_there_is_nothing_else(name: str, tmp_path: Path):
     block = BLOCKS[1]
     wanted = MemoryRange(block.gpa + 100, PAGE, is_extension=True)
@@ -224,5 +239,5 @@ def test_what_it_has_not_is_refused_in_one_line(name: str):
 def test_what_qemu_says_of_a_target_is_one_line(name: str):
     for has_begun in (False, True):
         said = find_dump_format(name).failure(has_begun, "No space left on device")
-        assert said.startswith("dump: failed to ")
+        assert said.startswith(("dump: failed to ", "win-dump: failed to "))
         assert "\n" not in said

@@ -19,6 +19,7 @@ from qemu_dump_ext.errors import CorruptDumpError, DumpError, GuestMemoryFaultEr
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.plan.windows_plan import make_windows_plan
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
@@ -26,12 +27,14 @@ from tests.support.fake_guest import BLOCKS, PAGE, content_of
 from tests.support.leftovers import nothing_left
 from tests.support.plain_memory import PlainMemory
 from tests.support.sample_migration import make_migration
+from tests.support.sample_win_dmp import sample_windows_dump
 
 # Formats whose dumps a reader opens; one of each way in which it may be wrapped.
 READS = {
     "elf": ("elf",),
     "kdump": ("kdump-raw-zlib", "kdump-zlib"),
     "migration": ("migration",),
+    "win_dmp": ("win-dmp",),
 }
 # What no format of ours is: its guest has the memory that its machine has.
 _STREAMED = (RamBlock(0x80000000, 12 * PAGE, BLOCKS[0].name, 0),)
@@ -55,7 +58,11 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         snapshot = GuestSnapshot(architecture, BLOCKS, [Vcpu(0, registers)], b"", UtsName())
         with open_sink(str(folder / name), force=False, standard_output=None) as sink:
             found = find_dump_format(name)
-            plan = make_plan(snapshot, MENDED, request, whole_pages=found.whole_pages)
+            if found.of_windows:
+                windows = sample_windows_dump(BLOCKS)
+                plan = make_windows_plan(architecture.cores[0], BLOCKS, windows, MENDED, request)
+            else:
+                plan = make_plan(snapshot, MENDED, request, whole_pages=found.whole_pages)
             found.write(request, plan, PlainMemory(), sink, lambda _: None)
     return {name: folder / name for _, name in _CASES}
 

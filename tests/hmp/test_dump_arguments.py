@@ -138,7 +138,7 @@ NAMES = [
     *("|cat/x", "/dev/full", "/dev"),
 ]
 FLAGS = [
-    *("-w", "-p -z", "-p -p", "-d -z", "-z -d", "-z -l", "-z -w", "-zl", "-pd", "-d -p", "-q"),
+    *("-w -p", "-p -z", "-p -p", "-d -z", "-z -d", "-z -l", "-z -w", "-zl", "-pd", "-d -p", "-q"),
     *("-1", "-", "--", "--nosuch", "-p-", "-R -z", "-w -R"),
 ]
 REFUSED_BY_HMP = [

@@ -170,7 +170,6 @@ def test_garbage_is_refused_and_forgotten(pair: Pair, garbage: bytes):
         {"paging": False, "protocol": "file:/dev/null", "begin": 0, "length": 0},
         {"paging": False, "protocol": "file:/dev/null", "begin": 1 << 50, "length": 1},
         {"paging": False, "protocol": "file:/dev/full"},
-        {"paging": False, "protocol": "file:/dev/null", "format": "win-dmp"},
     ],
 )
 def test_some_refusals_count_as_a_dump_that_failed(pair: Pair, arguments: dict[str, Any]):

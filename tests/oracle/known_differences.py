@@ -26,6 +26,10 @@ KDUMP = {
 }
 _FASTER = "ISA-L packs pages three times as fast, into other bytes of the same format"
 KDUMP_ZLIB = {"rest": _FASTER}
+WINDOWS = {
+    "RequiredDumpSpace": "QEMU cuts the size of a dump with 32-bit pointers to 32 bits",
+    "behind CONTEXT": "QEMU overwrites 4 bytes behind the registers of each 32-bit processor",
+}
 KDUMP_LINUX = {
     "nodename": _UTSNAME,
     "domainname": _UTSNAME,
