@@ -7,7 +7,6 @@ memory at hand. What is remembered is bounded: a newer page takes the place of a
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,6 +27,8 @@ _SLOTS_MAX = 1 << 20
 _SLOTS_MIN = 1 << 10
 _SAMPLES = 16
 """Words of a page that are weighted; the others are added up."""
+_ODD = 0x9E3779B97F4A7C15
+"""Multiplied with it, modulo 2^64, numbers are scattered: 2^64 divided by the golden ratio."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ class PageDeduplicator:
         self._fingerprints = numpy.zeros(self.slot_count, dtype=numpy.uint64)
         self._gpas = numpy.zeros(self.slot_count, dtype=numpy.uint64)
         self._again = bytearray(PIECE_SIZE // page_size * page_size)
+        # Spread over the page, and always the same, so that a dump does not depend on chance.
         words = page_size // _WORD
-        secret = numpy.frombuffer(os.urandom((_SAMPLES + 1) * _WORD), dtype=numpy.uint64)
-        self._weights = secret[:_SAMPLES] | numpy.uint64(1)
-        self._mixer = secret[_SAMPLES] | numpy.uint64(1)
-        self._columns = numpy.sort(secret[:_SAMPLES] % numpy.uint64(words)).astype(numpy.int64)
+        numbers = numpy.arange(1, _SAMPLES + 1, dtype=numpy.uint64)
+        self._columns = ((2 * numbers - 1) * words // (2 * _SAMPLES)).astype(numpy.int64)
+        self._weights = numbers * numpy.uint64(_ODD) | numpy.uint64(1)
 
     def take_out(self, piece: Piece, buffer: Buffer) -> EqualPages:
         """Make zeros of the pages of a filled buffer that are not to be stored.
@@ -145,12 +146,12 @@ class PageDeduplicator:
     def _fingerprints_of(self, rows: NDArray[Any]) -> NDArray[Any]:
         sums = rows.sum(axis=1)
         samples = (rows[:, self._columns] * self._weights).sum(axis=1)
-        fingerprints: NDArray[Any] = (sums * self._mixer) ^ samples
+        fingerprints: NDArray[Any] = (sums * self._numpy.uint64(_ODD)) ^ samples
         return fingerprints
 
     def _slots_of(self, fingerprints: NDArray[Any]) -> NDArray[Any]:
         bits = self.slot_count.bit_length() - 1
-        mixed = fingerprints * self._mixer
+        mixed = fingerprints * self._numpy.uint64(_ODD)
         shifted: NDArray[Any] = (mixed >> self._numpy.uint64(64 - bits)).astype(self._numpy.int64)
         return shifted
 

@@ -25,6 +25,7 @@ from tests.support.doors import child_environment, cli_argv, run_cli
 from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
+from tests.support.sample_kdump import read_kdump, unflatten
 
 pytestmark = pytest.mark.qemu
 MIB = 1 << 20
@@ -334,7 +335,7 @@ def test_the_number_of_threads_changes_nothing(numa_machine, tmp_path: Path, thr
 
 
 @pytest.mark.parametrize("words", [("-z",), ("-z", "-R"), ("-z", "--omit-zero", "-R"), ()])
-def test_without_third_party_packages_the_dump_is_the_same(numa_machine, tmp_path: Path, words):
+def test_without_third_party_packages_the_pages_are_the_same(numa_machine, tmp_path: Path, words):
     # As in a gdb whose Python is another one: no numpy, and zlib of the standard library.
     block = (
         "import sys; sys.modules.update(numpy=None, isal=None);"
@@ -346,7 +347,16 @@ def test_without_third_party_packages_the_dump_is_the_same(numa_machine, tmp_pat
     command = [sys.executable, "-c", block, *map(str, options), *level, str(plain)]
     subprocess.run(command, check=True, env=child_environment(), timeout=300)
     assert run_cli(*options, *level, ours).returncode == 0
-    assert filecmp.cmp(plain, ours, shallow=False)
+    if not words:
+        assert filecmp.cmp(plain, ours, shallow=False)
+        return
+    # Without numpy, pages of equal content are stored each by itself.
+    images = [dump.read_bytes() for dump in (plain, ours)]
+    if "-R" not in words:
+        images = [bytes(unflatten(image)) for image in images]
+    assert len(images[1]) <= len(images[0])
+    for page, other in zip(*(read_kdump(image, "<", 8) for image in images), strict=True):
+        assert page == other
 
 
 def test_a_sparse_elf_reads_as_a_full_one(numa_machine, tmp_path: Path):

@@ -33,6 +33,7 @@ class LyingQmp:
         delay: Seconds before each answer.
         told: How often each lie was told.
         connections: How many there were.
+        asked: All that was asked.
     """
 
     def __init__(self, qemu: Path, path: Path) -> None:
@@ -42,6 +43,7 @@ class LyingQmp:
         self.delay = 0.0
         self.told: dict[str, int] = {}
         self.connections = 0
+        self.asked: set[str] = set()
         self._qemu = qemu
         self._client: socket.socket | None = None
         self._listening = socket.socket(socket.AF_UNIX)
@@ -108,6 +110,7 @@ class _Conversation:
                     message, end = json.JSONDecoder().raw_decode(rest := rest.lstrip())
                     rest = rest[end:]
                     self._asked[str(message.get("id"))] = _name(message)
+                    self._peer.asked.add(_name(message))
             socket.send_fds(self._qemu, [data], descriptors)
             for descriptor in descriptors:
                 socket.close(descriptor)
