@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gdb_boundary import GdbParser, QemuCommand, option_words, show_line, somebody_watches
+from gdb_boundary import GdbParser, QemuCommand, option_words, shown_progress
 from gdb_guest import guest_access
 
 import gdb
@@ -20,7 +20,6 @@ from qemu_dump_ext.options.dump_options import (
     request_of,
 )
 from qemu_dump_ext.printable import printable
-from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.sinks import open_sink, target_forms
 
 
@@ -38,17 +37,18 @@ def _parser() -> GdbParser:
 
 def _run(words: Sequence[str]) -> int:
     arguments = parse_dump_arguments(_parser(), words)
-    watched = somebody_watches(arguments.progress)
-    progress = ProgressMeter(show_line if watched else None)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=None)
-    with guest_access(arguments.qmp) as access, sink:
+    with (
+        guest_access(arguments.qmp) as access,
+        sink,
+        shown_progress(arguments.progress) as progress,
+    ):
         read_registers(arguments, access.monitor)
         report = dump(
             request_of(arguments), access, sink, memory=arguments.memory, progress=progress
         )
-    if watched:
-        show_line("")
-    text = report.to_json() if arguments.json else "\n".join(report.lines())
+    lines = (*report.lines(verbose=arguments.verbose), *report.opening_line())
+    text = report.to_json() if arguments.json else "\n".join(lines)
     gdb.write(printable(text) + "\n")
     return report.exit_status
 

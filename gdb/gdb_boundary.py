@@ -10,8 +10,9 @@ from contextlib import contextmanager
 
 import gdb
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError
-from qemu_dump_ext.options.dump_options import OneLineParser
+from qemu_dump_ext.options.parsers import OneLineParser
 from qemu_dump_ext.printable import printable
+from qemu_dump_ext.progress import OneLine, ProgressMeter
 
 STATUS_VARIABLE = "_qemu_dump_status"
 
@@ -119,12 +120,31 @@ def option_words(parser: argparse.ArgumentParser) -> list[str]:
     )
 
 
-def show_line(line: str) -> None:
-    """Replace the last line that was shown."""
-    gdb.write(f"\r{line:<70}\r")
-    gdb.flush()
+@contextmanager
+def shown_progress(choice: str) -> Iterator[ProgressMeter]:
+    """Show progress until the end of the block, however it ends; nothing of it is left.
+
+    Args:
+        choice: `auto`, `always`, `never`, or `json`: for a program, on standard error.
+    """
+    if choice == "json":
+        yield ProgressMeter(lambda line: _write(f"{line}\n", gdb.STDERR), as_json=True)
+        return
+    if not _somebody_watches(choice):
+        yield ProgressMeter(None)
+        return
+    line = OneLine(_write)
+    try:
+        yield ProgressMeter(line.show)
+    finally:
+        line.clear()
 
 
-def somebody_watches(choice: str) -> bool:
+def _write(text: str, stream: int = gdb.STDOUT) -> None:
+    gdb.write(text, stream)
+    gdb.flush(stream)
+
+
+def _somebody_watches(choice: str) -> bool:
     """Tell whether progress is to be shown: `auto`, `always` or `never`."""
     return os.isatty(1) if choice == "auto" else choice == "always"

@@ -20,7 +20,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.options.dump_options import OneLineParser
+from qemu_dump_ext.options.parsers import OneLineParser, epilog_of
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address
 from qemu_dump_ext.standard_error import tell
@@ -36,18 +36,21 @@ from .upstream.upstream import Upstream
 
 PROGRAM = "qemu-hmp-proxy"
 Front = PipeFront | PlainFront | TerminalFront
-_EPILOG = (
-    "At a terminal, the monitor is there as well; input from a pipe is taken line by line."
-    " Exit status: 0; 2 impossible request; 3 QEMU cannot be reached; 130 interrupted."
+_STATUSES = "0; 2 impossible request; 3 QEMU cannot be reached; 130 interrupted"
+_EXAMPLES = (
+    "--qmp /run/vm.qmp",
+    "--qmp /run/vm.qmp --listen /run/vm/monitor --qmp-listen /run/vm/qmp",
+    "--qmp /run/vm.qmp <commands.txt",
 )
 
 
-def proxy_parser() -> OneLineParser:
+def proxy_parser(program: str = PROGRAM) -> OneLineParser:
     """Return the parser of the command line."""
     parser = OneLineParser(
-        prog=PROGRAM,
-        description="QEMU's human monitor, in which dump-guest-memory is that of qemu_dump_ext.",
-        epilog=_EPILOG,
+        prog=program,
+        description="QEMU's human monitor, in which dump-guest-memory is that of qemu_dump_ext. At"
+        " a terminal, the monitor is there as well; input from a pipe is taken line by line.",
+        epilog=epilog_of(program, _EXAMPLES, _STATUSES),
     )
     qemu = parser.add_mutually_exclusive_group()
     qemu.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket: unix path or HOST:PORT")
@@ -274,10 +277,10 @@ def _complain(text: str) -> None:
     tell(f"{PROGRAM}: {printable(text)}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Entry point; returns the exit status."""
     try:
-        arguments = proxy_parser().parse_args(sys.argv[1:] if argv is None else list(argv))
+        arguments = proxy_parser(program).parse_args(sys.argv[1:] if argv is None else list(argv))
         return asyncio.run(_serve(arguments))
     except DumpError as error:
         _complain(str(error))

@@ -24,7 +24,9 @@ class Named(Protocol):
 NamedT = TypeVar("NamedT", bound=Named)
 
 
-def collect(package: ModuleType, constant: str, kind: type[NamedT]) -> dict[str, NamedT]:
+def collect(
+    package: ModuleType, constant: str, kind: type[NamedT] | tuple[type[NamedT], ...]
+) -> dict[str, NamedT]:
     """Import every public module of `package` and return its `constant`, by name, sorted.
 
     Raises:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.printable import printable
+from qemu_dump_ext.progress import OneLine
 
 from ..dump_job import DumpJob
 from ..sockets.connection import Connection
@@ -31,7 +32,6 @@ _LINES_AHEAD = 8
 _PROGRESS_SECONDS = 0.2
 _READ_SIZE = 4096
 _INPUT_FLAGS, _LOCAL_FLAGS = 0, 3  # in the list of termios.tcgetattr
-_WIDTH = 78
 
 
 class _Front:
@@ -131,15 +131,17 @@ class TerminalFront(_Front):
 
     async def watch(self, job: DumpJob) -> None:
         """Show the progress of a dump until cancelled, and then what came of it."""
+        line = OneLine(_write)
         try:
             while True:
                 await asyncio.sleep(_PROGRESS_SECONDS)
                 if job.has_begun:
-                    _write(f"\r{job.progress_line(time.monotonic()):<{_WIDTH}}\r")
+                    line.show(job.progress_line(time.monotonic()))
         finally:
-            _write(f"\r{'':<{_WIDTH}}\r")
+            line.clear()
             if job.finished.done() and not job.finished.exception():
-                _show("\n".join(job.finished.result().lines()) + "\n")
+                report = job.finished.result()
+                _show("\n".join((*report.lines(), *report.opening_line())) + "\n")
 
     def _session(self) -> PromptSession[str]:
         from prompt_toolkit import PromptSession  # noqa: PLC0415 - only at a terminal

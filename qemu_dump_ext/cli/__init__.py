@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import json
 import os
+import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +14,12 @@ from functools import partial
 from types import FrameType, ModuleType
 from typing import Any
 
+from qemu_dump_ext import __version__
 from qemu_dump_ext.cli import subcommands
-from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.cli._declaration import Program, Subcommand
 from qemu_dump_ext.discovery import collect
-from qemu_dump_ext.errors import EXIT_INTERRUPTED, DumpError, SourceError
-from qemu_dump_ext.options.dump_options import add_version
+from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError, SourceError
+from qemu_dump_ext.options.parsers import OneLineParser, PlainParser, epilog_of
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
 
@@ -24,13 +28,16 @@ _STDERR = 2
 _EXIT_SIGPIPE = 128 + signal.SIGPIPE
 
 
-def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "") -> int:
+def run_guarded(
+    program: str, work: Callable[[], int], *, interrupted: str = "", as_json: bool = False
+) -> int:
     """Run `work`; turn an expected error into one line on stderr and its exit status.
 
     Args:
         program: What users call it.
         work: Returns the exit status.
         interrupted: What to say of what an interrupted `work` leaves.
+        as_json: Say it on standard output as well, as one object of JSON.
     """
     for number in _INTERRUPTS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
@@ -39,11 +46,15 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
         return work()
     except DumpError as error:
         tell(printable(f"{program}: {error}"))
+        if as_json:
+            _tell_program(error.message, error.hint, error.exit_status)
         return error.exit_status
     except KeyboardInterrupt as error:
         # A note says what could not be cleaned up.
         left = "; ".join(getattr(error, "__notes__", ())) or interrupted
         tell(": ".join(filter(None, (program, "interrupted", left))))
+        if as_json:
+            _tell_program("interrupted", left or None, EXIT_INTERRUPTED)
         return EXIT_INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has seen enough; nothing more is to be flushed at exit.
@@ -52,7 +63,30 @@ def run_guarded(program: str, work: Callable[[], int], *, interrupted: str = "")
     except (OSError, MemoryError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "no memory left"
         tell(f"{program}: this host refuses what is needed: {reason}")
+        if as_json:
+            _tell_program(
+                f"this host refuses what is needed: {reason}", None, SourceError.exit_status
+            )
         return SourceError.exit_status
+
+
+def _tell_program(message: str, hint: str | None, exit_status: int) -> None:
+    text = json.dumps({"error": message, "hint": hint, "exit_status": exit_status})
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError, AttributeError):  # nobody reads it; the status says it too
+        sys.stdout = None
+
+
+def wants_json(argv: Sequence[str] | None) -> bool:
+    """Tell whether the words of a command line, or of this process, ask for JSON."""
+    words = sys.argv[1:] if argv is None else argv
+    return "--json" in words
+
+
+def is_version_wanted(argv: Sequence[str] | None) -> bool:
+    """Tell whether a command line, or that of this process, asks for the version alone."""
+    return list(sys.argv[1:] if argv is None else argv) == ["--version"]
 
 
 def _interrupt(program: str, _number: int, _frame: FrameType | None) -> None:
@@ -65,66 +99,119 @@ def _interrupt(program: str, _number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-class _SubcommandParser(argparse.ArgumentParser):
+class _ProgramParser(OneLineParser):
     # Gives each subcommand the words as it wants them.
-    def __init__(self, commands: Mapping[str, Subcommand], *, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description)
+    def __init__(
+        self,
+        commands: Mapping[str, Subcommand | Program],
+        *,
+        prog: str,
+        description: str,
+        epilog: str,
+    ) -> None:
+        super().__init__(prog=prog, description=description, epilog=epilog)
         self._commands = commands
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         words = sys.argv[1:] if args is None else list(args)
         command = self._commands.get(words[0].replace("-", "_")) if words else None
-        if command is not None:
+        if isinstance(command, Subcommand):
             words[1:] = command.spell_out(words[1:])
         return super().parse_known_args(words, namespace)
 
 
 def subcommand_parser(
-    program: str, description: str, folder: ModuleType
+    program: str, description: str, folder: ModuleType, *, only: str | None = None
 ) -> argparse.ArgumentParser:
-    """Return the parser of a program of several words, for `run_subcommand`.
+    """Return the parser of a program of several words, for `run_program`.
 
     Args:
         program: What users call it.
         description: One line.
         folder: Has one file for each subcommand; `_` in its name is `-` in the word.
+        only: Import and know only the file of this name; None: all.
     """
-    commands = collect(folder, "COMMAND", Subcommand)
-    parser = _SubcommandParser(commands, prog=program, description=description)
-    add_version(parser)
+    commands = _commands(folder, only)
+    parser = _ProgramParser(
+        commands,
+        prog=program,
+        description=description,
+        epilog=epilog_of(program, ["COMMAND --help    # options and examples of each"]),
+    )
     choices = parser.add_subparsers(
         title="commands",
         dest="subcommand",
         metavar="COMMAND",
         required=True,
-        parser_class=argparse.ArgumentParser,
+        parser_class=PlainParser,
     )
     for name, command in commands.items():
         word = name.replace("_", "-")
-        subparser = choices.add_parser(word, help=command.help, description=command.help)
+        if isinstance(command, Program):
+            choices.add_parser(
+                word, help=command.help, description=command.help, add_help=False
+            ).add_argument("words", nargs=argparse.REMAINDER, metavar="...", help="its own options")
+            continue
+        subparser = choices.add_parser(
+            word,
+            help=command.help,
+            description=command.help,
+            epilog=epilog_of(f"{program} {word}", command.examples, command.statuses),
+        )
         command.add_arguments(subparser)
         subparser.set_defaults(run_subcommand=command.run)
     return parser
 
 
-def run_subcommand(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+def _commands(folder: ModuleType, only: str | None) -> Mapping[str, Subcommand | Program]:
+    if only is None:
+        return collect(folder, "COMMAND", (Subcommand, Program))
+    module = importlib.import_module(f"{folder.__name__}.{only}")
+    command: Subcommand | Program = module.COMMAND
+    return {only: command}
+
+
+def run_program(
+    program: str, description: str, folder: ModuleType, argv: Sequence[str] | None
+) -> int:
     """Run the subcommand that the command line names; returns the exit status.
 
     Args:
-        parser: Made by `subcommand_parser`.
+        program: What users call it.
+        description: One line.
+        folder: As of `subcommand_parser`.
         argv: The words behind the program; None: those of this process.
     """
-    arguments = parser.parse_args(argv)
-    run = partial(arguments.run_subcommand, arguments)
-    return run_guarded(f"{parser.prog} {arguments.subcommand}", run)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if is_version_wanted(words):
+        print(f"{program} {__version__}")
+        return EXIT_SUCCESS
+    # What is not named is not imported: most of the time a command takes to start is that.
+    named = words[0].replace("-", "_") if words else ""
+    only = named if named in {info.name for info in pkgutil.iter_modules(folder.__path__)} else None
+    if only is not None and not only.startswith("_"):
+        command = _commands(folder, only)[only]
+        if isinstance(command, Program):
+            return command.main(words[1:], f"{program} {words[0]}")
+
+    def run() -> int:
+        parser = subcommand_parser(program, description, folder, only=only)
+        arguments = parser.parse_args(words)
+        status: int = arguments.run_subcommand(arguments)
+        return status
+
+    told = f"{program} {words[0]}" if only else program
+    return run_guarded(told, run, as_json=wants_json(words))
+
+
+_DESCRIPTION = "Take crash dumps of QEMU guests, and look at them."
 
 
 def tools_parser() -> argparse.ArgumentParser:
     """Return the parser of `qemu-dump`."""
-    description = "Look at crash dumps, and at guests to take them from."
-    return subcommand_parser("qemu-dump", description, subcommands)
+    return subcommand_parser("qemu-dump", _DESCRIPTION, subcommands)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `qemu-dump`; returns the exit status."""
-    return run_subcommand(tools_parser(), argv)
+    return run_program("qemu-dump", _DESCRIPTION, subcommands, argv)

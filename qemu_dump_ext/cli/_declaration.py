@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from qemu_dump_ext.options.parsers import STATUSES
 
 
 @dataclass(frozen=True)
@@ -17,6 +19,8 @@ class Subcommand:
         add_arguments: Declares the options on the parser of this subcommand.
         run: Does the work and returns the exit status; `DumpError` becomes one line on stderr.
         spell_out: Returns the words behind the subcommand as argparse wants them.
+        examples: What people may type, without the name of the program.
+        statuses: What the exit status says.
     """
 
     name: str
@@ -24,3 +28,20 @@ class Subcommand:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
     spell_out: Callable[[Sequence[str]], Sequence[str]] = tuple
+    examples: tuple[str, ...] = field(kw_only=True)
+    statuses: str = STATUSES
+
+
+@dataclass(frozen=True)
+class Program:
+    """A whole program that is also a word behind another one.
+
+    Attributes:
+        name: As of `Subcommand`.
+        help: One line.
+        main: Gets the words behind the word, and what it is called; returns the exit status.
+    """
+
+    name: str
+    help: str
+    main: Callable[[Sequence[str], str], int]

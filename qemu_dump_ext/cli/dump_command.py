@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
-from qemu_dump_ext.cli import run_guarded
+from qemu_dump_ext.cli import run_guarded, wants_json
 from qemu_dump_ext.cli.gdb_driver import dump_through_gdb
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.options.dump_options import (
-    OneLineParser,
     add_dump_arguments,
     add_file_arguments,
     names_registers,
@@ -21,23 +21,33 @@ from qemu_dump_ext.options.dump_options import (
     read_registers,
     request_of,
 )
+from qemu_dump_ext.options.parsers import OneLineParser, epilog_of
 from qemu_dump_ext.printable import printable
-from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.progress import OneLine, ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import Sink, open_sink, target_forms
 from qemu_dump_ext.standard_error import is_terminal, tell
 
 PROGRAM = "qemu-dump-guest-memory"
 STANDARD_OUTPUT = 1
+_STATUSES = (
+    "0 complete; 2 impossible request; 3 the guest cannot be reached; 4 the dump cannot be"
+    " written; 6 written, but a register is missing; 130 interrupted"
+)
+_EXAMPLES = (
+    "--qmp /run/vm.qmp vm.elf",
+    "--qmp /run/vm.qmp -z zstd -R vm.kdump",
+    "--gdb localhost:1234 -z vm.kdump",
+    "--qmp /run/vm.qmp -z - | ssh host 'cat >vm.kdump'",
+)
 
 
-def dump_parser() -> OneLineParser:
+def dump_parser(program: str = PROGRAM) -> OneLineParser:
     """Return the parser of the command line."""
     parser = OneLineParser(
-        prog=PROGRAM,
+        prog=program,
         description="Dump the memory and the registers of a QEMU guest, from outside QEMU.",
-        epilog="Exit status: 0 complete; 2 impossible request; 3 the guest cannot be reached;"
-        " 4 the dump cannot be written; 6 written, but a register is missing; 130 interrupted.",
+        epilog=epilog_of(program, _EXAMPLES, _STATUSES),
     )
     add_dump_arguments(parser)
     parser.add_argument(
@@ -50,17 +60,19 @@ def dump_parser() -> OneLineParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """Entry point; returns the exit status."""
+    words = sys.argv[1:] if argv is None else argv
     return run_guarded(
-        PROGRAM,
-        lambda: _run(sys.argv[1:] if argv is None else argv),
+        program,
+        lambda: _run(words, program),
         interrupted="no partial dump was left behind",
+        as_json=wants_json(words),
     )
 
 
-def _run(words: Sequence[str]) -> int:
-    arguments = parse_dump_arguments(dump_parser(), words)
+def _run(words: Sequence[str], program: str) -> int:
+    arguments = parse_dump_arguments(dump_parser(program), words)
     check_outputs(arguments)
     if arguments.gdb is not None:
         return dump_through_gdb(arguments)
@@ -68,9 +80,12 @@ def _run(words: Sequence[str]) -> int:
         raise RequestError("which guest?", hint="--qmp SOCKET or --gdb ADDRESS")
     # What can be refused is refused before the guest is asked.
     request = None if names_registers(arguments) else request_of(arguments)
-    progress = progress_of(arguments)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=STANDARD_OUTPUT)
-    with connect_qmp(arguments.qmp) as monitor, sink:
+    with (
+        connect_qmp(arguments.qmp) as monitor,
+        sink,
+        shown_progress(arguments.progress) as progress,
+    ):
         if request is None:
             read_registers(arguments, monitor)
             request = request_of(arguments)
@@ -89,24 +104,30 @@ def check_outputs(arguments: argparse.Namespace) -> None:
         raise RequestError("--json and the dump cannot both go to standard output")
 
 
-def progress_of(arguments: argparse.Namespace) -> ProgressMeter:
-    """Return the meter that --progress asks for."""
-    return ProgressMeter(_show_line if _is_watched(arguments) else None)
-
-
-def _is_watched(arguments: argparse.Namespace) -> bool:
-    return is_terminal() if arguments.progress == "auto" else arguments.progress == "always"
-
-
 def show_report(arguments: argparse.Namespace, report: DumpReport, sink: Sink) -> int:
-    """Show what was done, behind the last line of progress; returns the exit status."""
-    if _is_watched(arguments):
-        _show_line("")
+    """Show what was done, and what opens it; returns the exit status."""
     if arguments.json:
         _print(report.to_json())
     else:
-        tell(printable("\n".join((*report.lines(), *sink.remarks))))
+        lines = (*report.lines(verbose=arguments.verbose), *sink.remarks, *report.opening_line())
+        tell(printable("\n".join(lines)))
     return report.exit_status
+
+
+@contextmanager
+def shown_progress(choice: str) -> Iterator[ProgressMeter]:
+    """Show progress until the end of the block, however it ends; nothing of it is left."""
+    if choice == "json":
+        yield ProgressMeter(tell, as_json=True)
+        return
+    if choice == "never" or (choice == "auto" and not is_terminal()):
+        yield ProgressMeter(None)
+        return
+    line = OneLine(lambda text: tell(text, end=""))
+    try:
+        yield ProgressMeter(line.show)
+    finally:
+        line.clear()
 
 
 def _print(text: str) -> None:
@@ -115,7 +136,3 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except OSError:
         sys.stdout = None
-
-
-def _show_line(line: str) -> None:
-    tell(f"\r{line:<70}", end="\r")

@@ -11,12 +11,12 @@ from qemu_dump_ext.third_party import import_package
 _PROGRAM = "qemu-hmp-proxy"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = _PROGRAM) -> int:
     """Entry point; returns the exit status."""
-    return run_guarded(_PROGRAM, lambda: _run(argv))
+    return run_guarded(program, lambda: _run(argv, program))
 
 
-def _run(argv: Sequence[str] | None) -> int:
-    import_package("qemu.qmp", _PROGRAM)
-    status: int = importlib.import_module("qemu_dump_ext.hmp_proxy.proxy").main(argv)
+def _run(argv: Sequence[str] | None, program: str) -> int:
+    import_package("qemu.qmp", program)
+    status: int = importlib.import_module("qemu_dump_ext.hmp_proxy.proxy").main(argv, program)
     return status

@@ -185,6 +185,7 @@ class CrashRecord:
         guest_stopped_seconds: How long we kept a guest stopped that ran.
         after_action: What the configuration wants done with the guest.
         remarks: What could not be had besides the dump, one line each.
+        kernel: Release of the guest's kernel, as VMCOREINFO has it; None: not known.
         uploaded: None: nowhere yet.
         occurrence: The how manyth crash of its signature this is in this store, from 1.
         held: Never removed by limits.
@@ -205,6 +206,7 @@ class CrashRecord:
     guest_stopped_seconds: Annotated[float, Field(ge=0)]
     after_action: str
     remarks: tuple[str, ...] = ()
+    kernel: Annotated[str, Field(max_length=200)] | None = None
     uploaded: UploadFacts | None = None
     occurrence: Number = 0
     held: bool = False

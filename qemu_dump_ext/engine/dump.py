@@ -10,6 +10,7 @@ from dataclasses import replace
 from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
+from qemu_dump_ext.engine.opening import Kernel
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins, stopped_guest
 from qemu_dump_ext.errors import (
@@ -38,7 +39,7 @@ from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.qemu.run_state import PauseLimit
 from qemu_dump_ext.sinks import Sink, all_sinks
 from qemu_dump_ext.structures.dialect import Dialect, qemu_dialect
-from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text, vmcoreinfo_value
 
 
 def dump(
@@ -229,7 +230,17 @@ class _Dump:
                 *self._plan.doubts,
                 *(_guesses(guest, self._request) if exact else ()),
             ),
+            memory_is_slow=self._memory.is_slow,
+            architecture=guest.architecture.name,
+            zeros_left_out=self._request.omit_zero,
+            kernel=_kernel_in(self._plan),
         )
+
+
+def _kernel_in(plan: DumpPlan) -> Kernel:
+    offset, size = plan.vmcoreinfo_span or (0, 0)
+    text = plan.notes[offset : offset + size]
+    return Kernel(vmcoreinfo_value(text, "OSRELEASE"), vmcoreinfo_value(text, "BUILD-ID"))
 
 
 def _pause_limit(request: DumpRequest) -> PauseLimit | None:

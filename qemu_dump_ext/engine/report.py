@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from qemu_dump_ext.engine.opening import NO_KERNEL, Kernel, opening
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
 
 
@@ -29,6 +31,10 @@ class DumpReport:
         doubts: What could not be found out, and may be otherwise than in the dump.
         lacking: What else of the guest could not be had, and is not in the dump.
         mended: Of a dump that was made of another one: how it differs from that; None of others.
+        memory_is_slow: A faster memory source would have made the dump much shorter.
+        architecture: QEMU's name of the target.
+        zeros_left_out: There are no pages of zeros in the dump.
+        kernel: What the kernel in the dump calls itself, as far as it tells.
     """
 
     target: str
@@ -45,6 +51,10 @@ class DumpReport:
     doubts: Sequence[str] = ()
     lacking: Sequence[str] = ()
     mended: Sequence[str] | None = None
+    memory_is_slow: bool = False
+    architecture: str | None = None
+    zeros_left_out: bool = False
+    kernel: Kernel = NO_KERNEL
 
     @property
     def exit_status(self) -> int:
@@ -57,8 +67,26 @@ class DumpReport:
             return "no source gives them"
         return f"QEMU's own notes, which have them, could not be had: {self.native_refusal}"
 
-    def lines(self) -> list[str]:
-        """Say it in words."""
+    def opening_line(self) -> list[str]:
+        """Return the command that opens the dump here; nothing where it is in no file."""
+        path = Path(self.target)
+        if not path.is_file() or self.target == "-":
+            return []
+        found = opening(
+            path,
+            self.format,
+            self.kernel,
+            target=self.architecture,
+            zeros_left_out=self.zeros_left_out,
+        )
+        return [f"open it: {found.line()}"] if found else []
+
+    def lines(self, *, verbose: bool = False) -> list[str]:
+        """Say it in words.
+
+        Args:
+            verbose: Say why faster memory sources were not taken, also where it cost little.
+        """
         mib = 1 << 20
         rate = self.memory_size / mib / max(self.seconds, 1e-6)
         summary = (
@@ -72,7 +100,8 @@ class DumpReport:
         else:
             summary += ")"
         lines = [summary]
-        lines += [f"{name} was not used: {reason}" for name, reason in self.passed_over]
+        if verbose or self.memory_is_slow:
+            lines += [f"{name} was not used: {reason}" for name, reason in self.passed_over]
         lines += self.remarks
         lines += [f"mended: {difference}" for difference in self.mended or ()]
         lines += [f"incomplete: {what}" for what in self.lacking]

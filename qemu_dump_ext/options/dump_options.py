@@ -6,9 +6,7 @@ import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
 
-from qemu_dump_ext import __version__
 from qemu_dump_ext.dump_formats import (
     all_dump_formats,
     find_dump_format,
@@ -33,20 +31,10 @@ from qemu_dump_ext.plan.request import (
 )
 
 DEFAULT_CODEC = "zlib"
-PROGRESS_CHOICES = ("auto", "always", "never")
+PROGRESS_CHOICES = ("auto", "always", "never", "json")
 _COUNT = re.compile(r"[0-9]{1,9}")
 COMMAND = "dump-guest-memory"
 """QEMU's name of the command, for its messages."""
-
-
-def add_version(parser: argparse.ArgumentParser) -> None:
-    """Declare `--version`, which prints the name of the program and the version of the package."""
-    parser.add_argument(
-        "--version",
-        action="version",
-        version=f"%(prog)s {__version__}",
-        help="show the version and exit",
-    )
 
 
 @dataclass(frozen=True)
@@ -66,20 +54,6 @@ class DumpLevel:
 
 
 NO_DUMP_LEVEL = DumpLevel()
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong in one line instead of printing its usage; knows `--version`."""
-
-    def __init__(
-        self, *, prog: str, description: str | None = None, epilog: str | None = None
-    ) -> None:
-        super().__init__(prog=prog, description=description, epilog=epilog)
-        add_version(self)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise RequestError with argparse's message."""
-        raise RequestError(message, hint=f"'{self.prog} --help' shows the options")
 
 
 def add_dump_arguments(parser: argparse.ArgumentParser) -> None:
@@ -259,7 +233,13 @@ def _add_report_arguments(parser: argparse.ArgumentParser) -> None:
         "--progress",
         choices=PROGRESS_CHOICES,
         default="auto",
-        help="show progress; auto: where somebody watches",
+        help="show progress; auto: where somebody watches; json: for a program, an object a second"
+        " on standard error",
+    )
+    parser.add_argument(
+        "--verbose",
+        action="store_true",
+        help="also say which faster ways to guest memory were not taken, and why",
     )
 
 

@@ -354,25 +354,36 @@ def test_store_is_looked_at_and_kept_by_commands(tmp_path):
                 assert run_collector("trigger", "box", *config).returncode == 0
     first, second, third = (record.id for record in agent.records())
     done = run_collector("list", *config)
-    assert [line.split()[0] for line in done.stdout.splitlines()] == [first, second, third]
+    head, *lines = done.stdout.splitlines()
+    assert head.split() == ["ID", "AGE", "STATE", "CAUSE", "DUMP", "MESSAGE"]
+    for line, name in zip(lines, (first, second, third), strict=True):
+        assert name.startswith(line.split()[0])
     assert len(json.loads(run_collector("list", "--json", *config).stdout)) == 3
-    counted = run_collector("list", "--signatures", *config).stdout.split()
+    counted = run_collector("list", "--signatures", *config).stdout.splitlines()[1].split()
     assert counted[1] == "3"
     shown = run_collector("show", first, *config).stdout
     assert "cause: trigger: somebody said so" in shown
     assert f"directory: {agent.store.directory(first)}" in shown
     assert json.loads(run_collector("show", "--json", first, *config).stdout)["id"] == first
-    assert run_collector("hold", first, *config).returncode == 0
+    done = run_collector("hold", first, *config)
+    assert done.stdout == f"{first} is held: limits never remove it\n"
     agent.configure(store=str(agent.store.path), limits={"count": 1})
+    would = run_collector("prune", "--dry-run", *config).stdout.splitlines()
+    assert would[-1].startswith("would be removed: 2 of them, ")
+    assert len(agent.records()) == 3
     removed = json.loads(run_collector("prune", "--json", *config).stdout)
     assert [(one["id"], one["what"]) for one in removed] == [(second, "crash"), (third, "crash")]
-    assert run_collector("release", first, *config).returncode == 0
+    assert run_collector("prune", *config).stdout == "removed: nothing\n"
+    assert run_collector("release", "latest", *config).stdout == f"{first} is held no more\n"
     assert not agent.store.record(first).held
     done = run_collector("show", "box/x", *config)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "is no crash" in done.stderr
+    assert "there is no crash 'box/x'" in done.stderr
     done = run_collector("open", second, *config)
     assert done.returncode == 2
+    done = run_collector("list", "--guest", "nobody", *config)
+    assert done.returncode == 2
+    assert "there is no guest 'nobody'" in done.stderr
     done = run_collector("list", "--store", tmp_path / "none")
     assert os.path.lexists(tmp_path / "none") is False
     assert done.returncode == 2, done.stdout

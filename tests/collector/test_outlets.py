@@ -49,7 +49,7 @@ def test_crash_is_uploaded_reported_and_counted(tmp_path, port):
             wait_until(lambda: scrape(port)["upload_failures_total",] >= 1, "the upload is refused")
             assert scrape(port)["upload_backlog",] == 1
             # The limits allow nothing at all, but it is nowhere else.
-            assert run_collector("prune", "--config", agent.config).stdout == ""
+            assert run_collector("prune", "--config", agent.config).stdout == "removed: nothing\n"
             assert (agent.store.directory(record.id) / "vmcore.kdump").exists()
             agent.kill()
         agent.configure(

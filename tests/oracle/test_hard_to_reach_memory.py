@@ -106,7 +106,7 @@ def test_where_only_the_qmp_socket_can_be_reached(tmp_path: Path):
     machine = stopped_machine([*_OWN_SHM, *as_nobody, QEMU], ["-M", "q35", "-m", "64"])
     machine.folder.chmod(0o777)
     with machine:
-        words = ["--qmp", machine.qmp_sockets[0], "--exact", tmp_path / "x"]
+        words = ["--qmp", machine.qmp_sockets[0], "--exact", "--verbose", tmp_path / "x"]
         done = subprocess.run(
             ["setpriv", "--bounding-set=-sys_ptrace", "--inh-caps=-sys_ptrace", *cli_argv(*words)],
             capture_output=True,

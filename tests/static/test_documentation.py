@@ -26,11 +26,11 @@ from qemu_dump_ext.dump_formats import format_words
 from qemu_dump_ext.guest_images.manifest import load_manifest
 from qemu_dump_ext.memory_sources import all_memory_sources
 from qemu_dump_ext.options.dump_options import (
-    OneLineParser,
     add_dump_arguments,
     add_file_arguments,
     parse_dump_arguments,
 )
+from qemu_dump_ext.options.parsers import OneLineParser
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {

@@ -10,11 +10,15 @@ from pathlib import Path
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.crash_collector.config.file import load_configuration
 from qemu_dump_ext.crash_collector.config.settings import Configuration
+from qemu_dump_ext.crash_collector.store.lookup import find_crash
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
+from qemu_dump_ext.printable import printable
 
 _ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"
 _DEFAULT = "/etc/qemu-crash-collector.yaml"
+CRASH_HELP = "the crash: its ID or the beginning of it, 'latest', or a guest's name for its latest"
+SIGNATURE_HELP = "a signature or the beginning of it, or a crash that has it"
 
 
 def add_configuration(parser: argparse.ArgumentParser) -> None:
@@ -62,21 +66,25 @@ def store_of(arguments: argparse.Namespace) -> CrashStore:
     return store
 
 
-def hold_command(name: str, description: str, *, held: bool) -> Subcommand:
+def hold_command(
+    name: str, description: str, *, held: bool, examples: tuple[str, ...]
+) -> Subcommand:
     """Return the subcommand that sets whether crashes are held."""
 
     def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_store(parser)
-        parser.add_argument(
-            "crashes", metavar="ID", nargs="+", help="the ID of the crash, as 'list' shows it"
-        )
+        parser.add_argument("crashes", metavar="ID", nargs="+", help=CRASH_HELP)
 
     def run(arguments: argparse.Namespace) -> int:
         store = store_of(arguments)
         with store.locked():
-            records = [store.record(crash_id) for crash_id in arguments.crashes]
+            records = [store.record(find_crash(store, words)) for words in arguments.crashes]
             for record in records:
                 store.update(replace(record, held=held))
+        for record in records:
+            same = " already" if record.held == held else ""
+            told = "is held: limits never remove it" if held else "is held no more"
+            print(printable(f"{record.id} {told}{same and f' (it was so{same})'}"))
         return EXIT_SUCCESS
 
-    return Subcommand(name, description, add_arguments, run)
+    return Subcommand(name, description, add_arguments, run, examples=examples)

@@ -63,5 +63,9 @@ _LOST = (
     " the agent sets that when it connects"
 )
 COMMAND = Subcommand(
-    "check_config", "check the configuration, and show its guests", _add_arguments, _run
+    "check_config",
+    "check the configuration, and show its guests",
+    _add_arguments,
+    _run,
+    examples=("", "--config ./collector.yaml"),
 )

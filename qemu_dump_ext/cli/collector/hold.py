@@ -4,4 +4,6 @@ from __future__ import annotations
 
 from qemu_dump_ext.cli.collector._arguments import hold_command
 
-COMMAND = hold_command("hold", "keep crashes whatever the limits say", held=True)
+COMMAND = hold_command(
+    "hold", "keep crashes whatever the limits say", held=True, examples=("latest",)
+)

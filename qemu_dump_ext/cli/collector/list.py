@@ -5,19 +5,43 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from datetime import datetime
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector._arguments import add_json, add_store, store_of
+from qemu_dump_ext.cli.collector._arguments import (
+    SIGNATURE_HELP,
+    add_json,
+    add_store,
+    configuration_of,
+    store_of,
+)
+from qemu_dump_ext.cli.collector._presentation import (
+    age_text,
+    dump_text,
+    record_with_state,
+    state_text,
+    states_dict,
+    table,
+)
 from qemu_dump_ext.crash_collector.record import CrashRecord
-from qemu_dump_ext.errors import EXIT_SUCCESS
-from qemu_dump_ext.printable import printable
+from qemu_dump_ext.crash_collector.store.lookup import find_signature, short_ids
+from qemu_dump_ext.crash_collector.store.states import STATE_NAMES
+from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.guests import GuestFinder
+from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
+
+_HEAD = ("ID", "AGE", "STATE", "CAUSE", "DUMP", "MESSAGE")
+_SIGNATURES_HEAD = ("SIGNATURE", "COUNT", "FIRST", "LAST", "STATE", "MESSAGE")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_store(parser)
     add_json(parser)
     parser.add_argument("--guest", metavar="NAME", help="only the crashes of this guest")
-    parser.add_argument("--signature", metavar="ID", help="only the crashes of this signature")
+    parser.add_argument(
+        "--signature", metavar="SIGNATURE", help=f"only the crashes of one: {SIGNATURE_HELP}"
+    )
+    parser.add_argument("--state", choices=STATE_NAMES, help="only those of this state")
     parser.add_argument(
         "--signatures",
         action="store_true",
@@ -28,32 +52,96 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     store = store_of(arguments)
     if arguments.signatures:
-        counts = store.signatures()
-        if arguments.json:
-            print(json.dumps({name: asdict(count) for name, count in counts.items()}))
-        else:
-            for name, count in sorted(counts.items(), key=lambda item: item[1].last_seen):
-                text = f"{count.count:5}  {count.first_seen}  {count.last_seen}  {count.message}"
-                print(printable(f"{name}  {text}", keep="\t"))
-        return EXIT_SUCCESS
-    records = [record for record in store.records() if _is_asked_for(record, arguments)]
-    records.sort(key=lambda record: record.time)
+        return _signatures(arguments, store)
+    states = store.states()
+    records = _chosen(arguments, store)
     if arguments.json:
-        print(json.dumps([record.as_dict() for record in records]))
-    else:
-        for record in records:
-            dump = f"{record.dump.bytes >> 20} MiB" if record.dump.file else "no dump"
-            held = ", held" if record.held else ""
-            text = f"{record.cause.kind}  {dump}{held}  {record.signature.message}"
-            print(printable(f"{record.id}  {text}", keep="\t"))
+        print(json.dumps([record_with_state(record, states) for record in records]))
+        return EXIT_SUCCESS
+    short = short_ids(store)
+    print(
+        table(
+            _HEAD,
+            [
+                (
+                    short.get(record.id, record.id),
+                    age_text(record.moment),
+                    state_text(record, states) + (", held" if record.held else ""),
+                    record.cause.kind,
+                    dump_text(record),
+                    record.signature.message,
+                )
+                for record in records
+            ],
+        )
+    )
     return EXIT_SUCCESS
 
 
-def _is_asked_for(record: CrashRecord, arguments: argparse.Namespace) -> bool:
-    return arguments.guest in {None, record.guest} and arguments.signature in {
-        None,
-        record.signature.id,
+def _chosen(arguments: argparse.Namespace, store: CrashStore) -> list[CrashRecord]:
+    if arguments.guest is not None and not (store.path / arguments.guest).is_dir():
+        _require_guest(arguments, store)
+    states = store.states()
+    family = (
+        None
+        if arguments.signature is None
+        else states.family(find_signature(store, arguments.signature))
+    )
+    records = [
+        record
+        for record in store.records()
+        if arguments.guest in {None, record.guest}
+        and (family is None or record.signature.id in family)
+        and arguments.state in {None, state_text(record, states)}
+    ]
+    return sorted(records, key=lambda record: record.time)
+
+
+def _require_guest(arguments: argparse.Namespace, store: CrashStore) -> None:
+    if arguments.store is None and arguments.guest in GuestFinder().find(
+        configuration_of(arguments)
+    ):
+        return
+    known = sorted({path.parent.name for path in store.directories()})
+    raise RequestError(
+        f"there is no guest {arguments.guest!r}, nor a crash of one",
+        hint=f"crashed so far: {', '.join(known[:10]) or 'none'}",
+    )
+
+
+def _signatures(arguments: argparse.Namespace, store: CrashStore) -> int:
+    counts, states = store.signatures(), store.states()
+    counts = {
+        name: count
+        for name, count in counts.items()
+        if arguments.state in {None, states.of(name).state}
     }
+    if arguments.json:
+        content = {
+            name: asdict(count) | {"state": states_dict(name, states)}
+            for name, count in counts.items()
+        }
+        print(json.dumps(content))
+        return EXIT_SUCCESS
+    rows = [
+        (
+            name,
+            str(count.count),
+            age_text(datetime.fromisoformat(count.first_seen)),
+            age_text(datetime.fromisoformat(count.last_seen)),
+            states.of(name).state,
+            count.message,
+        )
+        for name, count in sorted(counts.items(), key=lambda item: item[1].last_seen)
+    ]
+    print(table(_SIGNATURES_HEAD, rows))
+    return EXIT_SUCCESS
 
 
-COMMAND = Subcommand("list", "list the crashes, the oldest first", _add_arguments, _run)
+COMMAND = Subcommand(
+    "list",
+    "list the crashes, the oldest first",
+    _add_arguments,
+    _run,
+    examples=("", "--guest web1", "--state regression", "--signatures"),
+)

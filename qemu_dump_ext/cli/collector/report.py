@@ -35,4 +35,10 @@ def _run(arguments: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
-COMMAND = Subcommand("report", "write a page of HTML about all crashes", _add_arguments, _run)
+COMMAND = Subcommand(
+    "report",
+    "write a page of HTML about all crashes",
+    _add_arguments,
+    _run,
+    examples=("", "--output crashes.html"),
+)

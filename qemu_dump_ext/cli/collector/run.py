@@ -117,5 +117,9 @@ def _raise_limit_of_files() -> None:
 
 
 COMMAND = Subcommand(
-    "run", "watch guests until SIGTERM; SIGHUP reads the configuration again", _add_arguments, _run
+    "run",
+    "watch guests until SIGTERM; SIGHUP reads the configuration again",
+    _add_arguments,
+    _run,
+    examples=("", "--store /var/crash/guests --qmp /run/vm.qmp"),
 )

@@ -32,5 +32,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 COMMAND = Subcommand(
-    "trigger", "have the agent collect a guest as if it had crashed", _add_arguments, _run
+    "trigger",
+    "have the agent collect a guest as if it had crashed",
+    _add_arguments,
+    _run,
+    examples=('web1 --detail "it answers no more"',),
 )

@@ -10,8 +10,8 @@ from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.dump_command import (
     STANDARD_OUTPUT,
     check_outputs,
-    progress_of,
     show_report,
+    shown_progress,
 )
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.convert import SEARCH_SECONDS, convert
@@ -61,12 +61,16 @@ def _run(arguments: argparse.Namespace) -> int:
     check_outputs(arguments)
     request = request_of(arguments)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=STANDARD_OUTPUT)
-    with open_dump(arguments.source, *arguments.parts) as dump, sink:
+    with (
+        open_dump(arguments.source, *arguments.parts) as dump,
+        sink,
+        shown_progress(arguments.progress) as progress,
+    ):
         report = convert(
             request,
             dump,
             sink,
-            progress=progress_of(arguments),
+            progress=progress,
             target=arguments.target,
             keep=arguments.keep,
             search_seconds=arguments.search_seconds,
@@ -80,4 +84,9 @@ COMMAND = Subcommand(
     add_arguments=_add_arguments,
     run=_run,
     spell_out=partial(with_explicit_codec, files=2),
+    examples=(
+        "old.elf new.kdump -z zstd -R",
+        "vm.lime vm.elf",
+        "vm.elf small.kdump --dump-level 31",
+    ),
 )

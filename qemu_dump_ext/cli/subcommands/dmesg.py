@@ -76,4 +76,10 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
         )
 
 
-COMMAND = Subcommand("dmesg", "show the guest kernel's log", _add_arguments, _run)
+COMMAND = Subcommand(
+    "dmesg",
+    "show the guest kernel's log",
+    _add_arguments,
+    _run,
+    examples=("vm.kdump", "--qmp /run/vm.qmp"),
+)

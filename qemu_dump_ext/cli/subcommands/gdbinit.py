@@ -18,4 +18,6 @@ def _run(_arguments: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
-COMMAND = Subcommand("gdbinit", "print the line for ~/.gdbinit", _add_arguments, _run)
+COMMAND = Subcommand(
+    "gdbinit", "print the line for ~/.gdbinit", _add_arguments, _run, examples=(">> ~/.gdbinit",)
+)

@@ -17,6 +17,7 @@ from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, RequestError
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image, load_manifest
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.options.parsers import epilog_of
 from qemu_dump_ext.printable import printable
 
 _CONSOLE_POLL_SECONDS = 0.05
@@ -25,11 +26,11 @@ _CONSOLE_POLL_SECONDS = 0.05
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(metavar="ACTION", required=True)
 
-    lister = _add_action(actions, "list", "show which guests there are")
+    lister = _add_action(actions, "list", "show which guests there are", "", "--json")
     lister.add_argument("--json", action="store_true", help="answer in JSON")
     lister.set_defaults(action=_list)
 
-    fetcher = _add_action(actions, "fetch", "download a guest")
+    fetcher = _add_action(actions, "fetch", "download a guest", "x86_64 --debug-symbols")
     fetcher.add_argument("name", metavar="NAME")
     fetcher.add_argument(
         "--debug-symbols",
@@ -39,12 +40,20 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     fetcher.set_defaults(action=_fetch)
 
     matrix = _add_action(
-        actions, "matrix", "fetch, boot and dump guests, verify the dumps, and print a table"
+        actions,
+        "matrix",
+        "fetch, boot and dump guests, verify the dumps, and print a table",
+        "x86_64 aarch64",
     )
     matrix.add_argument("names", nargs="*", metavar="NAME", help="default: all guests")
     matrix.set_defaults(action=_matrix)
 
-    booter = _add_action(actions, "boot", "boot a guest under TCG, with QMP and gdbstub sockets")
+    booter = _add_action(
+        actions,
+        "boot",
+        "boot a guest under TCG, with QMP and gdbstub sockets",
+        "x86_64 --detach --qmp /tmp/vm.qmp",
+    )
     booter.add_argument("name", metavar="NAME")
     booter.add_argument(
         "--fill", type=_count, default=0, metavar="MIB", help="fill so much of guest memory"
@@ -59,9 +68,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_action(
-    actions: argparse._SubParsersAction[argparse.ArgumentParser], name: str, description: str
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    description: str,
+    *examples: str,
 ) -> argparse.ArgumentParser:
-    parser = actions.add_parser(name, help=description, description=description)
+    parser = actions.add_parser(
+        name,
+        help=description,
+        description=description,
+        epilog=epilog_of("qemu-dump images", [f"{name} {words}".strip() for words in examples]),
+    )
     parser.add_argument(
         "--cache",
         type=Path,
@@ -232,4 +249,5 @@ COMMAND = Subcommand(
     help="guests to take dumps of: list, fetch, boot",
     add_arguments=_add_arguments,
     run=_run,
+    examples=("list", "fetch x86_64", "boot x86_64"),
 )

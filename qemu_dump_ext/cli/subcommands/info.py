@@ -31,4 +31,10 @@ def _run(arguments: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
-COMMAND = Subcommand("info", "show what would be dumped of a guest", _add_arguments, _run)
+COMMAND = Subcommand(
+    "info",
+    "show what would be dumped of a guest",
+    _add_arguments,
+    _run,
+    examples=("--qmp /run/vm.qmp", "--qmp /run/vm.qmp --json"),
+)

@@ -191,4 +191,5 @@ COMMAND = Subcommand(
     help="show what is in a dump: headers, notes, memory, how pages are stored",
     add_arguments=_add_arguments,
     run=_run,
+    examples=("vm.kdump", "--json vm.kdump"),
 )

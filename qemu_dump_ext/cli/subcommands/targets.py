@@ -74,4 +74,6 @@ def _run(_arguments: argparse.Namespace) -> int:
     return EXIT_SUCCESS
 
 
-COMMAND = Subcommand("targets", "show which targets can be dumped", _add_arguments, _run)
+COMMAND = Subcommand(
+    "targets", "show which targets can be dumped", _add_arguments, _run, examples=("",)
+)

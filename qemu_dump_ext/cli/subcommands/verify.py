@@ -99,4 +99,5 @@ COMMAND = Subcommand(
     help="read a whole dump and find damage in it",
     add_arguments=_add_arguments,
     run=_run,
+    examples=("vm.kdump", "--json vm.kdump"),
 )

@@ -23,6 +23,7 @@ from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState
 from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
+from qemu_dump_ext.crash_collector.store.lookup import last_crash
 from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
@@ -256,16 +257,25 @@ class Agent:
                 record = await watched.trigger(str(request.get("detail") or "somebody said so"))
                 return {"id": record.id}
             case "guests":
-                return {"guests": [_describe(watched) for watched in self._watched.values()]}
+                watched_guests = list(self._watched.values())
+                states = await asyncio.gather(*(one.state() for one in watched_guests))
+                return {
+                    "guests": [
+                        _describe(watched, state, last_crash(self._store, watched.guest.name))
+                        for watched, state in zip(watched_guests, states, strict=True)
+                    ]
+                }
             case command:
                 raise RequestError(f"the agent knows no command {command!r}")
 
 
-def _describe(watched: WatchedGuest) -> dict[str, object]:
+def _describe(watched: WatchedGuest, state: str, last_crash: str | None) -> dict[str, object]:
     contact = watched.session.contact
     return {
         "name": watched.guest.name,
         "address": watched.guest.address,
+        "state": state,
+        "last_crash": last_crash,
         "connected": contact is not None,
         "collecting": watched.is_collecting,
         "pid": contact.facts.pid if contact else None,

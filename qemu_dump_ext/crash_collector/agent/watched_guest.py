@@ -30,10 +30,13 @@ from qemu_dump_ext.crash_collector.watch.events import (
     waits_for_stop,
 )
 from qemu_dump_ext.crash_collector.watch.guests import Guest
-from qemu_dump_ext.crash_collector.watch.heartbeat import watch_progress
+from qemu_dump_ext.crash_collector.watch.heartbeat import Stillness, watch_progress
 from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
 from qemu_dump_ext.crash_collector.watch.session import Contact, GuestSession
 from qemu_dump_ext.errors import DumpError, RequestError, SourceError
+
+_STATE_SECONDS = 5.0
+_WORD_OF_STATUS = {"guest-panicked": "panicked"}
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class WatchedGuest:
         self._collection: asyncio.Task[CrashRecord] | None = None
         self._greeted: Contact | None = None
         self._ends_in_peace = False
+        self._stillness: Stillness | None = None
 
     @property
     def is_collecting(self) -> bool:
@@ -80,13 +84,34 @@ class WatchedGuest:
         """Where the collection of the last crash is; `ENDED` too where there was none."""
         return Stage.ENDED if self._run is None else self._run.stage
 
+    async def state(self) -> str:
+        """Return how the guest is, in a word.
+
+        Returns:
+            `running`, `hung`, `panicked`, `gone`; `no answer` where its QEMU is silent; or its run
+            state.
+        """
+        if self.session.contact is None:
+            return "gone"
+        try:
+            async with asyncio.timeout(_STATE_SECONDS):
+                status = await self.session.status()
+        except (DumpError, TimeoutError):
+            return "no answer"
+        if status == "running" and self._stillness is not None and self._stillness.is_still:
+            return "hung"
+        return _WORD_OF_STATUS.get(status, status)
+
     def start(self) -> None:
         """Begin to watch; an event loop runs."""
         self._spawn(self.session.run(self._on_event, self._on_contact, self._on_lost))
         heartbeat = self.guest.settings.heartbeat
         if heartbeat is not None and "no-progress" in self.guest.settings.causes:
             agent = self.guest.fill(heartbeat.socket) if heartbeat.socket else ""
-            self._spawn(watch_progress(heartbeat, agent, self.session.qmp, self._on_still))
+            self._stillness = Stillness(heartbeat.after)
+            self._spawn(
+                watch_progress(heartbeat, agent, self.session.qmp, self._stillness, self._on_still)
+            )
 
     async def close(self) -> None:
         """Stop watching; a crash that is being collected is collected first, or given up."""

@@ -59,6 +59,7 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
 VERIFIER = "verify"
 _logger = logging.getLogger(__name__)
 _ROOM_EVERY_BYTES = 32 << 20
+_RELEASE_MAX = 200
 
 
 @dataclass(frozen=True)
@@ -344,6 +345,7 @@ class CrashCollector:
             guest_stopped_seconds=round(self._stopped_seconds, 6),
             after_action=after if isinstance(after, str) else "command",
             remarks=(*dict.fromkeys([*taken.remarks, *left]), *also),
+            kernel=(vmcoreinfo_value(taken.vmcoreinfo, "OSRELEASE") or "")[:_RELEASE_MAX] or None,
         )
 
 

@@ -19,6 +19,7 @@ _REPORT_LINES_MAX = 400
 _REPORT_HEAD_LINES = 12
 _REPORT_HEAD_SECONDS = 1.0
 _MESSAGE_MAX = 300
+_SHOWN_MAX = 80
 
 _PANIC = re.compile(r"(?<!---\[ end )Kernel panic - not syncing: (?P<why>.*)")
 # Says only that something went wrong before, which has a report of its own.
@@ -107,6 +108,34 @@ def make_signature(
     frames = frames[:_FRAMES_KEPT]
     content = json.dumps([message, frames[:_FRAMES_COUNTED]]).encode()
     return Signature(hashlib.sha256(content).hexdigest()[:16], message, tuple(frames))
+
+
+def report_of(log: Sequence[str]) -> Sequence[str]:
+    """Return what a kernel said of its crash: from its first line to the end of its call trace.
+
+    Args:
+        log: Lines of the kernel's log or of the console, the oldest first.
+
+    Returns:
+        At most `_SHOWN_MAX` lines, without what begins each; none where it said nothing.
+    """
+    start = _find_report(log)
+    if start is None:
+        return ()
+    shown: list[str] = []
+    in_trace = False
+    for line in log[start : start + _REPORT_LINES_MAX]:
+        text = _STAMP.sub("", line.rstrip())
+        if in_trace and not (
+            _FRAME.match(text) or _POWERPC_FRAME.match(text) or _BETWEEN.match(text)
+        ):
+            break
+        in_trace = in_trace or _TRACE.match(text) is not None
+        shown.append(text)
+        if len(shown) >= _SHOWN_MAX:
+            break
+    # Without a trace, the lines behind are of anything.
+    return shown if in_trace else shown[:_REPORT_HEAD_LINES]
 
 
 def _find_report(log: Sequence[str]) -> int | None:

@@ -14,9 +14,10 @@ What is held, and what is not uploaded yet where it shall be, never goes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
 from heapq import heapify, heappop, heappush
 from itertools import islice
 
@@ -40,6 +41,7 @@ def choose_removals(
     now: datetime,
     free_bytes: int,
     needs_upload: bool = False,
+    canonical: Callable[[str], str] = str,
 ) -> list[Removal]:
     """Return what must go, in this order.
 
@@ -49,10 +51,12 @@ def choose_removals(
         now: A crash of the future, after the clock was set back, is not old.
         free_bytes: What the file system has left.
         needs_upload: Nothing goes that is not uploaded.
+        canonical: Tells which signature stands for one that is merged.
     """
     ordered = sorted(records, key=lambda record: record.moment)
     removals: list[Removal] = []
     movable = [r for r in ordered if not r.held and (r.uploaded or not needs_upload)]
+    may_go, kind = {r.id for r in movable}, partial(_kind, canonical=canonical)
     gone: set[str] = set()
     if limits.age is not None:
         for record in movable:
@@ -62,7 +66,7 @@ def choose_removals(
     if limits.count is not None:
         surplus = len(ordered) - len(gone) - limits.count
         kept = [r for r in ordered if r.id not in gone]
-        for record in islice(_most_repeated(kept, {r.id for r in movable}), max(surplus, 0)):
+        for record in islice(_most_repeated(kept, may_go, kind), max(surplus, 0)):
             removals.append(Removal(record, whole=True, reason="count"))
             gone.add(record.id)
     left = [r for r in ordered if r.id not in gone]
@@ -71,13 +75,13 @@ def choose_removals(
     above = 0 if limits.bytes is None else sum(map(_size, left)) - limits.bytes
     without: set[str] = set()
     dumps = [r for r in left if r.dump.file]
-    for record in _most_repeated(dumps, {r.id for r in movable}):
+    for record in _most_repeated(dumps, may_go, kind):
         if max(short, above) <= 0:
             break
         removals.append(Removal(record, whole=False, reason="free" if above <= 0 else "bytes"))
         without.add(record.id)
         short, above = short - record.dump.bytes, above - record.dump.bytes
-    for record in _most_repeated(left, {r.id for r in movable}):
+    for record in _most_repeated(left, may_go, kind):
         if above <= 0:
             break
         removals.append(Removal(record, whole=True, reason="bytes"))
@@ -85,20 +89,23 @@ def choose_removals(
     return removals
 
 
-def _most_repeated(records: Sequence[CrashRecord], movable: set[str]) -> Iterator[CrashRecord]:
+def _most_repeated(
+    records: Sequence[CrashRecord], movable: set[str], kind_of: Callable[[CrashRecord], str]
+) -> Iterator[CrashRecord]:
     """Yield those that may go, the first of the most repeated kind that is left first.
 
     Args:
         records: By ascending time.
         movable: IDs of those that may go; the others count, but stay.
+        kind_of: Tells what is the same.
     """
-    counts = Counter(map(_kind, records))
-    newest = {_kind(record): record.id for record in records if record.dump.file}
+    counts = Counter(map(kind_of, records))
+    newest = {kind_of(record): record.id for record in records if record.dump.file}
     last = frozenset(newest.values())  # dumps, each of which stays as long as its kind does
     waiting: defaultdict[str, deque[CrashRecord]] = defaultdict(deque)
     for record in sorted(records, key=lambda record: record.id in last):
         if record.id in movable:
-            waiting[_kind(record)].append(record)
+            waiting[kind_of(record)].append(record)
     # Of kinds that are repeated as often, the one whose next is oldest.
     heap = [(-counts[kind], crashes[0].moment, kind) for kind, crashes in waiting.items()]
     heapify(heap)
@@ -111,9 +118,10 @@ def _most_repeated(records: Sequence[CrashRecord], movable: set[str]) -> Iterato
             heappush(heap, (-counts[kind], crashes[0].moment, kind))
 
 
-def _kind(record: CrashRecord) -> str:
+def _kind(record: CrashRecord, canonical: Callable[[str], str]) -> str:
     signature = record.signature
-    return signature.id if signature.frames else f"{signature.id} {record.guest}"
+    head = canonical(signature.id)
+    return head if signature.frames or head != signature.id else f"{head} {record.guest}"
 
 
 def _size(record: CrashRecord) -> int:

@@ -36,6 +36,7 @@ def prune(
             now=now or datetime.now(UTC),
             free_bytes=store.free_bytes(),
             needs_upload=needs_upload,
+            canonical=store.states().canonical,
         )
         for removal in () if dry_run else removals:
             if removal.whole:

@@ -5,6 +5,7 @@
     STORE/GUEST/TIME-SIGNATURE/   one crash: crash.json, SHA256SUMS, and what they name
     STORE/.incoming/              under way; renamed when complete
     STORE/.signatures.json        how often each signature was seen; survives what is removed
+    STORE/.states.json            what people made of each signature
     STORE/.lock                   held while any of this changes
 """
 
@@ -18,7 +19,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -45,6 +46,12 @@ from qemu_dump_ext.crash_collector.store.files import (
     sync_directory,
     sync_names,
     write_record,
+)
+from qemu_dump_ext.crash_collector.store.states import (
+    STATES_FILE,
+    SignatureStates,
+    read_states,
+    write_states,
 )
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 
@@ -168,6 +175,7 @@ class CrashStore:
                     sync_names(directory)
                 counts[record.signature.id] = _counted(known, record)
                 self._write_counts(counts)
+                self._note_regression(record)
         except OSError as error:
             raise DumpWriteError(
                 f"cannot store a crash of {record.guest} in {self.path}: {error.strerror}"
@@ -265,9 +273,40 @@ class CrashStore:
             directory.parent.rmdir()
 
     def dumps_of(self, signature_id: str) -> int:
-        """Return how many crashes of a signature have their dump here."""
-        found = self.path.glob(f"[!.]*/*-{signature_id}*/vmcore*")
-        return sum(1 for _ in found)
+        """Return how many crashes of a signature, and of those merged with it, have their dump."""
+        return sum(
+            1
+            for name in self.states().family(signature_id)
+            for _ in self.path.glob(f"[!.]*/*-{name}*/vmcore*")
+        )
+
+    def states(self) -> SignatureStates:
+        """Return what people made of the signatures."""
+        return read_states(self.path / STATES_FILE)
+
+    def change_states(self, change: Callable[[SignatureStates], None]) -> SignatureStates:
+        """Change the states of signatures; returns what they are now.
+
+        Raises:
+            DumpWriteError: They cannot be written.
+        """
+        with self.locked():
+            states = read_states(self.path / STATES_FILE, keep_damaged=False)
+            change(states)
+            write_states(self.path / STATES_FILE, states)
+        return states
+
+    def _note_regression(self, record: CrashRecord) -> None:
+        # The crash is stored, whatever becomes of this.
+        states = read_states(self.path / STATES_FILE)
+        if (changed := states.after_crash(record)) is None:
+            return
+        name, state = changed
+        states.known[name] = state
+        try:
+            write_states(self.path / STATES_FILE, states)
+        except DumpWriteError as error:
+            _logger.warning("%s; it misses that %s has come back", error, name)
 
     def signatures(self) -> dict[str, SignatureCount]:
         """Return what was counted, by signature.

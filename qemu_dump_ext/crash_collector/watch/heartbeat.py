@@ -32,6 +32,11 @@ class Stillness:
         self._since: float | None = None
         self._told = False
 
+    @property
+    def is_still(self) -> bool:
+        """Whether nothing has changed for as long as the limit, until now."""
+        return self._told
+
     def see(self, sign: object) -> float | None:
         """Take a sign; None: nobody can tell now.
 
@@ -96,6 +101,7 @@ async def watch_progress(
     heartbeat: Heartbeat,
     address: str,
     qmp: Callable[..., Awaitable[object]],
+    stillness: Stillness,
     on_still: Callable[[float], None],
 ) -> None:
     """Look at a guest again and again, until cancelled.
@@ -104,9 +110,9 @@ async def watch_progress(
         heartbeat: How.
         address: The address of the guest agent's socket; empty where it is not asked.
         qmp: Executes a command of QEMU's.
+        stillness: Knows for how long nothing has changed.
         on_still: Told once for how many seconds nothing has changed.
     """
-    stillness = Stillness(heartbeat.after)
     ping = AgentPing(address)
     while True:
         await asyncio.sleep(heartbeat.interval)

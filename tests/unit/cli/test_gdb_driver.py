@@ -12,11 +12,11 @@ from qemu_dump_ext.cli.dump_command import dump_parser
 from qemu_dump_ext.cli.gdb_driver import command_words
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.options.dump_options import (
-    OneLineParser,
     add_dump_arguments,
     add_file_arguments,
     parse_dump_arguments,
 )
+from qemu_dump_ext.options.parsers import OneLineParser
 
 _VALUES = ("2", "0.5", "--odd", "a b\\c'd\"e", "0x1000 - 4")
 _OF_THE_DRIVER = {"help", "version", "gdb"}

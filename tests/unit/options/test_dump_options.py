@@ -4,12 +4,12 @@ import pytest
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.options.dump_options import (
-    OneLineParser,
     add_dump_arguments,
     add_file_arguments,
     parse_dump_arguments,
     request_of,
 )
+from qemu_dump_ext.options.parsers import OneLineParser
 
 
 def parse(*words: str) -> tuple[str, str, str]:

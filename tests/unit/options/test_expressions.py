@@ -4,12 +4,12 @@ import pytest
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.options.dump_options import (
-    OneLineParser,
     add_dump_arguments,
     add_file_arguments,
     parse_dump_arguments,
 )
 from qemu_dump_ext.options.expressions import is_expression, parse_expressions
+from qemu_dump_ext.options.parsers import OneLineParser
 
 # Values are those that QEMU 7.2's monitor prints for `print EXPRESSION`.
 VALUES = {

@@ -50,14 +50,15 @@ function _shtab_qemu_dump_using
   test "$_shtab_qemu_dump_cmdpath" = "$argv"
 end
 
-set -g _shtab_qemu_dump_commands convert dmesg gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --memory --mini --part --progress --qmp --range --search-seconds --smp --target --threads -z
+set -g _shtab_qemu_dump_commands collect convert dmesg dump gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
+set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --memory --mini --part --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
 
 complete -c qemu-dump -n _shtab_qemu_dump_using -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n _shtab_qemu_dump_using -l version -d 'show the version and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a collect -d 'crashes of a host'"'"'s guests: as qemu-crash-collector does'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a convert -d 'make another dump of a dump: in another format, with less in it, mended'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile --split wrote, once for each'
@@ -82,7 +83,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l omit-zero -d 'leave
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file or a dump of Windows (default), or write them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l force -d 'replace FILE if it exists'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l json -d 'print the report as one line of JSON'
-complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l progress -xka "auto always never" -d 'show progress; auto: where somebody watches'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l progress -xka "auto always never json" -d 'show progress; auto: where somebody watches; json: for a program, an object a second on standard error'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l verbose -d 'also say which faster ways to guest memory were not taken, and why'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert; and test $_shtab_qemu_dump_npos -eq 1' -ka "(__fish_complete_path (commandline -ct))" -d 'PATH, file:PATH, fd:N (an open descriptor), '"'"'|COMMAND'"'"', or - for standard output'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dmesg -d 'show the guest kernel'"'"'s log'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -s h -l help -d 'show this help message and exit'
@@ -91,6 +93,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l memory -xka "auto bac
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l kernel -x -d 'of this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l search-seconds -x -d 'with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory; default: 60'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump: ELF or kdump'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dump -d 'dump a guest: as qemu-dump-guest-memory does'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a gdbinit -d 'print the line for ~/.gdbinit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using gdbinit' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a images -d 'guests to take dumps of: list, fetch, boot'
@@ -124,6 +127,12 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l json -d 'print one JSON object'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF, kdump, also flattened, or a migration stream'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a open -d 'open a dump in crash, drgn or gdb, with the symbols of its kernel'
+complete -c qemu-dump -n '_shtab_qemu_dump_using open' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using open' -l reader -xka "crash drgn gdb" -d 'which reader opens it; default: crash, where there is a vmlinux, or else drgn'
+complete -c qemu-dump -n '_shtab_qemu_dump_using open' -l vmlinux -xka "(__fish_complete_path (commandline -ct))" -d 'the kernel'"'"'s symbols; default: $QEMU_DUMP_VMLINUX, or what is found by the build ID of the kernel: in /usr/lib/debug, or by debuginfod where $DEBUGINFOD_URLS is set'
+complete -c qemu-dump -n '_shtab_qemu_dump_using open' -l print -d 'print the command instead of starting it'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a proxy -d 'QEMU'"'"'s monitors for many clients: as qemu-hmp-proxy does'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a targets -d 'show which targets can be dumped'
 complete -c qemu-dump -n '_shtab_qemu_dump_using targets' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a verify -d 'read a whole dump and find damage in it'

@@ -1,0 +1,107 @@
+"""`qemu-dump open`: a dump, or a crash of the collector's store, in crash, drgn or gdb."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.cli._start_reader import start_reader
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers.kdump import KdumpFile
+from qemu_dump_ext.engine.opening import (
+    READERS,
+    VMLINUX_VARIABLE,
+    Kernel,
+    fetch_vmlinux,
+    find_vmlinux,
+    opening,
+    symbols_command,
+)
+from qemu_dump_ext.engine.stored_guest import StoredGuest
+from qemu_dump_ext.errors import EXIT_SUCCESS, DumpError, RequestError
+from qemu_dump_ext.printable import printable
+from qemu_dump_ext.standard_error import tell
+from qemu_dump_ext.third_party import require_extra
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file",
+        metavar="FILE|CRASH",
+        help="a dump; or a crash of the collector's: its ID or the beginning of it, 'latest', or a"
+        " guest's name",
+    )
+    parser.add_argument(
+        "--reader",
+        choices=READERS,
+        help="which reader opens it; default: crash, where there is a vmlinux, or else drgn",
+    )
+    parser.add_argument(
+        "--vmlinux",
+        metavar="FILE",
+        type=Path,
+        help=f"the kernel's symbols; default: ${VMLINUX_VARIABLE}, or what is found by the build ID"
+        " of the kernel: in /usr/lib/debug, or by debuginfod where $DEBUGINFOD_URLS is set",
+    )
+    parser.add_argument(
+        "--print", action="store_true", help="print the command instead of starting it"
+    )
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.file)
+    if not path.is_file():
+        return _open_crash(arguments)
+    with open_dump(path) as dump:
+        facts, dump_format = dump.vmcoreinfo_facts, dump.format
+        zeros_left_out = isinstance(dump, KdumpFile) and bool(dump.sub_header["dump_level"] & 1)
+        try:
+            target = StoredGuest(dump).architecture.name
+        except DumpError:
+            target = None
+    kernel = Kernel(facts.get("OSRELEASE"), facts.get("BUILD-ID"))
+    vmlinux = arguments.vmlinux or find_vmlinux(kernel) or fetch_vmlinux(kernel)
+    found = opening(
+        path,
+        dump_format,
+        kernel,
+        target=target,
+        reader=arguments.reader,
+        vmlinux=vmlinux,
+        zeros_left_out=zeros_left_out,
+    )
+    if found is None:
+        raise RequestError(f"nothing on this host opens {path}", hint=_advice(kernel))
+    if arguments.print:
+        print(printable(found.line()))
+        return EXIT_SUCCESS
+    if vmlinux is None and kernel.release is not None:
+        tell(printable(f"no vmlinux of {kernel.release} is on this host: {_advice(kernel)}"))
+    return start_reader(found)
+
+
+def _advice(kernel: Kernel) -> str:
+    command = symbols_command(kernel)
+    return command or "--vmlinux FILE, or pip install 'qemu_dump_ext[drgn]'"
+
+
+def _open_crash(arguments: argparse.Namespace) -> int:
+    """Leave it to the collector's own command, which knows the store."""
+    require_extra("collector", "a crash of the collector's store")
+    from qemu_dump_ext.cli.crash_collector_command import main  # noqa: PLC0415 - needs pydantic
+
+    words = ["open", arguments.file]
+    words += ["--reader", arguments.reader] if arguments.reader else []
+    words += ["--vmlinux", str(arguments.vmlinux)] if arguments.vmlinux else []
+    words += ["--print"] if arguments.print else []
+    return main(words, "qemu-dump collect")
+
+
+COMMAND = Subcommand(
+    "open",
+    "open a dump in crash, drgn or gdb, with the symbols of its kernel",
+    _add_arguments,
+    _run,
+    examples=("vm.kdump", "vm.kdump --reader drgn", "latest", "web1"),
+)
