@@ -16,6 +16,7 @@
      |   +- MonitorAnswerError          .command .answer
      +- DumpWriteError               4  the dump could not be written
      |   +- NoRoomLeftError             it would take what is to be kept free
+     |   +- DumpTooLargeError           it would take more than it may
      +- CorruptDumpError             5  an existing dump is damaged
      |   +- NotADumpError               it is no dump that we know
 
@@ -126,6 +127,10 @@ class DumpWriteError(DumpError):
 
 class NoRoomLeftError(DumpWriteError):
     """A dump would take what the file system is to have left."""
+
+
+class DumpTooLargeError(DumpWriteError):
+    """A dump would take more than what was asked for as the most."""
 
 
 class CorruptDumpError(DumpError):

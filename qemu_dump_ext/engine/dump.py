@@ -9,11 +9,13 @@ from dataclasses import replace
 
 from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
+from qemu_dump_ext.engine.estimate import level_that_fits
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.opening import Kernel
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins, stopped_guest
 from qemu_dump_ext.errors import (
+    DumpTooLargeError,
     MissingPackageError,
     NotDumpedByQemuError,
     RequestError,
@@ -32,7 +34,7 @@ from qemu_dump_ext.paging.tables import (
     roots_of_vcpus,
 )
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot, make_plan, select_blocks
-from qemu_dump_ext.plan.request import ZERO, DumpRequest
+from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest
 from qemu_dump_ext.plan.windows_plan import make_windows_plan
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
@@ -169,7 +171,12 @@ class _Dump:
             whole_pages = self._format.whole_pages
             granule = guest.architecture.page_size if whole_pages else 1
             select_blocks(guest.ram_blocks, dialect, request, granule)
-            snapshot, self._remarks = _snapshot(guest, request, self._check_pause)
+            fitted: list[str] = []
+            if request.max_bytes is not None and request.mini is None:
+                self._request, fitted = _fit(guest, request)
+                request = self._request
+            snapshot, remarks = _snapshot(guest, request, self._check_pause)
+            self._remarks = [*fitted, *remarks]
             self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
         self._memory, self._passed_over = guest.memory, guest.passed_over
         self._progress.start(self._plan.memory_size)
@@ -184,7 +191,7 @@ class _Dump:
     def write_from_guest(self) -> None:
         def advance(size: int) -> None:
             self._check_pause(size)
-            self._progress.advance(size)
+            self._advance(size)
 
         self._write(self._guest.memory, advance)
 
@@ -193,7 +200,16 @@ class _Dump:
         if copy is not None:
             self._remarks.append(f"{copy.size >> 20} MiB of guest memory were copied {copy.where}")
             self._progress.start(self._plan.memory_size)
-            self._write(copy, self._progress.advance)
+            self._write(copy, self._advance)
+
+    def _advance(self, size: int) -> None:
+        most = self._request.max_bytes
+        if most is not None and self._sink.bytes_written > most:
+            raise DumpTooLargeError(
+                f"given up: the dump takes more than {most >> 20} MiB",
+                hint=f"level {DUMP_LEVEL_MAX} and --mini take less",
+            )
+        self._progress.advance(size)
 
     def _write(self, memory: GuestMemory, advance: ProgressCallback) -> None:
         self._format.write(self._request, self._plan, memory, self._sink, advance)
@@ -309,6 +325,18 @@ def _snapshot(
         excluded=excluded,
     )
     return guest.complete(snapshot), remarks
+
+
+def _fit(guest: GuestView, request: DumpRequest) -> tuple[DumpRequest, list[str]]:
+    """Return the request at the level at which the dump fits, and remarks."""
+    try:
+        found = level_that_fits(guest, guest.find_vmcoreinfo(request.kernel), request)
+    except (SourceError, MissingPackageError) as error:
+        if request.dump_level_required:
+            raise
+        return request, [f"the size of the dump could not be told before: {error}"]
+    told = f"{found.words} was taken: a dump of about {found.file_bytes >> 20} MiB"
+    return replace(request, dump_level=found.level), [told]
 
 
 def _excluded_pages(

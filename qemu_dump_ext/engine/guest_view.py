@@ -93,6 +93,7 @@ class GuestView(ABC):
 
     def __init__(self) -> None:
         self._found: dict[tuple[str | None, bool], Vmcoreinfo] = {}
+        self._pages: dict[Vmcoreinfo, KernelPages] = {}
         self._search_seconds = math.inf
 
     @property
@@ -233,16 +234,18 @@ class GuestView(ABC):
         Raises:
             SourceError: There is no VMCOREINFO, or it says too little.
         """
-        start, size = vmcoreinfo.gpa, len(vmcoreinfo.note)
-        return KernelPages(
-            self.architecture,
-            self.memory,
-            self.ram_blocks,
-            vcpus=self.vcpus,
-            vmcoreinfo=vmcoreinfo.text,
-            byte_order=self.core.byte_order,
-            kept=() if start is None else ((start, start + size),),
-        )
+        if vmcoreinfo not in self._pages:
+            start, size = vmcoreinfo.gpa, len(vmcoreinfo.note)
+            self._pages[vmcoreinfo] = KernelPages(
+                self.architecture,
+                self.memory,
+                self.ram_blocks,
+                vcpus=self.vcpus,
+                vmcoreinfo=vmcoreinfo.text,
+                byte_order=self.core.byte_order,
+                kept=() if start is None else ((start, start + size),),
+            )
+        return self._pages[vmcoreinfo]
 
     def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:
         """Return what the kernel that `vmcoreinfo` is of calls itself; empty where unknown."""

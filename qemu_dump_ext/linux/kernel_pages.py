@@ -62,6 +62,7 @@ class KernelPages:
         self._order = byte_order
         self._also_kept = kept
         self._kernel = KernelMemory(architecture, memory, ram_blocks, vmcoreinfo)
+        self._found: dict[tuple[int, bool], tuple[PageSet, StructPage, Sequence[MemMapRun]]] = {}
         self._needed: tuple[list[Segment], list[tuple[int, int]]] | None = None
 
     def excluded(self, rules: FilterRules) -> PageSet:
@@ -71,22 +72,33 @@ class KernelPages:
             SourceError: The kernel's struct pages cannot be found or read.
             MissingPackageError: numpy cannot be imported.
         """
-        layout = parse_struct_page(self._vmcoreinfo, self._order, rules.level)
+        excluded, layout, runs = self._by_level(rules.level, exact=rules.exact)
+        if not (rules.without_struct_pages or rules.without_text):
+            return excluded
+        more = list(self._beyond_levels(rules, excluded, layout, runs))
+        spare = PageSet.touched_by(layout.page_size, self._physical(more))
+        return excluded.union(spare.without(self._kept(layout, more)))
+
+    def _by_level(
+        self, level: int, *, exact: bool
+    ) -> tuple[PageSet, StructPage, Sequence[MemMapRun]]:
+        if (level, exact) not in self._found:
+            self._found[level, exact] = self._look(level, exact=exact)
+        return self._found[level, exact]
+
+    def _look(self, level: int, *, exact: bool) -> tuple[PageSet, StructPage, Sequence[MemMapRun]]:
+        layout = parse_struct_page(self._vmcoreinfo, self._order, level)
         runs = find_mem_map(
             self._vmcoreinfo,
             self._architecture,
             layout,
             self._kernel,
             -(-self._blocks[-1].end // layout.page_size),
-            exact=rules.exact,
+            exact=exact,
         )
-        kept = PageSet(layout.page_size, ()) if rules.exact else self._kept(layout, ())
-        excluded = find_excluded_pages(rules, layout, runs, self._kernel, kept.ranges)
-        if not (rules.without_struct_pages or rules.without_text):
-            return excluded
-        more = list(self._beyond_levels(rules, excluded, layout, runs))
-        spare = PageSet.touched_by(layout.page_size, self._physical(more))
-        return excluded.union(spare.without(self._kept(layout, more)))
+        kept = PageSet(layout.page_size, ()) if exact else self._kept(layout, ())
+        rules = FilterRules(level, exact)
+        return find_excluded_pages(rules, layout, runs, self._kernel, kept.ranges), layout, runs
 
     def _beyond_levels(
         self, rules: FilterRules, excluded: PageSet, layout: StructPage, runs: Sequence[MemMapRun]

@@ -22,6 +22,7 @@ from qemu_dump_ext.options.expressions import (
     registers_in,
     with_register,
 )
+from qemu_dump_ext.options.sizes import parse_size
 from qemu_dump_ext.plan.request import (
     DUMP_LEVEL_MAX,
     MINI_DUMPS,
@@ -188,6 +189,13 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
         help="what triage needs, in a small kdump: --dump-level 31, and no struct pages of pages"
         " that are left out; --mini=smallest: nor the kernel's code, which readers have in its"
         " vmlinux",
+    )
+    parser.add_argument(
+        "--max-bytes",
+        type=_size,
+        metavar="SIZE",
+        help="take the lowest dump level, from --dump-level on, of which the dump is no larger"
+        " (2GiB); rather none than a larger one",
     )
     parser.add_argument(
         "--omit-zero",
@@ -364,6 +372,7 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         omit_zero=arguments.omit_zero,
         dump_level=arguments.dump_level.number,
         mini=arguments.mini,
+        max_bytes=arguments.max_bytes,
         dump_level_required=arguments.dump_level.required,
         sparse=arguments.sparse,
         snapshot=arguments.snapshot,
@@ -407,6 +416,16 @@ def _with_registers(text: str, monitor: Monitor) -> str:
     for register in registers_in(text):
         text = with_register(text, register, monitor.execute(f"print {register}"))
     return text
+
+
+def _size(word: str) -> int:
+    try:
+        size = parse_size(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size: {error}") from error
+    if not size:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size above 0")
+    return size
 
 
 def _positive(word: str) -> int:

@@ -65,6 +65,8 @@ class DumpOptions:
         mini: What triage needs: dump level 31, and the struct pages of pages that are left out are
             left out, too; `smallest`: so is the kernel's code. None: no more than the level.
         dump_level_required: Rather no dump than one of all pages, where they cannot be told apart.
+        max_bytes: Take the lowest dump level, from `dump_level` on, of which the dump is no larger,
+            and rather none than a larger one; None: any size.
         max_pause: Seconds for which the guest may stand still; None: any.
     """
 
@@ -81,6 +83,7 @@ class DumpOptions:
     dump_level: int = 0
     mini: MiniDump | None = None
     dump_level_required: bool = False
+    max_bytes: int | None = None
     max_pause: float | None = None
 
     def __post_init__(self) -> None:

@@ -17,6 +17,7 @@ from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.options.sizes import parse_size
 from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import guest_status
 from tests.support.folders import folder_for
@@ -221,6 +222,41 @@ def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
     assert second.dump.file is None
     assert second.dump.reason == "1 dumps of this signature are kept (dumps_per_signature)"
     assert wanted.dump.file is not None
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"dumps_per_signature": 0, "further_dumps": "smallest"}, "mini dump: "),
+        ({"max_bytes": "30MiB", "dump_level": 0}, "--dump-level 17 was taken"),
+        ({"max_bytes": "17MiB", "dump_level": 0}, "mini dump: "),
+    ],
+    ids=str,
+)
+def test_a_dump_is_as_small_as_it_has_to_be(linux_guest, tmp_path, settings, said):
+    entry = {
+        "socket": str(linux_guest.qmp_sockets[0]),
+        "name": "linux",
+        "console": str(linux_guest.console_log),
+        "console_patterns": ["^it hangs"],
+        **settings,
+    }
+    agent = CrashAgent(tmp_path, guests=[entry])
+    linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
+    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
+    try:
+        with agent.running():
+            agent.wait_connected()
+            linux_guest.send_console("printf 'it %s\\n' hangs\n")
+            agent.wait_records(1, seconds=120)
+    finally:
+        linux_guest.send_console("killall dd\n")
+    (record,) = agent.records()
+    assert record.signature.frames
+    assert record.dump.verified_by == ("verify",)
+    assert any(remark.startswith(said) for remark in record.remarks), record.remarks
+    if "max_bytes" in settings:
+        assert record.dump.bytes <= parse_size(settings["max_bytes"])
 
 
 # By the event that its machine has for it; Debian's kernels for aarch64 have no driver for pvpanic.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import struct
 import subprocess
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
 
+from qemu_dump_ext.cli import main
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import run_cli, run_gdb
 
@@ -128,3 +130,43 @@ def test_the_sub_header_has_the_level_that_was_reached(
     bare_machine: BootedGuest, tmp_path: Path, words: tuple[str, ...], level: int
 ):
     assert _level_of(_take(bare_machine, tmp_path / "dump", "-z", "-R", *words)) == level
+
+
+def test_what_dumps_will_take_is_told_before(
+    paused_linux: BootedGuest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["estimate", "--qmp", str(paused_linux.qmp_sockets[0]), "--json"]) == 0
+    found = {one["words"]: one for one in json.loads(capsys.readouterr().out)["dumps"]}
+    assert [one["file_bytes"] for one in found.values()] == sorted(
+        (one["file_bytes"] for one in found.values()), reverse=True
+    )
+    for words in ("--dump-level 31", "--mini=smallest"):
+        path = _take(paused_linux, tmp_path / words, "-z", "-R", *words.split())
+        assert found[words]["pages"] == len(_bitmaps(path)[1])
+        assert 0.8 < found[words]["file_bytes"] / path.stat().st_size < 1.25
+
+
+@pytest.mark.parametrize(("size", "level"), [("1GiB", 0), ("30MiB", 17)])
+def test_the_lowest_level_that_fits_is_taken(
+    paused_linux: BootedGuest, tmp_path: Path, size: str, level: int
+):
+    path = _take(paused_linux, tmp_path / "dump", "-z", "-R", "--max-bytes", size)
+    assert _level_of(path) == (level or 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("-z",), r"the dump would take about \d+\.\d MiB even at level 31: more than 1\.0 MiB"),
+        (("--mini",), r"given up: the dump takes more than 1 MiB"),
+        (("--dump-level", "31", "--no-vmcoreinfo"), r"even at level 31"),
+    ],
+)
+def test_rather_no_dump_than_a_larger_one(
+    paused_linux: BootedGuest, tmp_path: Path, words: tuple[str, ...], said: str
+):
+    socket = paused_linux.qmp_sockets[0]
+    done = run_cli("--qmp", socket, "--max-bytes", "1MiB", *words, tmp_path / "dump")
+    assert done.returncode == 4
+    assert re.search(said, done.stderr), done.stderr
+    assert not list(tmp_path.iterdir())

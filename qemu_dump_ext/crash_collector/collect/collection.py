@@ -35,10 +35,12 @@ from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dump import dump_stopped, prepare
+from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import (
     DumpError,
+    DumpTooLargeError,
     DumpWriteError,
     MonitorAnswerError,
     NoRoomLeftError,
@@ -150,7 +152,7 @@ class CrashCollector:
             return self._without_dump(taken, self._task.gone)
         try:
             with suppress(RequestError):  # which is told when the dump is taken
-                prepare(self._request())
+                prepare(self._requests()[0])
             with self._stopped(qmp):
                 taken = evidence.registers(taken, qmp)
                 taken = evidence.queries(taken, qmp)
@@ -244,14 +246,15 @@ class CrashCollector:
         known = signature.id if signature is not None and tells else None
         asked_for = self._task.cause.kind == "trigger"
         refusal = allowance.refusal(self._task.guest, known, asked_for=asked_for)
+        requests = self._requests()
+        if refusal is not None and refusal.limit == "dumps_per_signature":
+            requests, refusal = self._further(refusal, allowance)
         if refusal is not None:
             return self._without_dump(taken, refusal.text, refusal)
         name = f"vmcore.{find_dump_format(settings.format).extension}"
         meter = _Meter(self._budget, self._task.patience)
         try:
-            sink = open_sink(str(files / name), force=False, standard_output=None)
-            with sink:
-                report = dump_stopped(self._request(), guest, sink, progress=meter)
+            report = self._take_dump(requests, guest, files / name, meter)
         except NoRoomLeftError as error:
             return self._without_dump(taken, str(error), Refusal("free", str(error)))
         except DumpError as error:
@@ -271,11 +274,43 @@ class CrashCollector:
         )
         return replace(taken.remarked(*report.remarks), dump=facts, dump_seconds=report.seconds)
 
-    def _request(self) -> DumpRequest:
+    def _take_dump(
+        self, requests: Sequence[DumpRequest], guest: StoppedGuest, path: Path, meter: _Meter
+    ) -> DumpReport:
+        """Take the first dump that is not too large."""
+        *larger, smallest = requests
+        for request in larger:
+            try:
+                return _dump_to(path, request, guest, meter)
+            except DumpTooLargeError as error:
+                _logger.info("%s: %s", self._task.guest.name, error)
+        return _dump_to(path, smallest, guest, meter)
+
+    def _requests(self) -> Sequence[DumpRequest]:
+        """Return what is dumped, and what otherwise, where that is too large."""
         settings = self._settings
-        return DumpRequest(
-            format=settings.format, level=settings.level, dump_level=settings.dump_level
+        of_windows = find_dump_format(settings.format).of_windows
+        request = DumpRequest(
+            format=settings.format,
+            level=settings.level,
+            dump_level=0 if of_windows else settings.dump_level,
+            max_bytes=settings.max_bytes,
         )
+        if settings.max_bytes is None or of_windows:
+            return (request,)
+        return request, replace(request, dump_level=0, mini="usual")
+
+    def _further(
+        self, refusal: Refusal, allowance: DumpAllowance
+    ) -> tuple[Sequence[DumpRequest], Refusal | None]:
+        """Return what is dumped of a crash of which there are dumps enough, or why nothing is."""
+        kind = self._settings.further_dumps
+        if kind == "none" or find_dump_format(self._settings.format).of_windows:
+            return (), refusal
+        request = replace(
+            self._requests()[0], dump_level=0, mini="usual" if kind == "mini" else kind
+        )
+        return (request,), allowance.refusal(self._task.guest, None)
 
     def _without_dump(self, taken: Taken, reason: str, refusal: Refusal | None = None) -> Taken:
         return taken.without_dump(reason, self._settings.format, refusal)
@@ -347,6 +382,11 @@ class CrashCollector:
             remarks=(*dict.fromkeys([*taken.remarks, *left]), *also),
             kernel=(vmcoreinfo_value(taken.vmcoreinfo, "OSRELEASE") or "")[:_RELEASE_MAX] or None,
         )
+
+
+def _dump_to(path: Path, request: DumpRequest, guest: StoppedGuest, meter: _Meter) -> DumpReport:
+    with open_sink(str(path), force=False, standard_output=None) as sink:
+        return dump_stopped(request, guest, sink, progress=meter)
 
 
 def _has_file(facts: DumpFacts | None) -> bool:

@@ -13,10 +13,10 @@ from pydantic import (
     Field,
 )
 
+from qemu_dump_ext.options.sizes import parse_size
+
 _DURATION = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) *(ms|s|min|h|d)")
 _SECONDS_OF = {"ms": 0.001, "s": 1.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
-_SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,18})?) *(B|KiB|MiB|GiB|TiB)")
-_BYTES_OF = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "TiB": 1 << 40}
 
 
 def _parse_duration(value: Any) -> Any:
@@ -29,12 +29,7 @@ def _parse_duration(value: Any) -> Any:
 
 
 def _parse_size(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError("a size is a number of bytes, or one with B, KiB, MiB, GiB or TiB")
-    return int(float(match[1]) * _BYTES_OF[match[2]])
+    return parse_size(value) if isinstance(value, str) else value
 
 
 def template(*names: str) -> AfterValidator:

@@ -162,6 +162,10 @@ class Settings:
         level: The level of the page codec; low is fast, high is small.
         dump_level: Which pages are left out of the dump, as makedumpfile numbers them: 0 for none,
             31 for all that nobody will look for. All are kept where they cannot be told apart.
+        max_bytes: How large a dump may be: the lowest dump level is taken, from `dump_level` on, of
+            which it is no larger, and a mini dump where it would be; without, any size.
+        further_dumps: What is dumped of more crashes of one signature than `dumps_per_signature`:
+            `none`; or `mini`, `smallest`: what triage needs, in 10 to 20 MB.
         memory: Where guest memory comes from, as `--memory` of the dump command has it.
         console: The file to which QEMU logs the console of the guest.
         console_patterns: Regular expressions; a new line of the console that one of them matches
@@ -183,7 +187,9 @@ class Settings:
     causes: tuple[CauseKind, ...] = DEFAULT_CAUSES
     format: Annotated[str, AfterValidator(_parse_format)] = "kdump-raw-zlib"
     level: Number | None = None
-    dump_level: Annotated[Count, Field(le=DUMP_LEVEL_MAX)] = 0
+    dump_level: Annotated[Count, Field(le=DUMP_LEVEL_MAX)] = DUMP_LEVEL_MAX
+    max_bytes: Annotated[Size, Field(ge=1)] | None = None
+    further_dumps: Literal["none", "mini", "smallest"] = "none"
     memory: Annotated[str, AfterValidator(_parse_memory)] = AUTO
     console: GuestTemplate | None = None
     console_patterns: tuple[Pattern, ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_guest_memory_using
 end
 
 set -g _shtab_qemu_dump_guest_memory_commands
-set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --kernel --level --max-pause --memory --mini --progress --qmp --range --threads -z
+set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --kernel --level --max-bytes --max-pause --memory --mini --progress --qmp --range --threads -z
 
 complete -c qemu-dump-guest-memory -e
 complete -c qemu-dump-guest-memory -f
@@ -73,6 +73,7 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l lev
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l threads -x -d 'how many compress at the same time; default: all CPUs'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l dump-level -x -d 'leave out pages that nobody will look for, as makedumpfile numbers them: the sum of 1 (zeros), 2 (cache), 4 (cache with private data), 8 (user) and 16 (free); 31 is all; with ! rather no dump than one of all pages where they cannot be told apart'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l mini -xka "usual smallest" -d 'what triage needs, in a small kdump: --dump-level 31, and no struct pages of pages that are left out; --mini=smallest: nor the kernel'"'"'s code, which readers have in its vmlinux'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l max-bytes -x -d 'take the lowest dump level, from --dump-level on, of which the dump is no larger (2GiB); rather none than a larger one'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l omit-zero -d 'leave pages of zeros out: of a kdump, where they otherwise share one page (crash then opens it with --zero_excluded only), or of a dump of Windows, which then has a bitmap'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file or a dump of Windows (default), or write them'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l snapshot -d 'copy guest memory, let the guest run again, and then write the dump'

@@ -50,8 +50,8 @@ function _shtab_qemu_dump_using
   test "$_shtab_qemu_dump_cmdpath" = "$argv"
 end
 
-set -g _shtab_qemu_dump_commands collect convert dmesg dump gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --memory --mini --part --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
+set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
+set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --max-bytes --memory --mini --part --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -79,6 +79,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l level -x -d 'the le
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l threads -x -d 'how many compress at the same time; default: all CPUs'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l dump-level -x -d 'leave out pages that nobody will look for, as makedumpfile numbers them: the sum of 1 (zeros), 2 (cache), 4 (cache with private data), 8 (user) and 16 (free); 31 is all; with ! rather no dump than one of all pages where they cannot be told apart'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l mini -xka "usual smallest" -d 'what triage needs, in a small kdump: --dump-level 31, and no struct pages of pages that are left out; --mini=smallest: nor the kernel'"'"'s code, which readers have in its vmlinux'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l max-bytes -x -d 'take the lowest dump level, from --dump-level on, of which the dump is no larger (2GiB); rather none than a larger one'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l omit-zero -d 'leave pages of zeros out: of a kdump, where they otherwise share one page (crash then opens it with --zero_excluded only), or of a dump of Windows, which then has a bitmap'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file or a dump of Windows (default), or write them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l force -d 'replace FILE if it exists'
@@ -94,6 +95,14 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l kernel -x -d 'of this
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l search-seconds -x -d 'with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory; default: 60'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump: ELF or kdump'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dump -d 'dump a guest: as qemu-dump-guest-memory does'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a estimate -d 'show how large dumps of a guest will be at each dump level'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'QMP socket of a live guest, which is stopped meanwhile'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'with --qmp: where guest memory comes from; auto takes the fastest that works'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none win-dmp" -d 'format of the dumps by its name in QMP; default: kdump-zlib'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l kernel -x -d 'by this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l json -d 'answer as one line of JSON'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump: ELF or kdump'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a gdbinit -d 'print the line for ~/.gdbinit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using gdbinit' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a images -d 'guests to take dumps of: list, fetch, boot'
