@@ -35,9 +35,13 @@ class StoredDump(GuestView):
     """
 
     def __init__(
-        self, path: str | PathLike[str], *parts: str | PathLike[str], target: str | None = None
+        self,
+        path: str | PathLike[str],
+        *parts: str | PathLike[str],
+        target: str | None = None,
+        layout: str | None = None,
     ) -> None:
-        self._dump = open_file(path, *parts)
+        self._dump = open_file(path, *parts, layout=layout)
         self._target = target
 
     @cached_property
@@ -116,7 +120,10 @@ class StoredDump(GuestView):
 
 
 def open_dump(
-    path: str | PathLike[str], *parts: str | PathLike[str], target: str | None = None
+    path: str | PathLike[str],
+    *parts: str | PathLike[str],
+    target: str | None = None,
+    layout: str | None = None,
 ) -> StoredDump:
     """Open a dump for reading.
 
@@ -124,13 +131,15 @@ def open_dump(
         path: The file; its format is told by its content.
         parts: The other files of a dump that makedumpfile --split wrote.
         target: QEMU's name of the guest's target, where nothing in the dump tells it.
+        layout: How RAM without any headers lies: a machine such as `q35` or `aarch64/virt`, or
+            `GPA:SIZE[@OFFSET],...`.
 
     Raises:
         RequestError: The file cannot be opened.
         NotADumpError: It is of no format that is read.
         CorruptDumpError: Its headers are damaged.
     """
-    return StoredDump(path, *parts, target=target)
+    return StoredDump(path, *parts, target=target, layout=layout)
 
 
 def convert(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,8 @@ from qemu_dump_ext.dump_readers._flattened_image import FlattenedImage, is_flatt
 from qemu_dump_ext.dump_readers._image import DumpImage, PlainImage
 from qemu_dump_ext.dump_readers._parts import is_part, join_parts
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
-from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
+from qemu_dump_ext.dump_readers.raw import open_by_kernel, open_by_layout
+from qemu_dump_ext.errors import CorruptDumpError, NotADumpError, RequestError
 
 __all__ = [
     "LISTED_MAX",
@@ -42,18 +43,28 @@ def reader_of(dump: DumpFile) -> DumpReader[Any]:
     return all_dump_readers()[dump.reader]
 
 
-def open_dump(path: str | os.PathLike[str], *parts: str | os.PathLike[str]) -> DumpFile:
+def open_dump(
+    path: str | os.PathLike[str],
+    *parts: str | os.PathLike[str],
+    layout: str | None = None,
+) -> DumpFile:
     """Open a dump for reading; close it, or use it in a `with` statement.
 
     Args:
         path: The file; told apart by its content.
         parts: The other files of a dump that was split into several.
+        layout: How the RAM that the file is without any headers lies, as `raw.parse_layout` takes
+            it; None: the file tells what it is.
 
     Raises:
         RequestError: The file cannot be opened, or is one part of a split dump without the others.
         NotADumpError: It is of no format that we read; says why, for each of them.
         CorruptDumpError: It is, but its headers contradict the format or are cut off.
     """
+    if layout is not None:
+        if parts:
+            raise RequestError("--layout is for one file of RAM, and not for parts of a dump")
+        return _open_file(path, lambda image: open_by_layout(image, layout))
     first = _open_file(path)
     if not parts and not is_part(first):
         return first
@@ -68,10 +79,12 @@ def open_dump(path: str | os.PathLike[str], *parts: str | os.PathLike[str]) -> D
         raise
 
 
-def _open_file(path: str | os.PathLike[str]) -> DumpFile:
+def _open_file(
+    path: str | os.PathLike[str], open_image: Callable[[DumpImage], DumpFile] | None = None
+) -> DumpFile:
     file = PlainImage(path)
     try:
-        return _open_image(file, os.fspath(path))
+        return open_image(file) if open_image else _open_image(file, os.fspath(path))
     except BaseException:
         file.close()
         raise
@@ -94,6 +107,11 @@ def _open_image(file: DumpImage, path: str) -> DumpFile:
         else:
             dump.reader = reader.name
             return dump
+    if all(reader.probe(head) is Fit.NO for reader in all_dump_readers().values()):
+        try:
+            return open_by_kernel(file)
+        except NotADumpError as error:
+            reasons["raw"] = error.message
     inside = " inside its flattened stream" if suffix else ""
     why = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
     raise NotADumpError(f"{path} is no dump of a format that is read{inside}: {why}")

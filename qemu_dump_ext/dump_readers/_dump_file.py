@@ -11,6 +11,7 @@ from typing import Self
 
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 
@@ -47,6 +48,16 @@ class DumpFile(ABC):
     word_size: int
     page_size: int
     header: Mapping[str, int | str]
+
+    @property
+    def vcpus(self) -> Sequence[Vcpu]:
+        """The vCPUs, of a format that has registers that are in no note; empty of others."""
+        return ()
+
+    @property
+    def lacking(self) -> Sequence[str]:
+        """What of the guest is not in it, besides memory, in words."""
+        return tuple(problem for file in self.files for problem in file.image.problems)
 
     @property
     def files(self) -> Sequence[DumpFile]:

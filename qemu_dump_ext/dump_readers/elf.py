@@ -13,11 +13,11 @@ from types import MappingProxyType
 from typing import Any
 
 from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
-from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._elf_verifier import verify_elf_core
-from qemu_dump_ext.dump_readers._extent_index import ExtentIndex, merged
+from qemu_dump_ext.dump_readers._extent_dump import ZEROES, ExtentDump
+from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
-from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
+from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import (
     EHDR,
@@ -42,10 +42,6 @@ _PHDRS_MAX = 1 << 20
 """More program headers than a paged dump of any guest was seen to have."""
 _PHDRS_AT_ONCE = 4096
 _OFFSET_END = 1 << 63
-_PAGE = 4096
-"""The smallest page of any kernel, in bytes."""
-_ZEROES = 1 << 63
-"""Place of memory that the file does not have, so that it reads as zero."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +60,17 @@ class Segment:
     p_memsz: int
 
 
-class ElfCoreFile(DumpFile):
+class ElfCoreFile(ExtentDump):
     """An open ELF core.
 
     Attributes:
         segments: The PT_LOADs, in the order of the file.
         headers_end: Offset behind the last program header.
+        of_process: Whether it has the memory of a process instead of a guest's.
     """
 
     page_size = 1
+    of_process = False
 
     def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
         self.image = image
@@ -98,7 +96,9 @@ class ElfCoreFile(DumpFile):
         self.segments: list[Segment] = []
         self._notes: list[tuple[int, int]] = []
         self._read_program_headers()
-        self._index = self._index_memory()
+        if _is_of_process(self.segments) != self.of_process:
+            raise NotADumpError("it is the core of a process, and not of a guest")
+        self.index = self._index_memory()
 
     def _read_program_headers(self) -> None:
         start, size = self._ehdr["e_phoff"], self._phdr.size
@@ -143,7 +143,7 @@ class ElfCoreFile(DumpFile):
             ):
                 raise CorruptDumpError(f"program header {segment.number} has impossible sizes")
             if segment.p_memsz > segment.p_filesz:
-                index.append(segment.p_paddr, segment.p_memsz, _ZEROES)
+                index.append(segment.p_paddr, segment.p_memsz, ZEROES)
         for segment in self.segments:
             # Later extents win: what one mapping has cut off, another may have.
             if size := min(segment.p_filesz, segment.p_memsz):
@@ -173,10 +173,6 @@ class ElfCoreFile(DumpFile):
     def _note_areas(self) -> list[tuple[int, int]]:
         return self._notes
 
-    def memory_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
-        return self._index.ranges()
-
     def covered_ranges(self) -> Iterator[tuple[int, int]]:
         """Yield (gpa, size) of the segments that have any data, ascending, merged.
 
@@ -189,51 +185,14 @@ class ElfCoreFile(DumpFile):
         index.settle()
         return index.ranges()
 
-    def stored_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield (gpa, size) of what has data, ascending, merged."""
-        return merged((gpa, size) for gpa, size, place in self._index.extents() if place < _ZEROES)
 
-    def readable_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield (gpa, size) of what has data in the file; of a page that is cut, nothing."""
-        for gpa, size in merged(self._readable_pieces()):
-            end = gpa + size
-            ((_, behind),) = self._index.pieces(end, 1)
-            if behind is not None and behind < _ZEROES:
-                end -= end % _PAGE
-            if end > gpa:
-                yield gpa, end - gpa
-
-    def _readable_pieces(self) -> Iterator[tuple[int, int]]:
-        for gpa, size, place in self._index.extents():
-            if place < _ZEROES:
-                for start, end in self.image.readable(place, size):
-                    yield gpa + start - place, end - start
-
-    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
-        """Return (gpa, end) of what is in the file, holes left out."""
-        found: list[tuple[int, int]] = []
-        for length, place in self._index.pieces(gpa, size):
-            if place is not None and place < _ZEROES:
-                for start, end in self.image.stored(place, length):
-                    low, high = gpa + start - place, gpa + end - place
-                    if found and found[-1][1] == low:
-                        low = found.pop()[0]
-                    found.append((low, high))
-            gpa += length
-        return found
-
-    def read_into(self, gpa: int, buffer: memoryview) -> None:
-        """Fill `buffer` with guest memory from `gpa`."""
-        done = 0
-        for size, place in self._index.pieces(gpa, len(buffer)):
-            part = buffer[done : done + size]
-            if place is None:
-                raise GuestMemoryFaultError(gpa + done, size, "not in the dump")
-            if place >= _ZEROES:
-                part[:] = bytes(size)
-            else:
-                self.image.read_into(place, part)
-            done += size
+def _is_of_process(segments: Sequence[Segment]) -> bool:
+    """Tell whether no segment has a physical address, as Linux and gdb write a process."""
+    return (
+        len(segments) > 1
+        and not any(segment.p_paddr for segment in segments)
+        and all(segment.p_vaddr for segment in segments)
+    )
 
 
 def _describe(dump: ElfCoreFile) -> Mapping[str, Callable[[], Any]]:

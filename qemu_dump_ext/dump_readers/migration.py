@@ -73,7 +73,6 @@ class MigrationFile(DumpFile):
     Attributes:
         stream: What it tells.
         architecture: Of its guest.
-        vcpus: Of its guest, in the order of their making.
         pieces: Where its RAM blocks are in guest physical memory, by ascending gpa.
         layout_proof: What proves that, in words; None: nothing contradicts it.
     """
@@ -88,7 +87,7 @@ class MigrationFile(DumpFile):
         if self.stream.problem is not None:
             image.problems = (*image.problems, str(self.stream.problem))
         self.architecture = architecture_of_stream(self.stream)
-        self.vcpus = vcpus_of_stream(self.stream, self.architecture)
+        self._vcpus = vcpus_of_stream(self.stream, self.architecture)
         self.pieces, self.layout_proof = self._prove_layout()
         self._core = self.architecture.select_core(
             self.vcpus, self._blocks(self.pieces), MENDED, f"{self.stream.machine}-machine"
@@ -155,6 +154,21 @@ class MigrationFile(DumpFile):
         return [
             RamBlock(piece.gpa, piece.size, names[piece.block], piece.offset) for piece in pieces
         ]
+
+    @property
+    def vcpus(self) -> Sequence[Vcpu]:
+        """The vCPUs, in the order of their making."""
+        return self._vcpus
+
+    @property
+    def lacking(self) -> Sequence[str]:
+        """What of the guest is not in it, besides memory, in words."""
+        proof = () if self.layout_proof else (f"where RAM lies is not proved: {_NO_PROOF}",)
+        registers = (
+            f"{owner}: the stream does not have {', '.join(names)}"
+            for owner, names in self.missing_registers.items()
+        )
+        return (*super().lacking, *proof, *registers)
 
     @property
     def _vmcoreinfo_note(self) -> bytes | None:

@@ -140,10 +140,10 @@ class StoredGuest(GuestView):
         self._memory = _DumpMemory(dump, found.architecture)
         self.ram_blocks = self._memory.blocks
         self.core = _written_core(found, self.ram_blocks)
-        self.vcpus = found.notes.vcpus
+        self.vcpus = dump.vcpus or found.notes.vcpus
         self.pause = _NoPause()
         self.probed = self._probed()
-        self.lacking = self._lacking()
+        self.lacking = tuple(self._lacking())
         if self.left_out:
             self.remarks = (f"{_in_words(self.left_out)} were left out of the earlier dump",)
         if keep:
@@ -195,7 +195,7 @@ class StoredGuest(GuestView):
 
     def _lacking(self) -> Sequence[str]:
         """Return what the dump has not."""
-        words = []
+        words = list(self.dump.lacking)
         if self._fault is not None:
             words.append(f"the notes of the earlier dump are damaged: {self._fault}")
         if self.lost:

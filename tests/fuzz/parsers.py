@@ -22,7 +22,8 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.crash_collector.agent.journal import replay
 from qemu_dump_ext.crash_collector.config.file import parse_configuration
 from qemu_dump_ext.crash_collector.record import parse_record
-from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers import DumpFile, open_dump
+from qemu_dump_ext.engine.convert import convert
 from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.engine.stored_guest import StoredGuest
@@ -34,8 +35,10 @@ from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.options.expressions import parse_expressions
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import probe_guest
 from qemu_dump_ext.registers.from_native_notes import parse_native_notes
+from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
 from tests.fuzz.recorded import Recorded, recorded_guests
@@ -44,6 +47,7 @@ from tests.support.fake_kernel import KERNEL_MAP, LOG_AT, FlatMemory, plant_kern
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
 from tests.support.sample_migration import make_migration
+from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
 
 _MIB = 1 << 20
 _X86_64 = all_architectures()["x86_64"]
@@ -141,8 +145,19 @@ def _use_dump(data: bytes) -> None:
                     dump.read(gpa, 3 * BLOCK)
             with suppress(DumpError):
                 read_log(StoredGuest(dump, search_seconds=1))
+            _convert(dump, path.with_name("converted"))
     finally:
         path.unlink()
+
+
+def _convert(dump: DumpFile, target: Path) -> None:
+    sink = open_sink(f"file:{target}", force=True, standard_output=None)
+    try:
+        with suppress(DumpError), sink:
+            request = DumpRequest(format="kdump-raw-none", threads=1)
+            convert(request, dump, sink, progress=ProgressMeter(None), search_seconds=1)
+    finally:
+        target.unlink(missing_ok=True)
 
 
 _LOADS = [Load(0x1000, b"a" * 5000, memsz=9000), Load(0x100000, b"b" * 3000)]
@@ -177,6 +192,21 @@ def _migration_seeds() -> list[bytes]:
     table[16:24] = (0x80000 << 10 | 0xF).to_bytes(8, "little")  # the third GiB is RAM
     satp = 8 << 60 | 0x80000
     return [make_migration(content), make_migration(bytes(table) + content, satp=satp)]
+
+
+_FUZZED_RAM = 0x34000
+"""Bytes; as little as a kernel with all that belongs to it needs."""
+
+
+def _range_seeds() -> Mapping[str, Sequence[bytes]]:
+    blocks = {0x1000: b"a" * 5000, 0x100000: bytes(range(256)) * 300}
+    ram = ram_with_kernel(_FUZZED_RAM, phys_base=0)
+    return {
+        "lime": [make_lime(blocks), make_lime({0: bytes(BLOCK)})],
+        "avml": [make_avml(blocks), make_avml({0x1000: b"b" * BLOCK})],
+        "raw": [ram],
+        "qemu_core": [make_qemu_core(ram + bytes(1 << 20))],
+    }
 
 
 _RING = (
@@ -304,6 +334,10 @@ PARSERS: Mapping[str, Parser] = {
     "elf": Parser(_elf_seeds, _use_dump),
     "kdump": Parser(_kdump_seeds, _use_dump),
     "flattened": Parser(_flattened_seeds, _use_dump),
+    "lime": Parser(lambda: _range_seeds()["lime"], _use_dump),
+    "avml": Parser(lambda: _range_seeds()["avml"], _use_dump),
+    "raw": Parser(lambda: _range_seeds()["raw"], _use_dump, most=1 << 18),
+    "qemu_core": Parser(lambda: _range_seeds()["qemu_core"], _use_dump, most=1 << 21),
     "migration": Parser(_migration_seeds, _use_dump),
     "vmcoreinfo": Parser(_vmcoreinfo_seeds, _use_vmcoreinfo),
     "kernel-log": Parser(_log_seeds, _use_log, most=_MIB),

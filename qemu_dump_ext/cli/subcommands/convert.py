@@ -7,13 +7,13 @@ from functools import partial
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
 from qemu_dump_ext.cli.dump_command import (
     STANDARD_OUTPUT,
     check_outputs,
     show_report,
     shown_progress,
 )
-from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.convert import SEARCH_SECONDS, convert
 from qemu_dump_ext.options.dump_options import (
     add_convert_arguments,
@@ -27,14 +27,7 @@ from qemu_dump_ext.sinks import open_sink, target_forms
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="IN", help="a dump; told by what is in it")
     parser.add_argument("file", metavar="FILE", help=f"{target_forms()}, or - for standard output")
-    parser.add_argument(
-        "--part",
-        dest="parts",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="another file of a dump that makedumpfile --split wrote, once for each",
-    )
+    add_source_arguments(parser)
     parser.add_argument(
         "--keep",
         action="store_true",
@@ -62,7 +55,7 @@ def _run(arguments: argparse.Namespace) -> int:
     request = request_of(arguments)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=STANDARD_OUTPUT)
     with (
-        open_dump(arguments.source, *arguments.parts) as dump,
+        open_source(arguments.source, arguments) as dump,
         sink,
         shown_progress(arguments.progress) as progress,
     ):

@@ -6,7 +6,7 @@ import argparse
 import math
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
 from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest, read_log
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
@@ -21,6 +21,7 @@ _SEARCH_SECONDS = 60.0
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
+    add_source_arguments(parser)
     parser.add_argument(
         "--qmp", metavar="SOCKET", help="QMP socket of a live guest, which is stopped meanwhile"
     )
@@ -67,7 +68,7 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
     if (arguments.file is None) == (arguments.qmp is None):
         raise RequestError("whose log?", hint="name a dump, or a live guest by --qmp SOCKET")
     if arguments.file is not None:
-        with open_dump(arguments.file) as dump:
+        with open_source(arguments.file, arguments) as dump:
             stored = StoredGuest(dump, search_seconds=arguments.search_seconds)
             return read_log(stored, kernel=arguments.kernel)
     with connect_qmp(arguments.qmp) as monitor:

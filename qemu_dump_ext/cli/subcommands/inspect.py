@@ -28,7 +28,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_readers import LISTED_MAX, open_dump
+from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.dump_readers import LISTED_MAX
 from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 from qemu_dump_ext.printable import printable
@@ -68,11 +69,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", metavar="FILE", help="ELF, kdump, also flattened, or a migration stream"
     )
+    add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with open_dump(arguments.file) as dump:
+    with open_source(arguments.file, arguments) as dump:
         facts = describe(arguments.file, dump)
     if arguments.json:
         print(json.dumps(facts, indent=2))

@@ -13,7 +13,8 @@ import os
 import time
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.dump_readers import VerifyReport, open_dump
+from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.dump_readers import VerifyReport
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
 from qemu_dump_ext.printable import printable
@@ -43,12 +44,13 @@ class _ProgressLine:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", help="ELF or kdump, also flattened")
+    add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _run(arguments: argparse.Namespace) -> int:
     progress = _ProgressLine()
-    with open_dump(arguments.file) as dump:
+    with open_source(arguments.file, arguments) as dump:
         try:
             report = verify_dump(dump, workers=os.cpu_count() or 1, progress=progress)
         finally:

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_using
 end
 
 set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --level --max-bytes --memory --mini --part --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
+set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --layout --level --max-bytes --memory --mini --part --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -61,7 +61,8 @@ complete -c qemu-dump -n _shtab_qemu_dump_using -l version -d 'show the version 
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a collect -d 'crashes of a host'"'"'s guests: as qemu-crash-collector does'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a convert -d 'make another dump of a dump: in another format, with less in it, mended'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s h -l help -d 'show this help message and exit'
-complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile --split wrote, once for each'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l keep -d 'mend nothing: notes, names and addresses are as the earlier dump has them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l target -xka "aarch64 alpha arm hppa i386 loongarch64 m68k microblaze microblazeel mips mips64 mips64el mipsel or1k ppc ppc64 riscv32 riscv64 s390x sh4 sh4eb sparc sparc64 x86_64 xtensa xtensaeb" -d 'the guest'"'"'s target by its name in QEMU, where nothing in the dump tells it'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l search-seconds -x -d 'how long to search memory for the kernel'"'"'s VMCOREINFO where the dump has none; default: 60'
@@ -89,6 +90,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l verbose -d 'also sa
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert; and test $_shtab_qemu_dump_npos -eq 1' -ka "(__fish_complete_path (commandline -ct))" -d 'PATH, file:PATH, fd:N (an open descriptor), '"'"'|COMMAND'"'"', or - for standard output'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dmesg -d 'show the guest kernel'"'"'s log'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'QMP socket of a live guest, which is stopped meanwhile'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'with --qmp: where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l kernel -x -d 'of this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
@@ -134,6 +137,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l qmp -xka "(__fish_comp
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l json -d 'answer as one line of JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a inspect -d 'show what is in a dump: headers, notes, memory, how pages are stored'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
+complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l json -d 'print one JSON object'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF, kdump, also flattened, or a migration stream'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a open -d 'open a dump in crash, drgn or gdb, with the symbols of its kernel'
@@ -146,5 +151,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using targets' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a verify -d 'read a whole dump and find damage in it'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
+complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l json -d 'print one JSON object'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF or kdump, also flattened'
