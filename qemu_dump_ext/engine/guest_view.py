@@ -26,7 +26,7 @@ from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.structures.dialect import MENDED, Dialect
 from qemu_dump_ext.structures.utsname import UtsName
 from qemu_dump_ext.structures.win_dmp import WindowsDump
-from qemu_dump_ext.windows.dump_header import header_of_note
+from qemu_dump_ext.windows.describe import describe_windows
 from qemu_dump_ext.windows.system_memory import WindowsGuest
 
 
@@ -271,4 +271,4 @@ class GuestView(ABC):
                 hint="a Windows dump is made of RAM and of the registers of vCPUs",
             )
         guest = WindowsGuest(architecture, self.vcpus, self.memory, self.ram_blocks)
-        return header_of_note(guest, note, dialect)
+        return describe_windows(guest, note, dialect)

@@ -61,6 +61,7 @@ class SystemMemory:
 
     Attributes:
         patches: What was stored: gpa and bytes, in order.
+        pointer_size: Of code in this mode, in bytes; None: there are no page tables.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class SystemMemory:
             for one in translations
         )
         self._mask = U32_MAX if narrow else U64_MAX
+        paged = any(isinstance(one, PageTableRoot) for one in translations)
+        self.pointer_size = (4 if narrow else 8) if paged else None
         self._lay_patches()
 
     def _lay_patches(self) -> None:

@@ -37,9 +37,14 @@ DATA_SIZE = 0x20000
 PRCB_CONTEXT = 0x6A8
 KERNEL_DATA = {8: 0xFFFFF80212340000, 4: 0x82940000}
 """Its address, by the size of a pointer."""
+SHARED_USER_DATA = {8: 0xFFFFF78000000000, 4: 0xFFDF0000}
+CODE_SIZE = 0x40000
+"""Of the kernel's image, in front of its data."""
+BUILD, SYSTEM_TIME, UP_TIME = 19041, 0x01DA0123456789AB, 0x123456789A
 RUNS = ((0x1, 0x9E), (0x100, 0x200), (0x300, 0xCFF))
 _HEADER_FIELDS: Mapping[int, Mapping[str, tuple[int, str]]] = {
     8: {
+        "MinorVersion": (0xC, "I"),
         "DirectoryTableBase": (0x10, "Q"),
         "PfnDatabase": (0x18, "Q"),
         "MachineImageType": (0x30, "I"),
@@ -52,8 +57,13 @@ _HEADER_FIELDS: Mapping[int, Mapping[str, tuple[int, str]]] = {
         "Run": (0x98, "Q"),
         "DumpType": (0xF98, "I"),
         "RequiredDumpSpace": (0xFA0, "Q"),
+        "SystemTime": (0xFA8, "Q"),
+        "SystemUpTime": (0x1030, "Q"),
+        "ProductType": (0x1040, "I"),
+        "SuiteMask": (0x1044, "I"),
     },
     4: {
+        "MinorVersion": (0xC, "I"),
         "DirectoryTableBase": (0x10, "I"),
         "PfnDatabase": (0x14, "I"),
         "MachineImageType": (0x20, "I"),
@@ -66,6 +76,10 @@ _HEADER_FIELDS: Mapping[int, Mapping[str, tuple[int, str]]] = {
         "Run": (0x6C, "I"),
         "DumpType": (0xF88, "I"),
         "RequiredDumpSpace": (0xFA0, "Q"),
+        "SystemTime": (0xFC0, "Q"),
+        "SystemUpTime": (0xFB8, "Q"),
+        "ProductType": (0xF94, "I"),
+        "SuiteMask": (0xF98, "I"),
     },
 }
 HEADER_SIZES = {8: 8192, 4: 4096}
@@ -84,7 +98,13 @@ class WindowsImage:
         note: What is around the header: name, and sizes if they are to be wrong.
         pages: Guest memory by gpa of each page.
         root: Of the page tables.
+        base: Address of the kernel's data.
+        kernel_base: Address of its image, where there is one.
     """
+
+    kernel_base = 0
+    cr3 = 0
+    kernel_gs_base = 0
 
     def __init__(self, word_size: int = 8, *, pae: bool = True) -> None:
         self.word_size = word_size
@@ -92,21 +112,22 @@ class WindowsImage:
         self.pages: dict[int, bytearray] = {}
         self._next_page = _PAGES_AT
         self._random = random.Random(word_size)  # noqa: S311
-        self.root = self._new_page()
+        self.root = self.new_page()
         self.note = note_of(b"")
         self.map(0, 0, PAGE)
         for index, descriptor in enumerate((0, 0, _CODE_64, _DATA, _CODE_32)):
             self.put(8 * index, struct.pack("<Q", descriptor))
         self.base = KERNEL_DATA[word_size]
-        places = [self._new_page(self._random.randbytes(PAGE)) for _ in range(DATA_SIZE // PAGE)]
+        places = [self.new_page(self._random.randbytes(PAGE)) for _ in range(DATA_SIZE // PAGE)]
         for index, gpa in enumerate(reversed(places)):
             self.map(self.base + index * PAGE, gpa, PAGE)
         self._fill_kernel_data()
         self.header = self._make_header()
 
-    def _new_page(self, content: bytes = bytes(PAGE)) -> int:
+    def new_page(self, content: bytes = b"") -> int:
+        """Return the gpa of a page that nothing else uses."""
         gpa, self._next_page = self._next_page, self._next_page + PAGE
-        self.pages[gpa] = bytearray(content)
+        self.pages[gpa] = bytearray(content.ljust(PAGE, b"\0"))
         return gpa
 
     def put(self, gpa: int, data: bytes) -> None:
@@ -148,7 +169,7 @@ class WindowsImage:
             place = table + (gva >> shift & mask) * entry_size
             entry = self._integer(place, entry_size)
             if not entry:
-                entry = self._new_page() | 1
+                entry = self.new_page() | 1
                 self.put(place, entry.to_bytes(entry_size, "little"))
             table = entry & -PAGE
         return table, gva >> 12 & mask, entry_size
@@ -157,6 +178,91 @@ class WindowsImage:
         """Store bytes in the kernel's data."""
         for index, byte in enumerate(data):
             self.put(self.gpa_of(self.base + offset + index), bytes([byte]))
+
+    def add_kernel(self, *, keys: tuple[int, int, int] | None = None) -> None:
+        """Add the image of a kernel that has its data at the end, the IDT, and the shared page.
+
+        Args:
+            keys: With which KDBG is encoded; None: it is not.
+        """
+        wide = self.word_size == 8
+        header = bytearray(PAGE)
+        header[:2] = b"MZ"
+        struct.pack_into("<I", header, 0x3C, 0x100)
+        struct.pack_into("<4sH", header, 0x100, b"PE", _MACHINES[self.word_size])
+        struct.pack_into("<H", header, 0x118, 0x20B if wide else 0x10B)
+        struct.pack_into("<I", header, 0x118 + 56, CODE_SIZE + DATA_SIZE)
+        self.kernel_base = self.base - CODE_SIZE
+        self.map(self.kernel_base, self.new_page(bytes(header)), PAGE)
+        # Pages in between are not mapped, and one begins as an image does.
+        self.map(self.base - PAGE, self.new_page(b"MZ"), PAGE)
+        self.put_handler(self.base + 0x1234)
+        self.map(SHARED_USER_DATA[self.word_size], self.new_page(), PAGE)
+        self.put(self.gpa_of(SHARED_USER_DATA[self.word_size]), _shared_user_data())
+        pointers = {
+            0x18: self.kernel_base,
+            0x48: self.base + 0x3100,
+            0x50: self.base + 0x3200,
+            0x270: self.base + 0x3300,
+        }
+        for offset, value in pointers.items():
+            self.store_pointer(KDBG_AT + offset, value)
+        self.store_pointer(0x3300, self.base + 0x3400)
+        self.list_memory(RUNS)
+        version = (0xF, BUILD, 0, 7, 0, _MACHINES[self.word_size], self.kernel_base)
+        self.store(0x3800, struct.pack("<HHBBHH6xQQQ", *version, self.base + 0x3100, 0))
+        if not wide:
+            # Above a 32-bit address, there is its sign.
+            for offset in (0x3814, 0x381C):
+                self.store(offset, b"\xff" * 4)
+        if keys is not None:
+            self.encode_kdbg(*keys)
+
+    def run_program(self) -> None:
+        """Have the processors run a program, whose page tables lack the kernel but for its entry.
+
+        They have the IDT, and the region of the processor, which tells where the others are.
+        """
+        region = self.base - 0x100000
+        kernel_tables, self.root = self.root, self.new_page()
+        self.map(0, 0, PAGE)
+        tables = self.new_page(kernel_tables.to_bytes(8, "little") + bytes(PAGE - 8))
+        self.map(region + 0x7000, tables, PAGE)
+        self.cr3, self.root = self.root, kernel_tables
+        self.kernel_gs_base = region
+
+    def put_handler(self, address: int) -> None:
+        """Have the IDT, which is at 0, lead somewhere."""
+        low, middle, high = address & 0xFFFF, address >> 16 & 0xFFFF, address >> 32
+        gate = struct.pack("<HHHH", low, 0x10, 0x8E00, middle)
+        self.put(0, gate + (struct.pack("<II", high, 0) if self.word_size == 8 else b""))
+
+    def list_memory(self, runs: Sequence[tuple[int, int]]) -> None:
+        """Have the kernel list physical memory."""
+        self.store_pointer(0x3400, len(runs))
+        self.store_pointer(0x3400 + self.word_size, sum(count for _, count in runs))
+        for index, run in enumerate(runs):
+            for number, value in enumerate(run):
+                self.store_pointer(0x3400 + self.word_size * (2 + 2 * index + number), value)
+
+    def encode_kdbg(self, never: int, always: int, encoded: int) -> None:
+        """Encode KDBG as the kernel does it.
+
+        Args:
+            never: KiWaitNever.
+            always: KiWaitAlways.
+            encoded: Address of KdpDataBlockEncoded.
+        """
+        size = 0x340
+        head = struct.pack("<QQ", self.base + 0x3900, self.base + 0x3900)
+        self.store(KDBG_AT, head)
+        words = struct.unpack(f"<{size // 8}Q", self.read(KDBG_AT, size))
+        self.store(KDBG_AT, b"".join(_encoded(word, never, always, encoded) for word in words))
+
+    def read(self, offset: int, size: int) -> bytes:
+        """Return bytes of the kernel's data."""
+        places = (self.gpa_of(self.base + offset + index) for index in range(size))
+        return bytes(self.pages[gpa & -PAGE][gpa % PAGE] for gpa in places)
 
     def store_pointer(self, offset: int, value: int) -> None:
         """Store a pointer in the kernel's data."""
@@ -221,7 +327,24 @@ class WindowsImage:
         """Return the registers that decide how addresses are translated."""
         cr4 = PAE if self.word_size == 8 or self.pae else 0
         efer = LONG if self.word_size == 8 else 0
-        return {"efer": efer, "cr4": cr4, "cr3": self.root, "cr0": 0x60000011 | PG}
+        return {"efer": efer, "cr4": cr4, "cr3": self.cr3 or self.root, "cr0": 0x60000011 | PG}
+
+
+def _encoded(word: int, never: int, always: int, encoded: int) -> bytes:
+    # The other way round: byteswap, and bits rotated to the right.
+    value = int.from_bytes((word ^ always).to_bytes(8, "little"), "big") ^ encoded
+    bits = (never & 0xFF) % 64
+    value = (value >> bits | value << (64 - bits)) & (1 << 64) - 1
+    return (value ^ never).to_bytes(8, "little")
+
+
+def _shared_user_data() -> bytes:
+    page = bytearray(0x300)
+    struct.pack_into("<QI", page, 0x08, UP_TIME, 0)
+    struct.pack_into("<QI", page, 0x14, SYSTEM_TIME, 0)
+    struct.pack_into("<I", page, 0x264, 3)
+    struct.pack_into("<I", page, 0x2D0, 0x110)
+    return bytes(page)
 
 
 def header_field(header: bytes, word_size: int, name: str) -> int:
@@ -272,7 +395,9 @@ class WindowsMachine(QemuMachine):
             values = {27: 0x60000010, 30: 0, 32: 0}
             modes = image.modes()
             packets = [*values.items(), *((controls[name], modes[name]) for name in modes)]
-            packets += segments.items()
+            # The stub loads a segment whose selector changes, and nothing else.
+            packets += [(18, 0x18), *segments.items()]
+            packets += [(26, image.kernel_gs_base)]
             packets += [(index, register_value(number, index, long=long)) for index in general]
             packets += [(16, register_value(number, 16, long=long)), (17, 0x246 + number)]
             packets += [(65, 0x1F80 + number)]
