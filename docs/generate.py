@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
 import re
 import typing
@@ -191,14 +192,15 @@ def _settings() -> Iterator[str]:
 
 def attribute_meanings(declared: type) -> dict[str, str]:
     """Return what the docstring of a dataclass says of each attribute."""
-    _, _, attributes = (declared.__doc__ or "").partition("Attributes:\n")
+    # Its indentation depends on the version of Python.
+    _, _, attributes = inspect.cleandoc(declared.__doc__ or "").partition("Attributes:\n")
     meanings: dict[str, str] = {}
     name = ""
     for line in attributes.splitlines():
-        if match := re.fullmatch(r" {8}(\w+): (.*)", line):
+        if match := re.fullmatch(r" {4}(\w+): (.*)", line):
             name = match[1]
             meanings[name] = match[2]
-        elif line.startswith(" " * 12):
+        elif line.startswith(" " * 8):
             meanings[name] += " " + line.strip()
     return meanings
 

@@ -82,7 +82,9 @@ def test_the_readme_is_short():
 
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: str(path.relative_to(ROOT)))
 def test_what_is_generated_is_up_to_date(path: Path):
-    assert path.read_text("utf-8") == GENERATED[path], "run: python -m docs.generate"
+    # Where argparse breaks a line of usage depends on the version of Python.
+    there, wanted = path.read_text("utf-8").split(), GENERATED[path].split()
+    assert there == wanted, "run: python -m docs.generate"
 
 
 @EVERY_PAGE

@@ -44,7 +44,7 @@ def test_line_of_ours(line: str, flags: str, codec: str | None, filename: str, b
 @pytest.mark.parametrize(
     "rest",
     [
-        *("", "-q f", "-d -p f", "-R -z f", "-z -l f", "-w f", "-z f 0 1", "-p -z f"),
+        *("", "-q f", "-d -p f", "-R -z f", "-z -l f", "-w -z f", "-z f 0 1", "-p -z f"),
         *("--nosuch f", "- f", '"f', '"\\q"', "-z -z f"),
     ],
 )
