@@ -22,7 +22,8 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
 from qemu_dump_ext.pages.page_set import PageSet
@@ -179,6 +180,7 @@ class _Dump:
             self._remarks = [*fitted, *remarks]
             self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
         self._memory, self._passed_over = guest.memory, guest.passed_over
+        _foretell(self._memory, self._plan.ram_blocks)
         self._progress.start(self._plan.memory_size)
         self._check_pause(0)
 
@@ -257,6 +259,11 @@ def _kernel_in(plan: DumpPlan) -> Kernel:
     offset, size = plan.vmcoreinfo_span or (0, 0)
     text = plan.notes[offset : offset + size]
     return Kernel(vmcoreinfo_value(text, "OSRELEASE"), vmcoreinfo_value(text, "BUILD-ID"))
+
+
+def _foretell(memory: GuestMemory, parts: Sequence[RamBlock]) -> None:
+    if isinstance(memory, ForetoldMemory):
+        memory.foretell(parts)
 
 
 def _pause_limit(request: DumpRequest) -> PauseLimit | None:
@@ -352,6 +359,7 @@ def _excluded_pages(
     try:
         if not vmcoreinfo.text:  # as --exact or --no-vmcoreinfo will have it in the dump
             vmcoreinfo = guest.find_vmcoreinfo(request.kernel)
+        _foretell(guest.memory, ())  # struct pages are here and there
         pages = guest.kernel_pages(vmcoreinfo)
         return pages.excluded(rules), list(pages.remarks)
     except (SourceError, MissingPackageError, RequestError) as error:

@@ -67,6 +67,17 @@ def is_at_hand(memory: GuestMemory) -> bool:
 
 
 @runtime_checkable
+class ForetoldMemory(GuestMemory, Protocol):
+    """Guest memory that reads ahead, and nothing in vain where it is told what will be read."""
+
+    def foretell(self, parts: Sequence[RamBlock]) -> None:
+        """Read nothing ahead but what lies in these parts of RAM blocks, by ascending gpa.
+
+        Everything else can still be read.
+        """
+
+
+@runtime_checkable
 class PartialMemory(GuestMemory, Protocol):
     """Guest memory that has some RAM blocks only; others come from another source."""
 

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory, is_at_hand
+from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory, SparseMemory, is_at_hand
 from qemu_dump_ext.guest.model import RamBlock
 
 
@@ -44,6 +44,12 @@ class CompositeMemory:
         if isinstance(memory, SparseMemory):
             return memory.populated(gpa, size)
         return [(gpa, gpa + size)]
+
+    def foretell(self, parts: Sequence[RamBlock]) -> None:
+        """Read nothing ahead but what lies in these parts of RAM blocks, by ascending gpa."""
+        for memory in dict.fromkeys(self._memories):
+            if isinstance(memory, ForetoldMemory):
+                memory.foretell([part for part in parts if self._memory_at(part.gpa) is memory])
 
     def close(self) -> None:
         """Give back what all of them hold."""

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory, is_at_hand
+from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory, SparseMemory, is_at_hand
+from qemu_dump_ext.guest.model import RamBlock
 
 
 class LastingMemory:
@@ -25,6 +26,7 @@ class LastingMemory:
                 SourceError where there is nothing.
         """
         self._memories = [memory]
+        self._foretold: Sequence[RamBlock] | None = None
         self._open_next = open_next
 
     @property
@@ -52,8 +54,17 @@ class LastingMemory:
                 raise  # the source works, and the guest has nothing there
             except SourceError as error:
                 self._memories.append(self._open_next(memory.name, error))
+                if self._foretold is not None:
+                    self.foretell(self._foretold)
             else:
                 return
+
+    def foretell(self, parts: Sequence[RamBlock]) -> None:
+        """Read nothing ahead but what lies in these parts of RAM blocks, by ascending gpa."""
+        self._foretold = parts
+        memory = self._memories[-1]
+        if isinstance(memory, ForetoldMemory):
+            memory.foretell(parts)
 
     def close(self) -> None:
         """Give back what all of them hold."""

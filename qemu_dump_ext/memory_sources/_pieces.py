@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Protocol
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
@@ -18,6 +19,11 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.interrupts import uninterrupted
 
 FILE_COUNT = 2
+_GAP = 64 << 10
+"""Bytes; less between two ranges that are wanted is not worth another piece."""
+_RANGES_MAX = 1 << 12
+"""Of more, more of what is between them is read along: each costs QEMU milliseconds."""
+_LARGEST_GAP = 1 << 40
 _SHORT = 256 << 10
 """Bytes; a shorter read at another place is not the beginning of a long one."""
 
@@ -82,6 +88,7 @@ class PiecewiseMemory:
         self.name = name
         self._blocks = ram_blocks
         self._starts = [block.gpa for block in ram_blocks]
+        self._wanted = [(block.gpa, block.end) for block in ram_blocks]
         self._writer = writer
         self._here: tuple[_Piece, FilePlace] | None = None
         self._ahead: _Piece | None = None
@@ -100,6 +107,27 @@ class PiecewiseMemory:
             buffer = buffer[len(part) :]
         self._read_up_to = gpa
 
+    def foretell(self, parts: Sequence[RamBlock]) -> None:
+        """Read nothing ahead but what lies in these parts of RAM blocks, by ascending gpa."""
+        gap = _GAP
+        self._wanted = list(self._joined(parts, gap))
+        while len(self._wanted) > _RANGES_MAX and gap < _LARGEST_GAP:
+            gap *= 4
+            self._wanted = list(self._joined(parts, gap))
+
+    def _joined(self, parts: Sequence[RamBlock], gap: int) -> Iterator[tuple[int, int]]:
+        begin = end = limit = 0  # of the range that grows, and of the RAM block around it
+        for part in parts:
+            if part.end <= limit and part.gpa - end < gap:
+                end = part.end
+                continue
+            if begin < end:
+                yield begin, end
+            begin, end = part.gpa, part.end
+            limit = self._blocks[bisect_right(self._starts, begin) - 1].end
+        if begin < end:
+            yield begin, end
+
     def close(self) -> None:
         """Wait for what QEMU is writing, and give back the files."""
         with uninterrupted():
@@ -116,22 +144,29 @@ class PiecewiseMemory:
             piece, self._ahead = self._ahead, None
         else:
             self._forget_ahead()
-            end = min(gpa + (self._writer.piece_size if is_long else size), self._blocks[index].end)
+            end = min(gpa + size, self._blocks[index].end)
+            if is_long:
+                wanted = self._wanted_behind(gpa)
+                if wanted is not None and wanted[0] <= gpa:
+                    end = max(end, wanted[1])
+                end = min(gpa + self._writer.piece_size, end)
             piece = self._ask(gpa, end, 0)
         self._here = piece, piece.wait()
         if is_long and self._writer.is_async:
-            self._ask_ahead(index, piece)
+            self._ask_ahead(piece)
         return self._here
 
-    def _ask_ahead(self, index: int, here: _Piece) -> None:
-        block = self._blocks[index]
-        gpa = here.end
-        if gpa == block.end:
-            if index + 1 == len(self._blocks):
-                return
-            block = self._blocks[index + 1]
-            gpa = block.gpa
-        self._ahead = self._ask(gpa, min(gpa + self._writer.piece_size, block.end), 1 - here.file)
+    def _wanted_behind(self, gpa: int) -> tuple[int, int] | None:
+        """Return begin and end of the first wanted range that ends behind an address."""
+        index = bisect_right(self._wanted, gpa, key=itemgetter(1))
+        return self._wanted[index] if index < len(self._wanted) else None
+
+    def _ask_ahead(self, here: _Piece) -> None:
+        wanted = self._wanted_behind(here.end)
+        if wanted is None:
+            return
+        gpa = max(here.end, wanted[0])
+        self._ahead = self._ask(gpa, min(gpa + self._writer.piece_size, wanted[1]), 1 - here.file)
 
     def _ask(self, gpa: int, end: int, file: int) -> _Piece:
         return _Piece(gpa, end, file, self._writer.begin(file, gpa, end - gpa))

@@ -26,8 +26,12 @@ class RawGdbstub:
         while self._byte() != b"$":
             pass
         reply = bytearray()
-        while (byte := self._byte()) != b"#":
-            reply += byte
+        while not reply.endswith(b"#"):
+            waiting = self._input.peek()
+            if not waiting:
+                raise RuntimeError("QEMU closed the gdbstub")
+            reply += self._input.read(waiting.find(b"#") + 1 or len(waiting))
+        del reply[-1]
         self._input.read(2)
         self._socket.sendall(b"+")
         # Repeated characters are sent once, with their number.
