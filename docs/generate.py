@@ -40,8 +40,26 @@ PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
 
 _GIB = 1 << 30
 _LINE_WIDTH = "100"
-_FILES = {"FILE", "SOCKET", "PATH", "ADDRESS"}
+_FILES = {"FILE", "SOCKET", "MONITOR", "PATH", "ADDRESS"}
 _DIRECTORIES = {"DIR"}
+_GUESTS = {
+    "bash": "_qemu_dump_guests",
+    "zsh": "_qemu_dump_guests",
+    "fish": "(qemu-dump guests --names 2>/dev/null)",
+}
+_GUEST_FUNCTIONS = {
+    "bash": """
+_qemu_dump_guests() {
+  compgen -W "$(qemu-dump guests --names 2>/dev/null)" -- "$1"
+}
+""",
+    "zsh": """
+_qemu_dump_guests() {
+  compadd -- ${(f)"$(qemu-dump guests --names 2>/dev/null)"}
+}
+""",
+}
+"""Complete the names of guests, for which the host is asked when the key is pressed."""
 _COMPLETIONS = {
     "bash": "docs/share/bash-completion/completions/{}",
     "zsh": "docs/share/zsh/site-functions/_{}",
@@ -87,6 +105,8 @@ def _escape(text: str) -> str:
 def _completion(parser: argparse.ArgumentParser, shell: str) -> str:
     _mark_paths(parser)
     text: str = shtab.complete(parser, shell)
+    if _GUESTS.get(shell, "") in text:
+        text = shtab.complete(parser, shell, preamble=_GUEST_FUNCTIONS.get(shell, ""))
     return re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
 
 
@@ -100,6 +120,8 @@ def _mark_paths(parser: argparse.ArgumentParser) -> None:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
         elif action.metavar in _DIRECTORIES:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]
+        elif action.dest == "guest" and "--pid" in parser._option_string_actions:  # noqa: SLF001
+            action.complete = _GUESTS  # type: ignore[attr-defined]
 
 
 def _fill(page: str) -> str:

@@ -8,6 +8,7 @@ from gdb_boundary import GdbParser, QemuCommand, option_words, shown_progress
 from gdb_guest import guest_access
 
 import gdb
+from qemu_dump_ext.connections.target import target_of_arguments
 from qemu_dump_ext.dump_formats import all_dump_formats, format_words
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
@@ -39,7 +40,7 @@ def _run(words: Sequence[str]) -> int:
     arguments = parse_dump_arguments(_parser(), words)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=None)
     with (
-        guest_access(arguments.qmp) as access,
+        guest_access(target_of_arguments(arguments)) as access,
         sink,
         shown_progress(arguments.progress) as progress,
     ):

@@ -11,11 +11,11 @@ from typing import TypeVar
 from gdb_boundary import selection_kept
 
 import gdb
+from qemu_dump_ext.connections.target import GuestTarget, open_guest
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.monitor_text import RUNNING
 from qemu_dump_ext.qemu.process import own_descriptor
-from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import read_run_state
 from qemu_dump_ext.qemu.socket_relay import always_read
 
@@ -161,27 +161,27 @@ def _require_qemu(stub: GdbStub) -> None:
 
 
 @contextmanager
-def guest_access(qmp: str | None) -> Iterator[GuestAccess]:
+def guest_access(target: GuestTarget) -> Iterator[GuestAccess]:
     """Open the ways to the guest that gdb is attached to.
 
     Args:
-        qmp: QMP socket for what the monitor is asked, or None: through the stub as well.
+        target: What is asked what the monitor tells; nothing: the stub is, as well.
 
     Raises:
         SourceError: There is no guest, or it is not stopped.
     """
     stub = GdbStub()
     _require_stopped_guest()
-    if qmp is None:
+    if not target.is_told:
         _require_qemu(stub)
         yield GuestAccess.by_monitor(GdbMonitor(stub.addresses()), stub=stub)
     else:
-        with connect_qmp(qmp) as qmp_monitor:
+        with open_guest(target, stub) as access:
             # The first packet would stop it, and what gdb knows of it is old.
-            if read_run_state(GuestAccess.by_qmp(qmp_monitor)) == RUNNING:
+            if read_run_state(access) == RUNNING:
                 raise SourceError(
-                    "the guest runs, though gdb did not let it: somebody resumed it by QMP",
-                    hint="stop it by QMP, then 'maintenance flush register-cache' in gdb",
+                    "the guest runs, though gdb did not let it: somebody resumed it",
+                    hint="stop it by its monitor, then 'maintenance flush register-cache' in gdb",
                 )
             _require_qemu(stub)
-            yield GuestAccess.by_qmp(qmp_monitor, stub)
+            yield access

@@ -8,6 +8,7 @@ from gdb_boundary import GdbParser, QemuCommand, option_words
 from gdb_guest import guest_access
 
 import gdb
+from qemu_dump_ext.connections.target import add_target_arguments, target_of_arguments
 from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.printable import printable
@@ -19,14 +20,14 @@ def _parser() -> GdbParser:
         description="Show what would be dumped: RAM blocks, vCPUs, and which memory sources can"
         " be used, or why not.",
     )
-    parser.add_argument("--qmp", metavar="SOCKET", help="ask by this QMP socket")
+    add_target_arguments(parser)
     parser.add_argument("--json", action="store_true", help="answer as one line of JSON")
     return parser
 
 
 def _run(words: Sequence[str]) -> int:
     arguments = _parser().parse_args(words)
-    with guest_access(arguments.qmp) as access:
+    with guest_access(target_of_arguments(arguments)) as access:
         description = describe_guest(access)
     text = description.to_json() if arguments.json else "\n".join(description.lines())
     gdb.write(printable(text) + "\n")

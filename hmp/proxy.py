@@ -12,6 +12,11 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any
 
+from qemu_dump_ext.connections.target import (
+    add_target_arguments,
+    find_monitor,
+    target_of_arguments,
+)
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
     EXIT_SUCCESS,
@@ -23,6 +28,7 @@ from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.parsers import OneLineParser, epilog_of
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address
+from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.standard_error import tell
 from qemu_dump_ext.third_party import require_extra
 
@@ -52,13 +58,7 @@ def proxy_parser(program: str = PROGRAM) -> OneLineParser:
         " a terminal, the monitor is there as well; input from a pipe is taken line by line.",
         epilog=epilog_of(program, _EXAMPLES, _STATUSES),
     )
-    qemu = parser.add_mutually_exclusive_group()
-    qemu.add_argument("--qmp", metavar="SOCKET", help="QEMU's QMP socket: unix path or HOST:PORT")
-    qemu.add_argument(
-        "--hmp",
-        metavar="SOCKET",
-        help="QEMU's human monitor, where there is no QMP: unix path, HOST:PORT or a pty",
-    )
+    add_target_arguments(parser)
     parser.add_argument(
         "--listen",
         metavar="SOCKET",
@@ -142,17 +142,16 @@ class _Proxy:
 
 
 def _upstream(arguments: argparse.Namespace) -> Upstream:
-    if arguments.qmp is not None:
+    found = find_monitor(target_of_arguments(arguments))
+    if found.use == QMP:
         from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
-        return QmpUpstream(arguments.qmp)
-    if arguments.hmp is not None:
-        if arguments.qmp_listen:
-            raise RequestError("--qmp-listen needs a QEMU that is reached by --qmp")
-        from .upstream.by_hmp import HmpUpstream  # noqa: PLC0415
+        return QmpUpstream(found.address)
+    if arguments.qmp_listen:
+        raise RequestError("--qmp-listen needs a QEMU that is reached by QMP")
+    from .upstream.by_hmp import HmpUpstream  # noqa: PLC0415
 
-        return HmpUpstream(arguments.hmp)
-    raise RequestError("which guest?", hint="--qmp SOCKET or --hmp SOCKET")
+    return HmpUpstream(found.address)
 
 
 def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
@@ -160,7 +159,7 @@ def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
     from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
     if not isinstance(proxy.upstream, QmpUpstream):
-        raise RequestError("--qmp-listen needs a QEMU that is reached by --qmp")
+        raise RequestError("--qmp-listen needs a QEMU that is reached by QMP")
     door = QmpDoor(proxy.upstream, proxy.interpreter)
     proxy.upstream.on_state.append(door.state_changed)
     return door.serve

@@ -7,18 +7,16 @@ the next prompt. What comes while nothing was asked is passed on to every client
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import re
 import socket
-import stat
 import termios
 import tty
-from pathlib import Path
 
 from qemu_dump_ext.errors import ConnectError, SourceError
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.command_line import HMP
+from qemu_dump_ext.qemu.hmp import is_terminal
 from qemu_dump_ext.qemu.socket_kind import GREETING_SECONDS, TelnetFilter, open_socket
 
 from ..readline import LINE_MAX, PROMPT, LineEditor
@@ -143,13 +141,13 @@ class HmpUpstream(Upstream):
             os.set_blocking(self._descriptor, False)
             asyncio.get_running_loop().add_reader(self._descriptor, self._readable)
             self._lost.clear()
-            is_terminal = self._socket is None
-            if is_terminal:
+            at_pty = self._socket is None
+            if at_pty:
                 await self._send(b"\x05\x15\n")  # a pty says nothing until a line is entered
             await asyncio.wait_for(
-                self._up_to_prompt_of_banner(has_banner=not is_terminal), GREETING_SECONDS
+                self._up_to_prompt_of_banner(has_banner=not at_pty), GREETING_SECONDS
             )
-            if is_terminal:
+            if at_pty:
                 self._take_version(await self._exchange(b"info version"), rb"(\d+)\.(\d+)\.(\d+)")
         except TimeoutError as error:
             await self.close()
@@ -187,7 +185,7 @@ class HmpUpstream(Upstream):
         self._editor = LineEditor(self.version)
 
     async def _open(self) -> int:
-        if tcp_address(self.address) is None and _is_terminal(self.address):
+        if tcp_address(self.address) is None and is_terminal(self.address):
             descriptor = os.open(self.address, os.O_RDWR | os.O_NOCTTY | os.O_NONBLOCK)
             try:
                 tty.setraw(descriptor)
@@ -203,12 +201,6 @@ class HmpUpstream(Upstream):
         await self._lost.wait()
         self.connected = False
         await self.close()
-
-
-def _is_terminal(path: str) -> bool:
-    with contextlib.suppress(OSError):
-        return stat.S_ISCHR(Path(path).stat().st_mode)
-    return False
 
 
 def _ends_with_prompt(received: bytearray) -> bool:

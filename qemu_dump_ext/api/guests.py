@@ -10,16 +10,15 @@ from typing import BinaryIO, Self
 
 from qemu_dump_ext.api.targets import sink_for
 from qemu_dump_ext.api.views import GuestView
+from qemu_dump_ext.connections.target import open_guest, parse_target
 from qemu_dump_ext.engine import dump as dumping
 from qemu_dump_ext.engine.info import GuestDescription, describe, describe_guest
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest as StillGuest
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpOptions, DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.qemu.qmp import connect_qmp
 
 _PLAIN = DumpOptions()
 
@@ -73,14 +72,16 @@ class StoppedGuest(GuestView):
 
 
 class Guest:
-    """A guest that can be reached by QMP; `connect` gives it. Close it, or use it in a `with`.
+    """A guest that can be reached by a monitor; `connect` gives it.
 
-    QEMU serves one client on a QMP socket: while this is open, nobody else is served there.
+    Close it, or use it in a `with`.
+
+    QEMU serves one client on a monitor: while this is open, nobody else is served there.
     """
 
     def __init__(self, target: str) -> None:
         self._opened = ExitStack()
-        self._access = GuestAccess.by_qmp(self._opened.enter_context(connect_qmp(target)))
+        self._access = self._opened.enter_context(open_guest(parse_target(target)))
 
     def __enter__(self) -> Self:
         return self
@@ -160,9 +161,12 @@ def connect(target: str) -> Guest:
     """Connect to a guest.
 
     Args:
-        target: Its QMP socket: path of a unix socket, `HOST:PORT` or `[IPV6]:PORT`.
+        target: Its QMP socket: path of a unix socket, `HOST:PORT` or `[IPV6]:PORT`; or
+            `name:NAME`, `pid:N` for a guest of this host, as `qemu-dump guests` shows them; or
+            `hmp:MONITOR` for its human monitor.
 
     Raises:
+        RequestError: Several guests are called so.
         ConnectError: It cannot be connected to.
     """
     return Guest(target)

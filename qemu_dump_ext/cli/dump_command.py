@@ -1,4 +1,4 @@
-"""`qemu-dump-guest-memory`: dump a guest by its QMP socket, or by gdb at its gdbstub."""
+"""`qemu-dump-guest-memory`: dump a guest by its monitor, or by gdb at its gdbstub."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from qemu_dump_ext.cli import run_guarded, wants_json
 from qemu_dump_ext.cli.gdb_driver import dump_through_gdb
+from qemu_dump_ext.connections.target import open_guest, target_of_arguments
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.options.dump_options import (
     add_dump_arguments,
     add_file_arguments,
@@ -24,7 +24,6 @@ from qemu_dump_ext.options.dump_options import (
 from qemu_dump_ext.options.parsers import OneLineParser, epilog_of
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import OneLine, ProgressMeter
-from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import Sink, open_sink, target_forms
 from qemu_dump_ext.standard_error import is_terminal, tell
 
@@ -76,20 +75,20 @@ def _run(words: Sequence[str], program: str) -> int:
     check_outputs(arguments)
     if arguments.gdb is not None:
         return dump_through_gdb(arguments)
-    if arguments.qmp is None:
-        raise RequestError("which guest?", hint="--qmp SOCKET or --gdb ADDRESS")
+    target = target_of_arguments(arguments)
+    if not target.is_told:
+        raise RequestError("which guest?", hint="--guest NAME, --qmp SOCKET or --gdb ADDRESS")
     # What can be refused is refused before the guest is asked.
     request = None if names_registers(arguments) else request_of(arguments)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=STANDARD_OUTPUT)
     with (
-        connect_qmp(arguments.qmp) as monitor,
+        open_guest(target) as access,
         sink,
         shown_progress(arguments.progress) as progress,
     ):
         if request is None:
-            read_registers(arguments, monitor)
+            read_registers(arguments, access.monitor)
             request = request_of(arguments)
-        access = GuestAccess.by_qmp(monitor)
         report = dump(request, access, sink, memory=arguments.memory, progress=progress)
     return show_report(arguments, report, sink)
 

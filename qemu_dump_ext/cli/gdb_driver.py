@@ -19,6 +19,7 @@ from typing import Any, Protocol, TextIO
 
 import qemu_dump_ext
 from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.connections.target import GuestTarget, open_guest, target_of_arguments
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
     ConnectError,
@@ -27,7 +28,6 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.options.dump_options import words_of_options
 from qemu_dump_ext.qemu.address import connectable, unix_path
@@ -35,10 +35,10 @@ from qemu_dump_ext.qemu.command_line import GDBSTUB
 from qemu_dump_ext.qemu.guardian import Guardian
 from qemu_dump_ext.qemu.monitor_text import parse_status
 from qemu_dump_ext.qemu.process import has_client
-from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import require_dumpable
 from qemu_dump_ext.qemu.run_states import PAUSED, RESET, Treatment, treatment
 from qemu_dump_ext.qemu.socket_kind import busy, greeting_kind, other_kind, require_kind
+from qemu_dump_ext.qemu.target_name import target_name
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.standard_error import is_terminal
 from qemu_dump_ext.third_party import import_package
@@ -211,7 +211,8 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
         raise RequestError("gdb takes no line break in FILE")
     # Refused here what can be, before the guest is stopped; gdb opens it.
     open_sink(arguments.file, force=arguments.force, standard_output=None)
-    known = _Known() if arguments.qmp is None else _ask_by_qmp(arguments.qmp)
+    target = target_of_arguments(arguments)
+    known = _ask_monitor(target) if target.is_told else _Known()
     gdb = _Gdb(sys.stdout if arguments.json else sys.stderr)
     try:
         with _attached(gdb, arguments.gdb, known):
@@ -242,11 +243,11 @@ class _Known:
     settings: Sequence[str] = ()
 
 
-def _ask_by_qmp(qmp: str) -> _Known:
-    with connect_qmp(qmp) as monitor:
+def _ask_monitor(target: GuestTarget) -> _Known:
+    with open_guest(target) as access:
         # Connecting would stop the guest: what is refused is refused before.
-        ran = treatment(require_dumpable(GuestAccess.by_qmp(monitor))) is Treatment.STOP
-        architecture = all_architectures().get(monitor.target_name() or "")
+        ran = treatment(require_dumpable(access)) is Treatment.STOP
+        architecture = all_architectures().get(target_name(access) or "")
     return _Known(ran, () if architecture is None else architecture.gdb_settings)
 
 

@@ -1,7 +1,7 @@
 """What the engine wants from a door: the monitor, the gdbstub and QMP of one guest.
 
 There is one constructor for each way to a guest: by QMP, which carries the human monitor as well,
-and by the human monitor alone; a gdbstub may come to either.
+by a connection to the human monitor, and by whatever else carries that; a gdbstub may come to each.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
 
@@ -34,6 +34,14 @@ class AsyncMonitor(Monitor, Protocol):
 
     def begin(self, command: str) -> Callable[[], str]:
         """Have a command executed; what is returned waits for its answer, as `execute` does."""
+
+
+class HmpMonitor(AsyncMonitor, Protocol):
+    """QEMU's human monitor, through a socket or a pty of its own."""
+
+    @property
+    def address(self) -> str:
+        """Where QEMU listens: a path or HOST:PORT."""
 
 
 class DescriptorMonitor(Protocol):
@@ -93,25 +101,30 @@ class Stub(Protocol):
 
 @dataclass(frozen=True)
 class GuestAccess:
-    """The ways to a guest that a door has; made by `by_qmp` or `by_monitor`.
+    """The ways to a guest that a door has; made by `by_qmp`, `by_hmp`, `by_monitor`.
 
     Attributes:
         monitor: QEMU's human monitor.
         stub: The gdbstub, or None.
         qmp: QEMU's QMP, or None.
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
+        rescue: Where somebody else lets the guest run if this process is killed: what is spoken
+            there, and the address; None: nowhere.
+        pid: Of QEMU's process where it is known otherwise than by the connection.
     """
 
     monitor: Monitor
     stub: Stub | None
     qmp: QmpMonitor | None
     addresses: Sequence[str]
+    rescue: tuple[Literal["qmp", "hmp"], str] | None = None
+    pid: int | None = None
 
     @classmethod
     def by_qmp(cls, qmp: QmpMonitor, stub: Stub | None = None) -> Self:
         """Reach a guest by its QMP socket, and by its gdbstub where there is a debugger."""
         addresses = (qmp.address, *(stub.addresses() if stub else ()))
-        return cls(qmp, stub, qmp, addresses)
+        return cls(qmp, stub, qmp, addresses, ("qmp", qmp.address))
 
     @classmethod
     def by_monitor(
@@ -125,6 +138,18 @@ class GuestAccess:
             stub: The gdbstub.
         """
         return cls(monitor, stub, None, (*addresses, *(stub.addresses() if stub else ())))
+
+    @classmethod
+    def by_hmp(cls, monitor: HmpMonitor, stub: Stub | None = None, pid: int | None = None) -> Self:
+        """Reach a guest by a human monitor of its own.
+
+        Args:
+            monitor: Connected.
+            stub: The gdbstub, where there is a debugger.
+            pid: Of QEMU's process, if it is known.
+        """
+        addresses = (monitor.address, *(stub.addresses() if stub else ()))
+        return cls(monitor, stub, None, addresses, ("hmp", monitor.address), pid)
 
     def source_context(
         self, ram_blocks: Sequence[RamBlock], dumps_forbidden: str | None
@@ -142,6 +167,7 @@ class GuestAccess:
             self.addresses,
             self.qmp,
             dumps_forbidden=dumps_forbidden,
+            pid=self.pid,
         )
 
 
@@ -157,6 +183,7 @@ class SourceContext:
         qmp: QEMU's QMP, where the door has one.
         dumps_forbidden: Why QEMU must not be asked for dumps of its own, or None: it may.
         shown: What the monitor has shown of memory, by gpa and size: the guest stands still.
+        pid: Of QEMU's process where it is known otherwise than by a connection.
     """
 
     monitor: Monitor
@@ -166,3 +193,4 @@ class SourceContext:
     qmp: DescriptorMonitor | None = None
     dumps_forbidden: str | None = None
     shown: dict[tuple[int, int], bytes] = field(default_factory=dict, compare=False)
+    pid: int | None = None

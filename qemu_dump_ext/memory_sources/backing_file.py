@@ -141,7 +141,7 @@ def _located(
     context: SourceContext, reasons: list[str]
 ) -> dict[RamBlock, tuple[int, list[HostSegment]]]:
     try:
-        pid = find_qemu_process(context.addresses)
+        pid = context.pid or find_qemu_process(context.addresses)
         located = locate_blocks(context.monitor, pid, context.ram_blocks)
     except SourceError as error:
         reasons.append(str(error))

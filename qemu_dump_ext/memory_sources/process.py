@@ -187,7 +187,7 @@ class ProcessMemory:
 
 @contextmanager
 def _open(context: SourceContext) -> Iterator[GuestMemory]:
-    pid = find_qemu_process(context.addresses)
+    pid = context.pid or find_qemu_process(context.addresses)
     located = locate_blocks(context.monitor, pid, context.ram_blocks)
     memory = ProcessMemory(pid, [part for block in located.values() for part in block])
     try:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from qemu_dump_ext.connections.target import add_target_arguments
 from qemu_dump_ext.dump_formats import (
     all_dump_formats,
     find_dump_format,
@@ -229,9 +230,7 @@ def _add_guest_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(AUTO, *all_memory_sources()),
         help="where guest memory comes from; auto takes the fastest that works",
     )
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", help="the QMP socket of the guest: unix path or HOST:PORT"
-    )
+    add_target_arguments(parser)
 
 
 def _add_report_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,11 +6,16 @@ guest is to be let run.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import socket
+import stat
 import sys
 import time
+import tty
+from collections.abc import Callable
 from typing import Any
 
 _LINE_MAX = 1 << 20
@@ -93,10 +98,51 @@ class StubPeer:
         return packet
 
 
-_KINDS: dict[str, type[_Qmp | StubPeer]] = {"qmp": _Qmp, "gdb": StubPeer}
+class _Hmp:
+    """A human monitor at a socket, also behind telnet, or at a pty."""
+
+    def __init__(self, connection: socket.socket | io.FileIO) -> None:
+        self._descriptor = connection.fileno()
+        if isinstance(connection, io.FileIO):
+            tty.setraw(self._descriptor)
+            self._write(b"\x05\x15\n")  # it says nothing until a line is entered
+        self._up_to_prompt()
+
+    def is_paused(self) -> bool:
+        return _PAUSED.search(self._execute(b"info status")) is not None
+
+    def resume(self) -> bool:
+        return _IN_PROCESS not in self._execute(b"cont")
+
+    def _execute(self, command: bytes) -> str:
+        self._write(command + b"\n")
+        # Behind the echo of the line.
+        return self._up_to_prompt().partition(b"\n")[2].decode("utf-8", "replace")
+
+    def _write(self, data: bytes) -> None:
+        while data:
+            data = data[os.write(self._descriptor, data) :]
+
+    def _up_to_prompt(self) -> bytes:
+        received = b""
+        while not received.endswith(b"(qemu) "):
+            data = os.read(self._descriptor, 1 << 16)
+            if not data or len(received) > _LINE_MAX:
+                raise GoneError
+            received += data
+        return received.replace(b"\r\n", b"\n")
 
 
-def _connect(address: object) -> socket.socket:
+_KINDS: dict[str, Callable[[Any], _Qmp | _Hmp | StubPeer]] = {
+    "qmp": _Qmp,
+    "hmp": _Hmp,
+    "gdb": StubPeer,
+}
+
+
+def _connect(address: object) -> socket.socket | io.FileIO:
+    if isinstance(address, str) and stat.S_ISCHR(os.stat(address).st_mode):  # noqa: PTH116
+        return io.FileIO(os.open(address, os.O_RDWR | os.O_NOCTTY), "r+")
     if isinstance(address, str):
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(address)

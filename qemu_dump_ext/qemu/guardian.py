@@ -29,11 +29,11 @@ _DISMISSED = b"d"
 class Guardian:
     """Acts when it is not dismissed before this process ends, or is told to act."""
 
-    def __init__(self, kind: Literal["qmp", "gdb"], address: str) -> None:
+    def __init__(self, kind: Literal["qmp", "hmp", "gdb"], address: str) -> None:
         """Start it.
 
         Args:
-            kind: What listens at `address`: QMP or a gdbstub.
+            kind: What listens at `address`: QMP, a human monitor or a gdbstub.
             address: A path or HOST:PORT.
         """
         # By its name in its directory: the whole path may be too long for a socket.

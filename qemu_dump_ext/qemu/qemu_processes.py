@@ -212,6 +212,15 @@ def _link(path: str) -> str:
     return os.readlink(path)  # noqa: PTH115 - of thousands of descriptors
 
 
+def process_at_terminal(path: str) -> int | None:
+    """Return the pid of the QEMU that has the other side of a pty, or None."""
+    with contextlib.suppress(SourceError, OSError):
+        wanted = str(Path(path).resolve())
+        found = (one for one in find_qemu_processes() if wanted in one.terminals())
+        return next((one.pid for one in found), None)
+    return None
+
+
 def qemu_process(pid: int) -> QemuProcess | None:
     """Return the QEMU that is a process, or None: it is none, or has ended."""
     program = None

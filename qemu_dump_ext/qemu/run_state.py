@@ -225,8 +225,8 @@ class Pause:
         # What we stop is remembered before, and forgotten after it runs again.
         if self._remember is not None:
             self._remember(owed)
-        elif owed and self._access.qmp is not None:
-            self._guardian = Guardian("qmp", self._access.qmp.address)
+        elif owed and self._access.rescue is not None:
+            self._guardian = Guardian(*self._access.rescue)
         elif self._guardian is not None:
             self._guardian.dismiss()
         self.is_ours = owed

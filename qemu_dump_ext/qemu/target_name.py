@@ -27,7 +27,7 @@ def target_name(access: GuestAccess) -> str | None:
     if access.qmp is not None:
         return _by_qmp(access.qmp)
     with contextlib.suppress(SourceError, OSError):
-        return _of_process(find_qemu_process(access.addresses))
+        return _of_process(access.pid or find_qemu_process(access.addresses))
     return None
 
 

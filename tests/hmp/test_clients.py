@@ -200,7 +200,7 @@ def test_other_addresses_are_refused_unless_allowed(machine: QemuMachine):
 @pytest.mark.parametrize(
     ("words", "status", "complaint"),
     [
-        ([], 2, "which guest? (--qmp SOCKET or --hmp SOCKET)"),
+        ([], 2, "which guest? (--guest NAME, --qmp SOCKET or --hmp MONITOR)"),
         (["--qmp", "/no/such/socket"], 3, "cannot connect to QMP socket /no/such/socket"),
         (["--hmp", "/no/such/socket"], 3, "cannot connect to monitor /no/such/socket"),
         (["--hmp", "/dev/null"], 3, "/dev/null"),

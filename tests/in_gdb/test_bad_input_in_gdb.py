@@ -152,7 +152,7 @@ def test_the_guest_runs_behind_the_back_of_gdb(tmp_path: Path):
         words = f"--qmp {machine.qmp_sockets[0]} {tmp_path}/new"
         parts = parts_of(machine, [shell_qmp(machine, "cont"), f"{_DUMP} {words}", _STATUS])
         assert guest_status(machine) == "running"
-    assert_one_line(parts[1], r"the guest runs, though gdb did not let it: .*\(stop it by QMP")
+    assert_one_line(parts[1], r"the guest runs, though gdb did not let it: .*\(stop it by its")
     assert parts[2] == "3"
 
 

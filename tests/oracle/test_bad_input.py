@@ -112,7 +112,11 @@ def test_gdb_has_no_descriptors_of_ours(stopped: QemuMachine, target: str):
 
 
 def test_a_guest_must_be_named(tmp_path: Path):
-    refuse(run_cli(tmp_path / "new"), 2, r"which guest\? \(--qmp SOCKET or --gdb ADDRESS\)")
+    refuse(
+        run_cli(tmp_path / "new"),
+        2,
+        r"which guest\? \(--guest NAME, --qmp SOCKET or --gdb ADDRESS\)",
+    )
 
 
 def test_a_terminal_gets_no_dump(stopped: QemuMachine):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +13,7 @@ import pytest
 import qemu_dump_ext as qd
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.crash_agent import CrashAgent
-from tests.support.doors import child_environment, run_cli, run_gdb
+from tests.support.doors import run_cli, run_gdb, run_often
 from tests.support.hmp_proxy import HmpSocket
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub
@@ -24,15 +21,6 @@ from tests.support.raw_qmp import RawQmp
 from tests.support.relay import relay
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
-
-_RUN_OFTEN = """
-import contextlib, io, json, sys
-import qemu_dump_ext.entry as entries
-for sys.argv[1:] in json.loads(sys.argv[2]) if (entry := sys.argv[1]) else ():
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        getattr(entries, entry)()
-    print(json.dumps(said.getvalue()))
-"""
 
 
 @dataclass(frozen=True)
@@ -68,21 +56,6 @@ def untouched(machine: Machine, *, never_stopped: bool = True) -> Iterator[None]
         assert not never_stopped or "STOP" not in [event["event"] for event in qmp.events]
     with RawQmp(machine.sockets["qmp"]), HmpSocket(machine.sockets["hmp"]):
         pass
-
-
-def run_often(entry: str, lines: Sequence[Sequence[object]]) -> list[str]:
-    """Run a program once for each line; return what each says."""
-    words = json.dumps([list(map(str, line)) for line in lines])
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN_OFTEN, entry, words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=child_environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def by_api(addresses: Sequence[Path]) -> list[str]:

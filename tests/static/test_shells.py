@@ -18,6 +18,7 @@ _TYPED = {
     "qemu-dump-guest-memory --memory back": "qemu-dump-guest-memory --memory backing_file ",
     "qemu-dump-guest-memory --qmp sock": "qemu-dump-guest-memory --qmp socket ",
     "qemu-dump-guest-memory -z zl": "qemu-dump-guest-memory -z zlib ",
+    "qemu-dump-guest-memory --guest web": "qemu-dump-guest-memory --guest web-front ",
     "qemu-dump insp": "qemu-dump inspect ",
     "qemu-dump inspect --js": "qemu-dump inspect --json ",
     "qemu-dump images matr": "qemu-dump images matrix ",
@@ -47,11 +48,14 @@ def test_the_manual_page_renders(program: str):
 def bash(tmp_path_factory: pytest.TempPathFactory):
     folder: Path = tmp_path_factory.mktemp("bash")
     (folder / "socket").touch()
+    names = folder / "qemu-dump"  # what is asked for guests
+    names.write_text("#!/bin/sh\nprintf 'web-front\\nmail\\n'\n")
+    names.chmod(0o755)
     terminal = pexpect.spawn(
         "bash",
         ["--noprofile", "--norc", "-i"],
         cwd=str(folder),
-        env={"PATH": "/usr/bin:/bin", "TERM": "dumb", "INPUTRC": "/dev/null"},
+        env={"PATH": f"{folder}:/usr/bin:/bin", "TERM": "dumb", "INPUTRC": "/dev/null"},
         encoding="utf-8",
         timeout=SECONDS,
         dimensions=(50, 200),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,17 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GDB_SCRIPT = REPOSITORY / "gdb" / "qemu_dump.py"
 _SECONDS = 300
 _MAIN = "import sys; from qemu_dump_ext.entry import qemu_dump_guest_memory as run; sys.exit(run())"
+
+_RUN_OFTEN = """
+import contextlib, io, json, sys
+import qemu_dump_ext.entry as entries
+entry, lines = sys.argv[1], json.loads(sys.argv[2])
+for sys.argv[1:] in lines:
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
+            getattr(entries, entry)()
+    print(json.dumps(said.getvalue()))
+"""
 
 
 def cli_argv(*words: object) -> list[str]:
@@ -56,6 +68,26 @@ def run_cli(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
         options: Of `subprocess.run`; output is captured as text unless they say otherwise.
     """
     return _run(cli_argv(*words), options)
+
+
+def run_often(entry: str, lines: Sequence[Sequence[object]]) -> list[str]:
+    """Run a program once for each line, in one Python; return what each says.
+
+    Args:
+        entry: The name of its function in `qemu_dump_ext.entry`.
+        lines: The words behind it.
+    """
+    words = json.dumps([list(map(str, line)) for line in lines])
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN_OFTEN, entry, words],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env=child_environment(),
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def run_gdb(

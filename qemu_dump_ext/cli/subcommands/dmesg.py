@@ -7,13 +7,16 @@ import math
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.connections.target import (
+    add_target_arguments,
+    open_guest,
+    target_of_arguments,
+)
 from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest, read_log
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.printable import printable
-from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.standard_error import tell
 
 _SEARCH_SECONDS = 60.0
@@ -22,14 +25,12 @@ _SEARCH_SECONDS = 60.0
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
     add_source_arguments(parser)
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", help="QMP socket of a live guest, which is stopped meanwhile"
-    )
+    add_target_arguments(parser)
     parser.add_argument(
         "--memory",
         default=AUTO,
         choices=(AUTO, *all_memory_sources()),
-        help="with --qmp: where guest memory comes from; auto takes the fastest that works",
+        help="of a live guest: where guest memory comes from; auto takes the fastest that works",
     )
     parser.add_argument(
         "--kernel",
@@ -65,16 +66,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _read(arguments: argparse.Namespace) -> GuestLog:
-    if (arguments.file is None) == (arguments.qmp is None):
-        raise RequestError("whose log?", hint="name a dump, or a live guest by --qmp SOCKET")
+    target = target_of_arguments(arguments)
+    if (arguments.file is None) != target.is_told:
+        raise RequestError("whose log?", hint="name a dump, or a live guest, as by --guest NAME")
     if arguments.file is not None:
         with open_source(arguments.file, arguments) as dump:
             stored = StoredGuest(dump, search_seconds=arguments.search_seconds)
             return read_log(stored, kernel=arguments.kernel)
-    with connect_qmp(arguments.qmp) as monitor:
-        return log_of_guest(
-            GuestAccess.by_qmp(monitor), memory=arguments.memory, kernel=arguments.kernel
-        )
+    with open_guest(target) as access:  # which is stopped meanwhile
+        return log_of_guest(access, memory=arguments.memory, kernel=arguments.kernel)
 
 
 COMMAND = Subcommand(

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.connections.target import (
+    add_target_arguments,
+    open_guest,
+    target_of_arguments,
+)
 from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.estimate import Estimate, estimate
@@ -12,11 +17,9 @@ from qemu_dump_ext.engine.guest_view import GuestView
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.printable import printable
-from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.standard_error import tell
 
 _DEFAULT_FORMAT = "kdump-zlib"
@@ -24,14 +27,12 @@ _DEFAULT_FORMAT = "kdump-zlib"
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
-    parser.add_argument(
-        "--qmp", metavar="SOCKET", help="QMP socket of a live guest, which is stopped meanwhile"
-    )
+    add_target_arguments(parser)
     parser.add_argument(
         "--memory",
         default=AUTO,
         choices=(AUTO, *all_memory_sources()),
-        help="with --qmp: where guest memory comes from; auto takes the fastest that works",
+        help="of a live guest: where guest memory comes from; auto takes the fastest that works",
     )
     parser.add_argument(
         "--format",
@@ -58,8 +59,11 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _estimate(arguments: argparse.Namespace) -> Estimate:
-    if (arguments.file is None) == (arguments.qmp is None):
-        raise RequestError("of which guest?", hint="name a dump, or a live guest by --qmp SOCKET")
+    target = target_of_arguments(arguments)
+    if (arguments.file is None) != target.is_told:
+        raise RequestError(
+            "of which guest?", hint="name a dump, or a live guest, as by --guest NAME"
+        )
     request = DumpRequest(format=arguments.format)
     find_dump_format(request.format).require(request)
 
@@ -69,10 +73,8 @@ def _estimate(arguments: argparse.Namespace) -> Estimate:
     if arguments.file is not None:
         with open_dump(arguments.file) as dump:
             return of(StoredGuest(dump))
-    with connect_qmp(arguments.qmp) as monitor:
-        access = GuestAccess.by_qmp(monitor)
-        with stopped_guest(access, arguments.memory) as guest:
-            return of(guest)
+    with open_guest(target) as access, stopped_guest(access, arguments.memory) as guest:
+        return of(guest)
 
 
 COMMAND = Subcommand(

@@ -7,22 +7,25 @@ import json
 from dataclasses import asdict
 
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.connections.target import (
+    add_target_arguments,
+    open_guest,
+    target_of_arguments,
+)
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.engine.info import describe_guest
 from qemu_dump_ext.errors import EXIT_SUCCESS
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.printable import printable
-from qemu_dump_ext.qemu.qmp import connect_qmp
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--qmp", metavar="SOCKET", required=True, help="QMP socket of the guest")
+    add_target_arguments(parser)
     parser.add_argument("--json", action="store_true", help="answer as one line of JSON")
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    with connect_qmp(arguments.qmp) as monitor:
-        description = describe_guest(GuestAccess.by_qmp(monitor))
+    with open_guest(target_of_arguments(arguments)) as access:
+        description = describe_guest(access)
     capabilities = query_capabilities()
     if arguments.json:
         print(json.dumps(asdict(description) | asdict(capabilities)))

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_guest_memory_using
 end
 
 set -g _shtab_qemu_dump_guest_memory_commands
-set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --kernel --level --max-bytes --max-pause --memory --mini --progress --qmp --range --threads -z
+set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --guest --hmp --kernel --level --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
 
 complete -c qemu-dump-guest-memory -e
 complete -c qemu-dump-guest-memory -f
@@ -80,6 +80,9 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l sna
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l max-pause -x -d 'give the dump up when the guest has stood still for so long'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l pid -x -d 'the guest by the PID of its QEMU on this host'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l force -d 'replace FILE if it exists'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l json -d 'print the report as one line of JSON'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l progress -xka "auto always never json" -d 'show progress; auto: where somebody watches; json: for a program, an object a second on standard error'

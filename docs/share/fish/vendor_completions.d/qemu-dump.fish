@@ -50,8 +50,8 @@ function _shtab_qemu_dump_using
   test "$_shtab_qemu_dump_cmdpath" = "$argv"
 end
 
-set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --kernel --layout --level --max-bytes --memory --mini --part --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
+set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit guests images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
+set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -92,22 +92,32 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
-complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'QMP socket of a live guest, which is stopped meanwhile'
-complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'with --qmp: where guest memory comes from; auto takes the fastest that works'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'of a live guest: where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l kernel -x -d 'of this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l search-seconds -x -d 'with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory; default: 60'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump: ELF or kdump'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dump -d 'dump a guest: as qemu-dump-guest-memory does'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a estimate -d 'show how large dumps of a guest will be at each dump level'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -s h -l help -d 'show this help message and exit'
-complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'QMP socket of a live guest, which is stopped meanwhile'
-complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'with --qmp: where guest memory comes from; auto takes the fastest that works'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'of a live guest: where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none win-dmp" -d 'format of the dumps by its name in QMP; default: kdump-zlib'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l kernel -x -d 'by this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l json -d 'answer as one line of JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump: ELF or kdump'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a gdbinit -d 'print the line for ~/.gdbinit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using gdbinit' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a guests -d 'show the guests of this host, and the ways to them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using guests' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using guests' -l json -d 'answer as one line of JSON'
+complete -c qemu-dump -n '_shtab_qemu_dump_using guests' -l names -d 'print by which names guests can be called, and no more'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a images -d 'guests to take dumps of: list, fetch, boot'
 complete -c qemu-dump -n '_shtab_qemu_dump_using images' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using images; and test $_shtab_qemu_dump_npos -eq 0' -a list -d 'show which guests there are'
@@ -133,7 +143,10 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using images boot' -l detach -d 'leav
 complete -c qemu-dump -n '_shtab_qemu_dump_using images boot' -l json -d 'with --detach: answer in JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a info -d 'show what would be dumped of a guest'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -s h -l help -d 'show this help message and exit'
-complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'QMP socket of the guest'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l pid -x -d 'the guest by the PID of its QEMU on this host'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l json -d 'answer as one line of JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a inspect -d 'show what is in a dump: headers, notes, memory, how pages are stored'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'

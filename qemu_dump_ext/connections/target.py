@@ -1,0 +1,185 @@
+"""What a door is told of where a guest is, and the one place that connects to it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+from qemu_dump_ext.connections.guest_name import find_by_name, find_by_pid
+from qemu_dump_ext.errors import ConnectError, RequestError
+from qemu_dump_ext.guest.access import GuestAccess, Stub
+from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, QMP
+from qemu_dump_ext.qemu.hmp import connect_hmp, is_terminal
+from qemu_dump_ext.qemu.qemu_processes import QemuProcess, process_at_terminal
+from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.qemu.ways import SocketTables, Way, ways_of
+from qemu_dump_ext.untrusted import parse_unsigned
+
+_MONITORS = frozenset((QMP, HMP))
+
+
+@dataclass(frozen=True)
+class GuestTarget:
+    """One guest; at most one of these is told.
+
+    Attributes:
+        qmp: Its QMP socket: a path or HOST:PORT.
+        hmp: Its human monitor: a path of a socket or of a pty, or HOST:PORT.
+        guest: Its name, UUID, PID, or a beginning that no other guest has.
+        pid: Of QEMU's process.
+    """
+
+    qmp: str | None = None
+    hmp: str | None = None
+    guest: str | None = None
+    pid: int | None = None
+
+    @property
+    def is_told(self) -> bool:
+        """Tell whether there is one."""
+        return any(getattr(self, field.name) is not None for field in fields(self))
+
+
+def add_target_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options that name a guest, of which one may be given."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--qmp", metavar="SOCKET", help="the QMP socket of the guest: unix path or HOST:PORT"
+    )
+    group.add_argument(
+        "--hmp",
+        metavar="MONITOR",
+        help="the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty",
+    )
+    group.add_argument(
+        "--guest",
+        metavar="NAME",
+        help="the guest by its name, UUID or PID, or by a beginning that no other guest of this"
+        " host has; 'qemu-dump guests' shows them",
+    )
+    group.add_argument(
+        "--pid", type=_pid, metavar="N", help="the guest by the PID of its QEMU on this host"
+    )
+
+
+def _pid(word: str) -> int:
+    number = parse_unsigned(word, bits=31)
+    if not number:
+        raise argparse.ArgumentTypeError(f"{word!r} is no number of a process")
+    return number
+
+
+def target_of_arguments(arguments: argparse.Namespace) -> GuestTarget:
+    """Return what the options of `add_target_arguments` tell."""
+    return GuestTarget(arguments.qmp, arguments.hmp, arguments.guest, arguments.pid)
+
+
+def parse_target(text: str) -> GuestTarget:
+    """Return the guest that a program names.
+
+    Args:
+        text: `pid:N`, `name:NAME`, `hmp:MONITOR`, or a QMP socket as it is.
+
+    Raises:
+        RequestError: What stands behind `pid:` is no number.
+    """
+    prefix, _, rest = text.partition(":")
+    if prefix == "pid":
+        number = parse_unsigned(rest, bits=31)
+        if not number:
+            raise RequestError(f"{text!r} names no process", hint="as in pid:4711")
+        return GuestTarget(pid=number)
+    if prefix == "name":
+        return GuestTarget(guest=rest)
+    if prefix == "hmp":
+        return GuestTarget(hmp=rest)
+    return GuestTarget(qmp=text)
+
+
+@dataclass(frozen=True)
+class MonitorAddress:
+    """A monitor of a guest's.
+
+    Attributes:
+        use: `qmp` or `hmp`.
+        address: A path or HOST:PORT.
+        pid: Of QEMU's process, where it is known by more than the connection.
+    """
+
+    use: str
+    address: str
+    pid: int | None = None
+
+
+def find_monitor(target: GuestTarget) -> MonitorAddress:
+    """Return the monitor by which a guest is reached; nobody is connected to.
+
+    Raises:
+        RequestError: No guest is told, or several are called so.
+        ConnectError: There is no such guest, or it has no monitor that is free; says what it has.
+    """
+    if target.qmp is not None:
+        return MonitorAddress(QMP, target.qmp)
+    if target.hmp is not None:
+        pid = process_at_terminal(target.hmp) if is_terminal(target.hmp) else None
+        return MonitorAddress(HMP, target.hmp, pid)
+    process = find_process(target)
+    if process is None:
+        raise RequestError("which guest?", hint="--guest NAME, --qmp SOCKET or --hmp MONITOR")
+    way = _best(ways_of(process, SocketTables()))
+    if way is None or way.address is None:
+        raise _unreachable(process)
+    return MonitorAddress(way.use, way.address, process.pid)
+
+
+def find_process(target: GuestTarget) -> QemuProcess | None:
+    """Return the QEMU of a guest that is told by name or PID, or None; errors as `find_monitor`."""
+    if target.pid is not None:
+        return find_by_pid(target.pid)
+    return None if target.guest is None else find_by_name(target.guest)
+
+
+def _best(ways: Sequence[Way]) -> Way | None:
+    usable = [way for way in ways if way.use in _MONITORS and way.address and not way.taken]
+    return min(usable, key=lambda way: way.use != QMP, default=None)
+
+
+def _unreachable(process: QemuProcess) -> ConnectError:
+    ways = ways_of(process, SocketTables())
+    monitors = [way for way in ways if way.use in _MONITORS]
+    told = "; ".join(
+        f"{way.use} {way.address or way.channel.backend}: {way.state}" for way in monitors
+    )
+    stub = next((way.address for way in ways if way.use == GDBSTUB and way.address), None)
+    domains = [name for kind, name in process.belongs_to if kind == "libvirt domain"]
+    hint = None
+    if domains:
+        hint = f"libvirt has it: 'virsh qemu-monitor-command {domains[0]}' reaches its monitor"
+    elif stub is not None:
+        hint = f"its gdbstub is free: --gdb {stub}"
+    return ConnectError(
+        f"process {process.pid} has no monitor that is free ({told or 'it has none'})", hint=hint
+    )
+
+
+@contextmanager
+def open_guest(target: GuestTarget, stub: Stub | None = None) -> Iterator[GuestAccess]:
+    """Connect to a guest for the time of a `with` block.
+
+    Args:
+        target: Which.
+        stub: Its gdbstub, where there is a debugger.
+
+    Raises:
+        RequestError: No guest is told, or several are called so.
+        ConnectError: It cannot be connected to.
+    """
+    found = find_monitor(target)
+    if found.use == QMP:
+        with connect_qmp(found.address) as qmp:
+            yield GuestAccess.by_qmp(qmp, stub)
+    else:
+        with connect_hmp(found.address) as monitor:
+            yield GuestAccess.by_hmp(monitor, stub, found.pid)
