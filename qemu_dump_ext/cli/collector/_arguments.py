@@ -6,14 +6,16 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.crash_collector.config.file import load_configuration
-from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.store.lookup import find_crash
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.printable import printable
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.crash_collector.config.settings import Configuration
 
 _ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"
 _DEFAULT = "/etc/qemu-crash-collector.yaml"
@@ -51,6 +53,9 @@ def configuration_of(arguments: argparse.Namespace) -> Configuration:
     Raises:
         RequestError: It cannot be read, or is wrong.
     """
+    # Not needed where the store is given, and takes longer to import than all else.
+    from qemu_dump_ext.crash_collector.config.file import load_configuration  # noqa: PLC0415
+
     return load_configuration(arguments.config)
 
 

@@ -27,7 +27,6 @@ from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.lookup import find_signature, short_ids
 from qemu_dump_ext.crash_collector.store.states import STATE_NAMES
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.crash_collector.watch.guests import GuestFinder
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 
 _HEAD = ("ID", "AGE", "STATE", "CAUSE", "DUMP", "MESSAGE")
@@ -98,10 +97,11 @@ def _chosen(arguments: argparse.Namespace, store: CrashStore) -> list[CrashRecor
 
 
 def _require_guest(arguments: argparse.Namespace, store: CrashStore) -> None:
-    if arguments.store is None and arguments.guest in GuestFinder().find(
-        configuration_of(arguments)
-    ):
-        return
+    if arguments.store is None:
+        from qemu_dump_ext.crash_collector.watch.guests import GuestFinder  # noqa: PLC0415 - large
+
+        if arguments.guest in GuestFinder().find(configuration_of(arguments)):
+            return
     known = sorted({path.parent.name for path in store.directories()})
     raise RequestError(
         f"there is no guest {arguments.guest!r}, nor a crash of one",

@@ -31,10 +31,12 @@ from qemu_dump_ext.crash_collector.config.quantities import (
     template,
 )
 from qemu_dump_ext.crash_collector.record import CauseKind
-from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, DumpRequest
+
+# What knows formats and memory sources is imported where a configuration names one: most commands
+# need none of it, and it takes longer to import than all else.
+_AUTO = "auto"
 
 _NO_MORE = ConfigDict(extra="forbid", frozen=True)
 
@@ -62,6 +64,8 @@ _CONSOLE_PATTERNS = (
 
 
 def _parse_format(name: str) -> str:
+    from qemu_dump_ext.dump_formats import find_dump_format  # noqa: PLC0415 - see above
+
     try:
         find_dump_format(name).require(DumpRequest(format=name))
     except RequestError as error:
@@ -70,7 +74,9 @@ def _parse_format(name: str) -> str:
 
 
 def _parse_memory(name: str) -> str:
-    known = (AUTO, *all_memory_sources())
+    from qemu_dump_ext.memory_sources import all_memory_sources  # noqa: PLC0415 - see above
+
+    known = (_AUTO, *all_memory_sources())
     if name not in known:
         raise ValueError(f"memory is one of {', '.join(known)}")
     return name
@@ -190,7 +196,7 @@ class Settings:
     dump_level: Annotated[Count, Field(le=DUMP_LEVEL_MAX)] = DUMP_LEVEL_MAX
     max_bytes: Annotated[Size, Field(ge=1)] | None = None
     further_dumps: Literal["none", "mini", "smallest"] = "none"
-    memory: Annotated[str, AfterValidator(_parse_memory)] = AUTO
+    memory: Annotated[str, AfterValidator(_parse_memory)] = _AUTO
     console: GuestTemplate | None = None
     console_patterns: tuple[Pattern, ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))
     heartbeat: Heartbeat | None = None
@@ -205,6 +211,8 @@ class Settings:
     def _check_level(self) -> Settings:
         if self.level is None:
             return self
+        from qemu_dump_ext.dump_formats import find_dump_format  # noqa: PLC0415 - see above
+
         request = DumpRequest(format=self.format, level=self.level)
         try:
             find_dump_format(self.format).check(request)
