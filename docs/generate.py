@@ -193,6 +193,7 @@ def _settings() -> Iterator[str]:
         "`after`, where it is a command": settings.AfterCommand,
         "`limits`": settings.Limits,
         "`upload`": settings.Upload,
+        "Each of `notify`": settings.Notification,
     }
     inherited = {field.name for field in dataclasses.fields(settings.Settings)}
     for index, (heading, declared) in enumerate(headings.items()):

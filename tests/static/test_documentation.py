@@ -220,7 +220,7 @@ def test_configuration_of_the_crash_collector_is_right():
     text = COLLECTOR.partition("    store: /var/crash/guests  ")
     block = (text[1] + text[2]).partition("\n\n")[0]
     configuration = parse_configuration(block, "the example")
-    assert configuration.guests[0].after == "reset"
+    assert configuration.guests[0].after == ("reset",)
     assert configuration.guests[0].labels == {"farm": "north"}
     for page in (README, COLLECTOR):
         short = re.search(r"printf '(.*)' >", page)

@@ -39,6 +39,7 @@ _FIXED = (
     "collection_timeout",
     "retry_interval",
     "upload",
+    "notify",
     "report",
     "metrics_port",
 )

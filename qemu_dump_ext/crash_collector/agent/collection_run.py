@@ -198,10 +198,7 @@ async def finish(crash_id: str, status: str, around: Surroundings, services: Ser
     """Do what is to be done behind a crash that is stored, and remember that it is done."""
     extra = {"guest": around.guest.name, "crash": crash_id}
     if status != "gone":
-        try:
-            await _act(crash_id, status, around, services)
-        except (DumpError, OSError) as error:
-            _logger.error("after-action: %s", error, extra=extra)  # noqa: TRY400
+        await _act(crash_id, status, around, services)
         status = await status_or_gone(around)
     await around.ledger.note(stored=None, handled=status if status in STOPPED_BY_QEMU else None)
     try:
@@ -217,13 +214,21 @@ async def finish(crash_id: str, status: str, around: Surroundings, services: Ser
 
 
 async def _act(crash_id: str, status: str, around: Surroundings, services: Services) -> None:
-    action = around.guest.settings.after
-    if isinstance(action, AfterCommand):
-        await run_command(action, services.store, crash_id, services.ending)
-        return
-    if action == "quit":
-        around.quits()
-    await run_action(action, around.session, status)
+    for number, action in enumerate(around.guest.settings.after):
+        try:
+            if isinstance(action, AfterCommand):
+                await run_command(action, services.store, crash_id, services.ending)
+                continue
+            if number:
+                status = await status_or_gone(around)
+            if status == "gone":
+                continue
+            if action == "quit":
+                around.quits()
+            await run_action(action, around.session, status)
+        except (DumpError, OSError) as error:  # the next is done all the same
+            extra = {"guest": around.guest.name, "crash": crash_id}
+            _logger.error("after-action: %s", error, extra=extra)  # noqa: TRY400
 
 
 async def _at_most(seconds: float, event: asyncio.Event) -> None:

@@ -378,7 +378,7 @@ class CrashCollector:
             dump=taken.dump or DumpFacts(None, self._settings.format, reason="not taken"),
             qemu=task.facts,
             guest_stopped_seconds=round(self._stopped_seconds, 6),
-            after_action=after if isinstance(after, str) else "command",
+            after_action=", ".join(one if isinstance(one, str) else "command" for one in after),
             remarks=(*dict.fromkeys([*taken.remarks, *left]), *also),
             kernel=(vmcoreinfo_value(taken.vmcoreinfo, "OSRELEASE") or "")[:_RELEASE_MAX] or None,
         )

@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     model_validator,
@@ -142,6 +143,49 @@ class AfterCommand:
 
 
 @dataclass(frozen=True)
+class Notification:
+    """Who is told of crashes: a program, or a webhook; exactly one of them.
+
+    Attributes:
+        on: Of which crashes: `new` signatures, `regression`s (resolved ones that come back), `all`.
+        command: A program and its arguments; the facts are JSON on its standard input, and
+            CRASH_WHY, CRASH_TEXT and others in its environment.
+        webhook: An http or https URL, to which the facts are posted as JSON; `text` in it is a line
+            for people.
+        timeout: How long one attempt may take.
+        retry: How soon an attempt that failed is made again; after each failure twice as late.
+        retry_max: How late an attempt that failed is made again at most.
+        attempts: How often it is tried.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    on: Annotated[tuple[Literal["new", "regression", "all"], ...], Field(min_length=1)] = (
+        "new",
+        "regression",
+    )
+    command: tuple[str, ...] = ()
+    webhook: Annotated[PathText, Field(pattern="^https?://")] | None = None
+    timeout: Seconds = 30.0
+    retry: Seconds = 5.0
+    retry_max: Seconds = 900.0
+    attempts: Annotated[Count, Field(ge=1, le=10_000)] = 100
+
+    @model_validator(mode="after")
+    def _check(self) -> Notification:
+        if bool(self.command) == (self.webhook is not None):
+            raise ValueError("a notification has one of `command` and `webhook`")
+        return self
+
+
+AfterStep: TypeAlias = Literal["leave", "resume", "reset", "quit"] | AfterCommand
+
+
+def _as_steps(value: Any) -> Any:
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+@dataclass(frozen=True)
 class Symbols:
     """Where the guest kernel's symbols are; `{release}` is the kernel's release.
 
@@ -180,8 +224,8 @@ class Settings:
         dumps_per_signature: How many dumps of crashes of the same signature are kept in the
             store; of more crashes, everything but the dump is stored.
         rate: How many dumps of each guest are taken at most.
-        after: What is done with the guest when its crash is stored; or `{command: [...]}`, a
-            program that is run.
+        after: What is done when a crash is stored: with the guest, or `{command: [...]}`, a program
+            that is run; or a list of these, one behind the other.
         labels: Any words and their values, which are stored with each crash.
         symbols: Where the symbols of the guest's kernel are.
         verify_with: Readers that must open a dump, beside our own verifier, before it is called
@@ -202,7 +246,9 @@ class Settings:
     heartbeat: Heartbeat | None = None
     dumps_per_signature: Count = 3
     rate: Rate = field(default_factory=Rate)
-    after: Literal["leave", "resume", "reset", "quit"] | AfterCommand = "leave"
+    after: Annotated[tuple[AfterStep, ...], BeforeValidator(_as_steps), Field(min_length=1)] = (
+        "leave",
+    )
     labels: dict[str, str] = field(default_factory=dict)
     symbols: Symbols = field(default_factory=Symbols)
     verify_with: tuple[Literal["crash", "drgn"], ...] = ()
@@ -313,6 +359,7 @@ class Configuration:
         retry_interval: How soon a crash that could not be stored is collected again.
         limits: What the store may take.
         upload: Where crashes are copied to; without, nowhere.
+        notify: Who is told of crashes, a list.
         report: The file of the report in HTML, written anew after each crash; without, a report
             is written only by `qemu-crash-collector report`.
         metrics_port: The port on 127.0.0.1 at which Prometheus finds the metrics; without, there
@@ -332,6 +379,7 @@ class Configuration:
     retry_interval: Seconds = 60.0
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None
+    notify: tuple[Notification, ...] = ()
     report: FilePath | None = None
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     defaults: Settings = field(default_factory=Settings)

@@ -1,4 +1,4 @@
-"""Where a crash is shown once it is in the store: uploaded, in the report, in the metrics.
+"""Where a crash is shown once it is in the store: uploaded, in reports and metrics, told people.
 
 Each works in threads of its own, and none keeps the agent waiting.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.outlets.metrics import AgentState, Metrics
+from qemu_dump_ext.crash_collector.outlets.notify import Notifier
 from qemu_dump_ext.crash_collector.outlets.report import write_report
 from qemu_dump_ext.crash_collector.outlets.upload import Uploader
 from qemu_dump_ext.crash_collector.store.store import CrashStore
@@ -53,6 +54,7 @@ class CrashOutlets:
         upload, report = configuration.upload, configuration.report
         self._uploader = None if upload is None else Uploader(store, upload)
         self._report = None if report is None else _ReportWriter(store, report, now)
+        self._notifier = Notifier(store, configuration.notify) if configuration.notify else None
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -64,7 +66,7 @@ class CrashOutlets:
         with ExitStack() as stack:
             if self._port is not None:
                 stack.enter_context(self._metrics.served(self._port))
-            for worker in (self._uploader, self._report):
+            for worker in (self._uploader, self._report, self._notifier):
                 if worker is not None:
                     worker.start()
                     stack.callback(worker.stop)
@@ -73,6 +75,8 @@ class CrashOutlets:
     def crash_stored(self, collected: Collected) -> None:
         """Show a crash."""
         self._metrics.crash_stored(collected)
+        if self._notifier is not None:
+            self._notifier.crash_stored(collected.record)
         for worker in (self._uploader, self._report):
             if worker is not None:
                 worker.wake()

@@ -1,239 +1,366 @@
-"""The crashes of a store as one page of HTML: nothing is loaded from elsewhere, and nothing runs.
+"""Crashes as pages of HTML, and a feed: nothing is loaded from elsewhere, and no server is needed.
 
-Whatever guests wrote is hostile: the page is built as a tree of elements, in which text stays
-text, and what is not printable is shown by its number.
+::
+
+    report.html            the signatures, and of each its crashes
+    report.atom            the latest crashes of new signatures and regressions
+    report-crashes/        one page for each crash
+
+Whatever guests wrote is hostile; see `html`.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import TypeAlias
-from urllib.parse import quote
-from xml.etree.ElementTree import Element, tostring
+from xml.etree.ElementTree import Element
 
-from qemu_dump_ext.crash_collector.record import CrashRecord
+from qemu_dump_ext.crash_collector.collect.signature import report_of
+from qemu_dump_ext.crash_collector.outlets.crash_page import (
+    crash_page,
+    dump_cell,
+    opening_command,
+    size_text,
+    state_element,
+)
+from qemu_dump_ext.crash_collector.outlets.crash_source import (
+    CrashSource,
+    SourcedCrash,
+    StoreSource,
+    merged_states,
+)
+from qemu_dump_ext.crash_collector.outlets.feed import feed_text
+from qemu_dump_ext.crash_collector.outlets.groups import (
+    SignatureGroup,
+    group_crashes,
+    guest_text,
+)
+from qemu_dump_ext.crash_collector.outlets.html import (
+    HEAD,
+    Content,
+    copied,
+    document,
+    element,
+    joined,
+    link,
+    preformatted,
+    quoted,
+    sort_key,
+    table,
+    time_element,
+)
 from qemu_dump_ext.crash_collector.store.files import replace_file
-from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
+from qemu_dump_ext.crash_collector.store.states import STATE_NAMES
+from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpWriteError, RequestError
-from qemu_dump_ext.printable import printable
 
 REPORT_FILE = "report.html"
-_HEAD = "<!DOCTYPE html>\n<!-- report of qemu-crash-collector -->\n"
 _SPARK_DAYS = 30
 _SIGNATURES_MAX = 1000
 _CRASHES_MAX = 200
-_TEXT_MAX = 500
-# Only what is in the page itself: should text become markup after all, it still does nothing.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-_STYLE = """
-:root { color-scheme: light dark; font: 15px/1.4 system-ui, sans-serif; }
-body { margin: 2rem auto; max-width: 90rem; padding: 0 1rem; }
-table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
-th, td { text-align: left; vertical-align: top; padding: .3rem .6rem;
-  border-bottom: 1px solid #8884; }
-th { font-weight: 600; white-space: nowrap; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-.text { overflow-wrap: anywhere; }
-.files a { white-space: nowrap; }
-.faint { opacity: .7; }
-.bad { color: #c33; }
-time, code { font-family: ui-monospace, monospace; font-size: .9em; }
-time { white-space: nowrap; }
-svg { display: block; fill: #c33; }
-section { border-top: 2px solid #8888; margin-top: 2.5rem; }
-:target { scroll-margin-top: 1rem; }
-:target h2 { color: #c33; }
-"""
-
-Content: TypeAlias = str | Element | None
-
-
-@dataclass(frozen=True)
-class _Group:
-    # All crashes of a signature that the store has, the newest first.
-    signature_id: str
-    count: SignatureCount
-    crashes: Sequence[CrashRecord]
+_LOG_BYTES = 64 << 10
+_LOG_LINES = 40
+_LOGS = ("dmesg.txt", "console.txt")
 
 
 def write_report(store: CrashStore, output: Path, *, now: datetime) -> None:
-    """Write the page, complete or not at all, for its owner alone.
+    """Write the report of one store; arguments and errors as of `write_report_of`."""
+    write_report_of([StoreSource(store, output)], output, now=now)
+
+
+def write_report_of(sources: Sequence[CrashSource], output: Path, *, now: datetime) -> None:
+    """Write all files of a report, each complete or not at all, for their owner alone.
 
     Args:
-        store: Whose crashes.
+        sources: Whose crashes.
         output: Where to; only another report is replaced.
         now: The last of the days that are shown.
 
     Raises:
         RequestError: Something else is there.
+        SourceError: A source cannot be looked at.
         DumpWriteError: It cannot be written.
     """
-    page = render_report(
-        list(store.records()),
-        store.signatures(),
-        title=f"Crashes in {store.path}",
-        base=os.path.relpath(store.path, output.parent),
-        now=now,
-    )
+    crashes = [crash for source in sources for crash in source.crashes()]
+    states = merged_states(sources)
+    groups = group_crashes(crashes, [source.counts() for source in sources], states)
+    title = f"Crashes in {', '.join(source.name for source in sources)}"
+    feed, pages = output.with_suffix(".atom"), _directory_of_pages(sources, output)
     try:
-        if output.exists():
-            with output.open("rb") as file:
-                if file.read(len(_HEAD)) != _HEAD.encode():
-                    raise RequestError(f"{output} is there, and is no report of ours")
+        _require_report(output)
+        _write_pages(groups, pages, output)
+        replace_file(feed, feed_text(groups, title, output.name, now).encode())
+        page = render_report(groups, title=title, now=now, pages=pages.name, feed=feed.name)
         replace_file(output, page.encode())
     except OSError as error:
         raise DumpWriteError(f"cannot write {output}: {error.strerror}") from error
 
 
+def _directory_of_pages(sources: Sequence[CrashSource], output: Path) -> Path:
+    name = f"{output.stem}-crashes"
+    # In a store, directories are guests, but for hidden ones.
+    in_store = any(source.name == str(output.parent) for source in sources)
+    return output.with_name(f".{name}" if in_store else name)
+
+
+def _require_report(output: Path) -> None:
+    if output.exists():
+        with output.open("rb") as file:
+            if file.read(len(HEAD)) != HEAD.encode():
+                raise RequestError(f"{output} is there, and is no report of ours")
+
+
+def page_name(crash: SourcedCrash) -> str:
+    """Return the name of the page of a crash, which no other crash has."""
+    host = hashlib.sha256(crash.host.encode()).hexdigest()[:8] + "_" if crash.host else ""
+    return f"{host}{crash.record.id.replace('/', '_')}.html"
+
+
+def _write_pages(groups: Sequence[SignatureGroup], pages: Path, output: Path) -> None:
+    """Write the pages that are not there as they should be, and remove those of crashes gone."""
+    pages.mkdir(mode=0o700, exist_ok=True)
+    wanted = set()
+    for group in groups:
+        for crash in group.crashes:
+            name = page_name(crash)
+            wanted.add(name)
+            # All that is on it but the logs, which do not change.
+            mark = hashlib.sha256(repr((crash.record, group.state)).encode()).hexdigest()
+            path = pages / name
+            if not _is_marked(path, mark):
+                page = crash_page(crash, group, mark, output.name)
+                replace_file(path, page.encode(), durable=False)  # thousands; written again
+    for path in pages.glob("*.html"):
+        if path.name not in wanted:
+            path.unlink(missing_ok=True)
+
+
+def _is_marked(path: Path, mark: str) -> bool:
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        return mark.encode() in file.read(8192)
+    return False
+
+
 def render_report(
-    records: Iterable[CrashRecord],
-    counts: Mapping[str, SignatureCount],
+    groups: Sequence[SignatureGroup],
     *,
     title: str,
-    base: str,
     now: datetime,
+    pages: str,
+    feed: str | None = None,
 ) -> str:
-    """Return the page. Pure.
+    """Return the page of all signatures.
 
     Args:
-        records: The crashes.
-        counts: What was counted, by signature; also of crashes that are gone.
+        groups: Those to show.
         title: The title of the page.
-        base: Way from the page to the store.
         now: The last of the days that are shown.
+        pages: Way from the page to those of the crashes.
+        feed: Way from the page to its feed, or None.
     """
-    groups = _group(records, counts)
     shown = groups[:_SIGNATURES_MAX]
-    body = _element(
+    body = element(
         "body",
-        _element("h1", title),
-        _element("p", _summary(groups, now), class_="faint"),
+        element("h1", title),
+        element("p", _summary(groups, now), class_="faint"),
+        _controls(),
         _overview(shown, now),
         _left_out(len(groups) - len(shown), "signatures"),
-        *(_section(group, base) for group in shown),
+        *(_section(group, pages) for group in shown),
     )
-    style = Element("style")
-    style.text = _STYLE
-    head = _element(
-        "head",
-        _element("meta", charset="utf-8"),
-        _element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        _element("meta", name="viewport", content="width=device-width"),
-        _element("title", title),
-        style,
-    )
-    return _HEAD + tostring(_element("html", head, body, lang="en"), "unicode", "html") + "\n"
+    return document(title, body, feed=feed)
 
 
-def _group(
-    records: Iterable[CrashRecord], counts: Mapping[str, SignatureCount]
-) -> Sequence[_Group]:
-    found: defaultdict[str, list[CrashRecord]] = defaultdict(list)
-    for record in sorted(records, key=lambda record: record.moment, reverse=True):
-        found[record.signature.id].append(record)
-    groups = []
-    for signature_id in {**found, **counts}:
-        crashes = found[signature_id]
-        count = counts.get(signature_id) or SignatureCount(
-            crashes[0].signature.message, len(crashes), crashes[-1].time, crashes[0].time
-        )
-        groups.append(_Group(signature_id, count, crashes))
-    return sorted(groups, key=lambda group: group.count.last_seen, reverse=True)
-
-
-def _summary(groups: Sequence[_Group], now: datetime) -> str:
-    crashes = [crash for group in groups for crash in group.crashes]
+def _summary(groups: Sequence[SignatureGroup], now: datetime) -> str:
+    crashes = [crash.record for group in groups for crash in group.crashes]
     size = sum(facts.bytes for crash in crashes for facts in crash.files.values())
     seen = sum(group.count.count for group in groups)
+    dumps = sum(crash.dump.file is not None for crash in crashes)
+    by_state = Counter(group.state.state for group in groups)
+    states = ", ".join(f"{by_state[name]} {name}" for name in STATE_NAMES if by_state[name])
     return (
-        f"{_plural(seen, 'crash', 'crashes')} of {_plural(len(groups), 'signature')} seen,"
-        f" {len(crashes)} kept with {_plural(_dumps(crashes), 'dump')}, {_size(size)};"
-        f" {now.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+        f"{_plural(seen, 'crash', 'crashes')} of {_plural(len(groups), 'signature')} seen"
+        f"{f' ({states})' if states else ''}, {len(crashes)} kept with {_plural(dumps, 'dump')},"
+        f" {size_text(size)}; {now.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
     )
 
 
-def _overview(groups: Sequence[_Group], now: datetime) -> Element:
-    heads = ("Signature", "Count", "Dumps", "First seen", "Last seen", "30 days", "Guests", "")
+def _controls() -> Element:
+    options = [
+        element("option", "all states", value=""),
+        element("option", "not resolved", value="unresolved"),
+        *(element("option", name, value=name) for name in STATE_NAMES),
+    ]
+    search = element(
+        "input",
+        type="search",
+        id="search",
+        placeholder="message, function, guest, kernel, label",
+        aria_label="search",
+    )
+    return element(
+        "div",
+        search,
+        element("select", *options, id="state", aria_label="state"),
+        element("span", id="count", class_="faint"),
+        class_="controls",
+        hidden="hidden",
+    )
+
+
+def _overview(groups: Sequence[SignatureGroup], now: datetime) -> Element:
+    heads = ("State", "Signature", "Count", "Dumps", "Last seen", "First seen", "30 days")
     rows = []
     for group in groups:
-        guests = sorted({crash.guest for crash in group.crashes})
+        count, dumps = group.count, sum(c.record.dump.file is not None for c in group.crashes)
+        frames = group.crashes[0].record.signature.frames[:2] if group.crashes else ()
         rows.append(
-            _element(
+            element(
                 "tr",
-                _element("td", _link(f"#{group.signature_id}", group.count.message), class_="text"),
-                _element("td", str(group.count.count), class_="number"),
-                _element("td", str(_dumps(group.crashes)), class_="number"),
-                _element("td", _time(group.count.first_seen)),
-                _element("td", _time(group.count.last_seen)),
-                _element("td", _sparkline(group.crashes, now)),
-                _element("td", ", ".join(guests), class_="text"),
-                _element("td", _element("code", group.signature_id)),
+                element("td", state_element(group.state.state), data_key=str(_rank(group))),
+                element(
+                    "td",
+                    link(f"#{group.signature_id}", count.message),
+                    element("div", element("code", " < ".join(frames)), class_="faint"),
+                    class_="text",
+                ),
+                element("td", str(count.count), class_="number", data_key=str(count.count)),
+                element("td", str(dumps), class_="number", data_key=str(dumps)),
+                element("td", time_element(count.last_seen), data_key=sort_key(count.last_seen)),
+                element("td", time_element(count.first_seen), data_key=sort_key(count.first_seen)),
+                element("td", _sparkline(group, now), data_key=str(_recent(group, now))),
+                element("td", *joined(group.kernels), class_="kernels"),
+                element("td", ", ".join(group.guests), class_="text"),
+                data_state=group.state.state,
+                data_section=group.signature_id,
+                data_search=_searched(group),
             )
         )
-    return _table(heads, rows)
+    return table((*heads, "Kernels", "Guests"), rows, class_="overview")
 
 
-def _section(group: _Group, base: str) -> Element:
-    frames = group.crashes[0].signature.frames if group.crashes else ()
+def _rank(group: SignatureGroup) -> int:
+    return len(STATE_NAMES) - STATE_NAMES.index(group.state.state)
+
+
+def _searched(group: SignatureGroup) -> str:
+    words: set[str] = {group.signature_id, group.count.message, group.state.note, *group.merged}
+    for crash in group.crashes[:_CRASHES_MAX]:
+        record = crash.record
+        words |= {guest_text(crash), record.kernel or "", record.cause.kind, record.cause.detail}
+        words |= {*record.signature.frames, *record.labels.values()}
+    return " ".join(sorted(words)).lower()
+
+
+def _section(group: SignatureGroup, pages: str) -> Element:
+    latest = group.crashes[0] if group.crashes else None
     shown = group.crashes[:_CRASHES_MAX]
-    return _element(
-        "section",
-        _element("h2", group.count.message, class_="text"),
-        _element("p", *_joined(_element("code", frame) for frame in frames)) if frames else None,
-        _table(
-            ("Time", "Guest", "Cause", "Dump", "Stopped", "Files", "Remarks"),
-            [_crash_row(crash, base) for crash in shown],
+    state = group.state
+    facts: list[Content] = (
+        [element("p", f"note: {state.note}", class_="text")] if state.note else []
+    )
+    if state.fixed_in:
+        facts.append(element("p", f"fixed in {state.fixed_in}", class_="text"))
+    if group.merged:
+        facts.append(element("p", f"with {', '.join(group.merged)}", class_="faint text"))
+    return element(
+        "details",
+        element(
+            "summary",
+            state_element(state.state),
+            " ",
+            element("h2", group.count.message, class_="text"),
+            element("span", f" {_plural(group.count.count, 'time')}", class_="faint"),
+        ),
+        element("p", element("code", group.signature_id), class_="faint"),
+        *facts,
+        *(_evidence(latest) if latest else ()),
+        table(
+            ("Time", "Guest", "Kernel", "Cause", "Dump", "Stopped", "Files", "Remarks"),
+            [_crash_row(crash, pages) for crash in shown],
         ),
         _left_out(len(group.crashes) - len(shown), "older crashes"),
+        class_="signature",
         id=group.signature_id,
     )
 
 
-def _crash_row(crash: CrashRecord, base: str) -> Element:
-    labels = ", ".join(f"{name}={value}" for name, value in sorted(crash.labels.items()))
-    directory = f"./{Path(base).as_posix()}/{crash.id}"
-    files: list[Content] = [_link(f"{_quoted(directory)}/", "directory")]
-    files += [_link(_quoted(f"{directory}/{name}"), name) for name in sorted(crash.files)]
-    if crash.uploaded is not None:
-        files.append(f"uploaded to {crash.uploaded.url}")
-    remarks = [*(["held"] if crash.held else []), *crash.dump.left_out, *crash.remarks]
-    return _element(
-        "tr",
-        _element("td", _time(crash.time)),
-        _element("td", crash.guest, _element("div", labels, class_="faint"), class_="text"),
-        _element("td", crash.cause.kind, _element("div", crash.cause.detail, class_="faint text")),
-        _element("td", *_dump_cell(crash)),
-        _element("td", f"{crash.guest_stopped_seconds:.1f} s", class_="number"),
-        _element("td", *_joined(files), class_="text files"),
-        _element("td", *_joined(remarks), class_="text"),
-    )
-
-
-def _dump_cell(crash: CrashRecord) -> Sequence[Content]:
-    dump = crash.dump
-    if dump.file is None:
-        return ["none", _element("div", dump.reason or "", class_="faint text")]
-    state = ", ".join(dump.verified_by) or "not verified"
+def _evidence(crash: SourcedCrash) -> Sequence[Content]:
+    """Return what the kernel said in the latest crash, and what opens its dump."""
+    frames = crash.record.signature.frames
+    lines = kernel_lines(crash)
+    said = report_of(lines)
     return [
-        f"{_size(dump.bytes)} {dump.format}",
-        None if dump.complete else _element("div", "incomplete", class_="bad"),
-        _element("div", state, class_="faint"),
-        _element("div", dump.reason, class_="bad text") if dump.reason else None,
+        element("p", *joined(element("code", frame) for frame in frames)) if frames else None,
+        preformatted("\n".join(said)) if said else None,
+        _log_end(lines),
+        copied(opening_command(crash)) if crash.record.dump.file else None,
     ]
 
 
-def _sparkline(crashes: Sequence[CrashRecord], now: datetime) -> Element:
+def _log_end(lines: Sequence[str]) -> Content:
+    if not lines:
+        return None
+    return element(
+        "details",
+        element("summary", "the end of the log"),
+        preformatted("\n".join(lines[-_LOG_LINES:])),
+    )
+
+
+def kernel_lines(crash: SourcedCrash) -> Sequence[str]:
+    """Return the end of the kernel's log, or else of the console, of a crash."""
+    for name in _LOGS:
+        if name in crash.record.files:
+            return crash.source.read_end(crash, name, _LOG_BYTES).splitlines()
+    return ()
+
+
+def _crash_row(crash: SourcedCrash, pages: str) -> Element:
+    record = crash.record
+    labels = ", ".join(f"{name}={value}" for name, value in sorted(record.labels.items()))
+    files: list[Content] = []
+    if crash.where:
+        files = [link(f"{crash.where}/", "directory")]
+        files += [link(f"{crash.where}/{quoted(name)}", name) for name in sorted(record.files)]
+    if record.uploaded is not None:
+        files.append(f"uploaded to {record.uploaded.url}")
+    remarks = [*(["held"] if record.held else []), *record.dump.left_out, *record.remarks]
+    page = f"{quoted(pages)}/{quoted(page_name(crash))}"
+    return element(
+        "tr",
+        element("td", element("a", time_element(record.time), href=page)),
+        element("td", guest_text(crash), element("div", labels, class_="faint"), class_="text"),
+        element("td", record.kernel or "", class_="text"),
+        element("td", record.cause.kind, element("div", record.cause.detail, class_="faint text")),
+        element("td", *dump_cell(record.dump)),
+        element("td", f"{record.guest_stopped_seconds:.1f} s", class_="number"),
+        element("td", *joined(files), class_="text files"),
+        element("td", *joined(remarks), class_="text"),
+    )
+
+
+def _recent(group: SignatureGroup, now: datetime) -> int:
+    return sum(_by_day(group, now))
+
+
+def _by_day(group: SignatureGroup, now: datetime) -> list[int]:
     today = now.astimezone(UTC).date()
-    by_day = Counter((today - crash.moment.astimezone(UTC).date()).days for crash in crashes)
-    counts = [by_day[age] for age in reversed(range(_SPARK_DAYS))]
+    counted = Counter(
+        (today - crash.record.moment.astimezone(UTC).date()).days for crash in group.crashes
+    )
+    return [counted[age] for age in reversed(range(_SPARK_DAYS))]
+
+
+def _sparkline(group: SignatureGroup, now: datetime) -> Element:
+    counts = _by_day(group, now)
     most = max(*counts, 1)
     bars = [
-        _element(
+        element(
             "rect",
             x=str(4 * day),
             y=str(20 - max(2, 20 * count // most)),
@@ -243,66 +370,16 @@ def _sparkline(crashes: Sequence[CrashRecord], now: datetime) -> Element:
         for day, count in enumerate(counts)
         if count
     ]
-    first = today - timedelta(days=_SPARK_DAYS - 1)
+    first = now.astimezone(UTC).date() - timedelta(days=_SPARK_DAYS - 1)
     label = f"{_plural(sum(counts), 'crash', 'crashes')} that are kept, since {first}"
     size = {"width": str(4 * _SPARK_DAYS), "height": "21", "role": "img"}
-    line = _element("rect", x="0", y="20", width=size["width"], height="1", opacity=".3")
-    return _element("svg", _element("title", label), line, *bars, **size)
-
-
-def _table(heads: Sequence[str], rows: Sequence[Element]) -> Element:
-    head = _element("thead", _element("tr", *(_element("th", text) for text in heads)))
-    return _element("table", head, _element("tbody", *rows))
+    line = element("rect", x="0", y="20", width=size["width"], height="1", opacity=".3")
+    return element("svg", element("title", label), line, *bars, **size)
 
 
 def _left_out(count: int, what: str) -> Element | None:
-    return _element("p", f"{count} {what} are not shown.", class_="faint") if count > 0 else None
-
-
-def _link(target: str, text: str) -> Element:
-    return _element("a", text, href=target)
-
-
-def _quoted(path: str) -> str:
-    # Of a file system that need not know UTF-8.
-    return quote(path.encode("utf-8", "surrogateescape"))
-
-
-def _time(text: str) -> Element:
-    return _element("time", text[:19].replace("T", " "), datetime=text)
-
-
-def _joined(contents: Iterable[Content]) -> Sequence[Content]:
-    return [part for content in contents for part in (content, _element("br"))][:-1]
-
-
-def _dumps(crashes: Iterable[CrashRecord]) -> int:
-    return sum(crash.dump.file is not None for crash in crashes)
+    return element("p", f"{count} {what} are not shown.", class_="faint") if count > 0 else None
 
 
 def _plural(count: int, one: str, many: str | None = None) -> str:
     return f"{count} {one if count == 1 else many or f'{one}s'}"
-
-
-def _size(count: int) -> str:
-    return f"{count / (1 << 20):.1f} MiB"
-
-
-def _element(tag: str, *contents: Content, **attributes: str) -> Element:
-    # `class_` and `http_equiv` as Python has to write them.
-    names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    element = Element(
-        tag, {names[name]: printable(text, keep="") for name, text in attributes.items()}
-    )
-    for content in contents:
-        if isinstance(content, Element):
-            element.append(content)
-        elif content is not None:
-            text = printable(
-                content if len(content) <= _TEXT_MAX else f"{content[:_TEXT_MAX]}…", keep=""
-            )
-            if len(element):
-                element[-1].tail = (element[-1].tail or "") + text
-            else:
-                element.text = (element.text or "") + text
-    return element

@@ -41,15 +41,22 @@ def write_record(directory: Path, record: CrashRecord) -> None:
         replace_file(directory / name, content)
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file for its owner alone: the old one, or all of the new one, is on the disk."""
+def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
+    """Write a file for its owner alone: the old one, or all of the new one, is on the disk.
+
+    Args:
+        path: The file.
+        content: What it is to have.
+        durable: Wait for the disk; without, after a crash of the host it may be an empty one.
+    """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)

@@ -6,6 +6,7 @@
     STORE/.incoming/              under way; renamed when complete
     STORE/.signatures.json        how often each signature was seen; survives what is removed
     STORE/.states.json            what people made of each signature
+    STORE/.notifications.json     what is still to be told to somebody
     STORE/.lock                   held while any of this changes
 """
 

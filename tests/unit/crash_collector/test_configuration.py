@@ -36,11 +36,12 @@ def test_everything_has_its_place_and_its_unit():
     limits = configuration.limits
     assert (limits.bytes, limits.age, limits.free) == (20 << 30, 30 * 86400, 512 << 20)
     by_socket, by_glob, by_directory = configuration.guests
-    assert isinstance(by_socket.after, AfterCommand)
-    assert by_socket.after.command == ("notify", "me")
+    (after,) = by_socket.after
+    assert isinstance(after, AfterCommand)
+    assert after.command == ("notify", "me")
     assert by_socket.heartbeat is not None
     assert (by_socket.heartbeat.interval, by_socket.heartbeat.after) == (0.5, 120)
-    assert (by_glob.after, by_glob.labels) == ("reset", {"farm": "a"})
+    assert (by_glob.after, by_glob.labels) == (("reset",), {"farm": "a"})
     assert by_directory.causes == ("shutdown", "console")
     assert by_directory.console_patterns[0].search("oh no, it broke")
 

@@ -51,7 +51,7 @@ function _shtab_qemu_crash_collector_using
 end
 
 set -g _shtab_qemu_crash_collector_commands acknowledge check-config guests hold list merge open prune release reopen report resolve run show trigger
-set -g _shtab_qemu_crash_collector_opts_with_value --config --detail --fixed-in --guest --log --note --output --qmp --reader --signature --state --store --vmlinux
+set -g _shtab_qemu_crash_collector_opts_with_value --config --detail --fixed-in --from --guest --log --note --output --qmp --reader --signature --state --store --vmlinux
 
 complete -c qemu-crash-collector -e
 complete -c qemu-crash-collector -f
@@ -112,10 +112,11 @@ complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using reopen' -
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using reopen' -l store -xka "(__fish_complete_directories)" -d 'the store, instead of the configuration'"'"'s'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using reopen' -l json -d 'answer in JSON'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using reopen' -l note -x -d 'what to remember; without, what there was'
-complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using; and test $_shtab_qemu_crash_collector_npos -eq 0' -a report -d 'write a page of HTML about all crashes'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using; and test $_shtab_qemu_crash_collector_npos -eq 0' -a report -d 'write pages of HTML, and a feed, about all crashes'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using report' -s h -l help -d 'show this help message and exit'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using report' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration; default: $QEMU_CRASH_COLLECTOR_CONFIG, or /etc/qemu-crash-collector.yaml'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using report' -l store -xka "(__fish_complete_directories)" -d 'the store, instead of the configuration'"'"'s'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using report' -l from -x -d 'instead of the store: one of several, or where hosts upload to; may be repeated. A URL is one of fsspec'"'"'s, with the options of `upload` in the configuration'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using report' -l output -xka "(__fish_complete_path (commandline -ct))" -d 'where to; default: `report` of the configuration, or report.html in the store'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using; and test $_shtab_qemu_crash_collector_npos -eq 0' -a resolve -d 'say that a signature is fixed; when it comes back, it is a regression'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using resolve' -s h -l help -d 'show this help message and exit'
