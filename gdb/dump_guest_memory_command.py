@@ -20,6 +20,7 @@ from qemu_dump_ext.options.dump_options import (
     read_registers,
     request_of,
 )
+from qemu_dump_ext.plan.request import Live
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.sinks import open_sink, target_forms
 
@@ -58,6 +59,7 @@ def _complete(before: Sequence[str], word: str) -> Sequence[str] | None:
     values = {
         "-z": format_words(),
         "--format": list(all_dump_formats()),
+        "--live": tuple(Live),
         "--memory": [AUTO, *all_memory_sources()],
         "--progress": PROGRESS_CHOICES,
     }

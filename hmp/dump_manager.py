@@ -77,7 +77,7 @@ class DumpManager:
         before = (self.status, self.job)
         self.status = DumpStatus.ACTIVE
         job = self.job = DumpJob(self._upstream)
-        job.copies = request.snapshot
+        job.copies = request.snapshot or request.live is not None
         try:
             await self._require_idle_qemu()
         except BaseException:

@@ -9,6 +9,7 @@
      |   +- UnsupportedTargetError
      |   +- NotDumpedByQemuError        QEMU refuses what is to be like its own
      |   +- PauseLimitError             the guest would stand still for too long
+     |   +- NotLiveError                QEMU cannot stream this guest while it runs
      +- SourceError                  3  cannot get at the guest
      |   +- ConnectError
      |   +- GuestDisturbedError         somebody else let it run, or reset it
@@ -78,6 +79,20 @@ class NotDumpedByQemuError(RequestError):
 
 class PauseLimitError(RequestError):
     """The dump cannot be taken within the pause that the user allows."""
+
+
+class NotLiveError(RequestError):
+    """The guest cannot be dumped while it runs.
+
+    Attributes:
+        stands_still: For it does not run: there is no pause that could be shorter.
+    """
+
+    def __init__(
+        self, message: str, *, stands_still: bool = False, hint: str | None = None
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.stands_still = stands_still
 
 
 class SourceError(DumpError):

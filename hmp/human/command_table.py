@@ -27,6 +27,7 @@ _OUR_HELP = (
     "--dump-level N: leave out pages as makedumpfile -d N does",
     "--mini, --mini=smallest: what triage needs, in a small kdump",
     "--snapshot: copy guest memory, let the guest run, write the copy",
+    "--live: the guest runs while QEMU streams it; --live=prefer: --snapshot where it cannot",
     "--memory NAME: where guest memory comes from",
     "--native: QEMU's own dump-guest-memory",
 )

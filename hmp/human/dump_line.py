@@ -19,7 +19,7 @@ from qemu_dump_ext.options.dump_options import (
     DumpLevel,
     parse_dump_level,
 )
-from qemu_dump_ext.plan.request import MINI_DUMPS, MiniDump
+from qemu_dump_ext.plan.request import MINI_DUMPS, Live, MiniDump
 
 _FLAGS = "pdwzlsR"
 _ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
@@ -38,6 +38,7 @@ class DumpLine:
         memory: Name of the memory source; None: the proxy's default.
         mended: Not as QEMU writes it; None: the proxy's default.
         snapshot: Copy guest memory, let the guest run, write the copy.
+        live: Have QEMU stream the guest while it runs.
         dump_level: Which pages are left out.
         mini: What more is left out, as `DumpRequest` has it.
         names_codec: It stands behind -z.
@@ -51,6 +52,7 @@ class DumpLine:
     memory: str | None = None
     mended: bool | None = None
     snapshot: bool = False
+    live: Live | None = None
     dump_level: DumpLevel = NO_DUMP_LEVEL
     mini: MiniDump | None = None
     names_codec: bool = False
@@ -61,7 +63,7 @@ class DumpLine:
         """Whether there are words in the line that QEMU does not know."""
         ours = self.memory is not None or self.mended is not None or self.snapshot
         less = self.dump_level.number > 0 or self.mini is not None
-        return ours or self.names_codec or less
+        return ours or self.live is not None or self.names_codec or less
 
 
 _SWITCHES: Mapping[str, Callable[[DumpLine], DumpLine]] = {
@@ -178,10 +180,19 @@ def _take_extension(
         except ArgumentTypeError as error:
             return BadExtension(f"--dump-level: {error}")
         return replace(parsed, dump_level=level), rest[value.end() :]
-    if word == "-mini":
-        return _take_mini(parsed, rest)
+    if word in _WITH_WORD:
+        return _WITH_WORD[word](parsed, rest)
     change = _SWITCHES.get(word)
     return None if change is None else (change(parsed), rest)
+
+
+def _take_live(parsed: DumpLine, rest: str) -> tuple[DumpLine, str] | BadExtension:
+    value = re.match(r"=(\S*)", rest)
+    if value is None:
+        return replace(parsed, live=Live.REQUIRE), rest
+    if value[1] not in tuple(Live):
+        return BadExtension(f"--live: one of {', '.join(Live)} expected")
+    return replace(parsed, live=Live(value[1])), rest[value.end() :]
 
 
 def _take_mini(parsed: DumpLine, rest: str) -> tuple[DumpLine, str] | BadExtension:
@@ -193,6 +204,12 @@ def _take_mini(parsed: DumpLine, rest: str) -> tuple[DumpLine, str] | BadExtensi
             mended = True if parsed.mended is None else parsed.mended
             return replace(parsed, mini=kind, mended=mended), rest[value.end() if value else 0 :]
     return BadExtension(f"--mini: one of {', '.join(MINI_DUMPS)} expected")
+
+
+_WITH_WORD: Mapping[str, Callable[[DumpLine, str], tuple[DumpLine, str] | BadExtension | None]] = {
+    "-live": _take_live,
+    "-mini": _take_mini,
+}
 
 
 def _take_string(text: str) -> tuple[str, str]:

@@ -266,6 +266,7 @@ class Interpreter:
             paging="p" in parsed.flags,
             memory_range=memory_range,
             snapshot=parsed.snapshot,
+            live=parsed.live,
             dump_level=parsed.dump_level.number,
             mini=parsed.mini,
             dump_level_required=parsed.dump_level.required,

@@ -11,7 +11,7 @@ from typing import Any
 from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError, UnsupportedTargetError
-from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpRequest, MemoryRange
+from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpRequest, Live, MemoryRange
 
 from ..dump_job import DumpJob
 from ..dump_manager import DumpManager
@@ -26,7 +26,9 @@ CommandHandler = Callable[[Message], Coroutine[Any, Any, object]]
 """Returns what a command returns."""
 
 _BY_DESCRIPTOR, _BY_NAME = "fd:", "file:"
-_ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "format"))
+_LIVE = "x-live"
+"""An argument that QEMU does not have: what `--live` is on the command line."""
+_ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "format", _LIVE))
 _INT_MAX = (1 << 63) - 1
 
 
@@ -141,6 +143,7 @@ def _request_of(arguments: Mapping[str, Any], *, mended: bool) -> DumpRequest:
         exact=not mended,
         paging=arguments["paging"],
         memory_range=None if begin is None else MemoryRange(begin, arguments["length"]),
+        live=Live(arguments[_LIVE]) if _LIVE in arguments else None,
     )
     try:
         find_dump_format(request.format).check(request)
@@ -157,6 +160,7 @@ def _is_ours(arguments: Mapping[str, Any]) -> bool:
         not arguments.keys() - _ARGUMENTS
         and isinstance(arguments.get("paging"), bool)
         and isinstance(arguments.get("detach", False), bool)
+        and arguments.get(_LIVE, Live.REQUIRE) in tuple(Live)
         and isinstance(protocol, str)
         and protocol.startswith((_BY_NAME, _BY_DESCRIPTOR))
         and isinstance(dump_format, str)

@@ -43,7 +43,7 @@ from qemu_dump_ext.structures.migration import (
     StreamBuffer,
     parse_stream,
 )
-from qemu_dump_ext.structures.vmcoreinfo import VMCOREINFO_NOTE_NAME
+from qemu_dump_ext.structures.vmcoreinfo import note_at_page_start
 
 _NO_PROOF = "no vCPU uses page tables that are known, and there is no note of the kernel"
 
@@ -179,11 +179,9 @@ class MigrationFile(DumpFile):
                 size = device.fields.integer("vmcoreinfo.size") or 0
                 if not place or not 0 < size <= VMCOREINFO_SIZE_MAX:
                     continue
-                note = self.read(place, size)
-                order = self.architecture.cores[0].byte_order
-                for candidate in (order, "little", "big"):
-                    found = list(parse_notes(note, candidate, 0))
-                    if found and found[0].name == VMCOREINFO_NOTE_NAME:
+                data = self.read(place, size)
+                for order in {core.byte_order for core in self.architecture.cores}:
+                    if (note := note_at_page_start(data, order)) is not None:
                         return note
             except (CorruptDumpError, GuestMemoryFaultError):
                 continue

@@ -11,6 +11,7 @@ from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
 from qemu_dump_ext.engine.estimate import level_that_fits
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
+from qemu_dump_ext.engine.live_guest import live_guest
 from qemu_dump_ext.engine.opening import Kernel
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins, stopped_guest
@@ -18,6 +19,7 @@ from qemu_dump_ext.errors import (
     DumpTooLargeError,
     MissingPackageError,
     NotDumpedByQemuError,
+    NotLiveError,
     RequestError,
     SourceError,
 )
@@ -35,7 +37,7 @@ from qemu_dump_ext.paging.tables import (
     roots_of_vcpus,
 )
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot, make_plan, select_blocks
-from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest
+from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest, Live
 from qemu_dump_ext.plan.windows_plan import make_windows_plan
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
@@ -78,9 +80,19 @@ def dump(
     _check(request, sink)
     prepare(request)
     started = time.monotonic()
+    fallback: list[str] = []
+    if request.live is not None:
+        try:
+            return _dump_live(request, access, sink, progress, started, mend_refused=mend_refused)
+        except NotLiveError as error:
+            if request.live is Live.REQUIRE and not error.stands_still:
+                raise
+            fallback.append(f"not live, but as with --snapshot: {error}")
+            request = replace(request, live=None, snapshot=True)
     with ExitStack() as copies:
         with stopped_guest(access, memory, _pause_limit(request)) as guest:
             job = _Dump(request, guest, sink, progress, started)
+            job.remarks += fallback
             job.plan(mend_refused=mend_refused)
             if request.snapshot:
                 job.copy(copies)
@@ -93,11 +105,34 @@ def dump(
         return job.report(stopped_seconds)
 
 
+def _dump_live(
+    request: DumpRequest,
+    access: GuestAccess,
+    sink: Sink,
+    progress: ProgressMeter,
+    started: float,
+    *,
+    mend_refused: bool,
+) -> DumpReport:
+    limit = _pause_limit(request)
+    with live_guest(
+        access,
+        sink.directory,
+        advance=lambda _size: progress.advance(0),
+        limit=limit,
+        gently=request.live is Live.PREFER,
+    ) as guest:
+        job = _Dump(request, guest, sink, progress, started)
+        job.plan(mend_refused=mend_refused)
+        job.write_from_guest()
+        return job.report(guest.pause.seconds())
+
+
 def dump_stopped(
     request: DumpRequest, guest: StoppedGuest, sink: Sink, *, progress: ProgressMeter
 ) -> DumpReport:
     """Take a dump of a guest that stands still before and afterwards; otherwise as `dump`."""
-    if request.snapshot:
+    if request.snapshot or request.live is not None:
         raise RequestError("a guest that stays stopped needs no snapshot")
     _check(request, sink)
     prepare(request)
@@ -157,7 +192,7 @@ class _Dump:
         self._sink = sink
         self._progress = progress
         self._started = started
-        self._remarks: list[str] = []
+        self.remarks: list[str] = []
         self._copy: CopiedMemory | None = None
 
     def plan(self, *, mend_refused: bool = False) -> None:
@@ -177,7 +212,7 @@ class _Dump:
                 self._request, fitted = _fit(guest, request)
                 request = self._request
             snapshot, remarks = _snapshot(guest, request, self._check_pause)
-            self._remarks = [*fitted, *remarks]
+            self.remarks += [*fitted, *remarks]
             self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
         self._memory, self._passed_over = guest.memory, guest.passed_over
         _foretell(self._memory, self._plan.ram_blocks)
@@ -200,7 +235,7 @@ class _Dump:
     def write_copy(self) -> None:
         copy = self._copy
         if copy is not None:
-            self._remarks.append(f"{copy.size >> 20} MiB of guest memory were copied {copy.where}")
+            self.remarks.append(f"{copy.size >> 20} MiB of guest memory were copied {copy.where}")
             self._progress.start(self._plan.memory_size)
             self._write(copy, self._advance)
 
@@ -236,7 +271,7 @@ class _Dump:
             missing=self._plan.missing,
             remarks=(
                 *self._guest.remarks,
-                *self._remarks,
+                *self.remarks,
                 *self._plan.remarks,
                 *filter(None, [self._guest.pause.left]),
             ),
@@ -269,7 +304,9 @@ def _foretell(memory: GuestMemory, parts: Sequence[RamBlock]) -> None:
 def _pause_limit(request: DumpRequest) -> PauseLimit | None:
     if request.max_pause is None:
         return None
-    return PauseLimit(request.max_pause, None if request.snapshot else "--snapshot is shorter")
+    return PauseLimit(
+        request.max_pause, None if request.snapshot or request.live else "--snapshot is shorter"
+    )
 
 
 def _is_dumped_by_qemu(guest: ProbedGuest) -> bool:

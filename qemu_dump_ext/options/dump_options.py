@@ -29,12 +29,15 @@ from qemu_dump_ext.plan.request import (
     MINI_DUMPS,
     WINDOWS_FORMAT,
     DumpRequest,
+    Live,
     MemoryRange,
 )
 
 DEFAULT_CODEC = "zlib"
 PROGRESS_CHOICES = ("auto", "always", "never", "json")
 _COUNT = re.compile(r"[0-9]{1,9}")
+_ALONE = {"--mini": MINI_DUMPS[0], "--live": Live.REQUIRE}
+"""What options stand for that have no word behind them."""
 COMMAND = "dump-guest-memory"
 """QEMU's name of the command, for its messages."""
 
@@ -219,6 +222,13 @@ def _add_guest_arguments(parser: argparse.ArgumentParser) -> None:
         help="copy guest memory, let the guest run again, and then write the dump",
     )
     parser.add_argument(
+        "--live",
+        choices=tuple(Live),
+        metavar="[=prefer]",
+        help="have QEMU stream the guest as it is at one moment, while it runs: it stands still for"
+        " milliseconds; with =prefer as with --snapshot where that cannot be",
+    )
+    parser.add_argument(
         "--max-pause",
         type=positive_seconds,
         metavar="SECONDS",
@@ -282,10 +292,10 @@ def with_explicit_codec(words: Sequence[str], files: int = 1) -> list[str]:
     """
     # `-z out.kdump` names a file, `-z lzo out.kdump` a codec and a file. A word of no codec with
     # another word behind it is a misspelt codec, and argparse says which there are.
-    # What is behind `--mini` is none of its words, which stand behind `--mini=`.
+    # What is behind `--mini` is none of its words, which stand behind `--mini=`; so with `--live`.
     explicit: list[str] = []
     for index, word in enumerate(words):
-        explicit.append(f"{word}={MINI_DUMPS[0]}" if word == "--mini" else word)
+        explicit.append(f"{word}={_ALONE[word]}" if word in _ALONE else word)
         if word != "-z":
             continue
         rest = [later for later in words[index + 1 :] if not later.startswith("--")]
@@ -375,6 +385,7 @@ def request_of(arguments: argparse.Namespace) -> DumpRequest:
         dump_level_required=arguments.dump_level.required,
         sparse=arguments.sparse,
         snapshot=arguments.snapshot,
+        live=None if arguments.live is None else Live(arguments.live),
         max_pause=arguments.max_pause,
     )
     request = replace(request, memory_range=_range_of(arguments, request))

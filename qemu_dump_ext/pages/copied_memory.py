@@ -6,99 +6,16 @@ memory is short.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
-import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
-from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.host_limits import refused_as
+from qemu_dump_ext.pages._copy_store import CopyStore, open_copy_store
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, populated_ranges
-
-_MAP_NORESERVE = 0x4000
-_MEMORY_SHARE = 2
-"""A copy in memory takes at most this part of what is available: one half."""
-
-
-class _Store(Protocol):
-    # Where the copy is; offsets in bytes.
-    def fill(self, offset: int, size: int, read: Callable[[memoryview], None]) -> memoryview: ...
-
-    def read_into(self, offset: int, buffer: memoryview) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class _MemoryStore:
-    def __init__(self, size: int) -> None:
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        # No MADV_HUGEPAGE: the kernel moves other memory to make some, for twice the time.
-        with refused_as(DumpWriteError, f"copy {size >> 20} MiB of guest memory"):
-            self._area = mmap.mmap(-1, size, flags)
-        self._view = memoryview(self._area)
-
-    def fill(self, offset: int, size: int, read: Callable[[memoryview], None]) -> memoryview:
-        view = self._view[offset : offset + size]
-        read(view)
-        return view
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        buffer[:] = self._view[offset : offset + len(buffer)]
-
-    def close(self) -> None:
-        # Somebody may still hold a part of it after an error; it goes with the last of them.
-        with contextlib.suppress(BufferError):
-            self._view.release()
-            self._area.close()
-
-
-class _FileStore:
-    def __init__(self, size: int, directory: Path) -> None:
-        with refused_as(DumpWriteError, f"look at {directory}"):
-            room = os.statvfs(directory)
-        free = room.f_bavail * room.f_frsize
-        if room.f_blocks and size > free:  # a tmpfs without a limit counts no blocks
-            raise DumpWriteError(
-                f"no room for --snapshot: {size >> 20} MiB of guest memory fit neither into half"
-                f" of the available memory nor into the {free >> 20} MiB left in {directory}"
-            )
-        with refused_as(DumpWriteError, f"create a file in {directory}"):
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed in close()
-        self._buffer = memoryview(bytearray(PIECE_SIZE))
-
-    def fill(self, offset: int, size: int, read: Callable[[memoryview], None]) -> memoryview:
-        view = self._buffer[:size]
-        read(view)
-        left = view
-        try:
-            while left:
-                written = os.pwrite(self._file.fileno(), left, offset)
-                offset += written
-                left = left[written:]
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise DumpWriteError(f"cannot write the copy of guest memory: {reason}") from error
-        return view
-
-    def read_into(self, offset: int, buffer: memoryview) -> None:
-        while buffer:
-            with refused_as(DumpWriteError, "read the copy of guest memory"):
-                count = os.preadv(self._file.fileno(), [buffer], offset)
-            if not count:
-                raise DumpWriteError("the copy of guest memory became shorter")
-            offset += count
-            buffer = buffer[count:]
-
-    def close(self) -> None:
-        self._file.close()
 
 
 class CopiedMemory:
@@ -113,7 +30,7 @@ class CopiedMemory:
     is_slow = False
     is_at_hand = True
 
-    def __init__(self, name: str, store: _Store, where: str) -> None:
+    def __init__(self, name: str, store: CopyStore, where: str) -> None:
         self.name = name
         self.where = where
         self.size = 0
@@ -201,29 +118,9 @@ def room_for_copy(
         for block in blocks
         for start, end in populated_ranges(memory, block.gpa, block.end)
     )
-    store: _Store
-    if size <= available_memory() // _MEMORY_SHARE:
-        store, where = _MemoryStore(max(size, mmap.PAGESIZE)), "in memory"
-    else:
-        store, where = _FileStore(size, directory), f"in a nameless file in {directory}"
+    store, where = open_copy_store(size, directory, needed=size)
     copied = CopiedMemory(memory.name, store, where)
     try:
         yield copied
     finally:
         copied.close()
-
-
-def available_memory() -> int:
-    """Return how much memory may be used without swapping, in bytes."""
-    available = 0
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        text = Path("/proc/meminfo").read_text("ascii")
-        available = int(text.partition("MemAvailable:")[2].split()[0]) << 10
-    # A container may be allowed less than the machine has.
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        group = Path("/proc/self/cgroup").read_text("utf-8").partition("0::/")[2].splitlines()[0]
-        folder = Path("/sys/fs/cgroup") / group
-        limit = int((folder / "memory.max").read_text("ascii"))
-        used = int((folder / "memory.current").read_text("ascii"))
-        available = min(available, max(0, limit - used))
-    return available

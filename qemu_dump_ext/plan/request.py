@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import Literal, get_args
 
 from qemu_dump_ext.errors import RequestError
@@ -17,6 +18,13 @@ WINDOWS_FORMAT = "win-dmp"
 """What -w asks for."""
 DUMP_LEVEL_MAX = 31
 """All that makedumpfile can leave out."""
+
+
+class Live(StrEnum):
+    """Whether a guest is dumped while it runs; the words behind `--live`."""
+
+    REQUIRE = "require"
+    PREFER = "prefer"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,8 @@ class DumpOptions:
         sparse: Leave holes for pages of zeros in an ELF core or a Windows dump, where the file can
             have any.
         snapshot: Copy guest memory while the guest stands still, and write the dump afterwards.
+        live: Have QEMU stream the guest while it runs; None: it stands still. Where that cannot be:
+            `require` is an error, but for a guest that does not run; `prefer` takes a snapshot.
         dump_level: Which pages are left out, as makedumpfile numbers them: a sum of 1 (zeros), 2
             (cache), 4 (cache with private data, too), 8 (user) and 16 (free).
         mini: What triage needs: dump level 31, and the struct pages of pages that are left out are
@@ -80,6 +90,7 @@ class DumpOptions:
     omit_zero: bool = False
     sparse: bool = True
     snapshot: bool = False
+    live: Live | None = None
     dump_level: int = 0
     mini: MiniDump | None = None
     dump_level_required: bool = False
@@ -90,11 +101,14 @@ class DumpOptions:
         """Refuse what no format can do, in QEMU's words.
 
         Raises:
-            RequestError: A negative range; a mini dump of another level, or one that is exact.
+            RequestError: A negative range; a mini dump of another level, or one that is exact;
+                two ways to a short pause.
         """
         if self.mini is not None and (self.exact or self.dump_level not in {0, DUMP_LEVEL_MAX}):
             what = "QEMU has no mini dumps" if self.exact else "a mini dump is of dump level 31"
             raise RequestError(what, hint="--mini goes with neither --exact nor another level")
+        if self.live is not None and self.snapshot:
+            raise RequestError("--live and --snapshot exclude each other: give one of them")
         if self.memory_range is not None:
             for name in ("begin", "length"):
                 if getattr(self.memory_range, name) < 0:

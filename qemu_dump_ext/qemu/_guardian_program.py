@@ -1,7 +1,8 @@
-"""What a guardian runs: `PROGRAM KIND ADDRESS`, with the standard library and nothing of ours.
+"""What a guardian runs: `PROGRAM KIND ADDRESS [CAPABILITY [STREAM]]`; the standard library alone.
 
 Standard input tells what to do: a byte, that nothing is left to do; its end without one, that the
-guest is to be let run.
+guest is to be let run, or that the capability of migrations is to be taken back, when the stream,
+a descriptor, has been read to its end.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ _LINE_MAX = 1 << 20
 _ACKNOWLEDGEMENTS = (b"+", b"-")
 _RETRY_SECONDS = 0.3
 _IN_PROCESS = "dump in process"
+_MIGRATION_ENDED = frozenset((None, "none", "cancelled", "completed", "failed"))
 _PAUSED = re.compile(r"VM status: paused(?: \(single step mode\))?\s*$", re.MULTILINE)
 
 
@@ -44,8 +46,23 @@ class _Qmp:
         """Tell whether QEMU has taken it: it does not while it dumps the guest itself."""
         return _IN_PROCESS not in json.dumps(self._execute("cont").get("error"))
 
-    def _execute(self, command: str) -> dict[str, Any]:
-        self._connection.sendall(json.dumps({"execute": command}).encode() + b"\n")
+    def take_back(self, capability: str) -> bool:
+        """Tell whether a capability is off: QEMU changes none during a migration."""
+        answer = self._execute("query-migrate").get("return")
+        status = answer.get("status") if isinstance(answer, dict) else None
+        if status not in _MIGRATION_ENDED:
+            return False
+        # QEMU takes it once more only when it has let go of guest memory; taken away before, the
+        # guest would hang.
+        return self._set(capability, on=True) and self._set(capability, on=False)
+
+    def _set(self, capability: str, *, on: bool) -> bool:
+        wanted = {"capabilities": [{"capability": capability, "state": on}]}
+        return "return" in self._execute("migrate-set-capabilities", wanted)
+
+    def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        self._connection.sendall(json.dumps(request).encode() + b"\n")
         while not {"return", "error"} & (answer := self._message()).keys():
             pass
         return answer
@@ -161,8 +178,24 @@ def release(kind: str, address: object) -> None:
         time.sleep(_RETRY_SECONDS)
 
 
+def take_back(address: object, capability: str) -> None:
+    """Take a capability back; waits until QEMU answers, or is gone."""
+    while True:
+        with _connect(address) as connection:
+            # Whatever is no socket is a console, which is no QMP.
+            if not isinstance(connection, socket.socket) or _Qmp(connection).take_back(capability):
+                return
+        time.sleep(_RETRY_SECONDS)
+
+
 if __name__ == "__main__" and not sys.stdin.buffer.read(1):
     try:
-        release(sys.argv[1], json.loads(sys.argv[2]))
+        if len(sys.argv) > 4:
+            while os.read(int(sys.argv[4]), _LINE_MAX):
+                pass
+        if len(sys.argv) > 3:
+            take_back(json.loads(sys.argv[2]), sys.argv[3])
+        else:
+            release(sys.argv[1], json.loads(sys.argv[2]))
     except (GoneError, OSError, ValueError):
         sys.exit(1)

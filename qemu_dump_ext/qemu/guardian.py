@@ -1,9 +1,10 @@
-"""A process that lets a guest run again if this one cannot.
+"""A process that undoes what this one has done to a guest, if this one cannot.
 
 This one may be killed, may lose its connection, or may have given up on a QEMU that does not
 answer: what it has sent is lost when it ends, and a debugger's connection that QEMU takes later
 stops the guest. The guardian waits for QEMU as long as QEMU lives, and lets only a guest run that
-is paused as we have paused it.
+is paused as we have paused it. Where a capability of migrations was set instead, it is taken back
+when no migration is under way.
 """
 
 from __future__ import annotations
@@ -29,12 +30,20 @@ _DISMISSED = b"d"
 class Guardian:
     """Acts when it is not dismissed before this process ends, or is told to act."""
 
-    def __init__(self, kind: Literal["qmp", "hmp", "gdb"], address: str) -> None:
+    def __init__(
+        self,
+        kind: Literal["qmp", "hmp", "gdb"],
+        address: str,
+        capability: str | None = None,
+        stream: int | None = None,
+    ) -> None:
         """Start it.
 
         Args:
             kind: What listens at `address`: QMP, a human monitor or a gdbstub.
             address: A path or HOST:PORT.
+            capability: What it takes back, by QMP; None: it lets the guest run.
+            stream: Descriptor that it reads to the end before; None: of none.
         """
         # By its name in its directory: the whole path may be too long for a socket.
         path = Path(unix_path(address)).absolute()
@@ -46,12 +55,15 @@ class Guardian:
                     (
                         *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
                         *(kind, json.dumps(target or path.name)),
+                        *([capability] if capability else []),
+                        *([] if stream is None else [str(stream)]),
                     ),
                     stdin=subprocess.PIPE,
                     stdout=nowhere,
                     stderr=nowhere,
                     cwd=None if target else path.parent,
                     start_new_session=True,  # Ctrl-C is ours
+                    pass_fds=() if stream is None else (stream,),
                 )
             finally:
                 os.close(nowhere)

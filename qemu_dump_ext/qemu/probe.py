@@ -14,10 +14,10 @@ from qemu_dump_ext.architectures import (
     architecture_for_cpu_types,
 )
 from qemu_dump_ext.errors import GuestDisturbedError, SourceError
-from qemu_dump_ext.guest.access import GuestAccess, Monitor
+from qemu_dump_ext.guest.access import GuestAccess, Monitor, Stub
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.qemu.dump_listeners import why_dumps_are_forbidden
-from qemu_dump_ext.qemu.dumped_memory import find_dumped_memory
+from qemu_dump_ext.qemu.dumped_memory import DumpedMemory, find_dumped_memory
 from qemu_dump_ext.qemu.monitor_queries import (
     find_devices,
     find_machine_objects,
@@ -39,6 +39,7 @@ from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
 from qemu_dump_ext.structures.dialect import QemuVersion
 
+_IT_RUNS = "the guest runs, and QEMU would stop it for a dump"
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
 """From here on QMP's query-target may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
 
@@ -62,6 +63,7 @@ class ProbedGuest:
         left_out: What of its memory does not go into a dump, in words.
         doubts: What could not be found out, in words.
         shown_first: Registers of each vCPU by cpu_index, as the monitor showed them at first.
+        properties: Of the CPU object, by our names of registers.
     """
 
     version: QemuVersion
@@ -77,6 +79,87 @@ class ProbedGuest:
     left_out: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     shown_first: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    properties: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What a guest is, whether it runs or not."""
+
+    version: QemuVersion
+    architecture: Architecture
+    machine: str
+    dumped: DumpedMemory
+    readable_ranges: Sequence[tuple[int, int]]
+    dumps_forbidden: str | None
+    native_dumps: NativeDumps
+    register_texts: Mapping[int, str]
+    properties: Mapping[str, int]
+
+
+def _probe_target(access: GuestAccess, forbidden: str | None, stub: Stub | None) -> _Target:
+    monitor = access.monitor
+    version = parse_version(monitor.execute("info version"))
+    objects = find_machine_objects(
+        monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
+    )
+    flat_views = monitor.execute("info mtree -f")
+    forbidden = forbidden or why_dumps_are_forbidden(monitor)
+    native_dumps = NativeDumps(monitor, access.qmp, forbidden)
+    dumped = find_dumped_memory(monitor, native_dumps, flat_views)
+    texts = read_register_texts(monitor)
+    clues = TargetClues(
+        texts[min(texts)],
+        partial(read_property, monitor, objects.cpu_path),
+        _target_name(access, version),
+        lambda: read_byte_order(monitor, [block.gpa for block in dumped.blocks]),
+        lambda: read_g_packet(stub, min(texts)) if stub else b"",
+    )
+    architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
+    properties = {
+        register.name: number
+        for register in architecture.registers
+        if register.qom
+        and (number := read_number(monitor, objects.cpu_path, register.qom)) is not None
+    }
+    return _Target(
+        version,
+        architecture,
+        objects.machine_type,
+        dumped,
+        parse_readable_ranges(flat_views),
+        forbidden,
+        native_dumps,
+        texts,
+        properties,
+    )
+
+
+def probe_running_guest(access: GuestAccess) -> ProbedGuest:
+    """Find out what of a guest that runs would be dumped; it is not stopped for that.
+
+    Returns:
+        Its vCPUs without registers, for these change meanwhile; no note.
+
+    Raises:
+        SourceError: The monitor does not answer.
+        UnsupportedTargetError: No architecture file describes the guest.
+    """
+    target = _probe_target(access, _IT_RUNS, None)
+    return ProbedGuest(
+        target.version,
+        target.architecture,
+        target.dumped.blocks,
+        target.readable_ranges,
+        tuple(Vcpu(index, {}) for index in target.register_texts),
+        guest_note=b"",
+        native_refusal=None,
+        dumps_forbidden=target.dumps_forbidden,
+        machine=target.machine,
+        left_out=target.dumped.left_out,
+        doubts=target.dumped.doubts,
+        properties=target.properties,
+    )
 
 
 def probe_guest(access: GuestAccess) -> ProbedGuest:
@@ -87,40 +170,18 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         UnsupportedTargetError: No architecture file describes the guest.
     """
     monitor = access.monitor
-    version = parse_version(monitor.execute("info version"))
-    objects = find_machine_objects(
-        monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
-    )
-    flat_views = monitor.execute("info mtree -f")
-    dumps_forbidden = why_dumps_are_forbidden(monitor)
-    native_dumps = NativeDumps(monitor, access.qmp, dumps_forbidden)
-    dumped = find_dumped_memory(monitor, native_dumps, flat_views)
-    ram_blocks = dumped.blocks
-    texts = read_register_texts(monitor)
-    vcpu_property = partial(read_property, monitor, objects.cpu_path)
-    clues = TargetClues(
-        texts[min(texts)],
-        vcpu_property,
-        _target_name(access, version),
-        lambda: read_byte_order(monitor, [block.gpa for block in ram_blocks]),
-        lambda: read_g_packet(access.stub, min(texts)) if access.stub else b"",
-    )
-    architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
+    target = _probe_target(access, None, access.stub)
+    architecture, texts = target.architecture, target.register_texts
+    ram_blocks = target.dumped.blocks
     native, refusal = NativeNotes({}, b""), None
     try:
         if ram_blocks:
-            content = native_dumps.dump_byte(ram_blocks[0].gpa)
+            content = target.native_dumps.dump_byte(ram_blocks[0].gpa)
             native = parse_native_notes(content, architecture, list(texts))
     except SourceError as error:
         refusal = str(error)
     hardware_segments = "enabled" in monitor.execute("info kvm")
     by_stub = read_stub(architecture, access.stub) if access.stub else {}
-    properties = {
-        register.name: number
-        for register in architecture.registers
-        if register.qom
-        and (number := read_number(monitor, objects.cpu_path, register.qom)) is not None
-    }
     by_monitor = parse_monitor_registers(architecture, texts)
     readings = {
         index: VcpuReadings(
@@ -129,7 +190,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
             native=native.vcpus.get(index, {}),
             hardware_segments=hardware_segments,
             native_byte_order=native.byte_order,
-            qom=properties,
+            qom=target.properties,
         )
         for index in texts
     }
@@ -141,19 +202,20 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
     }
     unknown_note = refusal is not None and bool(find_devices(monitor, "vmcoreinfo"))
     return ProbedGuest(
-        version,
+        target.version,
         architecture,
         ram_blocks,
-        parse_readable_ranges(flat_views),
+        target.readable_ranges,
         vcpus,
         guest_note=None if unknown_note else native.guest_note,
         native_refusal=refusal,
-        dumps_forbidden=dumps_forbidden,
+        dumps_forbidden=target.dumps_forbidden,
         guessed=sorted(guessed),
-        machine=objects.machine_type,
-        left_out=dumped.left_out,
-        doubts=dumped.doubts,
+        machine=target.machine,
+        left_out=target.dumped.left_out,
+        doubts=target.dumped.doubts,
         shown_first=by_monitor,
+        properties=target.properties,
     )
 
 

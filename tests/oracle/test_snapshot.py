@@ -14,7 +14,7 @@ from qemu_dump_ext.engine import dump as dump_engine
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine
-from qemu_dump_ext.pages import copied_memory as memory_snapshot
+from qemu_dump_ext.pages import _copy_store as memory_snapshot
 from qemu_dump_ext.pages.copied_memory import room_for_copy
 from tests.support.doors import guest_status, run_cli
 from tests.support.oracle import OracleDumps

@@ -80,6 +80,8 @@ def test_every_option_arrives(option: str):
         ("-l", "-R", "--exact", "--threads", "3", "FILE"),
         ("-z", "--omit-zero", "--level", "0", "FILE"),
         ("-p", "--no-sparse", "--json", "--force", "--snapshot", "--max-pause", "1.5", "FILE"),
+        ("--live", "FILE"),
+        ("--live=prefer", "FILE"),
     ],
     ids=str,
 )

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_guest_memory_using
 end
 
 set -g _shtab_qemu_dump_guest_memory_commands
-set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --guest --hmp --kernel --level --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
+set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --guest --hmp --kernel --level --live --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
 
 complete -c qemu-dump-guest-memory -e
 complete -c qemu-dump-guest-memory -f
@@ -77,6 +77,7 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l max
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l omit-zero -d 'leave pages of zeros out: of a kdump, where they otherwise share one page (crash then opens it with --zero_excluded only), or of a dump of Windows, which then has a bitmap'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l sparse -l no-sparse -d 'leave holes for zeros in an ELF file or a dump of Windows (default), or write them'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l snapshot -d 'copy guest memory, let the guest run again, and then write the dump'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l live -xka "require prefer" -d 'have QEMU stream the guest as it is at one moment, while it runs: it stands still for milliseconds; with =prefer as with --snapshot where that cannot be'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l max-pause -x -d 'give the dump up when the guest has stood still for so long'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'

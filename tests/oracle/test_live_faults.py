@@ -1,0 +1,323 @@
+"""What goes wrong while a guest is streamed leaves it running, and nothing set."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.engine.live_guest import live_guest
+from qemu_dump_ext.errors import (
+    DumpWriteError,
+    NotLiveError,
+    PauseLimitError,
+    RequestError,
+    SourceError,
+)
+from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.guest_images.machine import QemuMachine
+from qemu_dump_ext.pages import _copy_store as copy_store
+from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.qemu.run_state import PauseLimit
+from tests.oracle.test_live import capabilities_of, command_of
+from tests.support.bare_guests import counting_arguments
+from tests.support.doors import run_cli
+from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
+from tests.support.waiting import wait_until
+
+pytestmark = pytest.mark.qemu
+
+_VERSIONS = pytest.mark.parametrize("newer", [False, True], ids=["older", "newer"], indirect=True)
+
+
+@contextmanager
+def running(folder: Path, *more: str, newer: bool) -> Iterator[QemuMachine]:
+    """Yield a guest that counts."""
+    arguments = [*counting_arguments("x86_64", folder, 1), *more]
+    with QemuMachine(command_of("x86_64", newer=newer), arguments) as machine:
+        yield machine
+
+
+@pytest.fixture(scope="module")
+def newer(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture(scope="module")
+def machine(newer: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
+    """One for all tests that leave it as it was, which is what they are about."""
+    with running(tmp_path_factory.mktemp("guest"), newer=newer) as machine:
+        yield machine
+
+
+def _state(machine: QemuMachine) -> tuple[str, Sequence[str], str]:
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        migration = qmp.execute("query-migrate").get("status", "none")
+        return qmp.execute("query-status")["status"], capabilities_of(qmp), migration
+
+
+def _runs_on(machine: QemuMachine) -> None:
+    """Wait until nothing is set any more, and see that the guest writes all of its pages."""
+    wait_until(
+        lambda: (
+            _state(machine)[:2] == ("running", [])
+            and _state(machine)[2] in {"none", "failed", "completed", "cancelled"}
+        )
+    )
+
+
+def _stream(machine: QemuMachine, folder: Path, advance: Callable[[int], None]) -> None:
+    with (
+        connect_qmp(str(machine.qmp_sockets[0])) as monitor,
+        live_guest(GuestAccess.by_qmp(monitor), folder, advance=advance),
+    ):
+        pass
+
+
+def _raiser(error: BaseException) -> Callable[[int], None]:
+    def advance(_size: int) -> None:
+        raise error
+
+    return advance
+
+
+@_VERSIONS
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), DumpWriteError("the disk is full")], ids=["Ctrl-C", "full disk"]
+)
+def test_what_ends_it_in_the_middle_leaves_the_guest_running(
+    machine: QemuMachine, tmp_path: Path, error: BaseException
+):
+    with pytest.raises(type(error)):
+        _stream(machine, tmp_path, _raiser(error))
+    _runs_on(machine)
+    _stream(machine, tmp_path, lambda _size: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+@_VERSIONS
+def test_a_process_that_is_killed_leaves_the_guest_running(machine: QemuMachine, tmp_path: Path):
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from qemu_dump_ext.engine.live_guest import live_guest\n"
+        "from qemu_dump_ext.guest.access import GuestAccess\n"
+        "from qemu_dump_ext.qemu.qmp import connect_qmp\n"
+        "def die(size): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "with connect_qmp(sys.argv[1]) as qmp:\n"
+        "    with live_guest(GuestAccess.by_qmp(qmp), Path(sys.argv[2]), advance=die): pass\n"
+    )
+    words = [sys.executable, "-c", program, str(machine.qmp_sockets[0]), str(tmp_path)]
+    done = subprocess.run(words, check=False, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    _runs_on(machine)
+    _stream(machine, tmp_path, lambda _size: None)
+
+
+@_VERSIONS
+def test_no_room_for_the_copy_is_told_before_the_guest_is_stopped(
+    machine: QemuMachine, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(copy_store, "available_memory", lambda: 0)
+    with pytest.raises(DumpWriteError, match="cannot create a file in /proc"):
+        _stream(machine, Path("/proc"), lambda _size: None)
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_a_copy_in_a_file_is_the_same(
+    machine: QemuMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(copy_store, "available_memory", lambda: 0)
+    with (
+        connect_qmp(str(machine.qmp_sockets[0])) as monitor,
+        live_guest(GuestAccess.by_qmp(monitor), tmp_path) as live,
+    ):
+        assert "in a nameless file" in live.remarks[1]
+        pages = live.read(0x2000000, 1 << 20)
+        assert any(pages)
+        found = live.memory.populated(0x2000000, 1 << 20)  # type: ignore[attr-defined]
+        assert found[0][0] == 0x2000000
+        assert live.read(0xFFFF0000, 5)[:4] == bytes.fromhex("fa2e660f"), "the BIOS is in it"
+
+
+@_VERSIONS
+def test_a_qemu_that_could_hang_the_guest_is_asked_only_where_it_must(
+    machine: QemuMachine, newer: bool, tmp_path: Path
+):
+    done = run_cli("--qmp", machine.qmp_sockets[0], "--live=prefer", tmp_path / "x")
+    assert done.returncode == 0, done.stderr
+    assert ("memory by background-snapshot" in done.stderr) == newer
+    assert ("this QEMU hangs the guest if anything ends its stream" in done.stderr) != newer
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_a_pause_that_was_too_long_gives_the_dump_up(machine: QemuMachine, tmp_path: Path):
+    with (
+        connect_qmp(str(machine.qmp_sockets[0])) as monitor,
+        pytest.raises(PauseLimitError, match="stood still for 1e-09 s"),
+        live_guest(GuestAccess.by_qmp(monitor), tmp_path, limit=PauseLimit(1e-9)),
+    ):
+        pass
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_a_capability_that_was_set_before_stays_set(machine: QemuMachine, tmp_path: Path):
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        for capability in ("background-snapshot", "events"):
+            wanted = [{"capability": capability, "state": True}]
+            qmp.execute("migrate-set-capabilities", capabilities=wanted)
+        try:
+            _stream(machine, tmp_path, lambda _size: None)
+            assert sorted(capabilities_of(qmp)) == ["background-snapshot", "events"]
+        finally:
+            for capability in ("background-snapshot", "events"):
+                wanted = [{"capability": capability, "state": False}]
+                qmp.execute("migrate-set-capabilities", capabilities=wanted)
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_parameters_of_migrations_stay_as_they_are(machine: QemuMachine, tmp_path: Path):
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        before = qmp.execute("query-migrate-parameters")
+        _stream(machine, tmp_path, lambda _size: None)
+        assert qmp.execute("query-migrate-parameters") == before
+
+
+@_VERSIONS
+def test_a_migration_under_way_is_left_alone(machine: QemuMachine, tmp_path: Path):
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("migrate-set-parameters", **{"max-bandwidth": 1000})
+        qmp.execute("migrate", uri="exec:cat >/dev/null")
+        try:
+            for words in (("--live",), ("--live=prefer",)):
+                done = run_cli("--qmp", machine.qmp_sockets[0], *words, tmp_path / "x")
+                assert done.returncode == RequestError.exit_status
+                assert "migration/snapshot in progress" in done.stderr
+            assert qmp.execute("query-migrate")["status"] == "active"
+        finally:
+            qmp.execute("migrate_cancel")
+            qmp.execute("migrate-set-parameters", **{"max-bandwidth": 1 << 27})
+            wait_until(lambda: qmp.execute("query-migrate")["status"] == "cancelled")
+    assert not list(tmp_path.iterdir())
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_a_guest_that_is_paused_is_dumped_as_it_stands(machine: QemuMachine, tmp_path: Path):
+    path = tmp_path / "x"
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("stop")
+        try:
+            done = run_cli("--qmp", machine.qmp_sockets[0], "--live", path)
+            assert done.returncode == 0, done.stderr
+            assert "not live, but as with --snapshot: the guest does not run, it is paused" in (
+                done.stderr
+            )
+            assert qmp.execute("query-status")["status"] == "paused"
+            assert qmp.execute("query-migrate").get("status") != "active"
+        finally:
+            qmp.execute("cont")
+    assert path.exists()
+
+
+@_VERSIONS
+def test_a_guest_that_never_ran_is_dumped_as_it_stands(newer: bool, tmp_path: Path):
+    with running(tmp_path, "-S", newer=newer) as machine:
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live", tmp_path / "x")
+        assert done.returncode == 0, done.stderr
+        assert "the guest does not run, it is prelaunch" in done.stderr
+        assert _state(machine)[:2] == ("prelaunch", [])
+
+
+@_VERSIONS
+def test_memory_that_cannot_be_protected_is_refused_in_one_line(newer: bool, tmp_path: Path):
+    backend = f"memory-backend-file,id=m,size=64M,mem-path={tmp_path / 'ram'},share=off"
+    words = ("-object", backend, "-machine", "memory-backend=m")
+    with running(tmp_path, *words, newer=newer) as machine:
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live", tmp_path / "x")
+        assert done.returncode == NotLiveError.exit_status
+        assert done.stderr.count("\n") == 1
+        assert "not compatible with guest memory configuration" in done.stderr
+        assert not (tmp_path / "x").exists()
+        _runs_on(machine)
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live=prefer", tmp_path / "x")
+        assert done.returncode == 0, done.stderr
+        assert "not live, but as with --snapshot: " in done.stderr
+        _runs_on(machine)
+
+
+@_VERSIONS
+@pytest.mark.parametrize("backend", ["memfd,share=on", "memfd,share=off", "ram"])
+def test_memory_backends_that_can_be_streamed(newer: bool, tmp_path: Path, backend: str):
+    kind, _, options = backend.partition(",")
+    what = f"memory-backend-{kind},id=m,size=64M{',' * bool(options)}{options}"
+    words = ("-object", what, "-machine", "memory-backend=m")
+    with running(tmp_path, *words, newer=newer) as machine:
+        path = tmp_path / "x"
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live", path)
+        assert done.returncode == 0, done.stderr
+        assert "memory by background-snapshot" in done.stderr
+        with open_dump(path) as dump:
+            assert dump.read(0xF0000, 4) == bytes.fromhex("fa2e660f")
+        _runs_on(machine)
+
+
+def test_a_device_that_forbids_it_is_named(tmp_path: Path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    drive = f"file={disk},if=none,id=d,format=raw"
+    with running(
+        tmp_path, "-drive", drive, "-device", "nvme,drive=d,serial=1", newer=False
+    ) as machine:
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live", tmp_path / "x")
+        assert done.returncode == NotLiveError.exit_status
+        assert re.search(r"QEMU.*nvme", done.stderr), done.stderr
+        _runs_on(machine)
+
+
+@_VERSIONS
+def test_a_stream_that_does_not_describe_itself_has_no_registers(newer: bool, tmp_path: Path):
+    with running(tmp_path, "-M", "q35,suppress-vmdesc=on", newer=newer) as machine:
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live", tmp_path / "x")
+        assert done.returncode == 6, done.stderr
+        assert "registers: the stream does not describe its devices" in done.stderr
+        _runs_on(machine)
+
+
+@_VERSIONS
+def test_qemu_that_is_gone_is_told(newer: bool, tmp_path: Path):
+    with running(tmp_path, newer=newer) as machine:
+
+        def kill(_size: int) -> None:
+            os.kill(machine.pid, signal.SIGKILL)
+
+        with pytest.raises(SourceError):
+            _stream(machine, tmp_path, kill)
+
+
+def test_a_socket_that_passes_no_descriptors_is_refused(tmp_path: Path):
+    words = ("-qmp", "tcp:127.0.0.1:0,server=on,wait=off")
+    with running(tmp_path, *words, newer=False) as machine:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            address = tcp_address_of_qmp(qmp)
+        done = run_cli("--qmp", address, "--live", tmp_path / "x")
+        assert done.returncode == NotLiveError.exit_status
+        assert "only to a descriptor that it gets by QMP" in done.stderr
+
+
+def test_two_ways_to_a_short_pause_are_refused(tmp_path: Path):
+    done = run_cli("--qmp", tmp_path / "none", "--live", "--snapshot", tmp_path / "x")
+    assert done.returncode == RequestError.exit_status
+    assert "--live and --snapshot exclude each other" in done.stderr
