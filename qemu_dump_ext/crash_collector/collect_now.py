@@ -52,6 +52,7 @@ def collect_crash(
     detail: str = "somebody said so",
     labels: Mapping[str, str] = _NO_LABELS,
     dump_format: str = "kdump-raw-zlib",
+    message: str | None = None,
 ) -> Path:
     """Store a guest's dump, log, registers and console; the guest is afterwards as it was before.
 
@@ -63,6 +64,7 @@ def collect_crash(
         detail: One line that says why.
         labels: Any words; stored with it.
         dump_format: By the name that QMP has for it.
+        message: What to call the crash where the kernel's log does not tell; None: by its cause.
 
     Returns:
         The directory of the crash, complete: `crash.json` says what is in it, and what could not
@@ -112,6 +114,7 @@ def collect_crash(
             gone,
             {},
             Patience(math.inf, math.inf),
+            message,
         )
         record = _collect(task, store, is_stopped)
     return store.directory(record.id)

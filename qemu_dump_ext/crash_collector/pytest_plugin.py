@@ -12,7 +12,7 @@ Loaded in every pytest that has this package beside it: what it needs is importe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -93,28 +93,33 @@ def pytest_runtest_makereport(
     report = yield
     if report.failed:
         for guest in item.stash.get(_GUESTS, []):
-            where = _collect(guest, item.nodeid)
-            report.sections.append((_SECTION, where))
+            where, said = _collect(guest, item.nodeid)
+            report.sections.append((_SECTION, "\n".join((where, *said))))
             for owner in (report, item):  # junit takes those of the item
                 owner.user_properties.append((_FIXTURE, where))
         item.stash[_GUESTS] = []
     return report
 
 
-def _collect(guest: _Registered, test: str) -> str:
-    from qemu_dump_ext.crash_collector.collect_now import collect_crash  # noqa: PLC0415 - see above
+def _collect(guest: _Registered, test: str) -> tuple[str, Sequence[str]]:
+    """Return where the crash is stored, or why not, and what the kernel said of it."""
+    from qemu_dump_ext.crash_collector.collect.signature import (  # noqa: PLC0415 - see above
+        report_of_directory,
+    )
+    from qemu_dump_ext.crash_collector.collect_now import collect_crash  # noqa: PLC0415
     from qemu_dump_ext.errors import DumpError  # noqa: PLC0415
+    from qemu_dump_ext.printable import printable  # noqa: PLC0415
 
     try:
-        return str(
-            collect_crash(
-                guest.qmp_socket,
-                guest.directory(),
-                name=guest.name,
-                console=guest.console,
-                detail=f"{test} failed",
-                labels={"test": test},
-            )
+        directory = collect_crash(
+            guest.qmp_socket,
+            guest.directory(),
+            name=guest.name,
+            console=guest.console,
+            detail=f"{test} failed",
+            labels={"test": test},
+            message=test,
         )
     except (DumpError, OSError) as error:  # the test's own failure must be seen
-        return f"not stored: {error}"
+        return f"not stored: {error}", ()
+    return str(directory), [printable(line, keep="\t") for line in report_of_directory(directory)]

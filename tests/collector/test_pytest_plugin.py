@@ -89,6 +89,7 @@ def test_guest_of_a_failing_test_is_stored_and_the_report_says_where(run_tests, 
     assert directory.parent == crashes / "web1"
     record = _record(directory)
     assert record.labels["test"].endswith("::test_bad")
+    assert record.signature.message == record.labels["test"]
     assert record.cause.kind == "trigger"
     assert record.cause.detail.endswith("::test_bad failed")
     assert (record.qemu.version.count("."), record.qemu.pid) == (2, machine.pid)
@@ -98,6 +99,23 @@ def test_guest_of_a_failing_test_is_stored_and_the_report_says_where(run_tests, 
     with open_dump(directory / str(record.dump.file)) as dump:
         assert verify_dump(dump).problem_count == 0
     assert [path.name for path in crashes.glob("[!.]*")] == ["web1"]
+
+
+def test_report_has_what_the_kernel_said(run_tests, tmp_path):
+    content = """
+    def test_bad(qemu_guest_crash):
+        qemu_guest_crash(SOCKET, name="web1", console=CONSOLE)
+        assert False
+    """
+    said = b"[    1.5] Kernel panic - not syncing: sysrq triggered crash\n[    1.5] Call Trace:\n"
+    with bare_machine(tmp_path, "panic", "-action", "panic=pause") as machine:
+        machine.console_log.write_bytes(b"booting\n" + said + b"[    1.5]  panic+0x1/0x2\n")
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("cont")
+        wait_until(lambda: guest_status(machine) == "guest-panicked", "it has panicked")
+        result = run_tests(content, machine)
+    lines = ["*qemu guest crash*", "*/web1/*", "Kernel panic - *", "Call Trace:", " panic+0x1/0x2"]
+    result.stdout.fnmatch_lines(lines)
 
 
 def test_without_a_directory_it_is_beside_those_of_tmp_path(run_tests, tmp_path):

@@ -230,7 +230,7 @@ def test_configuration_of_the_crash_collector_is_right():
 
 def test_where_crashes_go_is_a_right_configuration():
     (block,) = re.findall(r"(?:^    upload:\n)(?:^    .*\n)*", COLLECTOR, re.MULTILINE)
-    configuration = parse_configuration("store: x\n" + textwrap.dedent(block), "the example")
+    configuration = parse_configuration("store: /x\n" + textwrap.dedent(block), "the example")
     assert configuration.upload is not None
     assert configuration.report is not None
     assert configuration.metrics_port is not None

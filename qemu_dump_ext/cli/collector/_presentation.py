@@ -5,17 +5,12 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
-from qemu_dump_ext.crash_collector.collect.signature import report_of
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
-from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.printable import printable
 
-_LOGS = ("dmesg.txt", "console.txt")
-_LOG_BYTES_MAX = 1 << 20
 _WIDTH_MIN = 60
 _UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -88,23 +83,3 @@ def states_dict(signature_id: str, states: SignatureStates) -> dict[str, Any]:
         "changed": state.changed,
         "signature": states.canonical(signature_id),
     }
-
-
-def panic_lines(store: CrashStore, record: CrashRecord) -> Sequence[str]:
-    """Return what the kernel said of its crash, trace included, as its log or console has it."""
-    for name in _LOGS:
-        if name in record.files:
-            found = report_of(read_end(store.directory(record.id) / name).splitlines())
-            if found:
-                return found
-    return ()
-
-
-def read_end(path: Path, size: int = _LOG_BYTES_MAX) -> str:
-    """Return the last bytes of a text, or nothing where it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - size))
-            return file.read(size).decode("utf-8", "replace")
-    except OSError:
-        return ""

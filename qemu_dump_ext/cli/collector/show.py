@@ -10,10 +10,10 @@ from qemu_dump_ext.cli.collector._arguments import CRASH_HELP, add_json, add_sto
 from qemu_dump_ext.cli.collector._opening import opening_of
 from qemu_dump_ext.cli.collector._presentation import (
     age_text,
-    panic_lines,
     record_with_state,
     state_lines,
 )
+from qemu_dump_ext.crash_collector.collect.signature import report_of_directory
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.lookup import find_crash
 from qemu_dump_ext.crash_collector.store.states import SignatureStates
@@ -36,7 +36,7 @@ def _run(arguments: argparse.Namespace) -> int:
         print(json.dumps(record_with_state(record, states), indent=2))
         return EXIT_SUCCESS
     lines = [
-        *(panic_lines(store, record) or _message(record)),
+        *(report_of_directory(store.directory(record.id)) or _message(record)),
         "",
         f"kernel: {record.kernel or 'unknown'}",
         *_opening(arguments, store, record),

@@ -29,6 +29,9 @@ from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, 
 
 _STOP_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
+_CONSOLE_SECONDS = 10.0  # at most, for one that never stops
+_CONSOLE_QUIET_SECONDS = 0.5
+_CONSOLE_POLL_SECONDS = 0.1
 _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 
 _logger = logging.getLogger(__name__)
@@ -124,6 +127,8 @@ class CollectionRun:
             await _at_most(_STOP_SECONDS, around.has_stopped)
         if crash.settles:
             await _at_most(_SETTLE_SECONDS, around.intake.superseded)
+            if around.console is not None:
+                await _until_quiet(around.console)
         if around.console is not None and crash.gone is None:
             around.console.skip()  # it tells of this crash; what comes later, of another
 
@@ -229,6 +234,17 @@ async def _act(crash_id: str, status: str, around: Surroundings, services: Servi
         except (DumpError, OSError) as error:  # the next is done all the same
             extra = {"guest": around.guest.name, "crash": crash_id}
             _logger.error("after-action: %s", error, extra=extra)  # noqa: TRY400
+
+
+async def _until_quiet(console: ConsoleLog) -> None:
+    """Wait until the console says nothing more: behind the first line of a report is its trace."""
+    size, quiet = console.size(), 0.0
+    for _ in range(round(_CONSOLE_SECONDS / _CONSOLE_POLL_SECONDS)):
+        await asyncio.sleep(_CONSOLE_POLL_SECONDS)
+        quiet = quiet + _CONSOLE_POLL_SECONDS if console.size() == size else 0.0
+        size = console.size()
+        if quiet >= _CONSOLE_QUIET_SECONDS:
+            return
 
 
 async def _at_most(seconds: float, event: asyncio.Event) -> None:

@@ -170,7 +170,7 @@ class CrashCollector:
 
     def _prove(self, taken: Taken, files: Path, allowance: DumpAllowance) -> Taken:
         """Do all for which QEMU is no longer needed: the guest runs meanwhile."""
-        signature = taken.signature or make_signature(self._task.cause, taken.log)
+        signature = taken.signature or self._signature(taken.log)
         taken = replace(taken, signature=signature)
         if taken.symbols is not None and _has_file(taken.dump):
             taken = self._sign_by_dump(taken, signature, files, allowance)
@@ -197,16 +197,24 @@ class CrashCollector:
                 raise SourceError(f"the guest is not stopped for it: {error}") from error
             _logger.warning("%s", error)  # looked at again when the crash is stored
 
+    def _signature(
+        self, log: Sequence[str], *, functions: Sequence[str] = (), trace: Sequence[str] = ()
+    ) -> Signature:
+        task = self._task
+        return make_signature(
+            task.cause, log, functions=functions, trace=trace, message=task.message
+        )
+
     def _sign(self, taken: Taken, guest: StoppedGuest) -> Taken:
         # Where the log has no frames, by the dump, or else by where the vCPUs are.
-        signature = make_signature(self._task.cause, taken.log)
+        signature = self._signature(taken.log)
         if signature.frames:
             return replace(taken, signature=signature)
         vmlinux = self._kernel_file(self._settings.symbols.vmlinux, taken.vmcoreinfo)
         functions, remarks = self._functions(taken.vmcoreinfo, guest)
         return replace(
             taken.remarked(*remarks),
-            signature=make_signature(self._task.cause, taken.log, functions=functions),
+            signature=self._signature(taken.log, functions=functions),
             symbols=vmlinux if has_drgn() else None,
         )
 
@@ -327,7 +335,7 @@ class CrashCollector:
         except ReaderError as error:
             taken, trace = taken.remarked(f"symbols: {error}"), ()
         if trace:
-            signature = make_signature(self._task.cause, taken.log, trace=trace)
+            signature = self._signature(taken.log, trace=trace)
         taken = replace(taken, signature=signature)
         if not signature.frames or self._task.cause.kind == "trigger":
             return taken

@@ -1,4 +1,4 @@
-"""The signature of a crash, by which the same one is recognised: what does not change. Pure.
+"""The signature of a crash, by which the same one is recognised: what does not change.
 
 Source: how Linux words its reports: kernel/panic.c, lib/dump_stack.c, arch/*/kernel/dumpstack.c,
 arch/arm64/kernel/traps.c, arch/powerpc/kernel/process.c, arch/s390/kernel/dumpstack.c.
@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from qemu_dump_ext.crash_collector.record import CrashCause, Signature
 
@@ -20,6 +21,8 @@ _REPORT_HEAD_LINES = 12
 _REPORT_HEAD_SECONDS = 1.0
 _MESSAGE_MAX = 300
 _SHOWN_MAX = 80
+_LOGS = ("dmesg.txt", "console.txt")
+_LOG_BYTES_MAX = 1 << 20
 
 _PANIC = re.compile(r"(?<!---\[ end )Kernel panic - not syncing: (?P<why>.*)")
 # Says only that something went wrong before, which has a report of its own.
@@ -89,6 +92,7 @@ def make_signature(
     *,
     functions: Sequence[str] = (),
     trace: Sequence[str] = (),
+    message: str | None = None,
 ) -> Signature:
     """Return the signature of a crash.
 
@@ -97,12 +101,13 @@ def make_signature(
         log: Lines of the kernel's log or else of the console, the oldest first.
         functions: Where the vCPUs stand, for a crash of which the log does not tell.
         trace: Functions of a reader's call trace, innermost first, where the log has no trace.
+        message: What to call a crash of which the log does not tell; None: by its cause.
     """
     read = [name for name in map(_function, trace) if not _MACHINERY.fullmatch(name)]
     report = _find_report(log) if cause.kind in _LOGGED else None
     if report is None:
         detail = f": {normalise(cause.detail)}" if cause.kind == "console" else ""
-        message, frames = f"{cause.kind}{detail}", read or list(functions)
+        message, frames = message or f"{cause.kind}{detail}", read or list(functions)
     else:
         message, frames = _message(log[report]), list(_frames(log[report:])) or read
     frames = frames[:_FRAMES_KEPT]
@@ -136,6 +141,20 @@ def report_of(log: Sequence[str]) -> Sequence[str]:
             break
     # Without a trace, the lines behind are of anything.
     return shown if in_trace else shown[:_REPORT_HEAD_LINES]
+
+
+def report_of_directory(directory: Path) -> Sequence[str]:
+    """Return what a kernel said of its crash, as the log or the console in a directory has it."""
+    for name in _LOGS:
+        try:
+            with (directory / name).open("rb") as file:
+                file.seek(max(0, file.seek(0, 2) - _LOG_BYTES_MAX))
+                text = file.read(_LOG_BYTES_MAX).decode("utf-8", "replace")
+        except OSError:
+            continue
+        if found := report_of(text.splitlines()):
+            return found
+    return ()
 
 
 def _find_report(log: Sequence[str]) -> int | None:

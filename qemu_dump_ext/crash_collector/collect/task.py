@@ -24,6 +24,7 @@ class CrashTask:
         gone: Why there is none.
         also: What else happened meanwhile, and how often; still counts.
         patience: For how long QEMU is asked; begins with the collection.
+        message: What to call it where the kernel's log does not tell; None: by its cause.
     """
 
     guest: Guest
@@ -34,3 +35,4 @@ class CrashTask:
     gone: str
     also: Mapping[str, int]
     patience: Patience
+    message: str | None = None

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import TypeAdapter, ValidationError
 
-from qemu_dump_ext.crash_collector.config.settings import Configuration
+from qemu_dump_ext.crash_collector.config.settings import (
+    AfterCommand,
+    Configuration,
+    GuestEntry,
+    Heartbeat,
+    Limits,
+    Notification,
+    Rate,
+    Settings,
+    Symbols,
+    Upload,
+)
 from qemu_dump_ext.errors import RequestError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 _BYTES_MAX = 1 << 20
 _NODES_MAX = 100_000
@@ -90,10 +106,58 @@ def _mistakes(error: ValidationError, root: Any, name: str) -> list[str]:
     for found in error.errors(include_url=False):
         path = [part for part in found["loc"] if part not in {"function-after", "AfterCommand"}]
         mark, place = _locate(root, path)
-        message = found["msg"].removeprefix("Value error, ")
-        message = message[:1].lower() + message[1:]
+        message = _in_words(found)
         lines.append(f"{name}:{mark.line + 1}:{mark.column + 1}: {place or 'here'}: {message}")
     return list(dict.fromkeys(lines))
+
+
+_KNOWN_WORDS = {
+    "guests": GuestEntry,
+    "defaults": Settings,
+    "limits": Limits,
+    "upload": Upload,
+    "notify": Notification,
+    "heartbeat": Heartbeat,
+    "rate": Rate,
+    "symbols": Symbols,
+    "after": AfterCommand,
+}
+
+
+def _in_words(found: ErrorDetails) -> str:
+    """Return a mistake in the words of whoever wrote the file."""
+    if found["type"] == "unexpected_keyword_argument":
+        parents = [str(part) for part in found["loc"][:-1] if isinstance(part, str)]
+        declared = next(
+            (_KNOWN_WORDS[name] for name in reversed(parents) if name in _KNOWN_WORDS),
+            Configuration,
+        )
+        known = [field.name for field in dataclasses.fields(declared)]
+        word = str(found["loc"][-1])
+        near = difflib.get_close_matches(word, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
+        return f"there is no word {word} here; {hint}"
+    if found["type"] == "missing":
+        return "it is missing, and must be there"
+    if found["type"] in {"dataclass_type", "dataclass_exact_type"}:
+        return f"it must be words with values, such as {{...}}, and is {_kind_of(found['input'])}"
+    if found["type"] == "tuple_type":
+        return f"it must be a list, such as [...], and is {_kind_of(found['input'])}"
+    if found["type"] in {"string_type", "path_type"}:
+        said = f"it must be a text, and is {_kind_of(found['input'])}"
+        if isinstance(found["input"], dict):
+            said += ': what begins with a brace is put in quotes, as "{name}"'
+        return said
+    message = found["msg"].removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _kind_of(value: object) -> str:
+    if isinstance(value, dict):
+        return "words with values"
+    if isinstance(value, list):
+        return "a list"
+    return "empty" if value is None else f"{value!r}"[:100]
 
 
 def _locate(node: Any, path: Sequence[int | str]) -> tuple[Any, str]:

@@ -60,6 +60,12 @@ def _check_path(path: Path) -> Path:
     return path
 
 
+def _check_absolute(path: Path) -> Path:
+    if not path.is_absolute():
+        raise ValueError(f"it must begin with /, for the agent may be started anywhere: {path}")
+    return path
+
+
 def _compile(pattern: Any) -> Any:
     if not isinstance(pattern, str):
         return pattern
@@ -81,5 +87,6 @@ PathText: TypeAlias = Annotated[str, Field(max_length=_TEXT_MAX, pattern=r"\A[^\
 GuestTemplate: TypeAlias = Annotated[PathText, template("name", "stem", "directory")]
 KernelTemplate: TypeAlias = Annotated[PathText, template("name", "stem", "directory", "release")]
 FilePath: TypeAlias = Annotated[Path, AfterValidator(_check_path)]
+AbsolutePath: TypeAlias = Annotated[FilePath, AfterValidator(_check_absolute)]
 Pattern: TypeAlias = Annotated[re.Pattern[str], BeforeValidator(_compile)]
 Count: TypeAlias = Annotated[int, Field(ge=0, le=_NUMBER_MAX)]

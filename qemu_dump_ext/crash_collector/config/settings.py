@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from qemu_dump_ext.crash_collector.config.quantities import (
+    AbsolutePath,
     Count,
     FilePath,
     GuestTemplate,
@@ -369,9 +370,9 @@ class Configuration:
 
     __pydantic_config__ = _NO_MORE
 
-    store: FilePath
+    store: AbsolutePath
     guests: tuple[GuestEntry, ...] = ()
-    control: FilePath | None = None
+    control: AbsolutePath | None = None
     concurrent_dumps: Annotated[int, Field(ge=1, le=64)] = 2
     scan_interval: Seconds = 1.0
     answer_timeout: Seconds = 60.0
@@ -380,7 +381,7 @@ class Configuration:
     limits: Limits = field(default_factory=Limits)
     upload: Upload | None = None
     notify: tuple[Notification, ...] = ()
-    report: FilePath | None = None
+    report: AbsolutePath | None = None
     metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = None
     defaults: Settings = field(default_factory=Settings)
 

@@ -19,18 +19,18 @@ class ConsoleLog:
         self.path = path
         self._patterns = patterns
         self._rest = b""
-        self._position = self._size()
+        self._position = self.size()
 
     def skip(self) -> None:
         """Take everything that is there for seen."""
-        self._position, self._rest = self._size(), b""
+        self._position, self._rest = self.size(), b""
 
     def look(self) -> str | None:
         """Return the first new line that has one of the patterns, or None.
 
         At most 1 MiB is looked at; of a longer line, its last 4096 bytes.
         """
-        size = self._size()
+        size = self.size()
         if size == self._position:
             return None
         if size < self._position:  # it was begun anew
@@ -50,7 +50,8 @@ class ConsoleLog:
                 return text
         return None
 
-    def _size(self) -> int:
+    def size(self) -> int:
+        """Return how long the file is now, in bytes; 0 where there is none."""
         try:
             return os.stat(self.path).st_size  # noqa: PTH116 - for hundreds of guests a second
         except OSError:

@@ -58,9 +58,23 @@ def test_two_lines_are_enough():
         ("", "test: it is no mapping of words"),
         ("- a", "test: it is no mapping of words"),
         ("store: /x\n  bad: [", "test:2:6: mapping values are not allowed here"),
-        ("guests: []", "test:1:1: store: field required"),
+        ("guests: []", "test:1:1: store: it is missing, and must be there"),
         ("store: /x\nstore: /y", "test:2:1: store is there twice"),
-        ("store: /x\nguest: []", "test:2:1: guest: unexpected keyword argument"),
+        (
+            "store: /x\nguest: []",
+            "test:2:1: guest: there is no word guest here; did you mean guests?",
+        ),
+        (
+            "store: /x\nguests: [{socket: /a, xyz: 1}]",
+            "test:2:28: guests.0.xyz: there is no word xyz here; known here: causes, format, ",
+        ),
+        ("store: crashes", "test:1:8: store: it must begin with /, for the agent may be"),
+        ("store: /x\nlimits: 7", "test:2:9: limits: it must be words with values, such as {...}"),
+        ("store: /x\nguests: {a: 1}", "test:2:1: guests: it must be a list, such as [...], and"),
+        (
+            "store: /x\nguests:\n  - {socket: /a, name: {stem}}",
+            "test:3:18: guests.0.name: it must be a text, and is words with values: what begins ",
+        ),
         (
             "store: /x\nlimits:\n  free: 3 gigs",
             "test:3:9: limits.free: a size is a number of bytes, or one with B, KiB,",

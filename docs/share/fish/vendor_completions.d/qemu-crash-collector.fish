@@ -50,7 +50,7 @@ function _shtab_qemu_crash_collector_using
   test "$_shtab_qemu_crash_collector_cmdpath" = "$argv"
 end
 
-set -g _shtab_qemu_crash_collector_commands acknowledge check-config guests hold list merge open prune release reopen report resolve run show trigger
+set -g _shtab_qemu_crash_collector_commands acknowledge check-config guests hold install list merge open prune release reopen report resolve run show trigger
 set -g _shtab_qemu_crash_collector_opts_with_value --config --detail --fixed-in --from --guest --log --note --output --qmp --reader --signature --state --store --vmlinux
 
 complete -c qemu-crash-collector -e
@@ -76,6 +76,13 @@ complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using; and test
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using hold' -s h -l help -d 'show this help message and exit'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using hold' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration; default: $QEMU_CRASH_COLLECTOR_CONFIG, or /etc/qemu-crash-collector.yaml'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using hold' -l store -xka "(__fish_complete_directories)" -d 'the store, instead of the configuration'"'"'s'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using; and test $_shtab_qemu_crash_collector_npos -eq 0' -a install -d 'write the unit by which systemd starts the agent'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using install' -s h -l help -d 'show this help message and exit'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using install' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration; default: $QEMU_CRASH_COLLECTOR_CONFIG, or /etc/qemu-crash-collector.yaml'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using install' -l system -d 'for all of the host: in /etc/systemd/system'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using install' -l user -d 'for guests of this user: in ~/.config/systemd/user'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using install' -l print -d 'print the unit of --system'
+complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using install' -l force -d 'replace a unit that is there'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using; and test $_shtab_qemu_crash_collector_npos -eq 0' -a list -d 'list the crashes, the oldest first'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using list' -s h -l help -d 'show this help message and exit'
 complete -c qemu-crash-collector -n '_shtab_qemu_crash_collector_using list' -l config -xka "(__fish_complete_path (commandline -ct))" -d 'the configuration; default: $QEMU_CRASH_COLLECTOR_CONFIG, or /etc/qemu-crash-collector.yaml'
