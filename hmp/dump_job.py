@@ -16,6 +16,7 @@ from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 
 from .dump_target import DumpTarget, in_words_of_qemu, opened
+from .upstream.by_libvirt import LibvirtUpstream
 from .upstream.by_qmp import QmpUpstream
 from .upstream.upstream import Event, Upstream
 
@@ -192,6 +193,8 @@ class DumpJob:
                 raise in_words_of_qemu(error, sink, request) from error
 
     def _access(self) -> GuestAccess:
+        if isinstance(self._upstream, LibvirtUpstream):
+            return GuestAccess.by_manager(self._upstream.require_monitor())
         if isinstance(self._upstream, QmpUpstream):
             return GuestAccess.by_qmp(_ThreadQmp(self, self._upstream))
         return GuestAccess.by_monitor(

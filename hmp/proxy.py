@@ -42,6 +42,7 @@ from .upstream.upstream import Upstream
 
 PROGRAM = "qemu-hmp-proxy"
 Front = PipeFront | PlainFront | TerminalFront
+_NEEDS_QMP = "--qmp-listen needs a QEMU that is reached by QMP"
 _STATUSES = "0; 2 impossible request; 3 QEMU cannot be reached; 130 interrupted"
 _EXAMPLES = (
     "--qmp /run/vm.qmp",
@@ -142,13 +143,20 @@ class _Proxy:
 
 
 def _upstream(arguments: argparse.Namespace) -> Upstream:
-    found = find_monitor(target_of_arguments(arguments))
+    target = target_of_arguments(arguments)
+    if target.libvirt is not None:
+        if arguments.qmp_listen:
+            raise RequestError(_NEEDS_QMP)
+        from .upstream.by_libvirt import LibvirtUpstream  # noqa: PLC0415
+
+        return LibvirtUpstream(target.libvirt, target.connect)
+    found = find_monitor(target)
     if found.use == QMP:
         from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
         return QmpUpstream(found.address)
     if arguments.qmp_listen:
-        raise RequestError("--qmp-listen needs a QEMU that is reached by QMP")
+        raise RequestError(_NEEDS_QMP)
     from .upstream.by_hmp import HmpUpstream  # noqa: PLC0415
 
     return HmpUpstream(found.address)
@@ -159,7 +167,7 @@ def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:
     from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp
 
     if not isinstance(proxy.upstream, QmpUpstream):
-        raise RequestError("--qmp-listen needs a QEMU that is reached by QMP")
+        raise RequestError(_NEEDS_QMP)
     door = QmpDoor(proxy.upstream, proxy.interpreter)
     proxy.upstream.on_state.append(door.state_changed)
     return door.serve

@@ -15,6 +15,7 @@
      |   +- GuestDisturbedError         somebody else let it run, or reset it
      |   +- GuestMemoryFaultError       .gpa .size
      |   +- MonitorAnswerError          .command .answer
+     |       +- GuestBusyError          who manages the guest does something else with it
      +- DumpWriteError               4  the dump could not be written
      |   +- NoRoomLeftError             it would take what is to be kept free
      |   +- DumpTooLargeError           it would take more than it may
@@ -132,6 +133,10 @@ class MonitorAnswerError(SourceError):
         super().__init__(f"monitor command {command!r}: {first_line}", hint=hint)
         self.command = command
         self.answer = answer
+
+
+class GuestBusyError(MonitorAnswerError):
+    """Who manages the guest does something else with it; later it may be asked again."""
 
 
 class DumpWriteError(DumpError):

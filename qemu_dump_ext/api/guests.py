@@ -163,7 +163,7 @@ def connect(target: str) -> Guest:
     Args:
         target: Its QMP socket: path of a unix socket, `HOST:PORT` or `[IPV6]:PORT`; or
             `name:NAME`, `pid:N` for a guest of this host, as `qemu-dump guests` shows them; or
-            `hmp:MONITOR` for its human monitor.
+            `hmp:MONITOR` for its human monitor; or `libvirt:DOMAIN` through libvirt.
 
     Raises:
         RequestError: Several guests are called so.

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 from qemu_dump_ext.connections.guest_name import find_by_name, find_by_pid
+from qemu_dump_ext.connections.libvirt import connect_libvirt
 from qemu_dump_ext.errors import ConnectError, RequestError
 from qemu_dump_ext.guest.access import GuestAccess, Stub
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, QMP
@@ -17,6 +18,7 @@ from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.ways import SocketTables, Way, ways_of
 from qemu_dump_ext.untrusted import parse_unsigned
 
+_OF_SYSTEM = "/var/lib/libvirt/"
 _MONITORS = frozenset((QMP, HMP))
 
 
@@ -29,12 +31,16 @@ class GuestTarget:
         hmp: Its human monitor: a path of a socket or of a pty, or HOST:PORT.
         guest: Its name, UUID, PID, or a beginning that no other guest has.
         pid: Of QEMU's process.
+        libvirt: Its domain: the name, UUID or ID; with it, `connect` may be told.
+        connect: URI of libvirt's connection; None: virsh's default.
     """
 
     qmp: str | None = None
     hmp: str | None = None
     guest: str | None = None
     pid: int | None = None
+    libvirt: str | None = None
+    connect: str | None = None
 
     @property
     def is_told(self) -> bool:
@@ -63,6 +69,13 @@ def add_target_arguments(parser: argparse.ArgumentParser) -> None:
         "--pid", type=_pid, metavar="N", help="the guest by the PID of its QEMU on this host"
     )
 
+    group.add_argument(
+        "--libvirt", metavar="DOMAIN", help="the guest by its domain of libvirt: name, UUID or ID"
+    )
+    parser.add_argument(
+        "--connect", metavar="URI", help="of libvirt's connection, such as qemu:///system"
+    )
+
 
 def _pid(word: str) -> int:
     number = parse_unsigned(word, bits=31)
@@ -72,15 +85,28 @@ def _pid(word: str) -> int:
 
 
 def target_of_arguments(arguments: argparse.Namespace) -> GuestTarget:
-    """Return what the options of `add_target_arguments` tell."""
-    return GuestTarget(arguments.qmp, arguments.hmp, arguments.guest, arguments.pid)
+    """Return what the options of `add_target_arguments` tell.
+
+    Raises:
+        RequestError: A connection to libvirt is told, and no domain.
+    """
+    if arguments.connect is not None and arguments.libvirt is None:
+        raise RequestError("--connect is where a domain is", hint="--libvirt DOMAIN")
+    return GuestTarget(
+        arguments.qmp,
+        arguments.hmp,
+        arguments.guest,
+        arguments.pid,
+        arguments.libvirt,
+        arguments.connect,
+    )
 
 
 def parse_target(text: str) -> GuestTarget:
     """Return the guest that a program names.
 
     Args:
-        text: `pid:N`, `name:NAME`, `hmp:MONITOR`, or a QMP socket as it is.
+        text: `pid:N`, `name:NAME`, `hmp:MONITOR`, `libvirt:DOMAIN`, or a QMP socket as it is.
 
     Raises:
         RequestError: What stands behind `pid:` is no number.
@@ -93,6 +119,8 @@ def parse_target(text: str) -> GuestTarget:
         return GuestTarget(pid=number)
     if prefix == "name":
         return GuestTarget(guest=rest)
+    if prefix == "libvirt":
+        return GuestTarget(libvirt=rest)
     if prefix == "hmp":
         return GuestTarget(hmp=rest)
     return GuestTarget(qmp=text)
@@ -134,6 +162,23 @@ def find_monitor(target: GuestTarget) -> MonitorAddress:
     return MonitorAddress(way.use, way.address, process.pid)
 
 
+def _managed_by(target: GuestTarget) -> tuple[str, str | None] | None:
+    """Return domain and URI where libvirt is the way to a guest; None: it is not."""
+    if target.libvirt is not None:
+        return target.libvirt, target.connect
+    process = find_process(target)
+    if process is None or not _domains_of(process):
+        return None
+    if _best(ways_of(process, SocketTables())) is not None:
+        return None
+    is_of_system = any(_OF_SYSTEM in word for word in process.words)
+    return process.command_line.uuid, f"qemu:///{'system' if is_of_system else 'session'}"
+
+
+def _domains_of(process: QemuProcess) -> list[str]:
+    return [name for kind, name in process.belongs_to if kind == "libvirt domain"]
+
+
 def find_process(target: GuestTarget) -> QemuProcess | None:
     """Return the QEMU of a guest that is told by name or PID, or None; errors as `find_monitor`."""
     if target.pid is not None:
@@ -153,10 +198,9 @@ def _unreachable(process: QemuProcess) -> ConnectError:
         f"{way.use} {way.address or way.channel.backend}: {way.state}" for way in monitors
     )
     stub = next((way.address for way in ways if way.use == GDBSTUB and way.address), None)
-    domains = [name for kind, name in process.belongs_to if kind == "libvirt domain"]
     hint = None
-    if domains:
-        hint = f"libvirt has it: 'virsh qemu-monitor-command {domains[0]}' reaches its monitor"
+    if domains := _domains_of(process):
+        hint = f"libvirt has it: --libvirt {domains[0]}"
     elif stub is not None:
         hint = f"its gdbstub is free: --gdb {stub}"
     return ConnectError(
@@ -176,6 +220,10 @@ def open_guest(target: GuestTarget, stub: Stub | None = None) -> Iterator[GuestA
         RequestError: No guest is told, or several are called so.
         ConnectError: It cannot be connected to.
     """
+    if (managed_by := _managed_by(target)) is not None:
+        with connect_libvirt(*managed_by) as managed:
+            yield GuestAccess.by_manager(managed, stub)
+        return
     found = find_monitor(target)
     if found.use == QMP:
         with connect_qmp(found.address) as qmp:

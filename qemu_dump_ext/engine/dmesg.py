@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
@@ -19,7 +19,8 @@ class GuestLog:
 
     Attributes:
         records: Oldest first.
-        remarks: Where the kernel's own description came from, if it had to be searched for.
+        remarks: What is to be said of the way to a live guest; where the kernel's own description
+            came from, if it had to be searched for.
         vmcoreinfo: That description: the text of VMCOREINFO; empty of a kernel that has none yet.
     """
 
@@ -74,4 +75,5 @@ def log_of_guest(access: GuestAccess, *, memory: str, kernel: str | None) -> Gue
         kernel: Which kernel's.
     """
     with stopped_guest(access, memory) as guest:
-        return read_log(guest, kernel=kernel)
+        log = read_log(guest, kernel=kernel)
+        return replace(log, remarks=(*guest.remarks, *log.remarks))

@@ -44,6 +44,7 @@ class GuestDescription:
         vmcoreinfo: Where the kernel's VMCOREINFO is, or why there is none.
         left_out: What of its memory does not go into a dump.
         doubts: What could not be found out.
+        remarks: What is to be said of the way to it.
     """
 
     qemu_version: str
@@ -55,6 +56,7 @@ class GuestDescription:
     vmcoreinfo: Sequence[str]
     left_out: Sequence[str] = ()
     doubts: Sequence[str] = ()
+    remarks: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """Say it in words."""
@@ -77,6 +79,7 @@ class GuestDescription:
         lines += self.vmcoreinfo
         lines.append("memory sources, the fastest first:")
         lines += [f"  {name}: {reason or 'usable'}" for name, reason in self.memory_sources]
+        lines += self.remarks
         return lines
 
     def to_json(self) -> str:
@@ -131,6 +134,7 @@ def describe(guest: StoppedGuest) -> GuestDescription:
         vmcoreinfo=where,
         left_out=guest.probed.left_out,
         doubts=guest.probed.doubts,
+        remarks=guest.remarks,
     )
 
 

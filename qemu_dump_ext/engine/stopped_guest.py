@@ -57,6 +57,7 @@ class StoppedGuest(GuestView):
         self._search_seconds = _SEARCH_SECONDS
         self.probed = probed
         self.pause = pause
+        self.remarks = tuple(access.remarks)
         self.architecture = probed.architecture
         self.core = probed.architecture.select_core(
             probed.vcpus, probed.ram_blocks, MENDED, probed.machine

@@ -80,6 +80,22 @@ class QmpMonitor(DescriptorMonitor, Monitor, Protocol):
         """Have `hear` called with each event of QEMU's, in any thread, inside a `with` block."""
 
 
+class ManagedQmp(QmpMonitor, Protocol):
+    """QEMU's monitors through somebody who manages the guest."""
+
+    @property
+    def rescue(self) -> tuple[Literal["libvirt"], str]:
+        """Where somebody else lets the guest run if this process is killed."""
+
+    @property
+    def pid(self) -> int | None:
+        """Of QEMU's process, or None: it is not on this host, or not to be seen."""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What is to be said of this way, in words."""
+
+
 class Stub(Protocol):
     """A gdbstub of QEMU with a debugger in front of it."""
 
@@ -101,7 +117,9 @@ class Stub(Protocol):
 
 @dataclass(frozen=True)
 class GuestAccess:
-    """The ways to a guest that a door has; made by `by_qmp`, `by_hmp`, `by_monitor`.
+    """The ways to a guest that a door has.
+
+    Made by `by_qmp`, `by_hmp`, `by_manager` or `by_monitor`.
 
     Attributes:
         monitor: QEMU's human monitor.
@@ -111,14 +129,16 @@ class GuestAccess:
         rescue: Where somebody else lets the guest run if this process is killed: what is spoken
             there, and the address; None: nowhere.
         pid: Of QEMU's process where it is known otherwise than by the connection.
+        remarks: What is to be said of these ways, in words.
     """
 
     monitor: Monitor
     stub: Stub | None
     qmp: QmpMonitor | None
     addresses: Sequence[str]
-    rescue: tuple[Literal["qmp", "hmp"], str] | None = None
+    rescue: tuple[Literal["qmp", "hmp", "libvirt"], str] | None = None
     pid: int | None = None
+    remarks: Sequence[str] = ()
 
     @classmethod
     def by_qmp(cls, qmp: QmpMonitor, stub: Stub | None = None) -> Self:
@@ -150,6 +170,12 @@ class GuestAccess:
         """
         addresses = (monitor.address, *(stub.addresses() if stub else ()))
         return cls(monitor, stub, None, addresses, ("hmp", monitor.address), pid)
+
+    @classmethod
+    def by_manager(cls, qmp: ManagedQmp, stub: Stub | None = None) -> Self:
+        """Reach a guest through who manages it, and by its gdbstub where there is a debugger."""
+        addresses = stub.addresses() if stub else ()
+        return cls(qmp, stub, qmp, addresses, qmp.rescue, qmp.pid, tuple(qmp.remarks))
 
     def source_context(
         self, ram_blocks: Sequence[RamBlock], dumps_forbidden: str | None

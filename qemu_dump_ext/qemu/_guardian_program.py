@@ -13,15 +13,18 @@ import os
 import re
 import socket
 import stat
+import subprocess
 import sys
 import time
 import tty
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 _LINE_MAX = 1 << 20
 _ACKNOWLEDGEMENTS = (b"+", b"-")
 _RETRY_SECONDS = 0.3
+_COMES_BACK_SECONDS = 600.0
 _IN_PROCESS = "dump in process"
 _MIGRATION_ENDED = frozenset((None, "none", "cancelled", "completed", "failed"))
 _PAUSED = re.compile(r"VM status: paused(?: \(single step mode\))?\s*$", re.MULTILINE)
@@ -168,8 +171,39 @@ def _connect(address: object) -> socket.socket | io.FileIO:
     return socket.create_connection((host, port))
 
 
+def _release_by_libvirt(virsh: str, uri: str, domain: str, pid: int) -> None:
+    # As long as QEMU lives, or where that is not to be seen, as libvirt may take to come back.
+    deadline = time.monotonic() + _COMES_BACK_SECONDS
+    while Path(f"/proc/{pid}").exists() if pid else time.monotonic() < deadline:
+        state = _virsh(virsh, uri, "domstate", "--reason", "--domain", domain)
+        if state is not None and state.split() != ["paused", "(user)"]:
+            return
+        if state is not None and _virsh(virsh, uri, "resume", "--domain", domain) is not None:
+            return
+        time.sleep(_RETRY_SECONDS)
+
+
+def _virsh(program: str, uri: str, *words: str) -> str | None:
+    """Return what a command prints, or None: libvirt is not there, or does something else."""
+    done = subprocess.run(
+        [program, "-q", "-c", uri, *words],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env=os.environ | {"LC_ALL": "C"},
+    )
+    if "failed to get domain" in done.stderr:
+        raise GoneError
+    return None if done.returncode else done.stdout
+
+
 def release(kind: str, address: object) -> None:
     """Let a guest run if it is paused; waits until QEMU answers, or is gone."""
+    if kind == "libvirt" and isinstance(address, list):
+        _release_by_libvirt(*address)
+        return
     while True:
         with _connect(address) as connection:
             peer = _KINDS[kind](connection)

@@ -32,7 +32,7 @@ class Guardian:
 
     def __init__(
         self,
-        kind: Literal["qmp", "hmp", "gdb"],
+        kind: Literal["qmp", "hmp", "gdb", "libvirt"],
         address: str,
         capability: str | None = None,
         stream: int | None = None,
@@ -40,28 +40,27 @@ class Guardian:
         """Start it.
 
         Args:
-            kind: What listens at `address`: QMP, a human monitor or a gdbstub.
-            address: A path or HOST:PORT.
+            kind: What listens at `address`: QMP, a human monitor, a gdbstub; or libvirt.
+            address: A path or HOST:PORT; of libvirt: virsh's path, the URI of the connection, the
+                UUID of the domain and QEMU's pid or 0, as a list in JSON.
             capability: What it takes back, by QMP; None: it lets the guest run.
             stream: Descriptor that it reads to the end before; None: of none.
         """
-        # By its name in its directory: the whole path may be too long for a socket.
-        path = Path(unix_path(address)).absolute()
-        target = tcp_address(address)
+        where, directory = (address, None) if kind == "libvirt" else _place(address)
         with uninterrupted(), refused_as(SourceError, "start what lets the guest run if this ends"):
             nowhere = open_nowhere()
             try:
                 self._process = subprocess.Popen(
                     (
                         *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
-                        *(kind, json.dumps(target or path.name)),
+                        *(kind, where),
                         *([capability] if capability else []),
                         *([] if stream is None else [str(stream)]),
                     ),
                     stdin=subprocess.PIPE,
                     stdout=nowhere,
                     stderr=nowhere,
-                    cwd=None if target else path.parent,
+                    cwd=directory,
                     start_new_session=True,  # Ctrl-C is ours
                     pass_fds=() if stream is None else (stream,),
                 )
@@ -90,3 +89,11 @@ class Guardian:
             pipe.close()
         except BrokenPipeError:
             pass  # it has ended: there was no interpreter
+
+
+def _place(address: str) -> tuple[str, Path | None]:
+    """Return an address as JSON, and the directory from which it leads there."""
+    # By its name in its directory: the whole path may be too long for a socket.
+    path = Path(unix_path(address)).absolute()
+    target = tcp_address(address)
+    return json.dumps(target or path.name), None if target else path.parent

@@ -16,6 +16,7 @@ from typing import Any
 
 from qemu_dump_ext.errors import (
     DumpError,
+    GuestBusyError,
     GuestDisturbedError,
     MonitorAnswerError,
     PauseLimitError,
@@ -209,7 +210,8 @@ class Pause:
         try:
             change_run_state(self._access, "cont")
         except MonitorAnswerError as error:
-            if _IN_PROCESS in str(error):  # of QEMU's own, of somebody else
+            # A dump of QEMU's own, or a job of libvirt's, of somebody else.
+            if isinstance(error, GuestBusyError) or _IN_PROCESS in str(error):
                 time.sleep(_RETRY_SECONDS)
                 return
             if read_run_state(self._access) == PAUSED:

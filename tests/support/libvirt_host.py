@@ -131,17 +131,31 @@ class LibvirtHost:
         send_signal(self._daemon, number)
         self._daemon.wait(SECONDS)
 
-    def create(self, name: str, *, paused: bool = True, **options: Any) -> Domain:
+    def pids_of(self, program: str) -> list[int]:
+        """Return the processes inside that run a program, as they are numbered outside."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if (
+                    entry.name.isdecimal()
+                    and (entry / "ns/pid").samefile(f"/proc/{self._inside}/ns/pid")
+                    and (entry / "comm").read_text().strip() == program
+                ):
+                    found.append(int(entry.name))
+        return found
+
+    def create(self, name: str, *, paused: bool = True, qmp: bool = True, **options: Any) -> Domain:
         """Let libvirt start a domain that has no disk and does nothing.
 
         Args:
             name: Of the domain.
             paused: Its vCPUs do not run.
+            qmp: QEMU listens for a second client of QMP.
             options: Of `domain_xml`.
         """
         socket = self.directory / f"{name}.qmp"
         path = self.directory / f"{name}.xml"
-        path.write_text(domain_xml(name, qmp=socket, **options))
+        path.write_text(domain_xml(name, qmp=socket if qmp else None, **options))
         self.virsh("create", *(["--paused"] if paused else []), path)
         return Domain(self, name, socket)
 
@@ -190,6 +204,14 @@ class Domain:
     def state(self) -> str:
         """Return what libvirt says of it, such as `paused (user)`."""
         return self.host.virsh("domstate", "--reason", self.name)
+
+    def exists(self) -> bool:
+        """Tell whether libvirt still has it."""
+        return self.name in self.host.virsh("list", "--all", "--name").splitlines()
+
+    def panic(self) -> None:
+        """Have QEMU believe that the guest has said so to its device."""
+        self.monitor("o /b 0x505 1")
 
     def monitor(self, command: str) -> str:
         """Return the answer of the human monitor, by libvirt."""

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_guest_memory_using
 end
 
 set -g _shtab_qemu_dump_guest_memory_commands
-set -g _shtab_qemu_dump_guest_memory_opts_with_value --dump-level --format --gdb --guest --hmp --kernel --level --live --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
+set -g _shtab_qemu_dump_guest_memory_opts_with_value --connect --dump-level --format --gdb --guest --hmp --kernel --level --libvirt --live --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
 
 complete -c qemu-dump-guest-memory -e
 complete -c qemu-dump-guest-memory -f
@@ -84,6 +84,8 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l qmp
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l force -d 'replace FILE if it exists'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l json -d 'print the report as one line of JSON'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l progress -xka "auto always never json" -d 'show progress; auto: where somebody watches; json: for a program, an object a second on standard error'

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_using
 end
 
 set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit guests images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
+set -g _shtab_qemu_dump_opts_with_value --cache --connect --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --libvirt --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -96,6 +96,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l qmp -xka "(__fish_com
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'of a live guest: where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l kernel -x -d 'of this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l search-seconds -x -d 'with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory; default: 60'
@@ -107,6 +109,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l qmp -xka "(__fish_
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'of a live guest: where guest memory comes from; auto takes the fastest that works'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none win-dmp" -d 'format of the dumps by its name in QMP; default: kdump-zlib'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l kernel -x -d 'by this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
@@ -147,6 +151,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l qmp -xka "(__fish_comp
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l json -d 'answer as one line of JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a inspect -d 'show what is in a dump: headers, notes, memory, how pages are stored'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'

@@ -51,7 +51,7 @@ function _shtab_qemu_hmp_proxy_using
 end
 
 set -g _shtab_qemu_hmp_proxy_commands
-set -g _shtab_qemu_hmp_proxy_opts_with_value --guest --hmp --listen --memory --pid --qmp --qmp-listen
+set -g _shtab_qemu_hmp_proxy_opts_with_value --connect --guest --hmp --libvirt --listen --memory --pid --qmp --qmp-listen
 
 complete -c qemu-hmp-proxy -e
 complete -c qemu-hmp-proxy -f
@@ -62,6 +62,8 @@ complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l qmp -xka "(__fish_c
 complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
 complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
+complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l listen -xka "(__fish_complete_path (commandline -ct))" -d 'serve the human monitor here, to any number of clients: unix path or HOST:PORT; may be repeated'
 complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l qmp-listen -xka "(__fish_complete_path (commandline -ct))" -d 'serve QMP here, to any number of clients: unix path or HOST:PORT'
 complete -c qemu-hmp-proxy -n _shtab_qemu_hmp_proxy_using -l allow-remote -d 'let --listen and --qmp-listen take addresses that other machines can reach'

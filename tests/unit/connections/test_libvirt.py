@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import shlex
+
+import pytest
+
+from qemu_dump_ext.connections._virsh import quoted
+from qemu_dump_ext.connections.libvirt import parse_event
+
+
+def test_events_are_read_as_virsh_prints_them():
+    assert parse_event("event STOP at 1796030757.170515 for domain 'web1': <null>\n") == {
+        "event": "STOP"
+    }
+    panicked = 'event GUEST_PANICKED at 1796030757.266250 for domain \'web1\': {"action":"pause"}'
+    assert parse_event(panicked) == {"event": "GUEST_PANICKED", "data": {"action": "pause"}}
+
+
+def test_a_name_of_a_domain_is_no_data():
+    line = "event STOP at 1.5 for domain 'a: {\"x\":1}': <null>"
+    assert parse_event(line) == {"event": "STOP"}
+
+
+@pytest.mark.parametrize("line", ["", "events received: 3", "event stop for domain", "error: no"])
+def test_what_is_no_event_is_none(line: str):
+    assert parse_event(line) is None
+
+
+@pytest.mark.parametrize("word", ["web1", "it's", "a b", "", '{"a": "\'"}', "$(x)`y`\\"])
+def test_words_are_quoted_as_for_a_shell(word: str):
+    assert shlex.split(quoted(word)) == [word]
