@@ -146,8 +146,16 @@ def test_every_option_that_is_named_is_one(page: str):
         for action in parser._actions
         for option in action.option_strings
     }
-    # Those of pytest, of the monitor's command, of benchmarks, of mypy; --zero_excluded of crash.
-    others = {"--qemu-crash-dir", "--collect-only", "--native", "--limits", "--strict", "--zero"}
+    # Of pytest, virsh, the monitor's command, benchmarks, mypy; --zero_excluded of crash.
+    others = {
+        "--qemu-crash-dir",
+        "--collect-only",
+        "--native",
+        "--limits",
+        "--strict",
+        "--zero",
+        "--memory-only",
+    }
     for code in re.findall(r"`([^`\n]+)`", PAGES[page]):
         for option in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code):
             assert option in ours | others, code

@@ -9,7 +9,7 @@ from qemu_dump_ext.cli.collector._arguments import configuration_of
 from qemu_dump_ext.crash_collector.collect.collection import kernel_file
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder
+from qemu_dump_ext.crash_collector.watch.guests import Guest, find_guests
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.opening import Kernel, Opening, opening
 from qemu_dump_ext.errors import DumpError, RequestError
@@ -71,7 +71,7 @@ def _configured_vmlinux(
         configuration = configuration_of(arguments)
     except DumpError:
         return None
-    watched = GuestFinder().find(configuration).get(record.guest)
+    watched = find_guests(configuration).get(record.guest)
     settings = [watched.settings] if watched else [*configuration.guests, configuration.defaults]
     for setting in settings:
         guest = watched or Guest(record.guest, "", setting)

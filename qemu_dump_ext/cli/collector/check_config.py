@@ -10,14 +10,15 @@ from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import add_configuration, add_json, configuration_of
+from qemu_dump_ext.connections.guest_name import find_by_name
 from qemu_dump_ext.crash_collector.agent.control_socket import AgentRefusalError, ask_agent
 from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload
-from qemu_dump_ext.crash_collector.watch.guests import Guest, GuestFinder, obstacle
+from qemu_dump_ext.crash_collector.watch.guests import Guest, find_guests, obstacle
 from qemu_dump_ext.crash_collector.watch.libvirt import domain_of
 from qemu_dump_ext.crash_collector.watch.panic_action import panic_action
 from qemu_dump_ext.crash_collector.watch.session import find_command_line
-from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, ConnectError
+from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, ConnectError, DumpError
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
@@ -36,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
         check_upload(configuration.upload)
     problems = list(_problems(configuration))
     watched = _watched(configuration)
-    guests = [_facts(guest, watched) for guest in GuestFinder().find(configuration).values()]
+    guests = [_facts(guest, watched) for guest in find_guests(configuration).values()]
     status = EXIT_FAILURE if problems else EXIT_SUCCESS
     if arguments.json:
         content = {"store": str(configuration.store), "guests": guests, "problems": problems}
@@ -91,7 +92,7 @@ def _watched(configuration: Configuration) -> Collection[str]:
 
 
 def _facts(guest: Guest, watched: Collection[str]) -> dict[str, str | None]:
-    command_line = find_command_line(guest.address)
+    command_line = _command_line_of(guest)
     action = None if command_line is None else panic_action(command_line)
     domain = None if command_line is None else domain_of(command_line)
     in_the_way = obstacle(guest.address)
@@ -136,6 +137,15 @@ def _is_held(address: str) -> bool:
     # Num RefCount Protocol Flags Type St Inode Path; what was accepted has the listener's path.
     rows = (line.split(maxsplit=7) for line in lines)
     return any(row[5] == _CONNECTED and row[7] == path for row in rows if len(row) == 8)
+
+
+def _command_line_of(guest: Guest) -> tuple[str, ...] | None:
+    if guest.uri is None:
+        return find_command_line(guest.address)
+    try:
+        return tuple(find_by_name(guest.domain).words)
+    except DumpError:
+        return None
 
 
 _REMARK = {

@@ -98,9 +98,9 @@ def _chosen(arguments: argparse.Namespace, store: CrashStore) -> list[CrashRecor
 
 def _require_guest(arguments: argparse.Namespace, store: CrashStore) -> None:
     if arguments.store is None:
-        from qemu_dump_ext.crash_collector.watch.guests import GuestFinder  # noqa: PLC0415 - large
+        from qemu_dump_ext.crash_collector.watch.guests import find_guests  # noqa: PLC0415 - large
 
-        if arguments.guest in GuestFinder().find(configuration_of(arguments)):
+        if arguments.guest in find_guests(configuration_of(arguments)):
             return
     known = sorted({path.parent.name for path in store.directories()})
     raise RequestError(

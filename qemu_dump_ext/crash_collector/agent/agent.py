@@ -158,6 +158,7 @@ class Agent:
             server.close()
             await asyncio.gather(*(watched.close() for watched in self._watched.values()))
             await asyncio.to_thread(slots.shutdown)
+            self._finder.close()
             with suppress(OSError):
                 self._configuration.control_socket.unlink()
 

@@ -23,6 +23,7 @@ from qemu_dump_ext.crash_collector.agent.stage import Stage
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError
 from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, utc_text
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog
+from qemu_dump_ext.crash_collector.watch.domains import connector
 from qemu_dump_ext.crash_collector.watch.events import (
     Event,
     cause_of_event,
@@ -51,7 +52,8 @@ class WatchedGuest:
 
     def __init__(self, guest: Guest, services: Services) -> None:
         self.guest = guest
-        self.session = GuestSession(guest.address, services.answer_seconds)
+        connect = None if guest.uri is None else connector(guest.domain, guest.uri)
+        self.session = GuestSession(guest.address, services.answer_seconds, connect)
         self._services = services
         self._ledger = GuestLedger(guest.name, services.journal, self.session)
         self._intake = CrashIntake(guest)

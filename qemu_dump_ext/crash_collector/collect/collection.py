@@ -26,7 +26,7 @@ from qemu_dump_ext.crash_collector.collect.readers import (
     trace_by_drgn,
 )
 from qemu_dump_ext.crash_collector.collect.signature import make_signature
-from qemu_dump_ext.crash_collector.collect.task import CrashTask
+from qemu_dump_ext.crash_collector.collect.task import CrashTask, GuestQmp, access_by
 from qemu_dump_ext.crash_collector.config.settings import Settings
 from qemu_dump_ext.crash_collector.record import CrashRecord, DumpFacts, Signature
 from qemu_dump_ext.crash_collector.store.store import CrashStore
@@ -47,13 +47,11 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
-from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.qemu.qmp import SharedQmp
 from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
@@ -156,7 +154,7 @@ class CrashCollector:
             with self._stopped(qmp):
                 taken = evidence.registers(taken, qmp)
                 taken = evidence.queries(taken, qmp)
-                with stopped_guest(GuestAccess.by_qmp(qmp), self._settings.memory) as guest:
+                with stopped_guest(access_by(qmp), self._settings.memory) as guest:
                     taken = evidence.kernel_log(taken, qmp, guest)
                     taken = self._sign(taken, guest)
                     taken = self._dump(taken, qmp, guest, files, allowance)
@@ -179,9 +177,9 @@ class CrashCollector:
         return taken
 
     @contextmanager
-    def _stopped(self, qmp: SharedQmp) -> Iterator[None]:
+    def _stopped(self, qmp: GuestQmp) -> Iterator[None]:
         load_before_stopping()
-        with stopped(GuestAccess.by_qmp(qmp), remember=self._remember_stopped) as pause:
+        with stopped(access_by(qmp), remember=self._remember_stopped) as pause:
             was_ours = pause.is_ours
             try:
                 yield
@@ -243,7 +241,7 @@ class CrashCollector:
     def _dump(
         self,
         taken: Taken,
-        qmp: SharedQmp,
+        qmp: GuestQmp,
         guest: StoppedGuest,
         files: Path,
         allowance: DumpAllowance,

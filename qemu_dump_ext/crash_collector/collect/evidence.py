@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError, Refusal
-from qemu_dump_ext.crash_collector.collect.task import CrashTask
+from qemu_dump_ext.crash_collector.collect.task import CrashTask, GuestQmp
 from qemu_dump_ext.crash_collector.record import DumpFacts, Signature
 from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError
-from qemu_dump_ext.qemu.qmp import SharedQmp
 from qemu_dump_ext.qemu.qmp_message import command_names
 
 _CONSOLE_FILE = "console.txt"
@@ -110,7 +109,7 @@ class Evidence:
         self._write(_CONSOLE_FILE, tail)
         return replace(taken, log=tail.decode("utf-8", "replace").splitlines())
 
-    def registers(self, taken: Taken, qmp: SharedQmp) -> Taken:
+    def registers(self, taken: Taken, qmp: GuestQmp) -> Taken:
         """Take the registers of all vCPUs, as the monitor shows them.
 
         Raises:
@@ -121,7 +120,7 @@ class Evidence:
             self._write("registers.txt", text.encode("utf-8", "replace"))
         return taken.remarked(*remarks)
 
-    def queries(self, taken: Taken, qmp: SharedQmp) -> Taken:
+    def queries(self, taken: Taken, qmp: GuestQmp) -> Taken:
         """Take what QEMU answers to every question that wants no arguments."""
         names, remarks = attempt(qmp, "queries", lambda: command_names(qmp.qmp("query-commands")))
         answers = {}
@@ -136,7 +135,7 @@ class Evidence:
         self._write("queries.json", json.dumps(answers, indent=1).encode())
         return taken.remarked(*remarks)
 
-    def kernel_log(self, taken: Taken, qmp: SharedQmp, guest: StoppedGuest) -> Taken:
+    def kernel_log(self, taken: Taken, qmp: GuestQmp, guest: StoppedGuest) -> Taken:
         """Take the kernel's log out of the guest's memory."""
         log, remarks = attempt(qmp, "kernel log", lambda: read_log(guest))
         if log is None:
@@ -154,7 +153,7 @@ class Evidence:
             raise DumpWriteError(f"cannot write {name}: {error.strerror}") from error
 
 
-def attempt(qmp: SharedQmp, what: str, work: Callable[[], _T]) -> tuple[_T | None, Sequence[str]]:
+def attempt(qmp: GuestQmp, what: str, work: Callable[[], _T]) -> tuple[_T | None, Sequence[str]]:
     """Return what something gives, or else None and the remark that says why it gives nothing.
 
     Args:
@@ -179,7 +178,7 @@ def attempt(qmp: SharedQmp, what: str, work: Callable[[], _T]) -> tuple[_T | Non
         return None, (f"{what}: {told(error)}",)
 
 
-def require_qemu(qmp: SharedQmp) -> None:
+def require_qemu(qmp: GuestQmp) -> None:
     """Ask QEMU anything, for it may be gone.
 
     Raises:

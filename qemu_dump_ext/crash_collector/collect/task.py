@@ -5,10 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qemu_dump_ext.connections.libvirt import LibvirtMonitor
 from qemu_dump_ext.crash_collector.record import CrashCause, QemuFacts
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.patience import Patience
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.qmp import SharedQmp
+
+GuestQmp = SharedQmp | LibvirtMonitor
+"""QEMU's monitors, by a socket of ours or through libvirt."""
+
+
+def access_by(qmp: GuestQmp) -> GuestAccess:
+    """Return the ways to a guest of which there are the monitors."""
+    if isinstance(qmp, LibvirtMonitor):
+        return GuestAccess.by_manager(qmp)
+    return GuestAccess.by_qmp(qmp)
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class CrashTask:
     cause: CrashCause
     time: str
     facts: QemuFacts
-    qmp: SharedQmp | None
+    qmp: GuestQmp | None
     gone: str
     also: Mapping[str, int]
     patience: Patience

@@ -271,12 +271,14 @@ class Settings:
 
 @dataclass(frozen=True)
 class GuestEntry(Settings):
-    """One guest, or many; exactly one of the first three.
+    """One guest, or many; exactly one of the first four.
 
     Attributes:
         socket: The path of a QMP socket, or HOST:PORT.
         glob: A pattern of paths of QMP sockets, which may come and go.
         directory: A directory in which every socket is a QMP socket.
+        libvirt: URI of a connection of libvirt's, such as qemu:///system, of which every domain is
+            watched that runs and whose name fits the pattern `name`; without, all.
         name: The name of the guest: `{stem}` is the name of the socket without what is behind its
             last dot, `{directory}` that of the directory around it.
     """
@@ -286,12 +288,14 @@ class GuestEntry(Settings):
     socket: PathText | None = None
     glob: PathText | None = None
     directory: FilePath | None = None
+    libvirt: PathText | None = None
     name: Annotated[PathText, template("stem", "directory")] = "{stem}"
 
     @model_validator(mode="after")
     def _check(self) -> GuestEntry:
-        if sum(place is not None for place in (self.socket, self.glob, self.directory)) != 1:
-            raise ValueError("a guest has one of `socket`, `glob` and `directory`")
+        places = (self.socket, self.glob, self.directory, self.libvirt)
+        if sum(place is not None for place in places) != 1:
+            raise ValueError("a guest has one of `socket`, `glob`, `directory` and `libvirt`")
         return self
 
 

@@ -6,17 +6,22 @@ import errno
 import glob
 import logging
 import os
+import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+from qemu_dump_ext.connections.libvirt import DomainList
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.record import is_guest_name
+from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
 _SOCKETS_MAX = 10_000
+ALL_DOMAINS = "*"
+_OF_LIBVIRT = re.compile(r"[a-z+]+://.*#")
 
 _logger = logging.getLogger(__name__)
 
@@ -27,22 +32,33 @@ class Guest:
 
     Attributes:
         name: The name of its directory in the store.
-        address: The address of its QMP socket: a path or HOST:PORT.
+        address: The address of its QMP socket: a path or HOST:PORT; of a domain of libvirt's, URI
+            and name.
         settings: What holds for it.
+        uri: Of libvirt's connection, where it is watched through that; else None.
     """
 
     name: str
     address: str
     settings: Settings
+    uri: str | None = None
+
+    @property
+    def domain(self) -> str:
+        """What libvirt calls it, where it is watched through that."""
+        return self.address.partition("#")[2]
 
     def fill(self, template: str, release: str = "") -> str:
         """Fill in the words that a template of the configuration may have."""
-        return template.format(name=self.name, release=release, **_words_of(self.address))
+        words = _words_of(self.address)
+        if self.uri is not None:
+            words = {"stem": self.domain, "directory": self.domain}
+        return template.format(name=self.name, release=release, **words)
 
 
 def obstacle(address: str) -> str | None:
     """Return why nobody of this user can connect to a socket now, or None; nobody is asked."""
-    if tcp_address(address) is not None:
+    if tcp_address(address) is not None or _OF_LIBVIRT.match(address):
         return None
     path = unix_path(address)
     try:
@@ -59,6 +75,13 @@ class GuestFinder:
 
     def __init__(self) -> None:
         self._told: set[str] = set()
+        self._domains: dict[str, DomainList] = {}
+
+    def close(self) -> None:
+        """Give back what is held."""
+        for domains in self._domains.values():
+            domains.close()
+        self._domains.clear()
 
     def find(self, configuration: Configuration) -> dict[str, Guest]:
         """Return the guests that there are now, by name.
@@ -68,11 +91,14 @@ class GuestFinder:
         found: dict[str, Guest] = {}
         taken: set[str] = set()
         for entry in configuration.guests:
-            for address in _addresses(entry):
+            for address in self._addresses(entry):
                 if address in taken or Path(address) == configuration.control_socket:
                     continue
                 taken.add(address)
-                name = entry.name.format(**_words_of(address))
+                if entry.libvirt is not None:
+                    name = address.partition("#")[2]
+                else:
+                    name = entry.name.format(**_words_of(address))
                 if not is_guest_name(name):
                     self._tell(f"{address} is not watched: {name!r} is no name for a directory")
                 elif name in found:
@@ -80,13 +106,39 @@ class GuestFinder:
                         f"{address} is not watched: {found[name].address} is called {name} as well"
                     )
                 else:
-                    found[name] = Guest(name, address, entry)
+                    found[name] = Guest(name, address, entry, entry.libvirt)
         return found
 
+    def _addresses(self, entry: GuestEntry) -> Iterator[str]:
+        if entry.libvirt is None:
+            yield from _addresses(entry)
+            return
+        uri = entry.libvirt
+        domains = self._domains.setdefault(uri, DomainList(uri))
+        pattern = ALL_DOMAINS if entry.name == GuestEntry.name else entry.name
+        try:
+            names = domains.names(pattern)
+        except SourceError as error:
+            self._tell_once(f"no domain of {uri} is seen: {error}")
+            return
+        yield from (f"{uri}#{name}" for name in islice(names, _SOCKETS_MAX))
+
     def _tell(self, message: str) -> None:
+        self._tell_once(f"{message} (give it another `name`)")
+
+    def _tell_once(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
-            _logger.error("%s (give it another `name`)", message)
+            _logger.error("%s", message)
+
+
+def find_guests(configuration: Configuration) -> dict[str, Guest]:
+    """Return the guests that there are now, by name; nothing is held afterwards."""
+    finder = GuestFinder()
+    try:
+        return finder.find(configuration)
+    finally:
+        finder.close()
 
 
 def _addresses(entry: GuestEntry) -> Iterator[str]:

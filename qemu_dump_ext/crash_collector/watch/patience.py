@@ -60,6 +60,23 @@ class Patience:
         return self._waited + waiting >= self.slow
 
     @contextmanager
+    def asking(self, told: str) -> Iterator[None]:
+        """Count the time of the block, unless it is about what is asked around a pause.
+
+        Args:
+            told: The question.
+
+        Raises:
+            SourceError: The time is over.
+        """
+        if told in _ALWAYS:
+            yield
+            return
+        self.check()
+        with self.waiting():
+            yield
+
+    @contextmanager
     def waiting(self) -> Iterator[None]:
         """Count the time of the block as waiting for QEMU."""
         asked = self._asked = self._clock()

@@ -11,10 +11,11 @@ import socket
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate, qmp_client
 
+from qemu_dump_ext.connections.libvirt import LibvirtMonitor
 from qemu_dump_ext.crash_collector.record import QemuFacts
 from qemu_dump_ext.crash_collector.watch.events import Event
 from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
@@ -69,20 +70,82 @@ class _Complaints:
             _logger.warning("%s: %s%s", self._address, message, more)
 
 
+class Link(Protocol):
+    """What a session needs of a connection to one QEMU."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether QEMU can still be asked."""
+
+    async def changed(self) -> None:
+        """Wait until that may have changed."""
+
+    async def execute(
+        self, seconds: float, command: str, arguments: Mapping[str, object] | None = None
+    ) -> Any:
+        """Execute a QMP command and return what it returns.
+
+        Raises:
+            MonitorAnswerError: QEMU refuses it.
+            SourceError: QEMU is gone, or does not answer within so many seconds.
+        """
+
+    async def close(self) -> None:
+        """Disconnect; says nothing of what has ended it."""
+
+    def for_thread(self, answer_seconds: float, patience: Patience) -> LimitedQmp | LibvirtMonitor:
+        """Return the connection for another thread."""
+
+
 @dataclass(frozen=True)
 class Contact:
     """A connection to one QEMU.
 
     Attributes:
-        client: Connected.
+        link: Connected.
         facts: About QEMU.
         instance: Differs between any two QEMUs of this host that have the same socket one after
             the other, where its process can be seen.
     """
 
-    client: QMPClient
+    link: Link
     facts: QemuFacts
     instance: str
+
+
+Connect = Callable[[Callable[[Event], None]], Awaitable[Contact]]
+"""Connects to a QEMU, of which every event goes to what is given."""
+
+
+class _QmpLink:
+    # By a QMP socket of its own.
+    def __init__(self, client: QMPClient, address: str) -> None:
+        self._client = client
+        self._address = address
+
+    @property
+    def is_open(self) -> bool:
+        return self._client.runstate is Runstate.RUNNING
+
+    async def changed(self) -> None:
+        await self._client.runstate_changed()
+
+    async def execute(
+        self, seconds: float, command: str, arguments: Mapping[str, object] | None = None
+    ) -> Any:
+        return await _execute(self._client, seconds, command, arguments)
+
+    async def close(self) -> None:
+        await _disconnect(self._client)
+
+    def for_thread(self, answer_seconds: float, patience: Patience) -> LimitedQmp:
+        return LimitedQmp(
+            self._client,
+            asyncio.get_running_loop(),
+            self._address,
+            answer_seconds=answer_seconds,
+            patience=patience,
+        )
 
 
 class GuestSession:
@@ -93,8 +156,16 @@ class GuestSession:
         last_facts: About the last QEMU that was there, or None.
     """
 
-    def __init__(self, address: str, answer_seconds: float) -> None:
+    def __init__(self, address: str, answer_seconds: float, connect: Connect | None = None) -> None:
+        """Prepare.
+
+        Args:
+            address: Of the guest, for messages.
+            answer_seconds: How long QEMU may take for an answer.
+            connect: Connects to it; None: `address` is that of its QMP socket.
+        """
         self.address = address
+        self._connect = connect or self._connect_by_qmp
         self.contact: Contact | None = None
         self.last_facts: QemuFacts | None = None
         self._answer_seconds = answer_seconds
@@ -118,12 +189,12 @@ class GuestSession:
             contact = contact or await self._connect_again(on_event)
             self.contact, self.last_facts, self._told = contact, contact.facts, None
             try:
-                await self._greet(contact.client, on_contact)
-                while contact.client.runstate is Runstate.RUNNING:
-                    await contact.client.runstate_changed()
+                await self._greet(contact.link, on_contact)
+                while contact.link.is_open:
+                    await contact.link.changed()
             finally:
                 self.contact = None
-                await _disconnect(contact.client)
+                await contact.link.close()
             ended, contact = await self._look_behind(contact, on_event)
             try:
                 on_lost(ended)
@@ -163,10 +234,10 @@ class GuestSession:
             await asyncio.sleep(_ENDED_SECONDS)
         return lost.facts.pid is None, None  # as far as anybody can see
 
-    async def _greet(self, client: QMPClient, on_contact: Callable[[], Awaitable[None]]) -> None:
+    async def _greet(self, link: Link, on_contact: Callable[[], Awaitable[None]]) -> None:
         """Call `on_contact` until QEMU has answered what it asks, or is gone."""
         pause = _RETRY_SECONDS
-        while client.runstate is Runstate.RUNNING:
+        while link.is_open:
             try:
                 await on_contact()
             except Exception as error:  # noqa: BLE001 - whatever it is, the guest is watched further
@@ -175,7 +246,7 @@ class GuestSession:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
-                    await client.runstate_changed()
+                    await link.changed()
             pause = min(2 * pause, _RETRY_SECONDS_MAX)
 
     async def qmp(self, command: str, arguments: Mapping[str, object] | None = None) -> Any:
@@ -187,13 +258,13 @@ class GuestSession:
         """
         if self.contact is None:
             raise SourceError(f"QEMU is gone: nothing answers at {self.address}")
-        return await _execute(self.contact.client, self._answer_seconds, command, arguments)
+        return await self.contact.link.execute(self._answer_seconds, command, arguments)
 
     async def status(self) -> str:
         """Return the run state; as `qmp`."""
         return run_state(await self.qmp("query-status"))
 
-    def for_thread(self, patience: Patience) -> LimitedQmp:
+    def for_thread(self, patience: Patience) -> LimitedQmp | LibvirtMonitor:
         """Return the connection for another thread.
 
         Args:
@@ -204,15 +275,9 @@ class GuestSession:
         """
         if self.contact is None:
             raise SourceError(f"QEMU is gone: nothing answers at {self.address}")
-        return LimitedQmp(
-            self.contact.client,
-            asyncio.get_running_loop(),
-            self.address,
-            answer_seconds=self._answer_seconds,
-            patience=patience,
-        )
+        return self.contact.link.for_thread(self._answer_seconds, patience)
 
-    async def _connect(self, on_event: Callable[[Event], None]) -> Contact:
+    async def _connect_by_qmp(self, on_event: Callable[[Event], None]) -> Contact:
         await asyncio.to_thread(require_kind, self.address, QMP, free=True)
         connection = await _open_socket(self.address)
         try:
@@ -235,8 +300,8 @@ class GuestSession:
         except BaseException:
             await _disconnect(client)
             raise
-        start = None if pid is None else _start_time(pid)
-        return Contact(client, facts, f"{pid}:{start}" if start else self.address)
+        link = _QmpLink(client, self.address)
+        return Contact(link, facts, instance_of(pid) or self.address)
 
     async def _ask_facts(self, client: QMPClient, pid: int | None) -> QemuFacts:
         greeting = client.greeting
@@ -357,6 +422,12 @@ def read_command_line(pid: int) -> tuple[str, ...] | None:
     except OSError:
         return None
     return tuple(text.decode("utf-8", "replace").removesuffix("\0").split("\0"))
+
+
+def instance_of(pid: int | None) -> str | None:
+    """Return what no other process of this host has, or None where it cannot be seen."""
+    start = None if pid is None else _start_time(pid)
+    return f"{pid}:{start}" if start else None
 
 
 def _start_time(pid: int) -> str | None:
