@@ -43,6 +43,8 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"
 _DEBUG_REGISTERS = "dr0 dr1 dr2 dr3 dr6 dr7"
+_FLOATING_POINT_STATE = "fcw fsw ftw mxcsr"
+_XMM_COUNT = 16
 _SEGMENTS = "cs ds es fs gs ss"
 _DESCRIPTORS = f"{_SEGMENTS} ldt tr gdt idt"
 _SEGMENT_BASE_GDB = {"fs": "fs_base", "gs": "gs_base"}
@@ -161,6 +163,20 @@ def _parse_monitor(text: str) -> Mapping[str, int]:
         if len(words) == 4:
             parts = (f"{prefix}_selector", f"{prefix}_base", f"{prefix}_limit", f"{prefix}_flags")
             values |= dict(zip(parts, words, strict=True))
+    return values | _parse_floating_point(text)
+
+
+def _parse_floating_point(text: str) -> dict[str, int]:
+    """Read `FPR0=<mantissa> <exponent>`, `XMM00=<high> <low>`, or `YMM00=` with two more before."""
+    values = {
+        f"fpr{number}": int(exponent + mantissa, 16)
+        for number, mantissa, exponent in re.findall(
+            r"\bFPR([0-7])=([0-9a-f]{16}) ([0-9a-f]{4})\b", text
+        )
+    }
+    for number, words in re.findall(r"\b[XYZ]MM(\d\d)=((?:[0-9a-f]{16} ?){2,8})", text):
+        if int(number) < _XMM_COUNT:
+            values[f"xmm{int(number)}"] = int("".join(words.split()[-2:]), 16)
     return values
 
 
@@ -407,7 +423,9 @@ ARCHITECTURE = Architecture(
         Register("kernel_gs_base", gdb="k_gs_base"),
         Register("efer", gdb="efer", monitor=("EFER",)),
         *(Register(name, monitor=(name.upper(),)) for name in _DEBUG_REGISTERS.split()),
-        Register("mxcsr", monitor=("MXCSR",)),
+        *(Register(name, monitor=(name.upper(),)) for name in _FLOATING_POINT_STATE.split()),
+        *(Register(f"fpr{number}") for number in range(8)),
+        *(Register(f"xmm{number}") for number in range(_XMM_COUNT)),
         Register("a20", monitor=("A20",)),
         Register("smm", monitor=("SMM",)),
     ),

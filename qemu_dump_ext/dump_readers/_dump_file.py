@@ -138,6 +138,16 @@ class DumpFile(ABC):
         return int.from_bytes(note.descriptor[start : start + 4], self.byte_order)
 
     @property
+    def machine(self) -> int | str | None:
+        """What the dump says of the machine: EM_* or utsname.machine; None: nothing."""
+        return self.header.get("e_machine", self.header.get("machine"))
+
+    @property
+    def windows_header(self) -> bytes | None:
+        """The header of a full dump of Windows with this memory; None: it is no such dump."""
+        return None
+
+    @property
     def phys_base(self) -> int | None:
         """Physical minus link address of the kernel; None where the format does not tell."""
         return None

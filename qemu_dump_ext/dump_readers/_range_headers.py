@@ -55,6 +55,14 @@ def describe_ranges(ranges: Sequence[RangeHeader]) -> Mapping[str, Callable[[], 
 def verify_memory(
     dump: DumpFile, report: VerifyReport, pool: OrderedPool, progress: Progress
 ) -> None:
+    """Verify a dump of a format that has memory and nothing else."""
+    report.remarks.append("the format has no registers")
+    read_memory(dump, report, pool, progress)
+
+
+def read_memory(
+    dump: DumpFile, report: VerifyReport, pool: OrderedPool, progress: Progress
+) -> None:
     """Read all memory that a dump says to have; add what cannot be read to a report."""
     stored = list(dump.stored_ranges())
     total = sum(size for _, size in stored)
@@ -62,7 +70,6 @@ def verify_memory(
     report.memory_bytes = sum(size for _, size in readable)
     if report.memory_bytes < total and not dump.image.problems:
         report.add_problem(f"{total - report.memory_bytes} bytes of memory are not in the file")
-    report.remarks.append("the format has no registers")
     pieces = (
         (start, min(_READ_SIZE, end - start))
         for gpa, size in readable

@@ -10,11 +10,13 @@ from types import MappingProxyType
 from typing import Any
 
 from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
-from qemu_dump_ext.dump_readers._dump_file import DumpFile
+from qemu_dump_ext.dump_readers._extent_dump import ExtentDump
 from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
+from qemu_dump_ext.dump_readers._range_headers import read_memory
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
-from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
+from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
+from qemu_dump_ext.structures.elf import EM_386, EM_X86_64
 from qemu_dump_ext.structures.win_dmp import (
     DUMP_TYPE_BITMAP_FULL,
     DUMP_TYPE_FULL,
@@ -38,10 +40,9 @@ _GPA_BITS = 52
 """Of the widest physical address of x86."""
 _BITMAP_SIZE_MAX = 1 << 28
 """Bytes: of 8 TiB of guest memory."""
-_READ_SIZE = 1 << 20
 
 
-class WindowsDumpFile(DumpFile):
+class WindowsDumpFile(ExtentDump):
     """A crash dump of Windows.
 
     Attributes:
@@ -79,7 +80,7 @@ class WindowsDumpFile(DumpFile):
             self._members["NumberOfRuns"],
         )
         self.summary: Mapping[str, int] = {}
-        self._index = ExtentIndex()
+        self.index = ExtentIndex()
         kind = self._members["DumpType"]
         if kind == DUMP_TYPE_FULL:
             self._index_runs(layout.size)
@@ -87,7 +88,7 @@ class WindowsDumpFile(DumpFile):
             self._index_bitmap(layout.size)
         else:
             raise NotADumpError(f"a dump of Windows of type {kind} has no physical memory to read")
-        self._index.settle()
+        self.index.settle()
 
     def _index_runs(self, offset: int) -> None:
         count = self._members["NumberOfRuns"]
@@ -103,7 +104,7 @@ class WindowsDumpFile(DumpFile):
                     " no machine has so much memory"
                 )
             if run.size:
-                self._index.append(run.gpa, run.size, offset)
+                self.index.append(run.gpa, run.size, offset)
             offset += run.size
         self._end = offset
 
@@ -122,7 +123,7 @@ class WindowsDumpFile(DumpFile):
         bitmap = self.image.read(start + SUMMARY.size, size)
         offset = self.summary["HeaderSize"]
         for first, count in _runs_of_bits(bitmap, self.summary["BitmapSize"]):
-            self._index.append(first << PAGE_SHIFT, count << PAGE_SHIFT, offset)
+            self.index.append(first << PAGE_SHIFT, count << PAGE_SHIFT, offset)
             offset += count << PAGE_SHIFT
         self._end = offset
 
@@ -131,34 +132,40 @@ class WindowsDumpFile(DumpFile):
         """Where the last page of memory ends in the file."""
         return self._end
 
-    def _note_areas(self) -> list[tuple[int, int]]:
-        return []
+    def covered_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (gpa, size) of the physical memory runs, as far as there are bits for their pages.
 
-    def memory_ranges(self) -> Iterator[tuple[int, int]]:
-        """Yield (gpa, size) of the guest memory in the dump, ascending, merged."""
-        return self._index.ranges()
+        Ascending, merged.
+        """
+        if not self.summary:
+            yield from self.memory_ranges()
+            return
+        listed = ExtentIndex()
+        for run in self.runs:
+            size = min(run.gpa + run.size, self.summary["BitmapSize"] << PAGE_SHIFT) - run.gpa
+            if size > 0:
+                listed.append(run.gpa, size, 0)
+        for gpa, size in self.memory_ranges():
+            listed.append(gpa, size, 0)
+        listed.settle()
+        yield from listed.ranges()
 
-    def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
-        """Return (gpa, end) of what is in the file, holes left out."""
-        found: list[tuple[int, int]] = []
-        for length, place in self._index.pieces(gpa, size):
-            if place is not None:
-                for start, end in self.image.stored(place, length):
-                    low, high = gpa + start - place, gpa + end - place
-                    if found and found[-1][1] == low:
-                        low = found.pop()[0]
-                    found.append((low, high))
-            gpa += length
-        return found
+    @property
+    def machine(self) -> int:
+        """EM_* of the guest."""
+        return EM_X86_64 if self.word_size == 8 else EM_386
 
-    def read_into(self, gpa: int, buffer: memoryview) -> None:
-        """Fill `buffer` with guest memory from `gpa`."""
-        done = 0
-        for size, place in self._index.pieces(gpa, len(buffer)):
-            if place is None:
-                raise GuestMemoryFaultError(gpa + done, size, "not in the dump")
-            self.image.read_into(place, buffer[done : done + size])
-            done += size
+    @property
+    def windows_header(self) -> bytes:
+        """The header, as that of a full dump."""
+        layout = HEADERS[self.word_size]
+        values = layout.unpack(self.image.read(0, layout.size))
+        pages = sum(run.count for run in self.runs)
+        values |= {
+            "DumpType": DUMP_TYPE_FULL,
+            "RequiredDumpSpace": layout.size + (pages << PAGE_SHIFT),
+        }
+        return layout.pack(**values)
 
 
 def _runs_of_bits(bitmap: bytes, bits: int) -> Iterator[tuple[int, int]]:
@@ -213,7 +220,7 @@ def _verify(
         )
         end = max(end, run.gpa + run.size)
     _verify_size(dump, report)
-    _read_all(dump, report, pool, progress)
+    read_memory(dump, report, pool, progress)
 
 
 def _verify_size(dump: WindowsDumpFile, report: VerifyReport) -> None:
@@ -230,34 +237,6 @@ def _verify_size(dump: WindowsDumpFile, report: VerifyReport) -> None:
             dump.summary["Pages"] == pages,
             f"the bitmap has {pages} pages, its header {dump.summary['Pages']}",
         )
-
-
-def _read_all(
-    dump: WindowsDumpFile, report: VerifyReport, pool: OrderedPool, progress: Progress
-) -> None:
-    # Nothing in the memory can be wrong, but a medium that lost it says so.
-    def read(piece: tuple[int, int]) -> tuple[int, CorruptDumpError | None]:
-        try:
-            dump.image.read(*piece)
-        except CorruptDumpError as error:
-            return piece[1], error
-        return piece[1], None
-
-    start = dump.summary.get("HeaderSize", HEADERS[dump.word_size].size)
-    end = min(dump.end, dump.image.size)
-    total = max(0, end - start)
-    pieces = (
-        (position, min(_READ_SIZE, high - position))
-        for low, high in dump.image.stored(start, total)
-        for position in range(low, high, _READ_SIZE)
-    )
-    done = 0
-    for size, error in pool.map(read, pieces):
-        done += size
-        if error:
-            report.add_problem(error)
-        progress(done, total)
-    report.memory_bytes = total
 
 
 READER = DumpReader(

@@ -338,11 +338,18 @@ def _native_dialect(guest: ProbedGuest) -> Dialect:
 
 def _plan_windows(guest: GuestView, request: DumpRequest, dialect: Dialect) -> DumpPlan:
     """Decide what goes into a Windows dump."""
-    note = guest.probed.guest_note
+    note = guest.windows_note
     if note is None and request.exact:
         raise SourceError(f"the note of the vmcoreinfo device: {guest.probed.native_refusal}")
     windows = guest.describe_windows((note or b"") if request.vmcoreinfo else b"", dialect)
-    return make_windows_plan(guest.core, guest.ram_blocks, windows, dialect, request)
+    return make_windows_plan(
+        guest.core,
+        guest.ram_blocks,
+        guest.covered_blocks,
+        windows,
+        dialect=dialect,
+        request=request,
+    )
 
 
 def _snapshot(

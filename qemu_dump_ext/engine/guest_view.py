@@ -251,11 +251,21 @@ class GuestView(ABC):
         """Return what the kernel that `vmcoreinfo` is of calls itself; empty where unknown."""
         return read_utsname(self.memory, self.architecture, self.ram_blocks, vmcoreinfo.text)
 
+    @property
+    def covered_blocks(self) -> Sequence[RamBlock]:
+        """What memory the guest has, by ascending gpa; also what cannot be read."""
+        return self.ram_blocks
+
+    @property
+    def windows_note(self) -> bytes | None:
+        """What a driver has left in QEMU's vmcoreinfo device; None: it could not be had."""
+        return self.probed.guest_note
+
     def describe_windows(self, note: bytes, dialect: Dialect) -> WindowsDump:
         """Return what a Windows dump of it has besides its memory.
 
         Args:
-            note: Of the vmcoreinfo device; empty where there is none.
+            note: As `windows_note`; empty where there is none.
             dialect: How the dump is spelt.
 
         Raises:

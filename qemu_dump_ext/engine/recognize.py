@@ -54,8 +54,7 @@ class Recognized:
 
 def machine_of(dump: DumpFile) -> int | str | None:
     """Return what a dump says of its machine: EM_* or utsname.machine; None: nothing."""
-    machine = dump.header.get("e_machine", dump.header.get("machine"))
-    return None if machine in {_UNKNOWN, ""} else machine
+    return None if dump.machine in {_UNKNOWN, ""} else dump.machine
 
 
 def notes_of(dump: DumpFile) -> tuple[Sequence[Note], str | None]:

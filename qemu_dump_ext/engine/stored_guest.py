@@ -14,18 +14,26 @@ from qemu_dump_ext.dump_readers import DumpFile
 from qemu_dump_ext.engine.differences import differences
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.recognize import MemoryOf, Recognized, notes_of, recognize
-from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
+from qemu_dump_ext.errors import (
+    CorruptDumpError,
+    GuestMemoryFaultError,
+    RequestError,
+    SourceError,
+)
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.plan.plan import DumpPlan, EarlierDump, GuestSnapshot
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.registers.from_dump_notes import encode_notes
-from qemu_dump_ext.structures.dialect import MENDED
+from qemu_dump_ext.structures.dialect import MENDED, Dialect
+from qemu_dump_ext.structures.elf import EM_X86_64
 from qemu_dump_ext.structures.elf_notes import encode_note
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS, UtsName
 from qemu_dump_ext.structures.vmcoreinfo import PAGE_SIZES, VMCOREINFO_NOTE_NAME
+from qemu_dump_ext.structures.win_dmp import WindowsDump
+from qemu_dump_ext.windows.stored import dump_of_header, vcpus_of_header, with_mode
 
 _RANGES_MAX = 1 << 20
 """More than a guest's memory has with every page left out that makedumpfile can leave out."""
@@ -140,7 +148,7 @@ class StoredGuest(GuestView):
         self._memory = _DumpMemory(dump, found.architecture)
         self.ram_blocks = self._memory.blocks
         self.core = _written_core(found, self.ram_blocks)
-        self.vcpus = dump.vcpus or found.notes.vcpus
+        self.vcpus = dump.vcpus or found.notes.vcpus or self._vcpus_of_windows()
         self.pause = _NoPause()
         self.probed = self._probed()
         self.lacking = tuple(self._lacking())
@@ -204,6 +212,37 @@ class StoredGuest(GuestView):
             words.append("the earlier dump has no registers")
         return words
 
+    def _vcpus_of_windows(self) -> Sequence[Vcpu]:
+        header = self.dump.windows_header
+        if header is None:
+            return ()
+        try:
+            return vcpus_of_header(header, self.architecture, self._memory, self.ram_blocks)
+        except (RequestError, SourceError):
+            return ()
+
+    @property
+    def covered_blocks(self) -> Sequence[RamBlock]:
+        """What memory the dump is about, with what was left out of it or lost."""
+        return self._memory.blocks_of(self._covered)
+
+    @property
+    def windows_note(self) -> bytes:
+        """The note with the header that a driver has left; empty where there is none."""
+        notes = (note for note in self._notes if note.name == VMCOREINFO_NOTE_NAME)
+        found = next(notes, None)
+        order = self.dump.byte_order
+        return encode_note(found.name, found.type, found.descriptor, order) if found else b""
+
+    def describe_windows(self, note: bytes, dialect: Dialect) -> WindowsDump:
+        """Return what a Windows dump has besides memory: of such a dump, its own header."""
+        header = self.dump.windows_header
+        if header is not None:
+            return dump_of_header(header)
+        # Notes have no EFER: the form of the dump says whether vCPUs were in long mode.
+        self.vcpus = with_mode(self.vcpus, long=self.core.e_machine == EM_X86_64)
+        return super().describe_windows(note, dialect)
+
     def _known_vmcoreinfo(self) -> Vmcoreinfo | None:
         text: bytes | None = None
         with suppress(CorruptDumpError):
@@ -235,6 +274,8 @@ class StoredGuest(GuestView):
         """Return what a dump is planned from, with what the dump says besides."""
         notes, dump = self._recognized.notes, self.dump
         of_vcpus = notes.as_they_are
+        if dump.windows_header is not None and self.vcpus:
+            of_vcpus = None
         if self._keep:
             of_vcpus = encode_notes(self._notes, dump.byte_order)
         absent = sorted((*self.left_out, *self.lost))

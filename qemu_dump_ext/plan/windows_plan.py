@@ -17,7 +17,9 @@ from qemu_dump_ext.structures.win_dmp import PAGE_SIZE, PageRun, WindowsDump
 def make_windows_plan(
     core: Core,
     ram_blocks: Sequence[RamBlock],
+    covered_blocks: Sequence[RamBlock],
     windows: WindowsDump,
+    *,
     dialect: Dialect,
     request: DumpRequest,
 ) -> DumpPlan:
@@ -25,7 +27,8 @@ def make_windows_plan(
 
     Args:
         core: Form of the guest's other dumps.
-        ram_blocks: Of the guest, by ascending gpa.
+        ram_blocks: What can be read of the guest, by ascending gpa.
+        covered_blocks: What memory it has, likewise.
         windows: What its kernel, or a driver in it, tells.
         dialect: How the dump is spelt.
         request: What was asked for.
@@ -34,10 +37,10 @@ def make_windows_plan(
         RequestError: Its physical memory runs are not those of this guest.
     """
     runs = windows.runs
-    _check_runs(runs, ram_blocks, dialect)
-    blocks = tuple(blocks_in_runs(ram_blocks, runs))
+    _check_runs(runs, covered_blocks, dialect)
+    blocks, covered = (tuple(blocks_in_runs(some, runs)) for some in (ram_blocks, covered_blocks))
     doubts = list(windows.doubts)
-    if beside := sum(run.size for run in runs) - sum(block.size for block in blocks):
+    if beside := sum(run.size for run in runs) - sum(block.size for block in covered):
         doubts.append(
             f"the header lists {beside / (1 << 20):.1f} MiB that are no guest memory, or are listed"
             " before: what is no memory is zero in the dump"
@@ -49,7 +52,7 @@ def make_windows_plan(
         core=core,
         dialect=dialect,
         ram_blocks=blocks,
-        covered_blocks=blocks,
+        covered_blocks=covered,
         segments=(),
         notes=b"",
         vmcoreinfo_span=None,

@@ -68,7 +68,8 @@ class Dialect:
             the page cache. QEMU puts it right behind the notes.
         extended_from: Number of program headers from which section header 0 holds the number.
         windows_as_qemu: A Windows dump has what QEMU gets wrong in it: with 32-bit pointers, its
-            size cut to 32 bits, and 4 bytes overwritten behind the registers of each vCPU; parts
+            size cut to 32 bits, and 4 bytes overwritten behind the registers of each vCPU; with
+            64-bit pointers, no registers of x87 and SSE where it says that there are; parts
             of what could not be read as a whole; runs that do not ascend, or are no memory.
         names_missing_note: Messages tell a guest without a note from one whose note is no header
             of a Windows dump.

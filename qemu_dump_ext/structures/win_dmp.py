@@ -127,9 +127,13 @@ _CONTEXT64 = StructLayout(
         *fields_of("u64", "dr0 dr1 dr2 dr3 dr6 dr7"),
         *fields_of("u64", "rax rcx rdx rbx rsp rbp rsi rdi"),
         *fields_of("u64", "r8 r9 r10 r11 r12 r13 r14 r15 rip"),
-        Field("FltSave_head", "bytes", 24),
+        *fields_of("u16", "fcw fsw"),
+        Field("ftw", "u8"),
+        Field("FltSave_pointers", "bytes", 19),
         *fields_of("u32", "FltSave_MxCsr FltSave_MxCsr_Mask"),
-        Field("FltSave_registers", "bytes", 480),
+        *(Field(f"st{number}", "wide", 16) for number in range(8)),
+        *(Field(f"xmm{number}", "wide", 16) for number in range(16)),
+        Field("FltSave_reserved", "bytes", 96),
         Field("VectorRegister", "bytes", 416),
         *fields_of("u64", "VectorControl DebugControl LastBranchToRip LastBranchFromRip"),
         *fields_of("u64", "LastExceptionToRip LastExceptionFromRip"),
@@ -140,6 +144,8 @@ CONTEXTS: Mapping[int, BoundStruct] = {4: _CONTEXT32, 8: _CONTEXT64}
 registers hold them."""
 CONTEXT_FLAGS: Mapping[int, int] = {4: 0x10017, 8: 0x10001F}
 """Which registers are said to be in it, as QEMU says it."""
+CONTEXT_FLOATING_POINT = 8
+"""Of these flags: those of x87 and SSE."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ Source: QEMU dump/win_dump.c create_win_dump() and what it calls; messages are Q
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from qemu_dump_ext.errors import RequestError
@@ -19,6 +19,7 @@ from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.win_dmp import (
     CONTEXT_FLAGS,
+    CONTEXT_FLOATING_POINT,
     CONTEXTS,
     HEADERS,
     LIVE_SYSTEM_DUMP,
@@ -41,13 +42,18 @@ PRCB_CONTEXT_OFFSET = 0x338
 """Offsets in KDBG, which has the same layout for 32 and 64 bits."""
 _NOTE_HEADER_SIZE = 24
 _BUGCHECK_SIZES: Mapping[int, int] = {4: 20, 8: 40}
-_CONTEXT_SIZES: Mapping[int, int] = {4: 716, 8: 1232}
+CONTEXT_SIZES: Mapping[int, int] = {4: 716, 8: 1232}
 """Of the kernel's structure, in bytes. QEMU's has 4 more in 32 bits, and overwrites them."""
 
 _REGISTERS = frozenset(
     "rax rbx rcx rdx rsi rdi rsp rbp r8 r9 r10 r11 r12 r13 r14 r15 rip eflags"
     " cs_selector ds_selector es_selector fs_selector gs_selector ss_selector"
     " dr0 dr1 dr2 dr3 dr6 dr7 mxcsr".split()
+)
+_FLOATING_POINT = (
+    *("fcw", "fsw", "ftw"),
+    *(f"fpr{number}" for number in range(8)),
+    *(f"xmm{number}" for number in range(16)),
 )
 _NO_DRIVER = (
     "the driver fwcfg of virtio-win leaves the header of such a dump in QEMU's device vmcoreinfo"
@@ -213,28 +219,17 @@ def store_contexts(
     Raises:
         RequestError: There is no such place.
     """
-    word, kdbg = header.word_size, header["KdDebuggerDataBlock"]
-    blocks = memory.read_integer(kdbg + KI_PROCESSOR_BLOCK_OFFSET, word)
-    if blocks is None:
-        raise RequestError("win-dump: failed to read KiProcessorBlock")
-    offset = memory.read_integer(kdbg + PRCB_CONTEXT_OFFSET, 2)
-    if offset is None:
-        raise RequestError("win-dump: failed to read OffsetPrcbContext")
     missing: dict[tuple[str, int], list[str]] = {}
-    count = header["NumberProcessors"]
-    for number, vcpu in enumerate(guest.vcpus[:count]):
-        block = memory.read_integer(blocks + number * word, word)
-        if block is None:
-            raise RequestError(f"win-dump: failed to read CPU #{number} PRCB location")
-        context = memory.read_integer(block + offset, word)
-        if context is None:
-            raise RequestError(f"win-dump: failed to read CPU #{number} ContextFrame location")
-        data, absent = encode_context(vcpu, word)
+    count, word = header["NumberProcessors"], header.word_size
+    vcpus = guest.vcpus[:count]
+    # What has been stored may lie over where the next one is told.
+    for number, place in enumerate(context_places(header, memory, len(vcpus))):
+        data, absent = encode_context(vcpus[number], word, dialect)
         if absent:
-            missing["CONTEXT", vcpu.index] = absent
+            missing["CONTEXT", vcpus[number].index] = absent
         if not dialect.windows_as_qemu:
-            data = data[: _CONTEXT_SIZES[word]]
-        if not memory.store(context, data):
+            data = data[: CONTEXT_SIZES[word]]
+        if not memory.store(place, data):
             raise RequestError(f"win-dump: failed to save CPU #{number} context")
     doubts = []
     if count < len(guest.vcpus):
@@ -245,13 +240,73 @@ def store_contexts(
     return missing, doubts
 
 
-def encode_context(vcpu: Vcpu, word_size: int) -> tuple[bytes, list[str]]:
-    """Return a CONTEXT with the registers of a vCPU, and the names of those that are not known."""
+def context_places(header: DumpHeader, memory: SystemMemory, count: int) -> Iterator[int]:
+    """Yield where the kernel saves the registers of each processor.
+
+    Args:
+        header: Of the dump.
+        memory: At the kernel's addresses.
+        count: Of processors.
+
+    Raises:
+        RequestError: There is no such place.
+    """
+    word, kdbg = header.word_size, header["KdDebuggerDataBlock"]
+    blocks = memory.read_integer(kdbg + KI_PROCESSOR_BLOCK_OFFSET, word)
+    if blocks is None:
+        raise RequestError("win-dump: failed to read KiProcessorBlock")
+    offset = memory.read_integer(kdbg + PRCB_CONTEXT_OFFSET, 2)
+    if offset is None:
+        raise RequestError("win-dump: failed to read OffsetPrcbContext")
+    for number in range(count):
+        block = memory.read_integer(blocks + number * word, word)
+        if block is None:
+            raise RequestError(f"win-dump: failed to read CPU #{number} PRCB location")
+        context = memory.read_integer(block + offset, word)
+        if context is None:
+            raise RequestError(f"win-dump: failed to read CPU #{number} ContextFrame location")
+        yield context
+
+
+def decode_context(data: bytes, word_size: int) -> Mapping[str, int]:
+    """Return the registers in a CONTEXT, but for those of x87 and SSE.
+
+    Args:
+        data: `CONTEXT_SIZES` bytes.
+        word_size: The size of a pointer, in bytes.
+    """
+    layout = CONTEXTS[word_size]
+    values = layout.unpack_integers(data.ljust(layout.size, b"\0"))
+    return {name: value for name, value in values.items() if name in _REGISTERS}
+
+
+def encode_context(vcpu: Vcpu, word_size: int, dialect: Dialect) -> tuple[bytes, list[str]]:
+    """Return a CONTEXT with the registers of a vCPU, and the names of those that are not known.
+
+    QEMU says that those of x87 and SSE are in it, and leaves them zero. Here they are, or it says
+    that they are not.
+    """
     layout = CONTEXTS[word_size]
     names = [name for name in layout.offsets if name in _REGISTERS]
     known = {name: vcpu.registers[name] for name in names if name in vcpu.registers}
     values = {name: layout.truncate(name, value) for name, value in known.items()}
-    values["ContextFlags"] = CONTEXT_FLAGS[word_size]
-    if "FltSave_MxCsr" in layout.offsets:
+    flags = CONTEXT_FLAGS[word_size]
+    if flags & CONTEXT_FLOATING_POINT:
         values["FltSave_MxCsr"] = values.get("mxcsr", 0)
+        if not dialect.windows_as_qemu:
+            floating_point = _floating_point(vcpu.registers)
+            values |= floating_point
+            if not floating_point:
+                flags &= ~CONTEXT_FLOATING_POINT
+    values["ContextFlags"] = flags
     return layout.pack(**values), [name for name in names if name not in known]
+
+
+def _floating_point(registers: Mapping[str, int]) -> Mapping[str, int]:
+    """Return what FXSAVE would store; empty where not all of it is known."""
+    state = {name: registers[name] for name in _FLOATING_POINT if name in registers}
+    if len(state) < len(_FLOATING_POINT):
+        return {}
+    top = state["fsw"] >> 11 & 7
+    stack = {f"st{number}": state.pop(f"fpr{(top + number) % 8}") for number in range(8)}
+    return state | stack

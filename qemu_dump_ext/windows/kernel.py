@@ -186,7 +186,7 @@ def header_of_kernel(guest: WindowsGuest, dialect: Dialect) -> WindowsDump:
         "NumberOfRuns": len(runs),
         "NumberOfPages": pages,
         "Run": encode_runs(runs, word),
-        "ContextBuffer": encode_context(kernel.vcpu, word)[0],
+        "ContextBuffer": encode_context(kernel.vcpu, word, dialect)[0],
         "DumpType": DUMP_TYPE_FULL,
         "RequiredDumpSpace": layout.size + (pages << PAGE_SHIFT),
         "SystemTime": _time(shared, _SYSTEM_TIME),

@@ -60,7 +60,9 @@ def _plan(request: DumpRequest, target: str = _LITTLE) -> DumpPlan:
     dialect = qemu_dialect((7, 2, 0)) if request.exact else MENDED
     if find_dump_format(request.format).of_windows:
         core = architecture.cores[0]
-        return make_windows_plan(core, BLOCKS, sample_windows_dump(BLOCKS), dialect, request)
+        return make_windows_plan(
+            core, BLOCKS, BLOCKS, sample_windows_dump(BLOCKS), dialect=dialect, request=request
+        )
     whole_pages = find_dump_format(request.format).whole_pages
     return make_plan(snapshot, dialect, request, whole_pages=whole_pages)
 

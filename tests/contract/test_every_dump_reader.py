@@ -78,7 +78,9 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             found = find_dump_format(name)
             if found.of_windows:
                 windows = sample_windows_dump(BLOCKS)
-                plan = make_windows_plan(architecture.cores[0], BLOCKS, windows, MENDED, request)
+                plan = make_windows_plan(
+                    architecture.cores[0], BLOCKS, BLOCKS, windows, dialect=MENDED, request=request
+                )
             else:
                 plan = make_plan(snapshot, MENDED, request, whole_pages=found.whole_pages)
             found.write(request, plan, PlainMemory(), sink, lambda _: None)

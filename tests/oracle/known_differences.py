@@ -28,6 +28,7 @@ _FASTER = "ISA-L packs pages three times as fast, into other bytes of the same f
 KDUMP_ZLIB = {"rest": _FASTER}
 WINDOWS = {
     "RequiredDumpSpace": "QEMU cuts the size of a dump with 32-bit pointers to 32 bits",
+    "x87 and SSE": "QEMU says that a processor's context has them, and leaves them zero",
     "behind CONTEXT": "QEMU overwrites 4 bytes behind the registers of each 32-bit processor",
 }
 KDUMP_LINUX = {

@@ -96,18 +96,21 @@ def test_default_differs_where_it_is_said(place: Place, tmp_path: Path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     assert main(["--qmp", str(machine.qmp_sockets[0]), "-w", str(ours)]) == 0
     assert native(machine, theirs).path
-    found = set()
-    behind = {
-        image.file_offset(image.gpa_of(image.base + image.context_at(vcpu) + 716 + byte))
-        for vcpu in range(VCPUS)
-        for byte in range(4)
-    }
-    for offset, (one, other) in enumerate(zip(ours.read_bytes(), theirs.read_bytes(), strict=True)):
-        if one != other:
-            in_size = 0xFA4 <= offset < 0xFA8
-            found.add("RequiredDumpSpace" if in_size else "behind CONTEXT")
-            assert in_size or offset in behind, hex(offset)
-    assert found == (set() if place.word_size == 8 else known_differences.WINDOWS.keys())
+    places = dict.fromkeys(range(4004, 4008), "RequiredDumpSpace")
+    part, name = {8: (range(0x100, 0x2A0), "x87 and SSE"), 4: (range(716, 720), "behind CONTEXT")}[
+        place.word_size
+    ]
+    for vcpu in range(VCPUS):
+        context = image.base + image.context_at(vcpu)
+        places |= {image.file_offset(image.gpa_of(context + byte)): name for byte in part}
+    pairs = enumerate(zip(ours.read_bytes(), theirs.read_bytes(), strict=True))
+    found = {places.get(offset, hex(offset)) for offset, (one, other) in pairs if one != other}
+    assert (
+        found
+        == {8: {"x87 and SSE"}, 4: known_differences.WINDOWS.keys() - {"x87 and SSE"}}[
+            place.word_size
+        ]
+    )
     size = header_field(ours.read_bytes(), place.word_size, "RequiredDumpSpace")
     assert size == HEADER_SIZES[place.word_size] + 0x123456000
 

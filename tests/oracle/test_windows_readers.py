@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,9 @@ from tests.support.windows_guest import (
     RUNS,
     VCPUS,
     WindowsImage,
+    floating_value,
     register_value,
+    vector_value,
     windows_machine,
 )
 
@@ -110,6 +113,18 @@ def test_the_contexts_are_those_of_the_processors(dumped: Dumped, kind: str):
             found = int.from_bytes(context[place + index * size :][:size], "little")
             number = "rax rbx rcx rdx".split().index(name)
             assert found == register_value(vcpu, number, long=wide), name
+        if wide:
+            fields = struct.unpack_from("<IIHHB", context, 0x30)[:2] + struct.unpack_from(
+                "<HHB", context, 0x100
+            )
+            assert fields == (0x10001F, 0x1F80 + vcpu, 0x27F, 0x3800, 0)
+            for index in range(8):
+                # The top of the stack is register 7 of the processor.
+                found = int.from_bytes(context[0x120 + 16 * index :][:16], "little")
+                assert found == floating_value(vcpu, (7 + index) % 8)
+            for index in range(16):
+                found = int.from_bytes(context[0x1A0 + 16 * index :][:16], "little")
+                assert found == vector_value(vcpu, index)
 
 
 @pytest.mark.parametrize("kind", _KINDS)

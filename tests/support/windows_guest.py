@@ -400,10 +400,13 @@ class WindowsMachine(QemuMachine):
             packets += [(26, image.kernel_gs_base)]
             packets += [(index, register_value(number, index, long=long)) for index in general]
             packets += [(16, register_value(number, 16, long=long)), (17, 0x246 + number)]
-            packets += [(65, 0x1F80 + number)]
+            packets += [(65, 0x1F80 + number), (41, 0x27F), (42, 0x3800)]
+            packets += [(33 + index, floating_value(number, index)) for index in range(8)]
+            vectors = range(16 if long else 8)
+            packets += [(49 + index, vector_value(number, index)) for index in vectors]
             commands.append(f"maintenance packet Hgp1.{number + 1}")
             for register, value in packets:
-                content = value.to_bytes(4 if register == 65 else 8, "little").hex()
+                content = value.to_bytes(_packet_size(register), "little").hex()
                 commands.append(f"maintenance packet P{register:x}={content}")
         done = run_gdb(self, commands)
         assert done.stdout.count('received: "OK"') == len(commands), done.stdout + done.stderr
@@ -413,6 +416,23 @@ def register_value(vcpu: int, index: int, *, long: bool) -> int:
     """Return what a general register of a vCPU is set to, by its number in the stub."""
     value = 0xABCD000000000000 | vcpu << 40 | index << 32 | 0x80001000 + index
     return value if long else value & 0xFFFFFFFF
+
+
+def floating_value(vcpu: int, index: int) -> int:
+    """Return what a register of the x87 of a vCPU is set to, by its place in memory."""
+    return 0x4000 << 64 | 0x8000 << 48 | vcpu << 8 | index
+
+
+def vector_value(vcpu: int, index: int) -> int:
+    """Return what a register of SSE of a vCPU is set to."""
+    return 0x1122334455667788 << 64 | 0xAABBCCDD00000000 | vcpu << 8 | index
+
+
+def _packet_size(register: int) -> int:
+    # Those of x87 have 10 bytes, its control registers and MXCSR 4, those of SSE 16.
+    if 33 <= register < 49:
+        return 10 if register < 41 else 4
+    return 8 if register < 33 else 16 if register < 65 else 4
 
 
 def hand_over(qtest: Qtest, gpa: int, size: int, *, guest_format: int = _ELF_FORMAT) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,19 +33,22 @@ def parse(line: str) -> DumpLine | NativeLine | BadExtension:
         ("dump-guest-memory -d -z none -R f", "dzR", "none", "f", ""),
         ("dump-guest-memory -l -R f", "lR", "lzo", "f", ""),
         ("dump-guest-memory -R f", "R", None, "f", ""),
+        ("dump-guest-memory -d -w f", "dw", None, "f", ""),
         ('dump-guest-memory "a b\\n\\"\\\\" 1', "", None, 'a b\n"\\', "1"),
         ('dump-guest-memory a"b', "", None, 'a"b', ""),
     ],
 )
 def test_line_of_ours(line: str, flags: str, codec: str | None, filename: str, bounds: str):
     named = codec in {"zstd", "none"}
-    assert parse(line) == DumpLine(filename, frozenset(flags), codec, bounds, names_codec=named)
+    expected = DumpLine(filename, frozenset(flags), codec, bounds, names_codec=named)
+    assert parse(line) == replace(expected, windows="w" in flags)
 
 
 @pytest.mark.parametrize(
     "rest",
     [
-        *("", "-q f", "-d -p f", "-R -z f", "-z -l f", "-w -z f", "-z f 0 1", "-p -z f"),
+        *("", "-q f", "-d -p f", "-R -z f", "-z -l f", "-z f 0 1", "-p -z f"),
+        *("-p -w f", "-w f 0 1", "-w -z f", "-w -R f"),
         *("--nosuch f", "- f", '"f', '"\\q"', "-z -z f"),
     ],
 )
