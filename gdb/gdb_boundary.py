@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import gdb
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError
@@ -15,6 +16,7 @@ from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import OneLine, ProgressMeter
 
 STATUS_VARIABLE = "_qemu_dump_status"
+_PATHS_MAX = 1000
 
 
 class _HelpWanted(Exception):  # noqa: N818 - leaves the parser, is no error
@@ -59,7 +61,8 @@ class QemuCommand(gdb.Command):
         self._interrupted = interrupted
         self._run = run
         self._complete = complete
-        self.__doc__ = parser.format_help()
+        # `apropos` shows the first line alone.
+        self.__doc__ = f"{parser.description}\n\n{parser.format_help()}"
         super().__init__(parser.prog, gdb.COMMAND_DATA)
 
     def invoke(self, argument: str, from_tty: bool) -> None:
@@ -85,10 +88,26 @@ class QemuCommand(gdb.Command):
         words = text.split(" ")
         found = self._complete(words[:-1], words[-1])
         if found is None:
-            return gdb.COMPLETE_FILENAME
+            found = _paths(words[-1])
         # gdb wants only what follows its own idea of where a word begins.
         known = len(words[-1]) - len(word)
         return [choice[known:] for choice in found if choice.startswith(words[-1])]
+
+
+def _paths(begun: str) -> Sequence[str]:
+    """Return the paths that begin like this: gdb itself takes the whole line for one path."""
+    directory, _, name = begun.rpartition("/")
+    folder = Path(f"{directory}/").expanduser() if "/" in begun else Path()
+    try:
+        with os.scandir(folder) as entries:
+            found = [
+                f"{begun[: len(begun) - len(name)]}{entry.name}{'/' if entry.is_dir() else ''}"
+                for entry in entries
+                if entry.name.startswith(name) and (name or not entry.name.startswith("."))
+            ]
+    except OSError:
+        return []
+    return sorted(found)[:_PATHS_MAX]
 
 
 def _set_status(status: int) -> None:

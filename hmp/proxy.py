@@ -218,6 +218,8 @@ async def _serve(arguments: argparse.Namespace) -> int:
                 proxy.sessions.add(front)
             ended.after(front.serve())
         await ended.wait()
+        if isinstance(front, PipeFront):
+            ended.status = ended.status or front.status
     finally:
         await proxy.dumps.close()
         for listener in listeners:

@@ -11,6 +11,8 @@ from typing import Any
 from qemu_dump_ext.dump_formats import find_dump_format, format_by_words, format_words
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import (
+    EXIT_FAILURE,
+    EXIT_SUCCESS,
     CodecUnavailableError,
     DumpError,
     RequestError,
@@ -68,6 +70,7 @@ class HmpClient:
         watch: Shows a foreground dump's progress as long as it is awaited, or None.
         told: Gets what the client is to know of a detached dump.
         quit: The client asked QEMU to end.
+        status: What the last line would be as a program: an exit status.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class HmpClient:
         self.told = told
         self.watch = watch
         self.quit = False
+        self.status = EXIT_SUCCESS
 
 
 class Interpreter:
@@ -124,11 +128,13 @@ class Interpreter:
     async def run(self, line: str, client: HmpClient) -> str:
         """Run one line and return what QEMU would show, with CR LF."""
         try:
-            return await self._run(line, client)
-        except CodecUnavailableError as error:
-            return _error(str(error))
+            answer = await self._run(line, client)
         except DumpError as error:
-            return _error(error.message)
+            client.status = error.exit_status
+            # Which package a codec needs, QEMU has nothing to say of.
+            return _error(str(error) if isinstance(error, CodecUnavailableError) else error.message)
+        client.status = EXIT_FAILURE if _is_refusal(answer) else EXIT_SUCCESS
+        return answer
 
     async def _run(self, line: str, client: HmpClient) -> str:
         words = line.split()
@@ -290,6 +296,11 @@ class _LeftToQemuError(Exception):
 
 def _nothing_to_release() -> None:
     pass
+
+
+def _is_refusal(answer: str) -> bool:
+    # As monitor/hmp.c and error-report.c of QEMU word them.
+    return answer.startswith(("Error: ", "unknown command: ")) or '\r\nTry "help ' in answer
 
 
 def _error(message: str) -> str:

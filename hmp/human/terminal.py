@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import OneLine
+from qemu_dump_ext.standard_error import tell
 
 from ..dump_job import DumpJob
 from ..sockets.connection import Connection
@@ -78,15 +79,39 @@ class _Front:
             self._running = False
         quits = self.client.quit
         if not (quits and not self.interpreter.upstream.connected):
-            _show(answer)
+            self.show(answer)
         return not quits
+
+    def show(self, answer: str) -> None:
+        """Show an answer of QEMU's, or ours."""
+        _show(answer)
 
     async def watch(self, job: DumpJob) -> None:
         """Show the progress of a dump until cancelled."""
 
 
 class PipeFront(_Front):
-    """Lines from standard input, answers to standard output."""
+    """Lines from standard input; answers to standard output, and refusals to standard error."""
+
+    @property
+    def status(self) -> int:
+        """Exit status of the last line."""
+        return self.client.status
+
+    def show(self, answer: str) -> None:
+        """Show an answer where it belongs."""
+        if self.client.status:
+            tell(printable(answer.replace("\r\n", "\n")), end="")
+        else:
+            super().show(answer)
+
+    async def watch(self, job: DumpJob) -> None:
+        """Say what came of a dump, once it is not awaited any more."""
+        try:
+            await asyncio.Event().wait()
+        finally:
+            if job.finished.done() and not job.finished.exception():
+                _show("\n".join(job.finished.result().lines()) + "\n")
 
     async def serve(self) -> None:
         """Serve until the input ends."""

@@ -24,9 +24,12 @@ class Capabilities:
 
     def lines(self) -> list[str]:
         """Say it in words."""
+        names_of: dict[str, list[str]] = {}
+        for name, why in self.unavailable.items():
+            names_of.setdefault(why, []).append(name)
         return [
             "formats: " + ", ".join(self.formats),
-            *(f"not available: {name}: {why}" for name, why in self.unavailable.items()),
+            *(f"not available: {', '.join(names)}: {why}" for why, names in names_of.items()),
         ]
 
 

@@ -99,10 +99,11 @@ def dump(
             else:
                 job.write_from_guest()
             guest.check_undisturbed()
+            stopped_by_us = guest.pause.is_ours
         stopped_seconds = guest.pause.seconds()
         if request.snapshot:
             job.write_copy()
-        return job.report(stopped_seconds)
+        return replace(job.report(stopped_seconds), stopped_by_us=stopped_by_us)
 
 
 def _dump_live(

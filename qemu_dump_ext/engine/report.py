@@ -31,6 +31,7 @@ class DumpReport:
         doubts: What could not be found out, and may be otherwise than in the dump.
         lacking: What else of the guest could not be had, and is not in the dump.
         mended: Of a dump that was made of another one: how it differs from that; None of others.
+        stopped_by_us: The guest ran before, and stood still for the dump alone.
         memory_is_slow: A faster memory source would have made the dump much shorter.
         architecture: QEMU's name of the target.
         zeros_left_out: There are no pages of zeros in the dump.
@@ -51,6 +52,7 @@ class DumpReport:
     doubts: Sequence[str] = ()
     lacking: Sequence[str] = ()
     mended: Sequence[str] | None = None
+    stopped_by_us: bool = True
     memory_is_slow: bool = False
     architecture: str | None = None
     zeros_left_out: bool = False
@@ -94,15 +96,16 @@ class DumpReport:
             f" {self.bytes_written / mib:.1f} MiB, {self.seconds:.1f} s ({rate:.0f} MiB/s"
         )
         if self.mended is None:
-            summary += (
-                f", memory by {self.memory_source}), guest stopped for {self.stopped_seconds:.1f} s"
-            )
+            still = f"guest stopped for {self.stopped_seconds:.1f} s"
+            summary += f", memory by {self.memory_source})"
+            summary += f", {still if self.stopped_by_us else 'guest was stopped before'}"
         else:
             summary += ")"
         lines = [summary]
         if verbose or self.memory_is_slow:
             lines += [f"{name} was not used: {reason}" for name, reason in self.passed_over]
         lines += self.remarks
+        lines += _misnamed(self.target, self.format)
         lines += [f"mended: {difference}" for difference in self.mended or ()]
         lines += [f"incomplete: {what}" for what in self.lacking]
         lines += [f"uncertain: {doubt}" for doubt in self.doubts]
@@ -121,3 +124,14 @@ class DumpReport:
             for (note, index), names in self.missing.items()
         ]
         return json.dumps(fields | {"exit_status": self.exit_status})
+
+
+def _misnamed(target: str, dump_format: str) -> list[str]:
+    """Return a remark where the name of a file says another format than it has."""
+    suffix = Path(target).suffix.lower()
+    is_elf = dump_format == "elf"
+    if is_elf and suffix == ".kdump":
+        return ["an ELF core, whatever its name says: -z writes a kdump"]
+    if suffix in {".elf", ".core"} and dump_format.startswith("kdump"):
+        return ["a kdump, whatever its name says: without -z, -l and -s it is an ELF core"]
+    return []

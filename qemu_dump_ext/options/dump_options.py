@@ -411,7 +411,13 @@ def _range_of(arguments: argparse.Namespace, request: DumpRequest) -> MemoryRang
         )
         return MemoryRange(begin, length, is_extension=True)
     # As one line: the monitor, too, takes `0x1000 - 4` for one number.
-    values = parse_expressions(" ".join(arguments.bounds), COMMAND, 2)
+    try:
+        values = parse_expressions(" ".join(arguments.bounds), COMMAND, 2)
+    except RequestError as error:
+        raise RequestError(
+            f"BEGIN LENGTH behind FILE are no numbers: {error.message}",
+            hint="one FILE, and behind it at most a range of guest physical memory",
+        ) from error
     if not values:
         return None
     if len(values) == 1:

@@ -248,8 +248,24 @@ def test_socket_paths_that_are_longer_than_an_address(machine: QemuMachine, tmp_
 
 def test_lines_from_a_pipe(machine: QemuMachine):
     done = run_proxy("--qmp", machine.qmp_sockets[1], text="info status\nnosuch\ninfo name")
-    assert done.stdout == "VM status: paused (prelaunch)\nunknown command: 'nosuch'\n"
+    assert done.stdout == "VM status: paused (prelaunch)\n"
+    assert (done.returncode, done.stderr) == (0, "unknown command: 'nosuch'\n")
+    for refused in ("nosuch", "info status x", "dump-guest-memory /dev/full/x", "print $nosuch"):
+        done = run_proxy("--qmp", machine.qmp_sockets[1], text=f"info status\n{refused}")
+        assert done.returncode in {1, 2, 4}, refused
+        assert done.stdout == "VM status: paused (prelaunch)\n"
+        assert done.stderr, refused
+
+
+def test_dump_from_a_pipe_says_what_came_of_it(machine: QemuMachine, tmp_path: Path):
+    line = f"dump-guest-memory {tmp_path / 'vm.elf'}\n"
+    done = run_proxy("--qmp", machine.qmp_sockets[1], text=line)
+    assert done.stdout.startswith(f"{tmp_path / 'vm.elf'}: elf, ")
     assert (done.returncode, done.stderr) == (0, "")
+    done = run_proxy("--qmp", machine.qmp_sockets[1], text="dump-guest-memory -z /nowhere/x\n")
+    assert done.stdout == ""
+    assert "Error: " in done.stderr
+    assert done.returncode
 
 
 @pytest.mark.parametrize("way", ["--qmp", "--hmp"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,7 +65,52 @@ def test_each_command_tells_its_version(gdb: pexpect.spawn[str], command: str):
 
 @pytest.mark.parametrize("command", _COMMANDS)
 def test_each_command_has_help(gdb: pexpect.spawn[str], command: str):
-    assert _answer(gdb, f"help {command}").startswith(f"usage: {command} [-h]")
+    assert f"\nusage: {command} [-h]" in _answer(gdb, f"help {command}")
+
+
+def test_apropos_shows_what_each_command_does(gdb: pexpect.spawn[str]):
+    lines = _answer(gdb, "apropos qemu-").splitlines()
+    told = dict(line.split(" -- ", 1) for line in lines if line.startswith("qemu-"))
+    assert set(told) == set(_COMMANDS)
+    assert told["qemu-dump-guest-memory"].startswith("Dump the memory and the registers of the ")
+    assert not [text for text in told.values() if text.startswith("usage:")]
+
+
+@pytest.mark.parametrize("words", ["", "--qmp ", "-z zlib --force ", "-R --memory process "])
+def test_the_tab_key_completes_paths_behind_any_option(
+    gdb: pexpect.spawn[str], tmp_path: Path, words: str
+):
+    (tmp_path / "a-very-long-name.sock").write_text("")
+    typed = f"qemu-dump-guest-memory {words}{tmp_path}/a-very"
+    gdb.send(f"{typed}\t")
+    gdb.expect_exact("-long-name.sock")
+    gdb.sendline("\x15echo first\\nsecond\\n")
+    gdb.expect_exact("first\r\nsecond\r\n")
+    gdb.expect_exact(_PROMPT)
+
+
+def test_a_dump_of_a_guest_that_gdb_has_stopped_does_not_claim_to_have(
+    gdb: pexpect.spawn[str], tmp_path: Path
+):
+    told = _answer(gdb, f"qemu-dump-guest-memory --progress never {tmp_path}/vm.kdump")
+    assert ", guest was stopped before\n" in told
+    assert "an ELF core, whatever its name says: -z writes a kdump\n" in told
+    assert f"open it: gdb -c {tmp_path}/vm.kdump\n" in told
+    told = _answer(gdb, f"qemu-dump-guest-memory {tmp_path}/vm.elf a b")
+    assert told.startswith("BEGIN LENGTH behind FILE are no numbers: invalid char 'a'")
+
+
+def test_status_is_there_behind_a_script_that_failed(machine: QemuMachine, tmp_path: Path):
+    """As docs/gdb.md has it; without a target, for the socket is taken."""
+    assert machine.is_running()
+    script = tmp_path / "commands.gdb"
+    script.write_text(f"source {GDB_SCRIPT}\nqemu-dump-guest-memory --nope x\necho not here\n")
+    argv = ["gdb", "--nx", "--batch", "-x", str(script), "-ex", "quit $_qemu_dump_status"]
+    done = subprocess.run(
+        argv, capture_output=True, text=True, check=False, env=child_environment(PYTHONPATH=None)
+    )
+    assert done.returncode == 2, done.stderr
+    assert "not here" not in done.stdout
 
 
 @pytest.mark.parametrize(
