@@ -129,9 +129,14 @@ class PageTableRoot:
     last: int = U64_MAX
     exchanged: tuple[int, int] | None = None
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all that the tables map is as they map it."""
+        return self.first == 0 and self.last == U64_MAX and self.exchanged is None
+
     def parts(self, gva: int, gpa: int, size: int) -> Iterator[tuple[int, int, int]]:
         """Yield what is left of a run of pages as (gva, gpa, size)."""
-        if self.first == 0 and self.last == U64_MAX and self.exchanged is None:
+        if self.is_plain:
             yield gva, gpa, size
             return
         start, end = max(gva, self.first), min(gva + size, self.last + 1)

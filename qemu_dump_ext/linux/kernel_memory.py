@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
-from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock, block_at
-from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations, mapped_by
 from qemu_dump_ext.paging.walk import MemoryMap, PageTableWalker, translate_by, translate_pages_by
@@ -23,6 +22,8 @@ from qemu_dump_ext.structures.vmcoreinfo import (
 )
 
 _SMALLEST_PAGE = 4096
+_SCATTERED = 16
+"""So many pages, each by itself, may well lie close together in another order."""
 _UTSNAME_OFFSETS = (4, 0)
 
 
@@ -65,6 +66,8 @@ class KernelMemory:
             SourceError: It says too little, or this architecture's tables are unknown.
         """
         self._memory = memory
+        # Asked once: a protocol takes longer to be looked for than a page to be read.
+        self._sparse = memory if isinstance(memory, SparseMemory) else None
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
         self._translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
@@ -127,11 +130,28 @@ class KernelMemory:
             be read: its content is undefined.
         """
         missing: list[tuple[int, int]] = []
-        for offset, gpa, size in self._spans(gva, len(view)):
+        spans = list(self._spans(gva, len(view)))
+        if len(spans) >= _SCATTERED and self._gather(spans, view):
+            return [(offset, offset + size) for offset, gpa, size in spans if gpa is None]
+        for offset, gpa, size in spans:
             part = view[offset : offset + size]
             if gpa is None or not self._fill(gpa, part):
                 missing.append((offset, offset + size))
         return missing
+
+    def _gather(self, spans: Sequence[tuple[int, int | None, int]], view: memoryview) -> bool:
+        """Fill `view` by one read, where what is mapped lies close together; return whether so."""
+        mapped = [(offset, gpa, size) for offset, gpa, size in spans if gpa is not None]
+        first = min((gpa for _, gpa, _ in mapped), default=0)
+        end = max((gpa + size for _, gpa, size in mapped), default=0)
+        if not 0 < end - first <= 2 * len(view):
+            return False
+        content = memoryview(bytearray(end - first))
+        if not self._fill(first, content):
+            return False
+        for offset, gpa, size in mapped:
+            view[offset : offset + size] = content[gpa - first : gpa - first + size]
+        return True
 
     def _spans(self, gva: int, size: int) -> Iterator[tuple[int, int | None, int]]:
         """Yield offset, gpa or None, and size of what is mapped together, neighbours merged."""
@@ -168,7 +188,8 @@ class KernelMemory:
             return False
         filled = gpa
         try:
-            for start, end in populated_ranges(self._memory, gpa, gpa + len(view)):
+            parts = [(gpa, gpa + len(view))]
+            for start, end in self._sparse.populated(gpa, len(view)) if self._sparse else parts:
                 view[filled - gpa : start - gpa] = bytes(start - filled)
                 self._memory.read_into(start, view[start - gpa : end - gpa])
                 filled = end

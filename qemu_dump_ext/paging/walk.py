@@ -308,7 +308,7 @@ def translate_pages(
             wanted = -(-(gva + size - start) >> level.shift)
             count = min(wanted, level.entry_count - index) if level.leaf is ALWAYS_LEAF else 1
             entries = _read_entries(geometry, read_table, place, count)
-            return list(_leaves(translation, level, entries, start, gva))
+            return _leaves(translation, level, entries, start, gva)
         table = (entry & level.table_mask) << level.address_shift
     return []
 
@@ -322,8 +322,43 @@ def _read_entries(
 
 def _leaves(
     root: PageTableRoot, level: TableLevel, entries: Sequence[int], start: int, gva: int
+) -> list[tuple[int, int]]:
+    """Return gpa and size of what leaves map, the first of them at `start`, from `gva` on."""
+    page = 1 << level.shift
+    simple = _simple_leaves(root.geometry, level) if root.is_plain else None
+    if simple is None:
+        return list(_any_leaves(root, level, entries, start, gva))
+    mask, wanted, of_page, left = simple
+    end = next((at for at, entry in enumerate(entries) if entry & mask != wanted), len(entries))
+    pages = [((entry & of_page) << left, page) for entry in entries[:end]]
+    if pages:
+        pages[0] = pages[0][0] + gva - start, start + page - gva
+    return pages
+
+
+@cache
+def _simple_leaves(
+    geometry: PageTableGeometry, level: TableLevel
+) -> tuple[int, int, int, int] | None:
+    """Return mask and value of a present leaf, and mask and shift of its page.
+
+    None where that does not tell all.
+    """
+    tests = [test for test in (geometry.present, level.present) if test is not None]
+    if len(level.leaf_masks) != 1 or level.large is not None:
+        return None
+    mask = wanted = 0
+    for test in tests:
+        if test.wanted is None or (mask & test.mask):
+            return None
+        mask, wanted = mask | test.mask, wanted | test.wanted
+    ((of_page, left),) = level.leaf_masks
+    return mask, wanted, of_page, left
+
+
+def _any_leaves(
+    root: PageTableRoot, level: TableLevel, entries: Sequence[int], start: int, gva: int
 ) -> Iterator[tuple[int, int]]:
-    """Yield gpa and size of what leaves map, the first of them at `start`, from `gva` on."""
     page = 1 << level.shift
     for entry in entries:
         if not _is_present(root.geometry, level, entry):

@@ -22,17 +22,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from qemu_dump_ext.engine import stopped_guest as engine
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.pages.packing import Compression
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, worker_count
+from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks._file_writer import FileWriter
 from tests.support.doors import GDB_SCRIPT, child_environment, cli_argv, gdb_argv
 from tests.support.raw_qmp import RawQmp
@@ -105,6 +109,24 @@ def _native_dump(
     used = cpu_seconds_of(machine.pid) - used
     growth = memory_of(machine.pid) - before
     return Measurement(seconds, path.stat().st_size, seconds, 0, used, growth)
+
+
+def by_qemu_and_makedumpfile(machine: QemuMachine, path: Path) -> Measurement:
+    """Let QEMU write an ELF core, and makedumpfile a kdump of level 31 of it."""
+    whole = path.with_suffix(".elf")
+    native = _native_dump(machine, "elf", whole, paging=False)
+    before = os.times().children_user + os.times().children_system
+    started = time.perf_counter()
+    subprocess.run(["makedumpfile", "-c", "-d", "31", whole, path], check=True, capture_output=True)
+    seconds = time.perf_counter() - started
+    used = os.times().children_user + os.times().children_system - before
+    whole.unlink()
+    return replace(
+        native,
+        seconds=native.seconds + seconds,
+        size=path.stat().st_size,
+        cpu_seconds=native.cpu_seconds + used,
+    )
 
 
 def memory_of(pid: int) -> int:
@@ -196,6 +218,13 @@ CASES: Sequence[Case] = (
     Case("kdump-lzo", by_qemu("kdump-zlib"), by_cli("-l")),
     Case("kdump-snappy", by_qemu("kdump-zlib"), by_cli("-s")),
     Case("kdump-zstd", by_qemu("kdump-zlib"), by_cli("-z", "zstd")),
+    Case("kdump-zlib --dump-level 31", by_qemu("kdump-zlib"), by_cli("-z", "--dump-level", "31!")),
+    Case("kdump-zlib --mini", by_qemu("kdump-zlib"), by_cli("-z", "--mini")),
+    Case(
+        "kdump-zlib --dump-level 31, against QEMU's elf and makedumpfile -c -d 31",
+        by_qemu_and_makedumpfile,
+        by_cli("-z", "--dump-level", "31!"),
+    ),
     Case("kdump-zlib in gdb", by_qemu("kdump-zlib"), by_gdb("-z")),
     Case("elf in gdb", by_qemu("elf"), by_gdb()),
     Case(
@@ -278,6 +307,7 @@ def limits(machine: QemuMachine, directory: Path) -> dict[str, float]:
         ).seconds
     }
     path.unlink()
+    seconds["telling pages of level 31 apart, for each GiB"] = _pages_alone(machine)
     by_cli("--no-vmcoreinfo")(machine, path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         first = len(content) % 4096  # headers stand before whole pages
@@ -288,6 +318,18 @@ def limits(machine: QemuMachine, directory: Path) -> dict[str, float]:
     name = f"writing {len(pieces) * PIECE_SIZE // MIB} MiB to the disk"
     seconds[name] = _disk_alone(path, pieces)
     return seconds | _codecs_alone(pieces)
+
+
+def _pages_alone(machine: QemuMachine) -> float:
+    with (
+        connect_qmp(str(machine.qmp_sockets[0])) as qmp,
+        engine.stopped_guest(GuestAccess.by_qmp(qmp), "process") as guest,
+    ):
+        vmcoreinfo = guest.find_vmcoreinfo()
+        started = time.perf_counter()
+        guest.kernel_pages(vmcoreinfo).excluded(FilterRules(31))
+        seconds = time.perf_counter() - started
+        return seconds / sum(block.size for block in guest.ram_blocks) * (1 << 30)
 
 
 def _disk_alone(path: Path, pieces: Sequence[bytes]) -> float:

@@ -31,6 +31,7 @@ from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import DumpError
 from qemu_dump_ext.linux.kernel_log import read_kernel_log
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
+from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.options.expressions import parse_expressions
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
@@ -44,6 +45,7 @@ from qemu_dump_ext.structures.utsname import UtsName
 from tests.fuzz.recorded import Recorded, recorded_guests
 from tests.support.crashes import make_record
 from tests.support.fake_kernel import KERNEL_MAP, LOG_AT, FlatMemory, plant_kernel, vmcoreinfo
+from tests.support.fake_pages import GuestWithPages
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
 from tests.support.sample_migration import make_migration
@@ -294,6 +296,25 @@ def _use_json(data: bytes) -> None:
             pass
 
 
+_RULES = (
+    FilterRules(31),
+    FilterRules(31, exact=True),
+    FilterRules(31, without_struct_pages=True, without_text=True),
+)
+
+
+def _use_pages(data: bytes) -> None:
+    guest = GuestWithPages()
+    only_struct_pages_lie = guest.take(data)
+    rules = _RULES[sum(data) % len(_RULES)]
+    found = guest.pages().excluded(rules)
+    if only_struct_pages_lie and not rules.exact:
+        excluded = {page for first, end in found.ranges for page in range(first, end)}
+        for name, pages in guest.needed().items():
+            missing = excluded & set(pages)
+            assert not missing or (rules.without_struct_pages and name == "struct pages"), name
+
+
 def _lines(*lines: str) -> Callable[[], Sequence[bytes]]:
     return lambda: [line.encode() for line in lines]
 
@@ -341,6 +362,7 @@ PARSERS: Mapping[str, Parser] = {
     "migration": Parser(_migration_seeds, _use_dump),
     "vmcoreinfo": Parser(_vmcoreinfo_seeds, _use_vmcoreinfo),
     "kernel-log": Parser(_log_seeds, _use_log, most=_MIB),
+    "pages": Parser(lambda: [GuestWithPages().to_bytes()], _use_pages),
     "expressions": Parser(
         _lines("0x1000 4096", "0x8 + 8 * (3 - -1) & ~0xf 'a'", "1 + 2/3 % 4 | 5 ^ 6"),
         _text(lambda text: parse_expressions(text, "dump-guest-memory", 2)),

@@ -8,34 +8,22 @@ import struct
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 from elftools.elf.elffile import ELFFile
 
 from qemu_dump_ext.cli import main
 from qemu_dump_ext.guest_images.machine import BootedGuest
+from qemu_dump_ext.guest_images.manifest import default_cache
+from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import run_cli, run_gdb
+from tests.support.pages_of_dumps import bitmaps_of, pages_of_elf
+from tests.support.raw_qmp import RawQmp
 
 pytestmark = pytest.mark.guest
 
 _PAGE = 4096
-# makedumpfile leaves out what lies behind the last section of memory, at every level.
 _ROM_PAGES = 64
 _LEVELS = (1, 2, 4, 8, 16, 27, 31)
-
-
-def _bitmaps(dump: Path) -> tuple[set[int], set[int]]:
-    """Return the pages of both bitmaps of a raw kdump of a little-endian target of 64 bits."""
-    content = dump.read_bytes()
-    assert content[:8] == b"KDUMP   "
-    block_size, sub_header, blocks = struct.unpack_from("<iII", content, 428)
-    half = blocks // 2 * block_size
-    found = []
-    for index in range(2):
-        offset = (1 + sub_header) * block_size + index * half
-        bits = np.frombuffer(content, np.uint8, half, offset)
-        found.append(set(np.unpackbits(bits, bitorder="little").nonzero()[0].tolist()))
-    return found[0], found[1]
 
 
 def _level_of(dump: Path) -> int:
@@ -61,24 +49,73 @@ def _take(guest: BootedGuest, path: Path, *words: str) -> Path:
 def test_exact_leaves_out_what_makedumpfile_leaves_out(
     paused_linux: BootedGuest, whole: Path, tmp_path: Path, level: int
 ):
-    filtered = tmp_path / "filtered"
-    subprocess.run(
-        ["makedumpfile", "-l", "-d", str(level), whole, filtered], check=True, capture_output=True
-    )
-    words = ("-l", "-R", "--exact", "--dump-level", f"{level}!")
-    ours = _take(paused_linux, tmp_path / "ours", *words)
-    covered, kept = _bitmaps(ours)
-    _, kept_by_makedumpfile = _bitmaps(filtered)
-    end = max(covered) + 1
-    assert kept == kept_by_makedumpfile | set(range(end - _ROM_PAGES, end))
+    ours = tmp_path / "ours"
+    _check_against(["makedumpfile"], paused_linux, whole, ours, level)
+    covered, _ = bitmaps_of(ours)
     assert len(covered) == paused_linux.image.memory_mib * 256 + _ROM_PAGES
     assert _level_of(ours) == level
 
 
+def _check_against(
+    makedumpfile: list[str],
+    guest: BootedGuest,
+    whole: Path,
+    ours: Path,
+    level: int,
+) -> None:
+    """Our dump has the pages that makedumpfile leaves of a whole one.
+
+    It leaves out what lies behind the last section of memory, a ROM, at every level; QEMU's dumps
+    have flash memory as well.
+    """
+    filtered = ours.parent / f"filtered-{level}"
+    words = ["-d", str(level), str(whole), str(filtered)]
+    subprocess.run([*makedumpfile, *words], check=True, capture_output=True)
+    _take(guest, ours, "-l", "-R", "--exact", "--dump-level", f"{level}!")
+    covered, kept = bitmaps_of(ours)
+    covered_by_makedumpfile, kept_by_makedumpfile = bitmaps_of(filtered)
+    assert covered >= covered_by_makedumpfile
+    assert kept == kept_by_makedumpfile | (covered - covered_by_makedumpfile), level
+    filtered.unlink()
+
+
+_MIXED = """echo 20 >/proc/sys/vm/nr_hugepages
+echo always >/sys/kernel/mm/transparent_hugepage/enabled
+mkdir -p /huge; mount -t tmpfs -o huge=always huge /huge
+dd if=/dev/urandom of=/huge/file bs=1M count=40
+(dd if=/dev/zero bs=48M count=2 | sleep 1000) &
+while ! grep -q 'AnonHugePages: *[1-9]' /proc/meminfo; do sleep 1; done
+grep -E 'AnonHuge|ShmemHuge|HugePages_Total' /proc/meminfo
+echo it is "mixed"
+"""
+
+
+def test_so_it_is_with_memory_of_all_kinds(tmp_path: Path, linux_guest: BootedGuest):
+    store, image = ImageStore(default_cache()), linux_guest.image
+    mixed = BootedGuest(
+        image, store.fetch(image), memory_mib=384, fill_mib=64, fill_disk=store.fill_disk(64)
+    )
+    with mixed as guest:
+        guest.send_console(_MIXED)
+        guest.wait_for_console(re.compile("it is mixed"), timeout_seconds=120)
+        console = guest.console_log.read_text("utf-8", "replace")
+        for name, least in (("AnonHugePages", 1), ("ShmemHugePages", 1), ("HugePages_Total", 20)):
+            found = re.search(rf"{name}: +(\d+)", console)
+            assert found is not None
+            assert int(found[1]) >= least, name
+        with RawQmp(guest.qmp_sockets[1]) as qmp:
+            qmp.execute("stop")
+        whole = _take(guest, tmp_path / "whole")
+        for level in (2, 8, 16, 31):
+            ours = tmp_path / f"ours-{level}"
+            _check_against(["makedumpfile"], guest, whole, ours, level)
+            ours.unlink()
+
+
 def test_by_default_more_is_kept(paused_linux: BootedGuest, tmp_path: Path):
     words = ("-l", "-R", "--dump-level", "31!")
-    safe = _bitmaps(_take(paused_linux, tmp_path / "safe", *words))
-    exact = _bitmaps(_take(paused_linux, tmp_path / "exact", *words, "--exact"))
+    safe = bitmaps_of(_take(paused_linux, tmp_path / "safe", *words))
+    exact = bitmaps_of(_take(paused_linux, tmp_path / "exact", *words, "--exact"))
     assert safe[0] == exact[0]
     assert safe[1] > exact[1]
     assert len(safe[1]) < len(safe[0]) / 2
@@ -86,16 +123,11 @@ def test_by_default_more_is_kept(paused_linux: BootedGuest, tmp_path: Path):
 
 def test_an_elf_core_has_segments_of_the_pages_that_stay(paused_linux: BootedGuest, tmp_path: Path):
     words = ("--dump-level", "31!")
-    _, kept = _bitmaps(_take(paused_linux, tmp_path / "kdump", *words, "-l", "-R"))
+    _, kept = bitmaps_of(_take(paused_linux, tmp_path / "kdump", *words, "-l", "-R"))
     core = _take(paused_linux, tmp_path / "elf", *words)
+    assert pages_of_elf(core, _PAGE) == kept
     with core.open("rb") as file:
         loads = [s.header for s in ELFFile(file).iter_segments() if s.header.p_type == "PT_LOAD"]
-    pages = [
-        page
-        for load in loads
-        for page in range(load.p_paddr // _PAGE, (load.p_paddr + load.p_memsz) // _PAGE)
-    ]
-    assert pages == sorted(kept)
     assert all(load.p_filesz == load.p_memsz for load in loads)
 
 
@@ -105,7 +137,7 @@ def test_in_gdb(paused_linux: BootedGuest, tmp_path: Path):
     done = run_gdb(paused_linux, [words])
     assert re.search(r"dump level 31: \d+\.\d of 256\.2 MiB", done.stdout), done.stdout
     by_cli = _take(paused_linux, tmp_path / "other", "-l", "-R", "--dump-level", "31")
-    assert _bitmaps(path) == _bitmaps(by_cli)
+    assert bitmaps_of(path) == bitmaps_of(by_cli)
 
 
 def test_without_struct_pages_everything_is_kept_or_the_dump_refused(
@@ -142,7 +174,7 @@ def test_what_dumps_will_take_is_told_before(
     )
     for words in ("--dump-level 31", "--mini=smallest"):
         path = _take(paused_linux, tmp_path / words, "-z", "-R", *words.split())
-        assert found[words]["pages"] == len(_bitmaps(path)[1])
+        assert found[words]["pages"] == len(bitmaps_of(path)[1])
         assert 0.8 < found[words]["file_bytes"] / path.stat().st_size < 1.25
 
 

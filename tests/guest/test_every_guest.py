@@ -16,8 +16,10 @@ import pytest
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import child_environment, run_cli, run_gdb
 from tests.support.folders import folder_for
+from tests.support.foreign_makedumpfile import foreign_makedumpfile
 from tests.support.linux_guests import BEFORE_CONNECTING, IMAGES, NOT_BY_GDB, of_guests
 from tests.support.oracle import OracleDumps
+from tests.support.pages_of_dumps import bitmaps_of, pages_of_elf
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = [pytest.mark.guest, pytest.mark.qemu, pytest.mark.gdb]
@@ -125,3 +127,32 @@ def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
         capture_output=True,
         env=child_environment(),
     )
+
+
+@of_guests("aarch64", "i386", "ppc64le", "s390x")
+def test_a_dump_level_leaves_what_makedumpfile_leaves(guest: BootedGuest, tmp_path: Path):
+    # That of i386 wants virtual addresses in an ELF core. Pages of a kdump by QEMU may be larger.
+    words = ("-p",) if guest.image.name == "i386" else ()
+    whole = _dump(guest, tmp_path / "whole", *words)
+    page_size = 65536 if guest.image.name == "ppc64le" else 4096
+    everything = pages_of_elf(whole, page_size)
+    for level in (8, 31):
+        filtered = tmp_path / f"filtered-{level}"
+        argv = [
+            *foreign_makedumpfile(guest.image.name),
+            "-d",
+            str(level),
+            str(whole),
+            str(filtered),
+        ]
+        subprocess.run(argv, check=True, capture_output=True)
+        covered, kept = bitmaps_of(filtered)
+        ours = _dump(guest, tmp_path / f"ours-{level}", "--exact", "--dump-level", f"{level}!")
+        found = pages_of_elf(ours, page_size) & everything
+        assert found == kept | (everything - covered), level
+
+
+def _dump(guest: BootedGuest, path: Path, *words: str) -> Path:
+    done = run_cli("--qmp", guest.qmp_sockets[0], *words, path)
+    assert done.returncode == 0, done.stderr
+    return path

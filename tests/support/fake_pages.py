@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping, Sequence
 
 from qemu_dump_ext.architectures import all_architectures
@@ -19,6 +20,7 @@ IMAGE_SIZE, STACK_SIZE, PER_CPU_SIZE, LOG_SIZE = 0x10000, 0x4000, 0x8000, 0x8000
 MEM_MAP_SIZE = SIZE // PAGE * STRUCT_PAGE
 FLAGS, HEAD, MAPPING, PRIVATE, MAPCOUNT = 0, 8, 24, 40, 48
 LRU, ANONYMOUS, NO_TYPE = 1 << 4, 1, 0xFFFFFFFF
+_SEPARATOR = b"\0\0\0\0"
 _PRESENT, _SECTION_BITS = 0x63, 21
 _LOG_POINTER, _LOG_LENGTH = IMAGE_SIZE - 16, IMAGE_SIZE - 8
 
@@ -111,6 +113,30 @@ class GuestWithPages:
     def say(self, pfn: int, offset: int, value: int, size: int = 8) -> None:
         """Put a field of a page's struct page."""
         self.memory.put(MEM_MAP + pfn * STRUCT_PAGE + offset, value.to_bytes(size, "little"))
+
+    def to_bytes(self) -> bytes:
+        """Return what a hostile guest may have otherwise: VMCOREINFO, page tables, struct pages."""
+        area = memoryview(self.memory.data)
+        entries = b"".join(
+            struct.pack("<QQ", gpa, *struct.unpack_from("<Q", area, gpa))
+            for gpa in range(TABLES, SECTIONS + 2 * PAGE, 8)
+            if any(area[gpa : gpa + 8])
+        )
+        return _SEPARATOR.join((self.vmcoreinfo, area[MEM_MAP:][:MEM_MAP_SIZE], entries))
+
+    def take(self, data: bytes) -> bool:
+        """Be what `to_bytes` told; return whether nothing but struct pages is otherwise."""
+        text, _, rest = data.partition(_SEPARATOR)
+        map_, entries = rest[:MEM_MAP_SIZE], rest[MEM_MAP_SIZE + len(_SEPARATOR) :]
+        _, _, of_ours = self.to_bytes().partition(_SEPARATOR)
+        is_ours = text == self.vmcoreinfo and entries == of_ours[MEM_MAP_SIZE + len(_SEPARATOR) :]
+        self.vmcoreinfo = text
+        self.memory.put(MEM_MAP, map_)
+        self.memory.put(TABLES, bytes(SECTIONS + 2 * PAGE - TABLES))
+        for gpa, entry in struct.iter_unpack("<QQ", entries[: len(entries) // 16 * 16]):
+            if gpa <= SIZE - 8:
+                self.memory.put(gpa, struct.pack("<Q", entry))
+        return is_ours
 
     def pages(self) -> KernelPages:
         """Return its pages as its kernel accounts for them."""

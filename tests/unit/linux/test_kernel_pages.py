@@ -7,8 +7,10 @@ import pytest
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.page_set import PageSet
 from tests.support.fake_pages import (
+    FLAGS,
     IMAGE,
     LINEAR_MAP,
+    MAPPING,
     MEM_MAP,
     MEM_MAP_SIZE,
     PAGE,
@@ -76,3 +78,20 @@ def test_a_page_of_struct_pages_that_is_mapped_twice_stays_for_either(guest: Gue
     excluded = _pages(guest.pages().excluded(_MINI))
     assert of_image // PAGE not in excluded
     assert {(MEM_MAP + MEM_MAP_SIZE) // PAGE - 2, _ALL - 1} <= excluded
+
+
+def test_struct_pages_are_found_page_by_page(guest: GuestWithPages):
+    for pfn in range(700, 750):
+        guest.say(pfn, FLAGS, 0)
+        guest.say(pfn, MAPPING, 0)
+    expected = _pages(guest.pages().excluded(FilterRules(31)))
+    assert not expected & set(range(700, 750))
+    content = bytes(guest.memory.data[MEM_MAP : MEM_MAP + MEM_MAP_SIZE])
+    for offset in range(0, MEM_MAP_SIZE, PAGE):
+        # As memory from the end on is given to them, page by page.
+        place = MEM_MAP + MEM_MAP_SIZE - PAGE - offset
+        guest.map_page(VMEMMAP + offset, place)
+        guest.memory.put(place, content[offset : offset + PAGE])
+    reads = guest.memory.reads
+    assert _pages(guest.pages().excluded(FilterRules(31))) == expected
+    assert guest.memory.reads - reads < MEM_MAP_SIZE // PAGE
