@@ -416,7 +416,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--memory", type=int, metavar="MIB", help="2048; 65536 with --sparse")
-    parser.add_argument("--fill", type=int, metavar="MIB", help="850; 300 with --sparse")
+    parser.add_argument("--fill", type=int, metavar="MIB", help="850; 300 with --sparse; 0: as booted")
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", help="cases whose name contains this")
@@ -426,7 +426,7 @@ def main() -> None:
     arguments = parser.parse_args()
     cases = SPARSE_CASES if arguments.sparse else CASES
     memory = arguments.memory or (65536 if arguments.sparse else 2048)
-    fill = arguments.fill or (300 if arguments.sparse else 850)
+    fill = (300 if arguments.sparse else 850) if arguments.fill is None else arguments.fill
     started: AbstractContextManager[QemuMachine]
     started = sparse_guest(memory, fill) if arguments.sparse else stopped_guest(memory, fill)
     with (
