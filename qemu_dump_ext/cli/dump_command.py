@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
         program,
         lambda: _run(words, program),
         interrupted="no partial dump was left behind",
-        as_json=wants_json(words),
+        as_json=wants_json(words) and "-" not in words,  # there goes the dump
     )
 
 

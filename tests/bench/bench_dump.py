@@ -416,7 +416,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--memory", type=int, metavar="MIB", help="2048; 65536 with --sparse")
-    parser.add_argument("--fill", type=int, metavar="MIB", help="850; 300 with --sparse; 0: as booted")
+    parser.add_argument(
+        "--fill", type=int, metavar="MIB", help="850; 300 with --sparse; 0: as booted"
+    )
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", help="cases whose name contains this")

@@ -7,7 +7,10 @@ the loader, not QEMU.
 from __future__ import annotations
 
 import fcntl
+import re
+import subprocess
 import tempfile
+from functools import cache as once
 from pathlib import Path
 
 from qemu_dump_ext.guest_images.debian_packages import PackageArchive, this_distribution, unpack
@@ -17,6 +20,16 @@ _SUITE = "sid"
 _ARCHITECTURE = "amd64"
 _TRIPLET = "x86_64-linux-gnu"
 _DATA_FOLDERS = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+
+
+@once
+def own_qemu_is_newer() -> bool:
+    """Tell whether the machine's own QEMU is one that the tests call newer: 9.1 or later."""
+    version = subprocess.run(
+        ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    match = re.search(r"version (\d+)\.(\d+)", version)
+    return match is not None and (int(match[1]), int(match[2])) >= (9, 1)
 
 
 def newer_qemu_command(target: str = "x86_64", package: str = "qemu-system-x86") -> list[str]:

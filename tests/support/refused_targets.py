@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qemu_dump_ext.structures.c_struct import ByteOrder
+from tests.support.newer_qemu import own_qemu_is_newer
 
 
 def _names(prefix: str, count: int, first: int = 0) -> str:
@@ -184,7 +185,7 @@ def _microblaze(name: str, *, big: bool) -> Target:
     )
 
 
-TARGETS = (
+_TARGETS_OF_7_2 = (
     _mips("mips64el", "5KEf", "-smp", "2", wide=True, big=False),
     _mips("mipsel", "24Kf", wide=False, big=False),
     _mips("mips64", "5KEf", wide=True, big=True),
@@ -362,7 +363,7 @@ _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
         "stub_order": "big",
     },
 }
-_BY_NAME = {target.name: target for target in TARGETS}
+_BY_NAME = {target.name: target for target in _TARGETS_OF_7_2}
 _VARIANTS = (
     replace(
         _BY_NAME["hppa"],
@@ -383,13 +384,17 @@ _VARIANTS = (
         missing_by_qmp="",
     ),
 )
+_IN_NEWER = tuple(
+    replace(target, **_OTHERWISE_IN_NEWER.get(target.name, {}))
+    for target in _TARGETS_OF_7_2
+    if target.name != "loongarch64"  # which a newer QEMU dumps
+)
+TARGETS = _IN_NEWER if own_qemu_is_newer() else _TARGETS_OF_7_2
 NEWER_TARGETS = tuple(
     replace(
         target,
         name=f"newer-{target.name}",
         package=_PACKAGES.get(target.name, "qemu-system-misc"),
-        **_OTHERWISE_IN_NEWER.get(target.name, {}),
     )
-    for target in (*TARGETS, *_VARIANTS)
-    if target.name != "loongarch64"  # which a newer QEMU dumps
+    for target in (*_IN_NEWER, *_VARIANTS)
 )
