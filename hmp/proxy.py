@@ -15,6 +15,7 @@ from typing import Any
 from qemu_dump_ext.connections.target import (
     add_target_arguments,
     find_monitor,
+    managed_by,
     target_of_arguments,
 )
 from qemu_dump_ext.errors import (
@@ -144,12 +145,12 @@ class _Proxy:
 
 def _upstream(arguments: argparse.Namespace) -> Upstream:
     target = target_of_arguments(arguments)
-    if target.libvirt is not None:
+    if (domain := managed_by(target)) is not None:
         if arguments.qmp_listen:
             raise RequestError(_NEEDS_QMP)
         from .upstream.by_libvirt import LibvirtUpstream  # noqa: PLC0415
 
-        return LibvirtUpstream(target.libvirt, target.connect)
+        return LibvirtUpstream(*domain)
     found = find_monitor(target)
     if found.use == QMP:
         from .upstream.by_qmp import QmpUpstream  # noqa: PLC0415 - needs qemu.qmp

@@ -162,8 +162,13 @@ def find_monitor(target: GuestTarget) -> MonitorAddress:
     return MonitorAddress(way.use, way.address, process.pid)
 
 
-def _managed_by(target: GuestTarget) -> tuple[str, str | None] | None:
-    """Return domain and URI where libvirt is the way to a guest; None: it is not."""
+def managed_by(target: GuestTarget) -> tuple[str, str | None] | None:
+    """Return domain and URI where libvirt is the way to a guest; None: it is not.
+
+    Raises:
+        RequestError: Several guests are called so.
+        ConnectError: There is no such guest.
+    """
     if target.libvirt is not None:
         return target.libvirt, target.connect
     process = find_process(target)
@@ -220,8 +225,8 @@ def open_guest(target: GuestTarget, stub: Stub | None = None) -> Iterator[GuestA
         RequestError: No guest is told, or several are called so.
         ConnectError: It cannot be connected to.
     """
-    if (managed_by := _managed_by(target)) is not None:
-        with connect_libvirt(*managed_by) as managed:
+    if (domain := managed_by(target)) is not None:
+        with connect_libvirt(*domain) as managed:
             yield GuestAccess.by_manager(managed, stub)
         return
     found = find_monitor(target)

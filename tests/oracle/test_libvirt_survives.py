@@ -179,3 +179,13 @@ def test_libvirtd_lives_and_sees_the_domain_as_before(domain: Domain, door: str)
     if target.stat().st_size:
         with open_dump(target) as dump:
             assert sum(size for _, size in dump.memory_ranges()) >= 16 << 20
+
+
+def test_libvirtd_bears_a_dump_of_a_domain_that_runs_on(domain: Domain):
+    domain.host.virsh("resume", domain.name)
+    target = domain.host.directory / "live.dump"
+    done = domain.host.cli("--live", "--qmp", domain.qmp, target)
+    assert done.returncode == 0, done.stderr
+    assert domain.monitor("info dump") in {"", "Status: none"}
+    assert domain.state() == "running (unpaused)"
+    assert domain.host.daemon_runs()
