@@ -1,4 +1,4 @@
-"""A guest as it was at one moment, taken while it runs: QEMU's stream of it, copied.
+"""A guest as it was at one moment, copied, while it runs on: out of QEMU's stream, or stopped.
 
 What is done with it is done as with a guest that stands still, and the guest knows nothing of it.
 """
@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
-from qemu_dump_ext.engine.stopped_guest import import_plug_ins
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins
 from qemu_dump_ext.errors import GuestMemoryFaultError, NotLiveError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.pages.copied_memory import room_for_copy
 from qemu_dump_ext.pages.streamed_memory import StreamedMemory
 from qemu_dump_ext.qemu.background_snapshot import (
     LiveStream,
@@ -53,31 +54,26 @@ class PastPause:
         """Find nothing: what was taken stays as it is."""
 
 
-class LiveGuest(GuestView):
-    """A guest as it was; `live_guest` takes one."""
+class CopiedGuest(GuestView):
+    """A guest as it was when it was copied, while it runs on."""
 
-    def __init__(self, probed: ProbedGuest, memory: StreamedMemory, live: LiveStream) -> None:
-        """Use what was streamed.
+    def __init__(self, probed: ProbedGuest, memory: GuestMemory, pause_seconds: float) -> None:
+        """Use a copy.
 
         Args:
-            probed: What the guest is, its vCPUs as they are in the stream.
-            memory: Of the guest.
-            live: What the stream tells.
+            probed: What the guest was.
+            memory: The copy of its memory.
+            pause_seconds: How long it stood still.
         """
         super().__init__()
         self.probed = probed
-        self.pause = PastPause(live.pause_seconds)
+        self.pause = PastPause(pause_seconds)
         self.architecture = probed.architecture
         self.core = probed.architecture.select_core(
             probed.vcpus, probed.ram_blocks, MENDED, probed.machine
         )
         self.ram_blocks = probed.ram_blocks
         self.vcpus = probed.vcpus
-        times = f"{1e3 * live.pause_seconds:.1f} ms", f"{live.protected_seconds:.1f} s"
-        self.remarks = (
-            f"the guest stood still for {times[0]}, and was slow to write memory for {times[1]}",
-            f"{memory.size >> 20} MiB of guest memory were copied {memory.where}",
-        )
         self._memory = memory
 
     @property
@@ -98,6 +94,51 @@ class LiveGuest(GuestView):
     ) -> Vmcoreinfo:
         """Return the kernel's VMCOREINFO; all of memory is searched, for the guest runs."""
         return super().find_vmcoreinfo(kernel, advance, everywhere=True)
+
+
+class LiveGuest(CopiedGuest):
+    """A guest as it was; `live_guest` takes one.
+
+    Attributes:
+        protected_seconds: How long it was slow to write memory behind the pause.
+    """
+
+    def __init__(self, probed: ProbedGuest, memory: StreamedMemory, live: LiveStream) -> None:
+        """Use what was streamed.
+
+        Args:
+            probed: What the guest is, its vCPUs as they are in the stream.
+            memory: Of the guest.
+            live: What the stream tells.
+        """
+        super().__init__(probed, memory, live.pause_seconds)
+        self.protected_seconds = live.protected_seconds
+        times = f"{1e3 * live.pause_seconds:.1f} ms", f"{live.protected_seconds:.1f} s"
+        self.remarks = (
+            f"the guest stood still for {times[0]}, and was slow to write memory for {times[1]}",
+            f"{memory.size >> 20} MiB of guest memory were copied {memory.where}",
+        )
+
+
+@contextmanager
+def snapshot_guest(
+    guest: StoppedGuest, directory: Path, advance: Callable[[int], None]
+) -> Iterator[CopiedGuest]:
+    """Copy a guest that stands still, so that it may run; use the copy in a `with` block.
+
+    Args:
+        guest: Need not stand still any more when this yields.
+        directory: For the copy, where memory is short.
+        advance: Is told of every piece that is copied; may raise.
+
+    Raises:
+        SourceError: Its memory cannot be read.
+        DumpWriteError: There is no room for the copy.
+    """
+    with room_for_copy(guest.memory, guest.ram_blocks, directory) as memory:
+        memory.take(guest.memory, guest.ram_blocks, advance)
+        guest.check_undisturbed()
+        yield CopiedGuest(guest.probed, memory, guest.pause.seconds())
 
 
 @contextmanager

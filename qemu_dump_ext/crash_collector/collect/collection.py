@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,9 @@ from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.dump import dump_stopped, prepare
+from qemu_dump_ext.engine.dump import dump_stopped, dump_stored, prepare
+from qemu_dump_ext.engine.guest_view import GuestView
+from qemu_dump_ext.engine.live_guest import live_guest, snapshot_guest
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
@@ -44,6 +46,7 @@ from qemu_dump_ext.errors import (
     DumpWriteError,
     MonitorAnswerError,
     NoRoomLeftError,
+    NotLiveError,
     RequestError,
     SourceError,
 )
@@ -151,13 +154,11 @@ class CrashCollector:
         try:
             with suppress(RequestError):  # which is told when the dump is taken
                 prepare(self._requests()[0])
-            with self._stopped(qmp):
-                taken = evidence.registers(taken, qmp)
-                taken = evidence.queries(taken, qmp)
-                with stopped_guest(access_by(qmp), self._settings.memory) as guest:
-                    taken = evidence.kernel_log(taken, qmp, guest)
-                    taken = self._sign(taken, guest)
-                    taken = self._dump(taken, qmp, guest, files, allowance)
+            with ExitStack() as captured:
+                taken, guest = self._capture(captured, taken, qmp, files)
+                taken = evidence.kernel_log(taken, qmp, guest)
+                taken = self._sign(taken, guest)
+                taken = self._dump(taken, qmp, guest, files, allowance)
         except (DumpWriteError, CollectionGivenUpError):
             raise
         except DumpError as error:
@@ -176,13 +177,44 @@ class CrashCollector:
             taken = replace(taken, dump=self._verified(taken.dump, taken.vmcoreinfo, files))
         return taken
 
+    def _capture(
+        self, captured: ExitStack, taken: Taken, qmp: GuestQmp, files: Path
+    ) -> tuple[Taken, GuestView]:
+        """Return the guest as it was at one moment, and what QEMU says of it."""
+        evidence, access = Evidence(self._task, files), access_by(qmp)
+        if self._settings.pause == "live":
+            try:
+                live = captured.enter_context(
+                    live_guest(access, files, advance=self._check, gently=True)
+                )
+            except NotLiveError as error:
+                if not error.stands_still:
+                    taken = taken.remarked(f"pause: not live, but a snapshot: {error}")
+            else:
+                self._stopped_seconds = live.pause.seconds()
+                return evidence.queries(evidence.registers(taken, qmp), qmp), live
+        with ExitStack() as stopped_now:
+            ran = stopped_now.enter_context(self._stopped(qmp))
+            taken = evidence.queries(evidence.registers(taken, qmp), qmp)
+            guest = stopped_now.enter_context(stopped_guest(access, self._settings.memory))
+            if ran and self._settings.pause != "stop":
+                copy = captured.enter_context(snapshot_guest(guest, files, self._check))
+                return taken, copy  # and the guest runs again
+            captured.push(stopped_now.pop_all())
+            return taken, guest
+
+    def _check(self, _size: int) -> None:
+        self._budget.check_ending()
+        self._task.patience.check()
+
     @contextmanager
-    def _stopped(self, qmp: GuestQmp) -> Iterator[None]:
+    def _stopped(self, qmp: GuestQmp) -> Iterator[bool]:
+        """Keep the guest stopped; yields whether it ran."""
         load_before_stopping()
         with stopped(access_by(qmp), remember=self._remember_stopped) as pause:
             was_ours = pause.is_ours
             try:
-                yield
+                yield was_ours
             finally:
                 self._stopped_seconds = pause.seconds() if was_ours else 0.0
         self._left = pause.left
@@ -203,7 +235,7 @@ class CrashCollector:
             task.cause, log, functions=functions, trace=trace, message=task.message
         )
 
-    def _sign(self, taken: Taken, guest: StoppedGuest) -> Taken:
+    def _sign(self, taken: Taken, guest: GuestView) -> Taken:
         # Where the log has no frames, by the dump, or else by where the vCPUs are.
         signature = self._signature(taken.log)
         if signature.frames:
@@ -217,7 +249,7 @@ class CrashCollector:
         )
 
     def _functions(
-        self, vmcoreinfo: bytes, guest: StoppedGuest
+        self, vmcoreinfo: bytes, guest: GuestView
     ) -> tuple[Sequence[str], Sequence[str]]:
         """Return the functions in which the vCPUs are, and remarks."""
         if not vmcoreinfo:
@@ -242,7 +274,7 @@ class CrashCollector:
         self,
         taken: Taken,
         qmp: GuestQmp,
-        guest: StoppedGuest,
+        guest: GuestView,
         files: Path,
         allowance: DumpAllowance,
     ) -> Taken:
@@ -281,7 +313,7 @@ class CrashCollector:
         return replace(taken.remarked(*report.remarks), dump=facts, dump_seconds=report.seconds)
 
     def _take_dump(
-        self, requests: Sequence[DumpRequest], guest: StoppedGuest, path: Path, meter: _Meter
+        self, requests: Sequence[DumpRequest], guest: GuestView, path: Path, meter: _Meter
     ) -> DumpReport:
         """Take the first dump that is not too large."""
         *larger, smallest = requests
@@ -390,9 +422,11 @@ class CrashCollector:
         )
 
 
-def _dump_to(path: Path, request: DumpRequest, guest: StoppedGuest, meter: _Meter) -> DumpReport:
+def _dump_to(path: Path, request: DumpRequest, guest: GuestView, meter: _Meter) -> DumpReport:
     with open_sink(str(path), force=False, standard_output=None) as sink:
-        return dump_stopped(request, guest, sink, progress=meter)
+        if isinstance(guest, StoppedGuest):
+            return dump_stopped(request, guest, sink, progress=meter)
+        return dump_stored(request, guest, sink, progress=meter)
 
 
 def _has_file(facts: DumpFacts | None) -> bool:

@@ -19,7 +19,7 @@ from qemu_dump_ext.crash_collector.collect.task import CrashTask, GuestQmp
 from qemu_dump_ext.crash_collector.record import DumpFacts, Signature
 from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.engine.dmesg import read_log
-from qemu_dump_ext.engine.stopped_guest import StoppedGuest
+from qemu_dump_ext.engine.guest_view import GuestView
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError
 from qemu_dump_ext.qemu.qmp_message import command_names
 
@@ -135,7 +135,7 @@ class Evidence:
         self._write("queries.json", json.dumps(answers, indent=1).encode())
         return taken.remarked(*remarks)
 
-    def kernel_log(self, taken: Taken, qmp: GuestQmp, guest: StoppedGuest) -> Taken:
+    def kernel_log(self, taken: Taken, qmp: GuestQmp, guest: GuestView) -> Taken:
         """Take the kernel's log out of the guest's memory."""
         log, remarks = attempt(qmp, "kernel log", lambda: read_log(guest))
         if log is None:

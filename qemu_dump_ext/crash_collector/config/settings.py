@@ -218,6 +218,9 @@ class Settings:
         further_dumps: What is dumped of more crashes of one signature than `dumps_per_signature`:
             `none`; or `mini`, `smallest`: what triage needs, in 10 to 20 MB.
         memory: Where guest memory comes from, as `--memory` of the dump command has it.
+        pause: How long a guest that runs stands still: `stop`, until all is taken; `snapshot`,
+            until its memory is copied; `live`, for milliseconds, while QEMU streams it, where that
+            is without any risk, or else as with `snapshot`.
         console: The file to which QEMU logs the console of the guest.
         console_patterns: Regular expressions; a new line of the console that one of them matches
             is a crash.
@@ -242,6 +245,7 @@ class Settings:
     max_bytes: Annotated[Size, Field(ge=1)] | None = None
     further_dumps: Literal["none", "mini", "smallest"] = "none"
     memory: Annotated[str, AfterValidator(_parse_memory)] = _AUTO
+    pause: Literal["stop", "snapshot", "live"] = "stop"
     console: GuestTemplate | None = None
     console_patterns: tuple[Pattern, ...] = tuple(map(re.compile, _CONSOLE_PATTERNS))
     heartbeat: Heartbeat | None = None

@@ -15,7 +15,7 @@ from qemu_dump_ext.qemu.qmp import SharedQmp
 # What is asked around a pause, also to end it: never too late, and not by the collection alone.
 _ALWAYS = frozenset(
     (
-        *("cont", "query-status", "query-migrate", "query-dump"),
+        *("cont", "query-status", "query-migrate", "query-dump", "migrate-set-capabilities"),
         *("info status", "info migrate", "info dump"),
     )
 )
