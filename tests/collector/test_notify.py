@@ -33,6 +33,7 @@ class Receiver:
         self.posted: list[dict[str, Any]] = []
         self.answers: list[int] = []
         self.redirect = ""
+        self.asked = 0
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -46,6 +47,11 @@ class Receiver:
                 self.end_headers()
                 if status == 200:
                     receiver.posted.append(json.loads(body))
+
+            def do_GET(self) -> None:
+                receiver.asked += 1
+                self.send_response(200)
+                self.end_headers()
 
             def log_message(self, *_arguments: object) -> None:
                 pass
@@ -148,13 +154,15 @@ def test_nobody_is_told_for_ever(tmp_path, receiver):
 
 
 def test_facts_go_to_no_other_place_than_was_said(tmp_path, receiver):
+    """Nor is it told where another place is asked for something."""
     store = make_store(tmp_path)
     with Receiver().running() as other:
-        receiver.answers, receiver.redirect = [307], other.url
+        receiver.answers, receiver.redirect = [302], other.url
         notifier = Notifier(store, [Notification(webhook=receiver.url)], clock=Clock())
         crash(store, notifier)
         assert notifier.tell_due() == 5
         assert other.posted == receiver.posted == []
+        assert other.asked == 0
 
 
 def test_program_gets_the_facts(tmp_path):
