@@ -264,6 +264,7 @@ class _Kdump:
             keep_zero_pages=not request.omit_zero,
             pfn_base=plan.pfn_base,
         )
+        holes = self.raw and not request.exact and sink.can_leave_holes()
         with ExitStack() as stack:
             write_at = stack.enter_context(_container(sink, raw=self.raw))
             write_at(0, layout.header)
@@ -285,7 +286,13 @@ class _Kdump:
                 data_offset=data_offset,
                 equal_pages=None if request.exact else _equal_pages(plan, memory),
             )
-            _write_bitmaps(layout, plan, write_at, both=not request.omit_zero)
+            _write_bitmaps(
+                layout,
+                plan,
+                write_at,
+                both=not request.omit_zero,
+                holes=holes,
+            )
             read_through(
                 memory,
                 pieces,
@@ -308,14 +315,28 @@ def _container(sink: Sink, *, raw: bool) -> AbstractContextManager[WriteAt]:
     return nullcontext(sink.write_at) if raw else FlattenedStream(sink.write)
 
 
-def _write_bitmaps(layout: KdumpLayout, plan: DumpPlan, write_at: WriteAt, *, both: bool) -> None:
+def _write_bitmaps(
+    layout: KdumpLayout, plan: DumpPlan, write_at: WriteAt, *, both: bool, holes: bool
+) -> None:
     second = layout.bitmap_blocks * plan.page_size
-    for index in range(layout.bitmap_blocks):
+    bits = 8 * plan.page_size
+    # Where memory is far up, most of the map says that there is none.
+    indexes = _blocks_with_bits(layout, plan, bits) if holes else range(layout.bitmap_blocks)
+    for index in indexes:
         offset = layout.bitmap_offset + index * plan.page_size
-        first_pfn = plan.pfn_base + index * plan.page_size * 8
+        first_pfn = plan.pfn_base + index * bits
         write_at(offset, bitmap_block(layout.covered_runs, first_pfn, plan.page_size))
         if both:
             write_at(offset + second, bitmap_block(layout.runs, first_pfn, plan.page_size))
+
+
+def _blocks_with_bits(layout: KdumpLayout, plan: DumpPlan, bits: int) -> Iterator[int]:
+    """Yield the blocks of the first bitmap that are not zero, ascending."""
+    behind = 0
+    for run in layout.covered_runs:
+        first, last = ((pfn - plan.pfn_base) // bits for pfn in (run.first_pfn, run.end_pfn - 1))
+        yield from range(max(first, behind), last + 1)
+        behind = max(behind, last + 1)
 
 
 def _write_second_bitmap(

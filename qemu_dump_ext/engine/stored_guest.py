@@ -37,6 +37,8 @@ from qemu_dump_ext.windows.stored import dump_of_header, vcpus_of_header, with_m
 
 _RANGES_MAX = 1 << 20
 """More than a guest's memory has with every page left out that makedumpfile can leave out."""
+_MEMORY_MAX = 1 << 44
+"""Bytes; headers of a small file may claim any number, and a page map has a bit for each page."""
 _SHOWN_RANGES = 4
 _4G = 1 << 32
 _NOWHERE = 1 << 66
@@ -278,6 +280,9 @@ class StoredGuest(GuestView):
             of_vcpus = None
         if self._keep:
             of_vcpus = encode_notes(self._notes, dump.byte_order)
+        size = sum(size for _, size in self._covered)
+        if size > _MEMORY_MAX:
+            raise CorruptDumpError(f"{size >> 40} TiB of memory: more than any guest has")
         absent = sorted((*self.left_out, *self.lost))
         sub_header = getattr(dump.files[0], "sub_header", {})
         earlier = EarlierDump(

@@ -246,6 +246,24 @@ def test_memory_without_data_is_no_memory_of_zeros(tmp_path: Path):
     assert any("0x2000-0x4fff" in line for line in report.lines())
 
 
+def test_more_memory_than_any_guest_has_is_damage(tmp_path: Path):
+    loads = [Load(BLOCK, b"a" * BLOCK, memsz=1 << 52)]
+    (tmp_path / "in").write_bytes(make_elf(loads, notes=_notes()))
+    with pytest.raises(CorruptDumpError, match="4096 TiB of memory"):
+        _convert(tmp_path / "in", tmp_path / "raw", "kdump-raw-zlib")
+
+
+def test_a_page_map_has_no_blocks_where_there_is_no_memory(tmp_path: Path):
+    far = 1 << 45
+    loads = [Load(BLOCK, b"a" * BLOCK), Load(far, b"b" * BLOCK)]
+    (tmp_path / "in").write_bytes(make_elf(loads, notes=_notes()))
+    _convert(tmp_path / "in", tmp_path / "raw", "kdump-raw-zlib")
+    assert (tmp_path / "raw").stat().st_blocks * 512 < 1 << 20
+    with open_dump(tmp_path / "raw") as dump:
+        assert list(dump.memory_ranges()) == [(BLOCK, BLOCK), (far, BLOCK)]
+        assert dump.read(far, BLOCK) == b"b" * BLOCK
+
+
 def test_more_segments_than_e_phnum_counts(tmp_path: Path):
     count, size = 65_700, 64
     content = b"".join(number.to_bytes(8, "little") * (size // 8) for number in range(count))

@@ -1,0 +1,175 @@
+"""What others wrote of a Linux guest, converted: the pages of QEMU's own dump, and readers open it.
+
+All is of the same guest, which stands still.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import drgn
+import pytest
+from drgn.helpers.linux.pid import for_each_task
+from drgn.helpers.linux.printk import get_dmesg
+from drgn.helpers.linux.sched import cpu_curr
+
+from qemu_dump_ext.cli import main
+from qemu_dump_ext.guest_images.machine import BootedGuest
+from qemu_dump_ext.guest_images.manifest import default_cache
+from qemu_dump_ext.guest_images.store import ImageStore
+from tests.support.folders import folder_for
+from tests.support.oracle import OracleDumps, elf_facts
+from tests.support.sample_ranges import make_lime
+
+pytestmark = pytest.mark.guest
+
+SOURCES = ("native-elf", "native-flattened", "lime", "gcore")
+WITH_REGISTERS = SOURCES[:2]
+WITHOUT_ROM = ("gcore",)
+SourceOf = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def vmlinux(paused_linux: BootedGuest) -> Path:
+    """The kernel with DWARF."""
+    fetched = ImageStore(default_cache()).fetch(paused_linux.image, debug_symbols=True)
+    assert fetched.vmlinux is not None
+    return fetched.vmlinux
+
+
+@pytest.fixture(scope="module")
+def memory(paused_linux_native: OracleDumps) -> dict[int, bytes]:
+    """Content by gpa, as QEMU dumps it."""
+    facts = elf_facts(paused_linux_native.elf)
+    return {load[1]: data for load, data in zip(facts["loads"], facts["memory"], strict=True)}
+
+
+@pytest.fixture(scope="module")
+def source_of(
+    paused_linux: BootedGuest,
+    paused_linux_native: OracleDumps,
+    memory: dict[int, bytes],
+    request: pytest.FixtureRequest,
+) -> SourceOf:
+    """Makes each source once."""
+    folder = folder_for(request, "sources")
+
+    @cache
+    def make(name: str) -> Path:
+        path = folder / name
+        match name:
+            case "native-elf":
+                return paused_linux_native.elf
+            case "native-flattened":
+                return paused_linux_native.kdump_zlib
+            case "lime":
+                path.write_bytes(make_lime(memory))
+            case "gcore":
+                subprocess.run(
+                    ["gcore", "-o", path, str(paused_linux.pid)], capture_output=True, check=True
+                )
+                return path.with_name(f"{path.name}.{paused_linux.pid}")
+            case _:
+                raise KeyError(name)
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def converted(
+    request: pytest.FixtureRequest, source_of: SourceOf, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Path]:
+    """Name of the source, and the ELF core that is made of it."""
+    source = source_of(request.param)
+    target = tmp_path_factory.mktemp("converted") / "elf"
+    status = main(["convert", str(source), str(target)])
+    assert status == (0 if request.param in WITH_REGISTERS else 6)
+    if request.param == "gcore":
+        source.unlink()  # as large as all of QEMU
+    return request.param, target
+
+
+def test_every_page_is_that_of_qemus_own_dump(
+    converted: tuple[str, Path], memory: dict[int, bytes], paused_linux: BootedGuest
+):
+    name, path = converted
+    facts = elf_facts(path)
+    found = {load[1]: data for load, data in zip(facts["loads"], facts["memory"], strict=True)}
+    expected = {
+        gpa: content
+        for gpa, content in memory.items()
+        if name not in WITHOUT_ROM or gpa < paused_linux.image.memory_mib << 20
+    }
+    assert found == expected
+
+
+def test_registers_are_those_of_qemus_own_dump(
+    converted: tuple[str, Path], paused_linux_native: OracleDumps
+):
+    name, path = converted
+    notes, native = elf_facts(path)["notes"], elf_facts(paused_linux_native.elf)["notes"]
+    if name in WITH_REGISTERS:
+        assert notes.startswith(native[: notes.index(b"VMCOREINFO") - 12])
+    assert notes.count(b"VMCOREINFO") == 1
+    assert b"\nPAGESIZE=4096\n" in notes
+
+
+def test_drgn_opens_it(converted: tuple[str, Path], vmlinux: Path, paused_linux: BootedGuest):
+    name, path = converted
+    program = drgn.Program()
+    program.set_core_dump(path)
+    program.load_debug_info([vmlinux])
+    names = {task.comm.string_().decode() for task in for_each_task(program)}
+    assert set(paused_linux.image.processes) <= names
+    assert get_dmesg(program).decode().rstrip().endswith(paused_linux.image.kernel_log)
+    if name in WITH_REGISTERS:
+        assert len(program.stack_trace(cpu_curr(program, 0))) > 3
+
+
+def test_makedumpfile_reads_and_filters_it(
+    converted: tuple[str, Path], paused_linux: BootedGuest, tmp_path: Path
+):
+    _, path = converted
+    _makedumpfile("--dump-dmesg", path, tmp_path / "log")
+    assert (tmp_path / "log").read_text().rstrip().endswith(paused_linux.image.kernel_log)
+    _makedumpfile("-d", "31", "-c", path, tmp_path / "filtered")
+
+
+def _makedumpfile(*words: str | Path) -> None:
+    subprocess.run(["makedumpfile", *words], check=True, capture_output=True)
+
+
+def test_crash_opens_a_kdump_without_registers(
+    source_of: SourceOf, vmlinux: Path, paused_linux: BootedGuest, tmp_path: Path
+):
+    target = tmp_path / "kdump"
+    assert main(["convert", str(source_of("lime")), str(target), "-z", "-R"]) == 6
+    done = subprocess.run(
+        ["crash", "-s", vmlinux, target],
+        input="sys\nlog\nquit\n",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert re.search(rf"CPUS: {paused_linux.image.cpus}$", done.stdout, re.MULTILINE), done.stderr
+    assert f"RELEASE: {paused_linux.files.release}\n" in done.stdout
+
+
+def test_parts_that_makedumpfile_splits_are_one_dump(source_of: SourceOf, tmp_path: Path):
+    elf = tmp_path / "elf"
+    assert main(["convert", str(source_of("native-elf")), str(elf)]) == 0
+    parts = [str(tmp_path / f"part{number}") for number in range(3)]
+    _makedumpfile("-d", "31", "-c", "--split", elf, *parts)
+    whole, joined, again = (str(tmp_path / name) for name in ("whole", "joined", "again"))
+    _makedumpfile("--reassemble", *parts, whole)
+    more = [word for part in parts[:2] for word in ("--part", part)]
+    assert main(["verify", parts[2], *more]) == 0
+    assert main(["convert", parts[2], joined, *more]) == 0
+    assert main(["convert", whole, again]) == 0
+    assert Path(joined).read_bytes() == Path(again).read_bytes()
