@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from qemu_dump_ext.cli import run_guarded, wants_json
-from qemu_dump_ext.cli.gdb_driver import dump_through_gdb
+from qemu_dump_ext.cli.gdb_driver import RESUME, STAY_STOPPED, dump_through_gdb
 from qemu_dump_ext.connections.target import open_guest, target_of_arguments
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.report import DumpReport
@@ -55,6 +55,21 @@ def dump_parser(program: str = PROGRAM) -> OneLineParser:
         help="drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state"
         " before gdb stopped the guest is known",
     )
+    afterwards = parser.add_mutually_exclusive_group()
+    afterwards.add_argument(
+        "--stay-stopped",
+        dest="afterwards",
+        action="store_const",
+        const=STAY_STOPPED,
+        help="with --gdb: leave the guest stopped, whatever it did before",
+    )
+    afterwards.add_argument(
+        "--resume",
+        dest="afterwards",
+        action="store_const",
+        const=RESUME,
+        help="with --gdb: let the guest run afterwards, also where it was stopped before",
+    )
     add_file_arguments(parser, f"{target_forms()}, or - for standard output")
     return parser
 
@@ -75,6 +90,8 @@ def _run(words: Sequence[str], program: str) -> int:
     check_outputs(arguments)
     if arguments.gdb is not None:
         return dump_through_gdb(arguments)
+    if arguments.afterwards is not None:
+        raise RequestError(f"--{arguments.afterwards} goes with --gdb")
     target = target_of_arguments(arguments)
     if not target.is_told:
         raise RequestError("which guest?", hint="--guest NAME, --qmp SOCKET or --gdb ADDRESS")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -37,15 +37,28 @@ from qemu_dump_ext.qemu.monitor_text import parse_status
 from qemu_dump_ext.qemu.process import has_client
 from qemu_dump_ext.qemu.run_state import require_dumpable
 from qemu_dump_ext.qemu.run_states import PAUSED, RESET, Treatment, treatment
-from qemu_dump_ext.qemu.socket_kind import busy, greeting_kind, other_kind, require_kind
+from qemu_dump_ext.qemu.socket_kind import (
+    busy,
+    find_way,
+    greeting_kind,
+    other_kind,
+    ran_until_connected,
+    require_kind,
+)
 from qemu_dump_ext.qemu.target_name import target_name
 from qemu_dump_ext.sinks import open_sink
-from qemu_dump_ext.standard_error import is_terminal
+from qemu_dump_ext.standard_error import is_terminal, tell
 from qemu_dump_ext.third_party import import_package
 
 _GDB_PROGRAMS = ("gdb-multiarch", "gdb")
 _CONNECT_SECONDS = 10
 _GREETING_SECONDS = 0.3  # a gdbstub has none
+RESUME, STAY_STOPPED = "resume", "stay-stopped"
+"""What becomes of the guest afterwards, if the user says."""
+_LET_RUN = (
+    "whether the guest ran before gdb connected, nobody could tell: it is let run afterwards"
+    " (--stay-stopped leaves it stopped, --qmp or --hmp knows)"
+)
 _POLL_SECONDS = 0.125
 _BATCH_SECONDS = 0.02  # for which pygdbmi waits for more behind an answer
 _INTERRUPTED_SECONDS = 30.0
@@ -212,7 +225,9 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
     # Refused here what can be, before the guest is stopped; gdb opens it.
     open_sink(arguments.file, force=arguments.force, standard_output=None)
     target = target_of_arguments(arguments)
-    known = _ask_monitor(target) if target.is_told else _Known()
+    known = _ask_monitor(target) if target.is_told else _ask_whoever_knows(arguments.gdb)
+    if arguments.afterwards is not None:
+        known = replace(known, ran=arguments.afterwards == RESUME)
     gdb = _Gdb(sys.stdout if arguments.json else sys.stderr)
     try:
         with _attached(gdb, arguments.gdb, known):
@@ -235,7 +250,7 @@ class _Known:
     """What is known of the guest before gdb connects.
 
     Attributes:
-        ran: Whether it runs; None where that is not known.
+        ran: Whether it runs, and is to run afterwards; None where that is not known.
         settings: What gdb must be told to connect.
     """
 
@@ -251,6 +266,15 @@ def _ask_monitor(target: GuestTarget) -> _Known:
     return _Known(ran, () if architecture is None else architecture.gdb_settings)
 
 
+def _ask_whoever_knows(address: str) -> _Known:
+    """Ask a monitor of the same QEMU, where one is free: the stub stops the guest."""
+    found = find_way(address)
+    if found is not None:
+        with contextlib.suppress(ConnectError):
+            return _ask_monitor(GuestTarget(pid=found[0].pid))
+    return _Known()
+
+
 @contextmanager
 def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
     # Attaching stops the guest, and gdb's own `detach` lets it run even if it did not before.
@@ -264,16 +288,20 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
         with contextlib.suppress(_CommandError):
             gdb.console(command)
     # Also a connection that was never answered stops the guest, when QEMU takes it.
-    guardian = None if known.ran is False else Guardian("gdb", address)
+    guardian = None if known.ran is False else Guardian("gdb", address, pid=_pid_at(address))
     try:
         if known_way is None and (greeting := greeting_kind(address, _GREETING_SECONDS)):
             _dismiss(guardian)
             guardian = None
             raise other_kind(address, greeting)
-        _connect(gdb, address, told=bool(known.settings))
         ran_before = known.ran
         if ran_before is None:
+            ran_before = ran_until_connected(address)
+        _connect(gdb, address, told=bool(known.settings))
+        if ran_before is None:
             ran_before = _read_state(gdb, address) == PAUSED
+            if ran_before:
+                tell(_LET_RUN)
         try:
             yield
         except BaseException:
@@ -291,6 +319,11 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
             with uninterrupted():
                 gdb.close()
                 guardian.act()
+
+
+def _pid_at(address: str) -> int | None:
+    found = find_way(address)
+    return None if found is None else found[0].pid
 
 
 def _dismiss(guardian: Guardian | None) -> None:

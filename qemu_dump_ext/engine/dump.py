@@ -274,7 +274,7 @@ class _Dump:
                 *self._guest.remarks,
                 *self.remarks,
                 *self._plan.remarks,
-                *filter(None, [self._guest.pause.left]),
+                *filter(None, [self._guest.pause.taken_over, self._guest.pause.left]),
             ),
             native_refusal=guest.native_refusal if _is_dumped_by_qemu(guest) else None,
             mended=self._guest.differences(self._plan, self._format.name),

@@ -37,6 +37,10 @@ class StandsStill(Protocol):
     def left(self) -> str | None:
         """What somebody else made of it meanwhile, in which it was left; None: nothing."""
 
+    @property
+    def taken_over(self) -> str | None:
+        """Who had stopped it before and could not let it run again; None: nobody."""
+
     def seconds(self) -> float:
         """Return how long it has been."""
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, OTHER, QMP
+from qemu_dump_ext.qemu.debts import Debt, abandoned_debts
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, find_qemu_processes
 from qemu_dump_ext.qemu.ways import SocketTables, Way, ways_of
 
@@ -66,6 +67,7 @@ class FoundGuest:
         namespaces: In which it is and this process is not: `mnt`, `net`, `pid`, `user`.
         belongs_to: Kind and name of what it is of, such as a domain or a container, the outermost
             first.
+        stopped_by: PID of a dump that has stopped it and is gone, or None.
         unreadable: Why its memory cannot be read by this process, or None: it can.
         ways: To it, the best first.
     """
@@ -85,6 +87,7 @@ class FoundGuest:
     seconds: float
     namespaces: Sequence[str]
     belongs_to: Sequence[tuple[str, str]]
+    stopped_by: int | None
     unreadable: str | None
     ways: Sequence[GuestWay]
 
@@ -98,6 +101,11 @@ class FoundGuest:
             yield "waits for a migration, or came by one"
         if self.namespaces:
             yield f"in other namespaces: {', '.join(self.namespaces)}"
+        if self.stopped_by is not None:
+            yield (
+                f"a dump that was killed (PID {self.stopped_by}) has left it stopped:"
+                f" 'qemu-dump resume --pid {self.pid}' lets it run"
+            )
         if self.unreadable is not None:
             yield f"its memory cannot be read: {self.unreadable}"
 
@@ -109,7 +117,8 @@ def list_guests() -> list[FoundGuest]:
         SourceError: There is no /proc.
     """
     tables = SocketTables()
-    return [_describe(process, tables) for process in find_qemu_processes()]
+    debts = abandoned_debts()
+    return [_describe(process, tables, debts) for process in find_qemu_processes()]
 
 
 def guest_names() -> list[str]:
@@ -147,8 +156,9 @@ def to_json(guests: Sequence[FoundGuest]) -> str:
     return json.dumps([asdict(guest) for guest in guests])
 
 
-def _describe(process: QemuProcess, tables: SocketTables) -> FoundGuest:
+def _describe(process: QemuProcess, tables: SocketTables, debts: Sequence[Debt]) -> FoundGuest:
     line = process.command_line
+    owed = (debt.dumper for debt in debts if debt.is_of(process))
     return FoundGuest(
         pid=process.pid,
         name=line.name,
@@ -165,6 +175,7 @@ def _describe(process: QemuProcess, tables: SocketTables) -> FoundGuest:
         seconds=round(process.uptime_seconds, 3),
         namespaces=process.other_namespaces,
         belongs_to=[(entry.kind, entry.name) for entry in process.belongs_to],
+        stopped_by=next(owed, None),
         unreadable=process.why_unreadable(),
         ways=_ways(process, tables),
     )

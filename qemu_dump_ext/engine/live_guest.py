@@ -41,10 +41,12 @@ class PastPause:
     Attributes:
         duration: In seconds.
         left: What somebody else made of the guest meanwhile: nothing that is known.
+        taken_over: Who had stopped it before and could not let it run again: nobody.
     """
 
     duration: float
     left: str | None = None
+    taken_over: str | None = None
 
     def seconds(self) -> float:
         """Return for how long it has stood still."""

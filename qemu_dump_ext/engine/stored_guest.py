@@ -101,7 +101,7 @@ class _DumpMemory:
 class _NoPause:
     """Of a guest that is in a file, which does not change."""
 
-    left = None
+    left = taken_over = None
 
     def seconds(self) -> float:
         """It never ran."""

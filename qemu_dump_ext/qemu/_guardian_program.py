@@ -1,8 +1,8 @@
-"""What a guardian runs: `PROGRAM KIND ADDRESS [CAPABILITY [STREAM]]`; the standard library alone.
+"""What a guardian runs: `PROGRAM KIND ADDRESS FILE [CAPABILITY [STREAM]]`, standard library alone.
 
 Standard input tells what to do: a byte, that nothing is left to do; its end without one, that the
-guest is to be let run, or that the capability of migrations is to be taken back, when the stream,
-a descriptor, has been read to its end.
+guest is to be let run, and FILE to be removed then, or that the capability of migrations is to be
+taken back, when the stream, a descriptor, has been read to its end.
 """
 
 from __future__ import annotations
@@ -79,25 +79,33 @@ class _Qmp:
 
 
 class StubPeer:
-    """QEMU's monitor behind a gdbstub that was connected to."""
+    """QEMU's monitor behind a gdbstub that was connected to.
+
+    Attributes:
+        told_of_stop: It has said that it stopped the guest, which ran until then.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._bytes = connection.makefile("rb")
+        self.told_of_stop = False
 
     def is_paused(self) -> bool:
         """Tell whether the guest is paused, as a connection to the stub leaves it."""
-        return _PAUSED.search(self._monitor("info status")) is not None
+        return _PAUSED.search(self.execute("info status")) is not None
 
     def resume(self) -> bool:
         """Tell whether QEMU has taken it: it does not while it dumps the guest itself."""
-        return _IN_PROCESS not in self._monitor("cont")
+        return _IN_PROCESS not in self.execute("cont")
 
-    def _monitor(self, command: str) -> str:
+    def execute(self, command: str) -> str:
+        """Return the answer of a command of the human monitor."""
         data = b"qRcmd," + command.encode().hex().encode()
         self._connection.sendall(b"$%s#%02x" % (data, sum(data) & 0xFF))
         text = ""
         while (packet := self._packet()) not in {b"OK", b""} and not packet.startswith(b"E"):
+            if packet[:1] in {b"T", b"S"}:
+                self.told_of_stop = True
             if packet.startswith(b"O"):
                 text += bytes.fromhex(packet[1:].decode("ascii", "replace")).decode(
                     "utf-8", "replace"
@@ -224,12 +232,14 @@ def take_back(address: object, capability: str) -> None:
 
 if __name__ == "__main__" and not sys.stdin.buffer.read(1):
     try:
-        if len(sys.argv) > 4:
-            while os.read(int(sys.argv[4]), _LINE_MAX):
+        if len(sys.argv) > 5:
+            while os.read(int(sys.argv[5]), _LINE_MAX):
                 pass
-        if len(sys.argv) > 3:
-            take_back(json.loads(sys.argv[2]), sys.argv[3])
+        if len(sys.argv) > 4:
+            take_back(json.loads(sys.argv[2]), sys.argv[4])
         else:
             release(sys.argv[1], json.loads(sys.argv[2]))
+        if sys.argv[3]:  # which says that it is still to be done
+            os.unlink(sys.argv[3])  # noqa: PTH108 - as few imports as can be
     except (GoneError, OSError, ValueError):
         sys.exit(1)

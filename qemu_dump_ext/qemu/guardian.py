@@ -19,6 +19,7 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.qemu.debts import OpenDebt
 from qemu_dump_ext.standard_error import open_nowhere
 from qemu_dump_ext.third_party import interpreter
 
@@ -36,6 +37,8 @@ class Guardian:
         address: str,
         capability: str | None = None,
         stream: int | None = None,
+        *,
+        pid: int | None = None,
     ) -> None:
         """Start it.
 
@@ -45,15 +48,19 @@ class Guardian:
                 UUID of the domain and QEMU's pid or 0, as a list in JSON.
             capability: What it takes back, by QMP; None: it lets the guest run.
             stream: Descriptor that it reads to the end before; None: of none.
+            pid: Of QEMU's process, if it is known: it is written down who has stopped what.
         """
         where, directory = (address, None) if kind == "libvirt" else _place(address)
         with uninterrupted(), refused_as(SourceError, "start what lets the guest run if this ends"):
+            self._debt = OpenDebt()
+            if capability is None and (kind != "libvirt" or pid):
+                self._debt.write(kind, address, pid)
             nowhere = open_nowhere()
             try:
                 self._process = subprocess.Popen(
                     (
                         *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
-                        *(kind, where),
+                        *(kind, where, str(self._debt.path or "")),
                         *([capability] if capability else []),
                         *([] if stream is None else [str(stream)]),
                     ),
@@ -62,7 +69,7 @@ class Guardian:
                     stderr=nowhere,
                     cwd=directory,
                     start_new_session=True,  # Ctrl-C is ours
-                    pass_fds=() if stream is None else (stream,),
+                    pass_fds=(*self._debt.descriptors(), *(() if stream is None else (stream,))),
                 )
             finally:
                 os.close(nowhere)
@@ -72,11 +79,13 @@ class Guardian:
         with uninterrupted():
             self._tell(_DISMISSED)
             self._process.wait()
+            self._debt.settle()
 
     def act(self) -> None:
         """Have it let the guest run, when QEMU answers; nobody waits for that."""
         with uninterrupted():
             self._tell(b"")
+            self._debt.leave()
             # Not waited for, nor is it an oversight of ours.
             self._process.returncode = self._process.poll() or 0
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +26,7 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.guest.access import AsyncMonitor, GuestAccess
 from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
+from qemu_dump_ext.qemu.debts import Debt, debts_of
 from qemu_dump_ext.qemu.guardian import Guardian
 from qemu_dump_ext.qemu.monitor_text import (
     RUNNING,
@@ -35,6 +36,8 @@ from qemu_dump_ext.qemu.monitor_text import (
     parse_version,
 )
 from qemu_dump_ext.qemu.pause_watch import PauseWatch
+from qemu_dump_ext.qemu.process import find_qemu_process
+from qemu_dump_ext.qemu.qemu_processes import qemu_process
 from qemu_dump_ext.qemu.qmp_message import run_state
 from qemu_dump_ext.qemu.run_states import (
     IDLE_MIGRATIONS,
@@ -86,6 +89,7 @@ class Pause:
         is_ours: We have stopped it, and nobody has done anything else with it since.
         has_run: Somebody else has let it run since.
         left: What somebody else made of it meanwhile, in which it was left; None: nothing.
+        taken_over: Who had stopped it and could not let it run again; None: nobody.
         ended_by: Why it is over before its time, or None.
     """
 
@@ -96,6 +100,7 @@ class Pause:
         self.state = state
         self.is_ours = False
         self.left: str | None = None
+        self.taken_over: str | None = None
         self.ended_by: DumpError | None = None
         self._access = access
         self._remember = remember
@@ -149,6 +154,17 @@ class Pause:
         if state not in {PAUSED, RESET}:  # it stopped by itself just before
             self._owe(owed=False)
         self.state = state
+
+    def take_over(self, debts: Sequence[Debt]) -> None:
+        """Let the guest run afterwards, for who stopped it and is gone."""
+        self._owe(owed=True)
+        self._stands_still = True
+        self.taken_over = (
+            f"a dump that was killed (PID {debts[0].dumper}) had left the guest stopped:"
+            " it runs again"
+        )
+        for debt in debts:
+            debt.settle()
 
     def disown(self) -> None:
         """Know that somebody else has let the guest run, and stopped it, since."""
@@ -228,7 +244,7 @@ class Pause:
         if self._remember is not None:
             self._remember(owed)
         elif owed and self._access.rescue is not None:
-            self._guardian = Guardian(*self._access.rescue)
+            self._guardian = Guardian(*self._access.rescue, pid=_pid_of(self._access))
         elif self._guardian is not None:
             self._guardian.dismiss()
         self.is_ours = owed
@@ -277,8 +293,13 @@ def stopped(
         try:
             try:
                 watch.start_clock(pause)
+                debts = inherited_debts(access) if remember is None else ()
                 if treatment(state) is Treatment.STOP:
+                    for debt in debts:  # somebody has let it run since
+                        debt.settle()
                     pause.stop()
+                elif state == PAUSED and debts:
+                    pause.take_over(debts)
                 watch.start_looking(pause)
                 yield pause
                 watch.end()
@@ -295,6 +316,18 @@ def stopped(
             if pause.ended_by is not None:
                 raise pause.ended_by from error
             raise
+
+
+def inherited_debts(access: GuestAccess) -> Sequence[Debt]:
+    """Return what dumps that are gone owe to a guest: they have stopped it."""
+    pid = _pid_of(access)
+    return debts_of(None if pid is None else qemu_process(pid), access.addresses)
+
+
+def _pid_of(access: GuestAccess) -> int | None:
+    with contextlib.suppress(SourceError):
+        return access.pid or find_qemu_process(access.addresses)
+    return None
 
 
 def require_dumpable(access: GuestAccess) -> str:

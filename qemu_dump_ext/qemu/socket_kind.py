@@ -22,9 +22,11 @@ from qemu_dump_ext.errors import ConnectError, SourceError
 from qemu_dump_ext.qemu._guardian_program import GoneError, StubPeer
 from qemu_dump_ext.qemu.address import connectable, tcp_address, unix_path
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, OTHER, QMP
+from qemu_dump_ext.qemu.monitor_text import parse_version
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, find_qemu_processes
 from qemu_dump_ext.qemu.socket_tables import UnixSocket, file_number
 from qemu_dump_ext.qemu.ways import UNKNOWN, SocketTables, Way, ways_of
+from qemu_dump_ext.structures.dialect import QemuVersion
 
 GREETING_SECONDS = 5.0
 _STUB_SECONDS = 2.0
@@ -32,6 +34,7 @@ _NEGOTIATION_SECONDS = 1.0
 _PEEK_SIZE = 256
 _DETACH = b"$D#44"
 _SHOWN_MAX = 40
+_SILENT_SINCE: QemuVersion = (8, 0, 0)
 _NEGOTIATION_MAX = 64
 _TELNET = re.compile(rb"\xff(?:[\xfb-\xfe].|\xfa[^\xf0]*\xf0|[\xf0-\xf9])", re.DOTALL)
 _STOP_REPLY = re.compile(rb"\+*\$[TS][0-9a-f]{2}")
@@ -234,6 +237,33 @@ def greeting_kind(address: str, seconds: float) -> str | None:
         spoken = _spoken(first_bytes(connection, seconds) or b"")
         return None if spoken == GDBSTUB else spoken
     return None
+
+
+def ran_until_connected(address: str) -> bool | None:
+    """Tell whether a guest ran until now, by a gdbstub that stops it: it stays stopped.
+
+    Returns:
+        None where QEMU does not tell: from 8.0 on, it says nothing unasked.
+
+    Raises:
+        ConnectError: Nobody is there, or QEMU does not answer.
+    """
+    with _connect(address, GDBSTUB) as connection:
+        connection.settimeout(GREETING_SECONDS)
+        stub = StubPeer(connection)
+        try:
+            # What it says of the stop comes before the answer.
+            version = parse_version(stub.execute("info version"))
+        except TimeoutError as error:
+            raise ConnectError(
+                f"QEMU does not answer gdb at {address} in {GREETING_SECONDS:.0f} s",
+                hint="the guest is let run if QEMU takes the connection later",
+            ) from error
+        except (GoneError, OSError, ValueError, SourceError):
+            return None
+        if stub.told_of_stop:
+            return True
+        return False if version < _SILENT_SINCE else None
 
 
 def other_kind(address: str, found: str) -> ConnectError:

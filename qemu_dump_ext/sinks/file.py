@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
+import re
 import secrets
 import stat
+import time
 from pathlib import Path
 
 from qemu_dump_ext.errors import DumpWriteError, RequestError
@@ -17,6 +20,8 @@ from qemu_dump_ext.sinks._paths import mode_of, path_of
 from qemu_dump_ext.sinks._sink import Sink, reason_of
 
 _FILE_MODE = 0o600
+_PARTIAL = re.compile(r"\..{1,200}\.[0-9a-f]{8}\.partial", re.DOTALL)
+_ABANDONED_SECONDS = 60
 
 
 class FileSink(Sink):
@@ -61,9 +66,11 @@ class FileSink(Sink):
 
     def _open(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        _remove_abandoned(self._path.parent)
         try:
             with uninterrupted():
                 self._descriptor = os.open(self._partial, flags, _FILE_MODE)
+                _hold(self._descriptor)
         except OSError as error:
             raise DumpWriteError(f"cannot create {self._path}: {reason_of(error)}") from error
         with refused_as(DumpWriteError, f"write {self._path}"):
@@ -122,6 +129,37 @@ class FileSink(Sink):
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _hold(descriptor: int) -> None:
+    # For as long as this process lives, however it ends. Some file systems have no locks.
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Remove what dumps of ours left behind that were killed; what anybody writes to is left."""
+    try:
+        with os.scandir(directory) as entries:
+            names = [entry.name for entry in entries if _PARTIAL.fullmatch(entry.name)]
+    except OSError:
+        return
+    for name in names:
+        with contextlib.suppress(OSError):
+            _remove_if_abandoned(directory / name)
+
+
+def _remove_if_abandoned(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(descriptor)
+        # One that was made just now may not be held yet.
+        is_old = time.time() - status.st_mtime > _ABANDONED_SECONDS
+        if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid() and is_old:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def _make(target: Target) -> FileSink:

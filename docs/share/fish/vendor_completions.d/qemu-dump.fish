@@ -50,7 +50,7 @@ function _shtab_qemu_dump_using
   test "$_shtab_qemu_dump_cmdpath" = "$argv"
 end
 
-set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit guests images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy targets verify
+set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit guests images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy resume targets verify
 set -g _shtab_qemu_dump_opts_with_value --cache --connect --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --libvirt --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
@@ -166,6 +166,14 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using open' -l reader -xka "crash drg
 complete -c qemu-dump -n '_shtab_qemu_dump_using open' -l vmlinux -xka "(__fish_complete_path (commandline -ct))" -d 'the kernel'"'"'s symbols; default: $QEMU_DUMP_VMLINUX, or what is found by the build ID of the kernel: in /usr/lib/debug, or by debuginfod where $DEBUGINFOD_URLS is set'
 complete -c qemu-dump -n '_shtab_qemu_dump_using open' -l print -d 'print the command instead of starting it'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a proxy -d 'QEMU'"'"'s monitors for many clients: as qemu-hmp-proxy does'
+complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a resume -d 'let a guest run that a dump has left stopped which was killed'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -l pid -x -d 'the guest by the PID of its QEMU on this host'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
+complete -c qemu-dump -n '_shtab_qemu_dump_using resume' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a targets -d 'show which targets can be dumped'
 complete -c qemu-dump -n '_shtab_qemu_dump_using targets' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a verify -d 'read a whole dump and find damage in it'

@@ -1,0 +1,224 @@
+"""Guests that a dump has stopped and not let run again: written down, for who comes later.
+
+A process that is killed cannot let its guest run, and its guardian may be killed as well. What they
+owe is in a file of which both hold a lock, which the kernel releases when both are gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
+from qemu_dump_ext.untrusted import parse_unsigned
+
+_NAME = "qemu-dump"
+_SUFFIX = ".stopped"
+_KINDS = frozenset(("qmp", "hmp", "gdb", "libvirt"))
+_SIZE_MAX = 1 << 14
+_FILES_MAX = 1000
+_TOLERANCE_SECONDS = 0.011  # of a start, which the kernel counts in hundredths
+
+
+@dataclass(frozen=True)
+class Debt:
+    """A guest that was stopped, and by whom.
+
+    Attributes:
+        path: The file that says so.
+        kind: What is spoken where it is let run: `qmp`, `hmp` or `gdb`; or `libvirt`.
+        address: Where that is.
+        dumper: PID of who stopped it.
+        qemu: PID of its QEMU, or None.
+        started: When that was started, as `QemuProcess.started` has it.
+    """
+
+    path: Path
+    kind: str
+    address: str
+    dumper: int
+    qemu: int | None
+    started: float
+
+    def is_of(self, process: QemuProcess) -> bool:
+        """Tell whether a QEMU is the one that was stopped."""
+        same = abs(process.started - self.started) < _TOLERANCE_SECONDS
+        return self.qemu == process.pid and same
+
+    def is_at(self, address: str) -> bool:
+        """Tell whether the guest was stopped through an address."""
+        return self.qemu is None and _absolute(address) == self.address
+
+    def is_gone(self) -> bool:
+        """Tell whether its QEMU is gone."""
+        if self.qemu is None:
+            return tcp_address(self.address) is None and not Path(self.address).exists()
+        process = qemu_process(self.qemu)
+        return process is None or not self.is_of(process)
+
+    def settle(self) -> None:
+        """Forget it: the guest runs, or is gone."""
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+class OpenDebt:
+    """A debt of this process's, until it is settled.
+
+    Attributes:
+        path: The file; None: none was written.
+        descriptor: Holds the lock, and is inherited by who pays in our stead; -1: there is none.
+    """
+
+    def __init__(self) -> None:
+        self.path: Path | None = None
+        self.descriptor = -1
+
+    def write(self, kind: str, address: str, qemu: int | None) -> None:
+        """Write it down; where that cannot be, there is only the guardian.
+
+        Args:
+            kind: What is spoken where the guest is let run: `qmp`, `hmp` or `gdb`; or `libvirt`.
+            address: Where that is: a path or HOST:PORT.
+            qemu: PID of its QEMU, if it is known.
+        """
+        process = None if qemu is None else qemu_process(qemu)
+        content = {
+            "kind": kind,
+            "address": address if kind == "libvirt" else _absolute(address),
+            "dumper": os.getpid(),
+            "qemu": None if process is None else process.pid,
+            "started": 0.0 if process is None else process.started,
+        }
+        with contextlib.suppress(OSError):
+            path = _own_folder() / f"{secrets.token_hex(8)}{_SUFFIX}"
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.descriptor = os.open(path, flags, 0o600)
+            self.path = path
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.write(self.descriptor, json.dumps(content).encode())
+
+    def descriptors(self) -> tuple[int, ...]:
+        """Return the descriptor that holds the lock, if there is one."""
+        return () if self.descriptor < 0 else (self.descriptor,)
+
+    def settle(self) -> None:
+        """Forget it: the guest runs, or is not ours any more."""
+        if self.path is not None:
+            with contextlib.suppress(OSError):
+                self.path.unlink(missing_ok=True)
+        self.leave()
+
+    def leave(self) -> None:
+        """Leave it to who has inherited it."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def abandoned_debts() -> list[Debt]:
+    """Return what dumps owe that are gone; what is of QEMUs that are gone is removed."""
+    found = []
+    for folder in _folders():
+        for path in _files(folder):
+            debt = _abandoned(path)
+            if debt is None:
+                continue
+            if debt.is_gone():
+                debt.settle()
+            else:
+                found.append(debt)
+    return found
+
+
+def debts_of(process: QemuProcess | None, addresses: Sequence[str]) -> list[Debt]:
+    """Return what dumps that are gone owe to one guest.
+
+    Args:
+        process: Its QEMU, if that is known.
+        addresses: Of its sockets.
+    """
+    return [
+        debt
+        for debt in abandoned_debts()
+        if (process is not None and debt.is_of(process)) or any(map(debt.is_at, addresses))
+    ]
+
+
+def _absolute(address: str) -> str:
+    return address if tcp_address(address) else str(Path(unix_path(address)).absolute())
+
+
+def _own_folder() -> Path:
+    """Return the folder of this user's debts, which nobody else can write to."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    parent = Path(runtime) if runtime else Path("/run")
+    folder = parent / _NAME
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        folder = Path("/tmp") / f"{_NAME}-{os.geteuid()}"  # noqa: S108 - looked at below
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} is not ours")
+    return folder
+
+
+def _folders() -> Iterator[Path]:
+    runtime = os.environ.get("XDG_RUNTIME_DIR")
+    if runtime:
+        yield Path(runtime) / _NAME
+    yield Path("/run") / _NAME
+    with contextlib.suppress(OSError):
+        yield from (path / _NAME for path in Path("/run/user").iterdir())
+    with contextlib.suppress(OSError):
+        yield from Path("/tmp").glob(f"{_NAME}-[0-9]*")  # noqa: S108 - files are looked at
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    with contextlib.suppress(OSError):
+        for number, path in enumerate(folder.iterdir()):
+            if number < _FILES_MAX and path.name.endswith(_SUFFIX):
+                yield path
+
+
+def _abandoned(path: Path) -> Debt | None:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return _parsed(path, os.read(descriptor, _SIZE_MAX), status.st_uid)
+    except (OSError, ValueError):
+        return None  # somebody still has it, or it is none
+    finally:
+        os.close(descriptor)
+
+
+def _parsed(path: Path, text: bytes, owner: int) -> Debt | None:
+    content = json.loads(text)
+    if not isinstance(content, dict) or content.get("kind") not in _KINDS:
+        return None
+    numbers = {name: content.get(name) for name in ("dumper", "qemu")}
+    dumper, qemu = (parse_unsigned(str(value), bits=31) for value in numbers.values())
+    started = content.get("started")
+    if dumper is None or not isinstance(started, (int, float)):
+        return None
+    # Whoever can write a file may speak for guests of his own.
+    process = None if qemu is None else qemu_process(qemu)
+    trusted = {0, os.geteuid(), None if process is None else process.user}
+    if owner not in trusted:
+        return None
+    return Debt(path, content["kind"], str(content.get("address")), dumper, qemu, float(started))
