@@ -111,21 +111,25 @@ def _native_dump(
     return Measurement(seconds, path.stat().st_size, seconds, 0, used, growth)
 
 
-def by_qemu_and_makedumpfile(machine: QemuMachine, path: Path) -> Measurement:
-    """Let QEMU write an ELF core, and makedumpfile a kdump of level 31 of it."""
+def by_makedumpfile(machine: QemuMachine, path: Path) -> Measurement:
+    """Write a whole ELF core, and let makedumpfile make a kdump of level 31 of it.
+
+    makedumpfile 1.7.2 reads neither QEMU's ELF cores nor the ROM in QEMU's kdumps of a PC.
+    """
     whole = path.with_suffix(".elf")
-    native = _native_dump(machine, "elf", whole, paging=False)
-    before = os.times().children_user + os.times().children_system
+    first = by_cli()(machine, whole)
+    before = os.times()
     started = time.perf_counter()
     subprocess.run(["makedumpfile", "-c", "-d", "31", whole, path], check=True, capture_output=True)
-    seconds = time.perf_counter() - started
-    used = os.times().children_user + os.times().children_system - before
+    seconds, after = time.perf_counter() - started, os.times()
     whole.unlink()
+    used = after.children_user + after.children_system
+    used -= before.children_user + before.children_system
     return replace(
-        native,
-        seconds=native.seconds + seconds,
+        first,
+        seconds=first.seconds + seconds,
         size=path.stat().st_size,
-        cpu_seconds=native.cpu_seconds + used,
+        cpu_seconds=first.cpu_seconds + used,
     )
 
 
@@ -221,8 +225,8 @@ CASES: Sequence[Case] = (
     Case("kdump-zlib --dump-level 31", by_qemu("kdump-zlib"), by_cli("-z", "--dump-level", "31!")),
     Case("kdump-zlib --mini", by_qemu("kdump-zlib"), by_cli("-z", "--mini")),
     Case(
-        "kdump-zlib --dump-level 31, against QEMU's elf and makedumpfile -c -d 31",
-        by_qemu_and_makedumpfile,
+        "kdump-zlib --dump-level 31, against our elf and makedumpfile -c -d 31",
+        by_makedumpfile,
         by_cli("-z", "--dump-level", "31!"),
     ),
     Case("kdump-zlib in gdb", by_qemu("kdump-zlib"), by_gdb("-z")),
