@@ -44,6 +44,7 @@ from qemu_dump_ext.structures.migration import (
     parse_stream,
 )
 from qemu_dump_ext.structures.vmcoreinfo import note_at_page_start
+from qemu_dump_ext.structures.win_dmp import is_windows_note
 
 _NO_PROOF = "no vCPU uses page tables that are known, and there is no note of the kernel"
 
@@ -180,6 +181,8 @@ class MigrationFile(DumpFile):
                 if not place or not 0 < size <= VMCOREINFO_SIZE_MAX:
                     continue
                 data = self.read(place, size)
+                if is_windows_note(data):
+                    return data
                 for order in {core.byte_order for core in self.architecture.cores}:
                     if (note := note_at_page_start(data, order)) is not None:
                         return note

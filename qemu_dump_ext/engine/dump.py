@@ -342,7 +342,7 @@ def _plan_windows(guest: GuestView, request: DumpRequest, dialect: Dialect) -> D
     note = guest.windows_note
     if note is None and request.exact:
         raise SourceError(f"the note of the vmcoreinfo device: {guest.probed.native_refusal}")
-    windows = guest.describe_windows((note or b"") if request.vmcoreinfo else b"", dialect)
+    windows = guest.describe_windows(note if request.vmcoreinfo else b"", dialect)
     return make_windows_plan(
         guest.core,
         guest.ram_blocks,

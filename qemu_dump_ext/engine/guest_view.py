@@ -265,11 +265,11 @@ class GuestView(ABC):
         """What a driver has left in QEMU's vmcoreinfo device; None: it could not be had."""
         return self.probed.guest_note
 
-    def describe_windows(self, note: bytes, dialect: Dialect) -> WindowsDump:
+    def describe_windows(self, note: bytes | None, dialect: Dialect) -> WindowsDump:
         """Return what a Windows dump of it has besides its memory.
 
         Args:
-            note: As `windows_note`; empty where there is none.
+            note: As `windows_note`; empty where there is none, or it is not to be used.
             dialect: How the dump is spelt.
 
         Raises:

@@ -30,6 +30,7 @@ from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.migration import MigrationStream
 from qemu_dump_ext.structures.vmcoreinfo import note_at_page_start, vmcoreinfo_text
+from qemu_dump_ext.structures.win_dmp import is_windows_note
 
 _NOTE_SIZE_MAX = 1 << 20
 
@@ -224,6 +225,8 @@ def _guest_note(stream: MigrationStream, memory: StreamedMemory, byte_order: Byt
             memory.read_into(facts["paddr"], memoryview(note))
         except GuestMemoryFaultError:
             continue
+        if is_windows_note(bytes(note)):
+            return bytes(note)
         if (found := note_at_page_start(bytes(note), byte_order)) is not None:
             return found
     return b""

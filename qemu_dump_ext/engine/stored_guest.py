@@ -236,7 +236,7 @@ class StoredGuest(GuestView):
         order = self.dump.byte_order
         return encode_note(found.name, found.type, found.descriptor, order) if found else b""
 
-    def describe_windows(self, note: bytes, dialect: Dialect) -> WindowsDump:
+    def describe_windows(self, note: bytes | None, dialect: Dialect) -> WindowsDump:
         """Return what a Windows dump has besides memory: of such a dump, its own header."""
         header = self.dump.windows_header
         if header is not None:

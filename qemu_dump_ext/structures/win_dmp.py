@@ -29,6 +29,9 @@ LIVE_SYSTEM_DUMP = 0x161
 MACHINE_IMAGE_TYPES: Mapping[int, int] = {4: 0x14C, 8: 0x8664}
 SUMMARY_SIGNATURE, SUMMARY_VALID_DUMP = b"FDMP", b"DUMP"
 
+NOTE_HEADER_SIZE = 24
+"""Bytes in front of the header in the note of QEMU's vmcoreinfo device."""
+
 _BUGCHECK = "BugcheckCode BugcheckParameter1 BugcheckParameter2 BugcheckParameter3"
 _HEADER32 = StructLayout(
     "DUMP_HEADER32",
@@ -176,6 +179,13 @@ def parse_runs(data: bytes, word_size: int, count: int) -> list[PageRun]:
     run = _RUN[word_size]
     whole = data[: min(count, len(data) // run.size) * run.size]
     return [PageRun(first, pages) for first, pages in run.codec.iter_unpack(whole)]
+
+
+def is_windows_note(note: bytes) -> bool:
+    """Tell whether a note of QEMU's vmcoreinfo device has the header of a Windows dump."""
+    signature, valid = note[NOTE_HEADER_SIZE:][:4], note[NOTE_HEADER_SIZE + 4 :][:4]
+    sizes = {NOTE_HEADER_SIZE + layout.size for layout in HEADERS.values()}
+    return len(note) in sizes and signature == SIGNATURE and valid in VALID_DUMP.values()
 
 
 def encode_runs(runs: Sequence[PageRun], word_size: int) -> bytes:

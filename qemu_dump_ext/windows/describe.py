@@ -12,12 +12,13 @@ from qemu_dump_ext.windows.kernel import header_of_kernel
 from qemu_dump_ext.windows.system_memory import WindowsGuest
 
 
-def describe_windows(guest: WindowsGuest, note: bytes, dialect: Dialect) -> WindowsDump:
+def describe_windows(guest: WindowsGuest, note: bytes | None, dialect: Dialect) -> WindowsDump:
     """Return the dump that the header of a driver describes, or else one of the kernel alone.
 
     Args:
         guest: Does not change.
-        note: From QEMU's vmcoreinfo device; empty where there is none.
+        note: From QEMU's vmcoreinfo device; empty where there is none, None where it could not be
+            had.
         dialect: How the dump is spelt. Of a guest without such a header QEMU takes none.
 
     Raises:
@@ -25,7 +26,7 @@ def describe_windows(guest: WindowsGuest, note: bytes, dialect: Dialect) -> Wind
         SourceError: Memory, or a register, cannot be had.
     """
     try:
-        return header_of_note(guest, note, dialect)
+        return _of_driver(guest, note, dialect)
     except RequestError as refused:
         if dialect.windows_as_qemu:
             raise
@@ -35,3 +36,9 @@ def describe_windows(guest: WindowsGuest, note: bytes, dialect: Dialect) -> Wind
             told = f"{refused.message}, and {error.message}"
             raise RequestError(told, hint=refused.hint) from error
         return replace(made, remarks=(refused.message, *made.remarks))
+
+
+def _of_driver(guest: WindowsGuest, note: bytes | None, dialect: Dialect) -> WindowsDump:
+    if note is None:
+        raise RequestError("win-dump: the note of the vmcoreinfo device could not be had")
+    return header_of_note(guest, note, dialect)

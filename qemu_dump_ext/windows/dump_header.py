@@ -24,6 +24,7 @@ from qemu_dump_ext.structures.win_dmp import (
     HEADERS,
     LIVE_SYSTEM_DUMP,
     MOST_RUNS,
+    NOTE_HEADER_SIZE,
     PAGE_SHIFT,
     SIGNATURE,
     VALID_DUMP,
@@ -40,7 +41,6 @@ MM_PFN_DATABASE_OFFSET = 0xC0
 KI_PROCESSOR_BLOCK_OFFSET = 0x218
 PRCB_CONTEXT_OFFSET = 0x338
 """Offsets in KDBG, which has the same layout for 32 and 64 bits."""
-_NOTE_HEADER_SIZE = 24
 _BUGCHECK_SIZES: Mapping[int, int] = {4: 20, 8: 40}
 CONTEXT_SIZES: Mapping[int, int] = {4: 716, 8: 1232}
 """Of the kernel's structure, in bytes. QEMU's has 4 more in 32 bits, and overwrites them."""
@@ -137,7 +137,7 @@ def _header_in(note: bytes, dialect: Dialect) -> DumpHeader:
     """Return the header in a note; QEMU does not look where the descriptor begins."""
     if not note and dialect.names_missing_note:
         raise RequestError("win-dump: no vmcoreinfo note from the guest", hint=_NO_DRIVER)
-    data = bytearray(note[_NOTE_HEADER_SIZE:])
+    data = bytearray(note[NOTE_HEADER_SIZE:])
     if len(data) not in {layout.size for layout in HEADERS.values()}:
         raise RequestError("win-dump: invalid vmcoreinfo note size", hint=_NO_DRIVER)
     if data[:4] != SIGNATURE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import qemu_dump_ext as qd
 from qemu_dump_ext.cli.dump_command import main
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry
+from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.errors import EXIT_INCOMPLETE
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.oracle.test_doors import DOORS
 from tests.support.doors import run_cli, run_gdb
@@ -18,8 +21,10 @@ from tests.support.folders import folder_for
 from tests.support.hmp_proxy import HmpSocket, Proxy, QmpSocket
 from tests.support.oracle import OracleDumps
 from tests.support.qtest import Qtest
+from tests.support.raw_qmp import RawQmp
 from tests.support.windows_guest import (
     NOTE_AT,
+    VCPUS,
     WindowsImage,
     WindowsMachine,
     hand_over,
@@ -155,3 +160,33 @@ def test_a_note_that_lies_about_its_size(windows: WindowsMachine, tmp_path: Path
     assert done.returncode == qd.RequestError.exit_status
     assert "win-dump: invalid vmcoreinfo note size" in done.stderr
     assert windows.is_running()
+
+
+@pytest.mark.parametrize("words", [(), ("--snapshot",), ("--live",)], ids=["whole", "copy", "live"])
+def test_a_guest_that_runs_is_dumped_and_runs_again(
+    request: pytest.FixtureRequest, tmp_path: Path, words: tuple[str, ...]
+):
+    image = WindowsImage()
+    image.spin()
+    folder = folder_for(request, "running")
+    with windows_machine(["qemu-system-x86_64"], folder) as machine:
+        machine.plant(image)
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("cont")
+        argv = ["--qmp", str(machine.qmp_sockets[0]), "-w", *words, str(tmp_path / "dump")]
+        # Of a guest that runs, QEMU's stream does not have all registers.
+        assert main(argv) == (EXIT_INCOMPLETE if "--live" in words else 0)
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            assert qmp.execute("query-status")["status"] == "running"
+    with open_dump(tmp_path / "dump") as dump:
+        for vcpu in range(VCPUS):
+            context = image.gpa_of(image.base + image.context_at(vcpu))
+            assert int.from_bytes(dump.read(context + 0xF8, 8), "little") == image.rip
+
+
+def test_the_crash_collector_stores_one(windows: WindowsMachine, tmp_path: Path):
+    windows.plant(WindowsImage())
+    crash = qd.collect_crash(windows.qmp_sockets[0], tmp_path, dump_format="win-dmp")
+    facts = json.loads((crash / "crash.json").read_text("utf-8"))
+    assert facts["dump"]["format"] == "win-dmp"
+    assert facts["dump"]["verified_by"] == ["verify"]

@@ -105,6 +105,8 @@ class WindowsImage:
     kernel_base = 0
     cr3 = 0
     kernel_gs_base = 0
+    rip: int | None = None
+    eflags = 0x246
 
     def __init__(self, word_size: int = 8, *, pae: bool = True) -> None:
         self.word_size = word_size
@@ -230,6 +232,11 @@ class WindowsImage:
         self.map(region + 0x7000, tables, PAGE)
         self.cr3, self.root = self.root, kernel_tables
         self.kernel_gs_base = region
+
+    def spin(self) -> None:
+        """Have the processors, once they run, stay where they are, without interrupts."""
+        self.store(0x3E00, b"\xeb\xfe")
+        self.rip, self.eflags = self.base + 0x3E00, 0x46
 
     def put_handler(self, address: int) -> None:
         """Have the IDT, which is at 0, lead somewhere."""
@@ -399,7 +406,8 @@ class WindowsMachine(QemuMachine):
             packets += [(18, 0x18), *segments.items()]
             packets += [(26, image.kernel_gs_base)]
             packets += [(index, register_value(number, index, long=long)) for index in general]
-            packets += [(16, register_value(number, 16, long=long)), (17, 0x246 + number)]
+            rip = register_value(number, 16, long=long) if image.rip is None else image.rip
+            packets += [(16, rip), (17, image.eflags + number)]
             packets += [(65, 0x1F80 + number), (41, 0x27F), (42, 0x3800)]
             packets += [(33 + index, floating_value(number, index)) for index in range(8)]
             vectors = range(16 if long else 8)
@@ -465,11 +473,19 @@ def _transfer(qtest: Qtest, control: int, size: int) -> None:
 
 
 @contextmanager
-def windows_machine(command: Sequence[str], folder: Path) -> Iterator[WindowsMachine]:
-    """Keep a machine for Windows images running for the time of a `with` block."""
+def windows_machine(
+    command: Sequence[str], folder: Path, arguments: Sequence[str] = ("-m", str(MEMORY_MIB))
+) -> Iterator[WindowsMachine]:
+    """Keep a machine for Windows images running for the time of a `with` block.
+
+    Args:
+        command: QEMU.
+        folder: For its socket.
+        arguments: How much memory it has, and more.
+    """
     socket = folder / "qtest"
-    arguments = ["-m", str(MEMORY_MIB), "-smp", str(VCPUS), "-device", "vmcoreinfo"]
-    machine = WindowsMachine(command, ["-S", *arguments, *qtest_arguments(socket)])
+    common = ["-smp", str(VCPUS), "-device", "vmcoreinfo", *qtest_arguments(socket)]
+    machine = WindowsMachine(command, ["-S", *common, *arguments])
     machine.qtest_socket = socket
     with machine:
         yield machine
