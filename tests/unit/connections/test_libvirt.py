@@ -5,7 +5,8 @@ import shlex
 import pytest
 
 from qemu_dump_ext.connections._virsh import quoted
-from qemu_dump_ext.connections.libvirt import parse_event
+from qemu_dump_ext.connections.libvirt import LibvirtMonitor, parse_event
+from qemu_dump_ext.errors import SourceError
 
 
 def test_events_are_read_as_virsh_prints_them():
@@ -29,3 +30,21 @@ def test_what_is_no_event_is_none(line: str):
 @pytest.mark.parametrize("word", ["web1", "it's", "a b", "", '{"a": "\'"}', "$(x)`y`\\"])
 def test_words_are_quoted_as_for_a_shell(word: str):
     assert shlex.split(quoted(word)) == [word]
+
+
+@pytest.mark.parametrize(
+    "uri", ["qemu+ssh://host/system", "qemu+tls://host:16514/system", "qemu://host/session"]
+)
+def test_a_guest_of_another_host_has_no_process_here(uri: str):
+    monitor = LibvirtMonitor(uri, "01234567-89ab-cdef-0123-456789abcdef")
+    with pytest.raises(SourceError, match="not on this host"):
+        monitor._find_process()
+
+
+@pytest.mark.parametrize(
+    "uri", ["qemu:///system", "qemu:///session", "qemu+unix:///system?socket=/run/x"]
+)
+def test_a_guest_of_this_host_is_looked_for(uri: str):
+    monitor = LibvirtMonitor(uri, "01234567-89ab-cdef-0123-456789abcdef")
+    with pytest.raises(SourceError, match="no QEMU is to be seen here"):
+        monitor._find_process()
