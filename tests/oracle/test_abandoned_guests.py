@@ -72,6 +72,17 @@ def test_the_next_dump_lets_it_run(machine: QemuMachine, tmp_path: Path):
     assert list((tmp_path / "runtime" / "qemu-dump").iterdir()) == []
 
 
+def test_a_guardian_forgets_what_it_has_paid(machine: QemuMachine, tmp_path: Path):
+    with blocked_target(tmp_path) as target:
+        argv = cli_argv("--qmp", machine.qmp_sockets[0], target.path)
+        with subprocess.Popen(argv, env=child_environment(), stderr=subprocess.DEVNULL) as dump:
+            wait_until(target.is_written_to, "the dump is being written")
+            dump.kill()
+    wait_until(lambda: guest_status(machine) == "running", "its guardian lets it run")
+    folder = tmp_path / "runtime" / "qemu-dump"
+    wait_until(lambda: not list(folder.iterdir()), "nothing is owed any more")
+
+
 def test_resume(machine: QemuMachine, tmp_path: Path):
     words = ("resume", "--qmp", machine.qmp_sockets[0])
     (said,) = run_often("qemu_dump", [words])
