@@ -11,6 +11,7 @@ from hmp.human.command_table import parse_tables, with_our_help
 from hmp.human.dump_line import BadExtension, DumpLine, NativeLine, parse_dump_line
 from hmp.qmp.json_stream import JsonError, JsonStream
 from hmp.readline import HISTORY_MAX, LINE_MAX, LineEditor
+from qemu_dump_ext.plan.request import Live
 
 CODECS = ("zlib", "lzo", "snappy", "zstd", "none")
 SOURCES = ("auto", "pmemsave")
@@ -62,6 +63,11 @@ def test_extensions():
     assert parse("dump-guest-memory --memory pmemsave -p --mended f") == DumpLine(
         "f", frozenset("p"), None, "", memory="pmemsave", mended=True
     )
+    for words, live in (("--live", Live.REQUIRE), ("--live=prefer", Live.PREFER)):
+        line = parse(f"dump-guest-memory {words} -z f")
+        assert isinstance(line, DumpLine)
+        assert (line.filename, line.live, line.extends_qemu) == ("f", live, True)
+    assert isinstance(parse("dump-guest-memory --live=now f"), BadExtension)
     assert isinstance(parse("dump-guest-memory --memory nosuch f"), BadExtension)
     assert isinstance(parse("dump-guest-memory --memory"), BadExtension)
 
