@@ -353,8 +353,8 @@ def test_storm_of_all_guests_ends_with_everything_recorded(tmp_path):
                 cont(machine)
             records = agent.wait_records(guests)
             assert {record.guest for record in records} == {f"vm{n}" for n in range(guests)}
-            assert sum(record.dump.file is not None for record in records) == 3
+            # Without frames, one guest's panic says nothing of another's: each keeps its dump.
+            assert all(record.dump.file is not None for record in records)
             assert {record.occurrence for record in records} == set(range(1, guests + 1))
-            assert {len(record.files) for record in records if record.dump.file is None} == {3}
             check_clean(agent)
             assert {guest_status(machine) for machine in machines} == {"guest-panicked"}
