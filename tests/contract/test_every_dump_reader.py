@@ -28,6 +28,7 @@ from tests.support.leftovers import nothing_left
 from tests.support.plain_memory import PlainMemory
 from tests.support.sample_migration import make_migration
 from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
+from tests.support.sample_save_image import make_save_image, pack
 from tests.support.sample_win_dmp import sample_windows_dump
 
 # Formats whose dumps a reader opens; one of each way in which it may be wrapped.
@@ -40,7 +41,10 @@ READS = {
     "avml": ("avml",),
     "raw": ("raw",),
     "qemu_core": ("qemu_core",),
+    "libvirt_save": ("libvirt_save", "libvirt_save-zstd"),
+    "packed_migration": ("packed_migration",),
 }
+_OF_STREAMS = ("migration", "libvirt_save", "packed_migration")
 _WITHOUT_HEADERS = ("raw", "qemu_core")
 _ALSO = {"elf": ("qemu_core",)}
 # What no format of ours is: its guest has the memory that its machine has.
@@ -63,8 +67,12 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     architecture = all_architectures()["or1k"]
     registers = {register.name: 0x1234 for register in architecture.registers}
     blocks = {block.gpa: content_of(block) for block in BLOCKS}
+    stream = make_migration(content_of(*_STREAMED))
     for name, content in (
-        ("migration", make_migration(content_of(*_STREAMED))),
+        ("migration", stream),
+        ("libvirt_save", make_save_image(stream)),
+        ("libvirt_save-zstd", make_save_image(stream, "zstd")),
+        ("packed_migration", pack(stream, "gzip")),
         ("lime", make_lime(blocks)),
         ("avml", make_avml(blocks)),
         ("raw", _RAM),
@@ -117,7 +125,7 @@ def test_it_knows_its_own_by_the_first_bytes(name: str, dumps: dict[str, Path]):
 def _blocks_of(dump: DumpFile) -> tuple[RamBlock, ...]:
     if dump.reader in _WITHOUT_HEADERS:
         return (RamBlock(0, len(_RAM), "kernel", 0),)
-    return _STREAMED if dump.reader == "migration" else BLOCKS
+    return _STREAMED if dump.reader in _OF_STREAMS else BLOCKS
 
 
 def _content_of(block: RamBlock) -> bytes:

@@ -50,6 +50,7 @@ from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
 from tests.support.sample_migration import make_migration
 from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
+from tests.support.sample_save_image import PACKINGS, make_save_image, pack
 
 _MIB = 1 << 20
 _X86_64 = all_architectures()["x86_64"]
@@ -194,6 +195,15 @@ def _migration_seeds() -> list[bytes]:
     table[16:24] = (0x80000 << 10 | 0xF).to_bytes(8, "little")  # the third GiB is RAM
     satp = 8 << 60 | 0x80000
     return [make_migration(content), make_migration(bytes(table) + content, satp=satp)]
+
+
+def _save_image_seeds() -> list[bytes]:
+    stream = _migration_seeds()[0]
+    return [make_save_image(stream), *(make_save_image(stream, name) for name in PACKINGS)]
+
+
+def _packed_seeds() -> list[bytes]:
+    return [pack(_migration_seeds()[0], name) for name in PACKINGS]
 
 
 _FUZZED_RAM = 0x34000
@@ -360,6 +370,8 @@ PARSERS: Mapping[str, Parser] = {
     "raw": Parser(lambda: _range_seeds()["raw"], _use_dump, most=1 << 18),
     "qemu_core": Parser(lambda: _range_seeds()["qemu_core"], _use_dump, most=1 << 21),
     "migration": Parser(_migration_seeds, _use_dump),
+    "libvirt_save": Parser(_save_image_seeds, _use_dump),
+    "packed_migration": Parser(_packed_seeds, _use_dump),
     "vmcoreinfo": Parser(_vmcoreinfo_seeds, _use_vmcoreinfo),
     "kernel-log": Parser(_log_seeds, _use_log, most=_MIB),
     "pages": Parser(lambda: [GuestWithPages().to_bytes()], _use_pages),

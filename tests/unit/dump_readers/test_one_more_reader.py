@@ -62,7 +62,7 @@ def test_every_candidate_says_why_it_cannot(tmp_path):
     begins = "it does not begin like one"
     with pytest.raises(NotADumpError) as caught:
         open_dump(path)
-    assert f"elf: {begins}; kdump: {begins}; lime: {begins}; " in caught.value.message
+    assert f"elf: {begins}; kdump: {begins}; libvirt_save: {begins}; " in caught.value.message
     assert "; toy: no toy is that large" in caught.value.message
 
 

@@ -1,0 +1,163 @@
+"""What libvirt saves of a paused domain holds what QEMU's own dump of the same domain does."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from qemu_dump_ext.dump_readers import DumpFile, open_dump
+from qemu_dump_ext.dump_readers.libvirt_save import LibvirtSaveFile
+from qemu_dump_ext.dump_readers.migration import MigrationFile
+from qemu_dump_ext.dump_readers.packed_migration import PackedMigrationFile
+from qemu_dump_ext.engine.verify import verify_dump
+from tests.support.libvirt_host import SESSION, SYSTEM, LibvirtHost, missing_for_libvirt
+from tests.support.planted import plant_memory, plant_registers
+from tests.support.raw_qmp import RawQmp
+
+pytestmark = pytest.mark.qemu
+_PACKERS = ("gzip", "bzip2", "xz", "zstd")
+_PIECE = 1 << 20
+_ROM_END = 1 << 20
+"""Up to here, ROM lies over memory until the BIOS lets it be seen."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Files of one paused domain.
+
+    Attributes:
+        native: QEMU's own dump of it, by libvirt.
+        stream: What else libvirt wrote of it.
+    """
+
+    native: Path
+    stream: Path
+
+
+@contextmanager
+def _libvirt(folder: Path, uri: str) -> Iterator[LibvirtHost]:
+    if reason := missing_for_libvirt():
+        pytest.skip(reason)
+    host = LibvirtHost(folder, uri)
+    if uri == SESSION:
+        configuration = host.directory / "runtime/.config/libvirt/qemu.conf"
+        configuration.parent.mkdir(parents=True)
+        configuration.write_text('save_image_format = "gzip"\ndump_image_format = "xz"\n')
+        for path in (configuration, *configuration.parents[:2]):
+            shutil.chown(path, *2 * [configuration.parents[2].stat().st_uid])
+    with host.running():
+        yield host
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LibvirtHost]:
+    with _libvirt(tmp_path_factory.mktemp("saved"), SYSTEM) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def packing_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LibvirtHost]:
+    """A libvirtd that packs what it writes: a user's own, for that has its own configuration."""
+    with _libvirt(tmp_path_factory.mktemp("packed"), SESSION) as found:
+        yield found
+
+
+def _write(host: LibvirtHost, command: str) -> Written:
+    """Have libvirt write both of a domain, which it cannot save again once it has done so."""
+    stub = host.directory / f"{command}.gdb"
+    options = ("-gdb", f"unix:{stub},server=on,wait=off")
+    domain = host.create(f"to-{command}", memory=32, vcpus=2, arguments=options)
+    plant_registers("x86_64", stub)
+    with RawQmp(domain.qmp) as qmp:
+        plant_memory(command, qmp, stub)
+    written = Written(host.directory / f"{command}.elf", host.directory / command)
+    host.virsh("dump", domain.name, written.native, "--memory-only")
+    host.virsh(command, domain.name, written.stream)
+    return written
+
+
+@pytest.fixture(scope="module")
+def saved(host: LibvirtHost) -> Written:
+    return _write(host, "save")
+
+
+@pytest.fixture(scope="module")
+def dumped(host: LibvirtHost) -> Written:
+    return _write(host, "dump")
+
+
+def _compare(path: Path, native: Path) -> None:
+    """Check that pages and registers are the same, and all of them."""
+    with open_dump(path) as theirs, open_dump(native) as dump:
+        assert isinstance(theirs, MigrationFile)
+        assert [(note.name, note.type) for note in theirs.notes] == [
+            (note.name, note.type) for note in dump.notes
+        ]
+        assert [note.descriptor for note in theirs.notes] == [
+            note.descriptor for note in dump.notes
+        ]
+        assert _compare_memory(theirs, dump) >= 31 << 20
+        assert not verify_dump(theirs).problems
+
+
+def _compare_memory(theirs: DumpFile, ours: DumpFile) -> int:
+    compared = 0
+    known = list(ours.memory_ranges())
+    for gpa, size in theirs.memory_ranges():
+        for start, count in known:
+            low, high = max(gpa, start, _ROM_END), min(gpa + size, start + count)
+            for at in range(low, high, _PIECE):
+                piece = min(_PIECE, high - at)
+                assert theirs.read(at, piece) == ours.read(at, piece), hex(at)
+                compared += piece
+    return compared
+
+
+def test_a_save_image_is_the_domain(saved: Written):
+    with open_dump(saved.stream) as dump:
+        assert isinstance(dump, LibvirtSaveFile)
+        assert dump.save_header.finished
+        assert dump.save_header.packing is None
+        assert not dump.save_header.was_running
+        assert dump.domain is not None
+        assert dump.domain[0] == "to-save"
+    _compare(saved.stream, saved.native)
+
+
+def test_a_dump_that_is_not_of_memory_only_is_the_domain(dumped: Written):
+    _compare(dumped.stream, dumped.native)
+
+
+def test_an_image_that_libvirt_has_packed_is_the_domain(packing_host: LibvirtHost):
+    written = _write(packing_host, "save")
+    with open_dump(written.stream) as dump:
+        assert isinstance(dump, LibvirtSaveFile)
+        assert dump.save_header.packing == "gzip"
+    _compare(written.stream, written.native)
+
+
+def test_a_dump_that_libvirt_has_packed_is_the_domain(packing_host: LibvirtHost):
+    written = _write(packing_host, "dump")
+    with open_dump(written.stream) as dump:
+        assert isinstance(dump, PackedMigrationFile)
+        assert dump.packing == "xz"
+    _compare(written.stream, written.native)
+
+
+@pytest.mark.parametrize("packer", _PACKERS)
+def test_what_the_programs_of_libvirt_pack_is_unpacked(
+    packer: str, dumped: Written, tmp_path: Path
+):
+    if shutil.which(packer) is None:
+        pytest.skip(f"{packer} is not installed")
+    packed = tmp_path / "packed"
+    with dumped.stream.open("rb") as stream, packed.open("wb") as target:
+        subprocess.run([packer, "-1", "-c"], stdin=stream, stdout=target, check=True)
+    _compare(packed, dumped.native)
