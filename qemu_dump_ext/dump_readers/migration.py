@@ -1,7 +1,8 @@
 """Read QEMU's migration stream: a file by `migrate` to `file:` or through `exec:cat`.
 
-Everything is read once when it is opened: nothing in a stream tells where a page is. Its notes are
-those that a dump of the guest would have, made of what the vCPUs' sections say.
+Everything is read once when it is opened: nothing in a stream tells where a page is, but for one by
+the capability mapped-ram, whose pages are not read before they are asked for. Its notes are those
+that a dump of the guest would have, made of what the vCPUs' sections say.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 from qemu_dump_ext.structures.migration import (
     MIGRATION_MAGIC,
+    PageMap,
     StreamBlock,
     StreamBuffer,
     parse_stream,
@@ -82,8 +84,11 @@ class MigrationFile(DumpFile):
         self.image = image
         self.format = f"migration{format_suffix}"
         index = _Index()
-        self.stream = parse_stream(StreamBuffer(_reader_of(image)), index)
+        reader = _Reader(image)
+        self.stream = parse_stream(StreamBuffer(reader.fill, reader.skip), index)
         self._places = index.places
+        for pages in self.stream.maps:
+            self._take_mapped(pages)
         self.page_size = self.stream.page_size
         if self.stream.problem is not None:
             image.problems = (*image.problems, str(self.stream.problem))
@@ -103,6 +108,14 @@ class MigrationFile(DumpFile):
                 "page_size": self.page_size,
             }
         )
+
+    def _take_mapped(self, pages: PageMap) -> None:
+        """Know the pages of a RAM block that are at their places."""
+        places = self._places[pages.block]
+        for offset in pages.offsets():
+            size = min(pages.page_size, pages.size - offset)
+            self.image.check(pages.place + offset, size)
+            places.add(offset, pages.place + offset)
 
     def _prove_layout(self) -> tuple[tuple[RamPiece, ...], str | None]:
         """Choose among the ways in which RAM may lie.
@@ -304,17 +317,25 @@ class _Memory:
         """Leave the dump to its owner."""
 
 
-def _reader_of(image: DumpImage) -> Callable[[memoryview], int]:
-    position = 0
+class _Reader:
+    """An image from the front to the end."""
 
-    def fill(buffer: memoryview) -> int:
-        nonlocal position
-        count = min(len(buffer), image.size - position)
-        image.read_into(position, buffer[:count])
-        position += count
+    def __init__(self, image: DumpImage) -> None:
+        self._image = image
+        self._position = 0
+
+    def fill(self, buffer: memoryview) -> int:
+        """Put the next bytes into a buffer, and return how many."""
+        count = min(len(buffer), self._image.size - self._position)
+        if count <= 0:
+            return 0
+        self._image.read_into(self._position, buffer[:count])
+        self._position += count
         return count
 
-    return fill
+    def skip(self, size: int) -> None:
+        """Leave out so many."""
+        self._position += size
 
 
 def _describe(dump: MigrationFile) -> Mapping[str, Callable[[], Any]]:

@@ -8,7 +8,7 @@ Everything in it is untrusted: sizes and counts are bounded, a section that is n
 by its name.
 
 Source: QEMU migration/savevm.c, migration/ram.c, migration/vmstate.c, hw/ppc/spapr.c
-htab_save_iterate(), hw/s390x/s390-stattrib.c cmma_save().
+htab_save_iterate(), hw/s390x/s390-stattrib.c cmma_save(), docs/devel/migration/mapped-ram.rst.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ _SUBSECTION, _DESCRIPTION, _CONFIGURATION, _COMMAND, _FOOTER = 5, 6, 7, 8, 0x7E
 _SECTION_BEGINS = frozenset((_START, _FULL, _COMMAND))
 
 _RAM_ZERO, _RAM_MEM_SIZE, _RAM_PAGE, _RAM_EOS, _RAM_CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
+_RAM_FLUSH = 0x200
+"""Where maps tell where pages are: that other threads have written theirs."""
+_MAP_HEADER = struct.Struct(">IQQQ")
+_MAP_VERSION = 1
+_MAP_SIZE_MAX = 256 << 20
+"""Bytes of the bitmap of one RAM block: of 8 TiB."""
 _REFUSED_PAGES: Mapping[int, str] = {
     0x01: "of a version of QEMU before 1.0",
     0x40: "packed by xbzrle, which only the receiver of a migration can unpack",
@@ -75,6 +81,42 @@ class StreamBlock:
     shared: bool = False
 
 
+@dataclass(frozen=True)
+class PageMap:
+    """Which pages of a RAM block a file has, each at its own place, by the capability mapped-ram.
+
+    Attributes:
+        block: Number of the RAM block.
+        place: Offset in the stream of the page that is the block's first.
+        size: Of the block, in bytes.
+        page_size: In bytes.
+        bitmap: The pages that are there, from the lowest bit of each byte on; others are zero.
+    """
+
+    block: int
+    place: int
+    size: int
+    page_size: int
+    bitmap: bytes = field(repr=False)
+
+    def offsets(self) -> Iterator[int]:
+        """Yield where in the block the pages are that are there, ascending.
+
+        Raises:
+            CorruptDumpError: One is behind the block's end.
+        """
+        for found in re.finditer(rb"[^\0]", self.bitmap, re.DOTALL):
+            byte = found[0][0]
+            for bit in range(8):
+                if byte >> bit & 1:
+                    offset = (8 * found.start() + bit) * self.page_size
+                    if offset >= self.size:
+                        raise CorruptDumpError(
+                            f"a page at {offset:#x} of a RAM block of {self.size:#x} bytes"
+                        )
+                    yield offset
+
+
 class PageTaker(Protocol):
     """Gets the pages of a stream, in its order, which is any; a page may come again."""
 
@@ -102,13 +144,17 @@ class StreamBuffer:
         position: Bytes that were taken.
     """
 
-    def __init__(self, fill: Callable[[memoryview], int]) -> None:
+    def __init__(
+        self, fill: Callable[[memoryview], int], skip: Callable[[int], None] | None = None
+    ) -> None:
         """Use a source.
 
         Args:
             fill: Puts bytes into a buffer and returns how many; 0 at the end.
+            skip: Leaves out so many bytes, also beyond the end; None: it cannot.
         """
         self._fill = fill
+        self._skip = skip
         self._view = memoryview(bytearray(_BUFFER_SIZE))
         self._start = self._end = 0
         self.position = 0
@@ -126,6 +172,19 @@ class StreamBuffer:
         self._start = stop
         self.position += size
         return self._view[start:stop]
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether bytes can be left out without reading them."""
+        return self._skip is not None
+
+    def skip(self, size: int) -> None:
+        """Leave out the next bytes, which need not be there."""
+        inside = min(size, self._end - self._start)
+        self._start += inside
+        self.position += size
+        if self._skip is not None:
+            self._skip(size - inside)
 
     def peek(self) -> int | None:
         """Return the next byte, which stays; None at the end."""
@@ -250,6 +309,8 @@ class MigrationStream:
         blocks: The RAM blocks.
         devices: In the order of the stream; empty where it does not describe them.
         capabilities: Of the migration that are told.
+        maps: Of a stream whose pages are at their places: of each RAM block; its pages were not
+            taken.
         problem: Why it was not read to its end; None: it was.
         undescribed: Why there are no devices, or None.
     """
@@ -259,6 +320,7 @@ class MigrationStream:
     blocks: Sequence[StreamBlock] = ()
     devices: Sequence[StreamDevice] = ()
     capabilities: Sequence[str] = ()
+    maps: Sequence[PageMap] = ()
     problem: CorruptDumpError | None = None
     undescribed: str | None = None
 
@@ -405,6 +467,7 @@ class _Parser:
         names = {block.name: number for number, block in enumerate(blocks)}
         current = self._current
         size = blocks[current].size if current >= 0 else 0
+        is_mapped = bool(self.stream.maps)
         while True:
             (word,) = unpack(take(8))
             flags, offset = word & mask, word & ~mask
@@ -412,8 +475,11 @@ class _Parser:
                 return
             if flags & _RAM_MEM_SIZE:
                 self._read_blocks(offset)
+                is_mapped = bool(self.stream.maps)
                 blocks = self.stream.blocks
                 names = {block.name: number for number, block in enumerate(blocks)}
+                continue
+            if is_mapped and flags == _RAM_FLUSH:
                 continue
             if not flags & _RAM_CONTINUE:
                 current = self._current = names.get(self._name(), -1)
@@ -432,8 +498,8 @@ class _Parser:
     def _read_blocks(self, total: int) -> None:
         if self.stream.blocks or not 0 < total < _RAM_MAX:
             raise self._error(f"RAM blocks of {total:#x} bytes")
-        if "mapped-ram" in self.stream.capabilities:
-            raise self._error("pages by the capability mapped-ram are not read")
+        is_mapped = "mapped-ram" in self.stream.capabilities
+        maps: list[PageMap] = []
         ignores_shared = "x-ignore-shared" in self.stream.capabilities
         blocks: list[StreamBlock] = []
         left = total
@@ -445,8 +511,37 @@ class _Parser:
                 self._u64()
             left -= size
             blocks.append(StreamBlock(name, size))
+            if is_mapped:
+                maps.append(self._read_map(len(maps), size))
         self._pages.begin(blocks, self.stream.page_size)
         self.stream.blocks = blocks
+        self.stream.maps = maps
+
+    def _read_map(self, block: int, size: int) -> PageMap:
+        """Read which pages of a block the file has, and leave out the pages."""
+        if not self._source.can_skip:
+            raise self._error("pages by the capability mapped-ram, which need a file")
+        version, page_size, bitmap_place, pages_place = _MAP_HEADER.unpack(
+            self._source.take(_MAP_HEADER.size)
+        )
+        if (version, page_size) != (_MAP_VERSION, self.stream.page_size):
+            raise self._error(f"a map of pages of version {version}, of {page_size:#x} bytes each")
+        # Of whole words of 64 bits.
+        bitmap_size = -(-size // page_size // 64) * 8
+        if bitmap_size > _MAP_SIZE_MAX:
+            raise self._error(f"a map of pages of {bitmap_size:#x} bytes")
+        self._skip_to(bitmap_place)
+        bitmap = bytearray()
+        while len(bitmap) < bitmap_size:
+            bitmap += self._source.take(min(bitmap_size - len(bitmap), _BUFFER_SIZE))
+        self._skip_to(pages_place)
+        self._source.skip(size)
+        return PageMap(block, pages_place, size, page_size, bytes(bitmap))
+
+    def _skip_to(self, place: int) -> None:
+        if not self._source.position <= place < _RAM_MAX:
+            raise self._error(f"a map of pages that tells of offset {place:#x}")
+        self._source.skip(place - self._source.position)
 
     def _read_htab(self) -> None:
         """Skip the hash page table of a pseries guest."""

@@ -48,7 +48,7 @@ from tests.support.fake_kernel import KERNEL_MAP, LOG_AT, FlatMemory, plant_kern
 from tests.support.fake_pages import GuestWithPages
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
-from tests.support.sample_migration import make_migration
+from tests.support.sample_migration import make_mapped, make_migration
 from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
 from tests.support.sample_save_image import PACKINGS, make_save_image, pack
 
@@ -194,7 +194,8 @@ def _migration_seeds() -> list[bytes]:
     table = bytearray(BLOCK)
     table[16:24] = (0x80000 << 10 | 0xF).to_bytes(8, "little")  # the third GiB is RAM
     satp = 8 << 60 | 0x80000
-    return [make_migration(content), make_migration(bytes(table) + content, satp=satp)]
+    mapped = make_migration(bytes(table) + content, satp=satp)
+    return [make_migration(content), mapped, make_mapped(content)]
 
 
 def _save_image_seeds() -> list[bytes]:

@@ -127,3 +127,29 @@ def make_migration(content: bytes, *, satp: int = 0) -> bytes:
         + EOF
         + description([CPU])
     )
+
+
+def make_mapped(content: bytes, *, bitmap: bytes = b"", **told: int) -> bytes:
+    """Return such a stream by the capability mapped-ram: each page that is not zero at its place.
+
+    Args:
+        content: Of RAM.
+        bitmap: Instead of that of the pages.
+        told: `version`, `page_size`, `bitmap_place` or `pages_place`, instead of what is right.
+    """
+    size = -(-len(content) // PAGE) * PAGE
+    capabilities = (1).to_bytes(4, "big") + name_of("mapped-ram")
+    head = HEAD + configuration("virt", subsection("configuration/capabilities", capabilities))
+    head += section(_START, _RAM_ID, "ram", block_list({RAM_NAME: size}))[:-5]
+    pages = range(size // PAGE)
+    stored = sum(any(content[page * PAGE :][:PAGE]) << page for page in pages)
+    bitmap = bitmap or stored.to_bytes(-(-len(pages) // 64) * 8, "little")
+    place = len(head) + 28
+    right = {"version": 1, "page_size": PAGE, "bitmap_place": place, "pages_place": 2 * PAGE}
+    for (name, number), width in zip((right | told).items(), (4, 8, 8, 8), strict=True):
+        assert name in right
+        head += number.to_bytes(width, "big")
+    data = (head + bitmap).ljust(2 * PAGE, b"\0") + content.ljust(size, b"\0")
+    data += ram_word(0, EOS) + footer(_RAM_ID)
+    data += part(_RAM_ID, ram_word(0, 0x200) + ram_word(0, EOS))
+    return data + section(_FULL, 3, "cpu", cpu_state()) + EOF + description([CPU])
