@@ -8,7 +8,6 @@ from __future__ import annotations
 from qemu_dump_ext.dump_readers._declaration import DumpReader, Fit
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._unpacked_image import UNPACKERS, UnpackedImage
-from qemu_dump_ext.dump_readers._window_image import WindowImage
 from qemu_dump_ext.dump_readers.migration import READER as MIGRATION
 from qemu_dump_ext.dump_readers.migration import MigrationFile
 from qemu_dump_ext.errors import UnsupportedTargetError
@@ -20,6 +19,9 @@ from qemu_dump_ext.structures.libvirt_save import (
     domain_of,
     parse_save_header,
 )
+
+_SPARSE = "sparse"
+"""Where pages have their places in the file, by the capability mapped-ram."""
 
 
 class LibvirtSaveFile(MigrationFile):
@@ -33,13 +35,13 @@ class LibvirtSaveFile(MigrationFile):
     def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
         self.save_header = parse_save_header(image.read(0, SAVE_HEADER_SIZE))
         self.domain = domain_of(image.read(SAVE_HEADER_SIZE, self.save_header.xml_size))
-        stream = _stream_of(image, self.save_header)
+        stream, place = _stream_of(image, self.save_header)
         if not self.save_header.finished:
             stream.problems = (*stream.problems, "libvirt has not finished this save image")
         if self.domain is None:
             stream.problems = (*stream.problems, "the XML of the domain is damaged")
         try:
-            super().__init__(stream, format_suffix)
+            super().__init__(stream, format_suffix, place)
         except BaseException:
             if isinstance(stream, UnpackedImage):
                 stream.forget()
@@ -47,20 +49,20 @@ class LibvirtSaveFile(MigrationFile):
         self.format = f"libvirt_save{format_suffix}"
 
 
-def _stream_of(image: DumpImage, header: SaveHeader) -> DumpImage:
-    """Return the migration stream in an image.
+def _stream_of(image: DumpImage, header: SaveHeader) -> tuple[DumpImage, int]:
+    """Return what has the migration stream of an image, and its offset in there.
 
     Raises:
         UnsupportedTargetError: What has packed it cannot be unpacked.
     """
-    if header.packing is None:
-        return WindowImage(image, header.stream_place)
+    if header.packing in {None, _SPARSE}:
+        return image, header.stream_place
     if header.packing not in UNPACKERS:
         raise UnsupportedTargetError(
-            f"libvirt's save image is in its format {header.packing}, which is not read; raw and"
-            f" {', '.join(UNPACKERS)} are"
+            f"libvirt's save image is in its format {header.packing}, which is not read; raw,"
+            f" {_SPARSE}, {', '.join(UNPACKERS)} are"
         )
-    return UnpackedImage(image, header.stream_place, header.packing)
+    return UnpackedImage(image, header.stream_place, header.packing), 0
 
 
 READER = DumpReader(

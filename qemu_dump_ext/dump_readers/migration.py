@@ -80,12 +80,13 @@ class MigrationFile(DumpFile):
         layout_proof: What proves that, in words; None: nothing contradicts it.
     """
 
-    def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
+    def __init__(self, image: DumpImage, format_suffix: str = "", place: int = 0) -> None:
+        """Read the stream that begins at `place` and reaches up to the end."""
         self.image = image
         self.format = f"migration{format_suffix}"
         index = _Index()
-        reader = _Reader(image)
-        self.stream = parse_stream(StreamBuffer(reader.fill, reader.skip), index)
+        reader = _Reader(image, place)
+        self.stream = parse_stream(StreamBuffer(reader.fill, reader.skip, place), index)
         self._places = index.places
         for pages in self.stream.maps:
             self._take_mapped(pages)
@@ -318,11 +319,11 @@ class _Memory:
 
 
 class _Reader:
-    """An image from the front to the end."""
+    """An image from an offset to the end."""
 
-    def __init__(self, image: DumpImage) -> None:
+    def __init__(self, image: DumpImage, place: int) -> None:
         self._image = image
-        self._position = 0
+        self._position = place
 
     def fill(self, buffer: memoryview) -> int:
         """Put the next bytes into a buffer, and return how many."""

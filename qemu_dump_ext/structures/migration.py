@@ -141,23 +141,27 @@ class StreamBuffer:
     """Bytes that come one after the other, from wherever.
 
     Attributes:
-        position: Bytes that were taken.
+        position: Where the next byte is in what the stream is in.
     """
 
     def __init__(
-        self, fill: Callable[[memoryview], int], skip: Callable[[int], None] | None = None
+        self,
+        fill: Callable[[memoryview], int],
+        skip: Callable[[int], None] | None = None,
+        position: int = 0,
     ) -> None:
         """Use a source.
 
         Args:
             fill: Puts bytes into a buffer and returns how many; 0 at the end.
             skip: Leaves out so many bytes, also beyond the end; None: it cannot.
+            position: Of the first byte.
         """
         self._fill = fill
         self._skip = skip
+        self.position = position
         self._view = memoryview(bytearray(_BUFFER_SIZE))
         self._start = self._end = 0
-        self.position = 0
 
     def take(self, size: int) -> memoryview:
         """Return the next bytes; only valid until more is taken.
