@@ -216,6 +216,8 @@ def _is_set(qmp: QmpMonitor) -> bool:
     }
     if CAPABILITY not in known:
         raise NotLiveError(f"this QEMU has no {CAPABILITY}", hint="QEMU 6.0 and newer have")
+    if known.get("x-ignore-shared") is True:
+        raise NotLiveError("QEMU leaves shared memory out of its streams (x-ignore-shared)")
     return known[CAPABILITY] is True
 
 

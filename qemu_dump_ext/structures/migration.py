@@ -73,12 +73,10 @@ class StreamBlock:
     Attributes:
         name: Such as `pc.ram`.
         size: In bytes.
-        shared: It is left to whoever shares its memory: its pages are not in the stream.
     """
 
     name: str
     size: int
-    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -502,17 +500,17 @@ class _Parser:
     def _read_blocks(self, total: int) -> None:
         if self.stream.blocks or not 0 < total < _RAM_MAX:
             raise self._error(f"RAM blocks of {total:#x} bytes")
+        if "x-ignore-shared" in self.stream.capabilities:
+            # Which blocks are shared is not told: their pages would be taken for zeros.
+            raise self._error("shared memory is not in it, by the capability x-ignore-shared")
         is_mapped = "mapped-ram" in self.stream.capabilities
         maps: list[PageMap] = []
-        ignores_shared = "x-ignore-shared" in self.stream.capabilities
         blocks: list[StreamBlock] = []
         left = total
         while left:
             name, size = self._name(), self._u64()
             if not 0 < size <= left or len(blocks) >= _BLOCKS_MAX:
                 raise self._error(f"RAM block {name!r} of {size:#x} bytes")
-            if ignores_shared:
-                self._u64()
             left -= size
             blocks.append(StreamBlock(name, size))
             if is_mapped:

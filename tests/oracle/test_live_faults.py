@@ -16,6 +16,7 @@ import pytest
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.live_guest import live_guest
 from qemu_dump_ext.errors import (
+    CorruptDumpError,
     DumpWriteError,
     NotLiveError,
     PauseLimitError,
@@ -28,6 +29,7 @@ from qemu_dump_ext.pages import _copy_store as copy_store
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.run_state import PauseLimit
 from tests.oracle.test_live import capabilities_of, command_of
+from tests.oracle.test_migration_stream import migrate_to_file
 from tests.support.bare_guests import counting_arguments
 from tests.support.doors import run_cli
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
@@ -272,6 +274,22 @@ def test_memory_backends_that_can_be_streamed(newer: bool, tmp_path: Path, backe
         with open_dump(path) as dump:
             assert dump.read(0xF0000, 4) == bytes.fromhex("fa2e660f")
         _runs_on(machine)
+
+
+def test_memory_that_qemu_leaves_out_of_its_streams_is_not_taken_for_zeros(tmp_path: Path):
+    words = ("-object", "memory-backend-memfd,id=m,size=64M,share=on", "-M", "memory-backend=m")
+    wanted = [{"capability": "x-ignore-shared", "state": True}]
+    with running(tmp_path, *words, newer=False) as machine:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("migrate-set-capabilities", capabilities=wanted)
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--live", tmp_path / "x")
+        assert done.returncode == NotLiveError.exit_status
+        assert "leaves shared memory out of its streams (x-ignore-shared)" in done.stderr
+        assert _state(machine)[:2] == ("running", ["x-ignore-shared"])
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            migrate_to_file(qmp, tmp_path / "stream")
+    with pytest.raises(CorruptDumpError, match="by the capability x-ignore-shared"):
+        open_dump(tmp_path / "stream")
 
 
 def test_a_device_that_forbids_it_is_named(tmp_path: Path):

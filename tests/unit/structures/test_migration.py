@@ -239,6 +239,17 @@ REFUSED = {
         HEAD + configuration("virt", subsection("configuration/target-page-bits", b"\0\0\0\xff")),
         "pages of 255 bits",
     ),
+    "memory that is left out": (
+        HEAD
+        + configuration(
+            "virt",
+            subsection(
+                "configuration/capabilities", (1).to_bytes(4, "big") + name_of("x-ignore-shared")
+            ),
+        )
+        + ram_start(_BLOCKS),
+        "shared memory is not in it, by the capability x-ignore-shared",
+    ),
     "many capabilities": (
         HEAD + configuration("virt", subsection("configuration/capabilities", b"\xff" * 4)),
         "a count of 4294967295",
