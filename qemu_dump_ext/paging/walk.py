@@ -163,6 +163,7 @@ class _Walk:
             return
         if not walker.repeat:
             if (*place, base) in walker._seen:  # noqa: SLF001
+                self._found += 1  # before: the table above is not empty for that
                 return
             walker._seen.add((*place, base))  # noqa: SLF001
         walker.budget.take_table(geometry)

@@ -233,6 +233,25 @@ def test_hostile_tables_end_soon(
     assert time.process_time() - started < 20
 
 
+def test_a_table_of_which_all_was_found_before_is_not_empty():
+    memory = FlatMemory(8 * MIB)
+    # Two roots share what they map at 0; the second one has the same, by its own table, elsewhere.
+    memory.put_entries(0x1000, {0: 0x4000 | 1})
+    memory.put_entries(0x2000, {0: 0x3000 | 1, 1: 0x3000 | 1})
+    memory.put_entries(0x3000, {0: 0x5000 | 1})
+    memory.put_entries(0x4000, {0: 0x5000 | 1})
+    memory.put_entries(0x5000, {0: 0x6000 | 1})
+    memory.put_entries(0x6000, {0: 0x700000 | 1})
+    roots = roots_of_vcpus(
+        X86_64, [Vcpu(n, FOUR_LEVELS | {"cr3": n << 12}) for n in (1, 2)], native=False
+    )
+    reader = TableReader(memory, memory.blocks)
+    assert collect_mappings(roots, reader, [(0, 8 * MIB)], native=False) == [
+        Segment(0, 0x700000, 0x1000),
+        Segment(1 << 39, 0x700000, 0x1000),
+    ]
+
+
 def test_the_number_of_tables_is_bounded_even_if_they_map_nothing():
     memory = FlatMemory(8 * MIB)
     memory.put_entries(0x1000, {index: 0x10000 + (index << 12) | 1 for index in range(512)})
