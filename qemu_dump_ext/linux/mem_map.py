@@ -19,6 +19,8 @@ _SECTION_STATE_BITS_OF_MAKEDUMPFILE = 5
 _PFNS_MAX = 1 << 40
 """More than any machine has; bounds the search for sections."""
 _SECTIONS_MAX = 1 << 22
+_SECTION_PAGES_BITS_MIN = 8
+"""Of the smallest sections, those of ppc64 with pages of 64 KiB; bounds how many there are."""
 _SECTION_SIZE_BITS = {
     "aarch64": 27,
     "arm": 28,
@@ -120,13 +122,16 @@ class _Sections:
         self._end_pfn = end_pfn
         bits = info.get("NUMBER(SECTION_SIZE_BITS)") or _SECTION_SIZE_BITS.get(architecture.name)
         page_shift = layout.page_size.bit_length() - 1
-        if bits is None or not page_shift < bits < 64:
+        if bits is None:
             raise SourceError("VMCOREINFO lacks NUMBER(SECTION_SIZE_BITS)")
+        if not page_shift + _SECTION_PAGES_BITS_MIN <= bits < 64:
+            raise SourceError(f"VMCOREINFO makes no sense: NUMBER(SECTION_SIZE_BITS)={bits}")
         self._pages = 1 << (bits - page_shift)
         self._array = info.needed("SYMBOL(mem_section)")
         self._size = info.needed("SIZE(mem_section)")
         self._offset = info.needed("OFFSET(mem_section.section_mem_map)")
-        if not 0 <= self._offset <= self._size - layout.word_size <= layout.page_size:
+        is_whole = 0 <= self._offset <= self._size - layout.word_size
+        if not is_whole or self._size > layout.page_size:  # a root is a page of them
             raise SourceError("VMCOREINFO makes no sense: mem_section.section_mem_map")
         self._per_root = layout.page_size // self._size
         self._is_extreme = self._has_roots(info, bits)
