@@ -81,6 +81,14 @@ class Opening:
         return shlex.join(self.argv) + (f"    # {self.remark}" if self.remark else "")
 
 
+def is_file(path: Path) -> bool:
+    """Return whether there is a file, as far as the user may look.
+
+    `Path.is_file` raises PermissionError where a directory may not be searched.
+    """
+    return os.path.isfile(path)  # noqa: PTH113
+
+
 def find_vmlinux(kernel: Kernel, *, template: str | None = None) -> Path | None:
     """Return the file with the symbols of a kernel, as far as one is on this host.
 
@@ -89,7 +97,7 @@ def find_vmlinux(kernel: Kernel, *, template: str | None = None) -> Path | None:
         template: Looked at first; may have `{release}` in it. None: what the environment has.
     """
     for path in _candidates(kernel, template or os.environ.get(VMLINUX_VARIABLE)):
-        if not path.is_file():
+        if not is_file(path):
             continue
         if kernel.build_id is None or read_build_id(path) == kernel.build_id:
             return path
@@ -117,7 +125,7 @@ def fetch_vmlinux(kernel: Kernel) -> Path | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     path = Path(os.fsdecode(done.stdout.strip()))
-    return path if done.returncode == 0 and path.is_file() else None
+    return path if done.returncode == 0 and is_file(path) else None
 
 
 def symbols_command(kernel: Kernel) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qemu_dump_ext.engine.opening import NO_KERNEL, Kernel, opening
+from qemu_dump_ext.engine.opening import NO_KERNEL, Kernel, is_file, opening
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
 
 
@@ -72,7 +72,7 @@ class DumpReport:
     def opening_line(self) -> list[str]:
         """Return the command that opens the dump here; nothing where it is in no file."""
         path = Path(self.target)
-        if not path.is_file() or self.target == "-":
+        if not is_file(path) or self.target == "-":
             return []
         found = opening(
             path,

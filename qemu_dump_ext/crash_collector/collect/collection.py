@@ -37,6 +37,7 @@ from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dump import dump_stopped, dump_stored, prepare
 from qemu_dump_ext.engine.guest_view import GuestView
 from qemu_dump_ext.engine.live_guest import live_guest, snapshot_guest
+from qemu_dump_ext.engine.opening import is_file
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
@@ -438,4 +439,4 @@ def kernel_file(guest: Guest, template: str | None, release: str | None) -> Path
     if template is None or ("{release}" in template and (not release or "/" in release)):
         return None
     path = Path(guest.fill(template, release or ""))
-    return path if path.is_file() else None
+    return path if is_file(path) else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import platform
 import subprocess
 from pathlib import Path
@@ -11,7 +13,9 @@ import pytest
 from qemu_dump_ext.engine import opening as module
 from qemu_dump_ext.engine.opening import (
     Kernel,
+    fetch_vmlinux,
     find_vmlinux,
+    is_file,
     opening,
     read_build_id,
     symbols_command,
@@ -103,6 +107,28 @@ def test_vmlinux_is_that_of_the_build_id(host, monkeypatch):
     configured = compiled(host / "kernels" / RELEASE / "vmlinux", build_id)
     monkeypatch.setenv(module.VMLINUX_VARIABLE, f"{host}/kernels/{{release}}/vmlinux")
     assert find_vmlinux(Kernel(RELEASE, build_id)) == configured
+
+
+def test_places_where_nobody_may_look_have_nothing(host, monkeypatch):
+    """As the home of another, or /boot: what is made of a dump does not fail for it."""
+    closed = host / "home" / "cache"
+    looked = os.stat
+
+    def refuse(path, *arguments, **words):
+        if str(path).startswith(str(closed)):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return looked(path, *arguments, **words)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(closed))
+    monkeypatch.setenv(module.VMLINUX_VARIABLE, f"{closed}/vmlinux")
+    kernel = Kernel(RELEASE, "ab" * 20)
+    assert find_vmlinux(kernel) is None
+    install(host, "debuginfod-find")
+    (host / "bin/debuginfod-find").write_text(f"#!/bin/sh\necho {closed}/debuginfo\n")
+    monkeypatch.setenv("DEBUGINFOD_URLS", "http://127.0.0.1:9/")
+    assert fetch_vmlinux(kernel) is None
+    assert not is_file(closed / "dump")
 
 
 @pytest.mark.parametrize("content", [b"", b"\x7fELF", b"\x7fELF\x02\x01" + b"\xff" * 80])
