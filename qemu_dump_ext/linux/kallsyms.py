@@ -23,6 +23,8 @@ _TOKENS = 256
 _TOKEN_TABLE_MAX = 16 << 10
 _TOKEN_MAX = 1024
 _NAME_MAX = 1024
+_SAME_ADDRESS_MAX = 64
+"""More names than any kernel has at one address; bounds the search for one of code."""
 _LONG = 0x80
 """Since v6.1: the length of a name has a second byte."""
 _PIECE = 64 << 10
@@ -60,21 +62,21 @@ class Kallsyms:
             return None
         index = bisect_right(self._sorted, (address, self._count)) - 1
         # Of several names at one address the first that is of code.
-        while index >= 0:
-            kind, name = self._name(self._sorted[index][1])
-            if kind in _TEXT_TYPES:
-                return name
-            index -= 1
+        for at in range(index, max(index - _SAME_ADDRESS_MAX, -1), -1):
+            symbol = self._sorted[at][1]
+            if self._kind(symbol) in _TEXT_TYPES:
+                return self._name(symbol)
         return None
 
     def addresses_of(self, names: Collection[str]) -> dict[str, int]:
         """Return the addresses of these symbols, as far as the table has them."""
         wanted = frozenset(names)
         ends = self._tokens_that(lambda token: any(name.endswith(token) for name in wanted))
+        longest = 1 + max(map(len, wanted), default=0)  # tokens: no less than a letter each
         found = {}
         for index, (start, end) in enumerate(zip(self._starts, self._ends, strict=True)):
-            if end - start and self._names[end - 1] in ends:
-                _, name = self._name(index)
+            if 0 < end - start <= longest and self._names[end - 1] in ends:
+                name = self._name(index)
                 if name in wanted:
                     found[name] = self._addresses[index]
         return found
@@ -90,10 +92,19 @@ class Kallsyms:
     def _tokens_that(self, test: Callable[[str], bool]) -> frozenset[int]:
         return frozenset(byte for byte, token in enumerate(self._tokens) if test(token))
 
-    def _name(self, index: int) -> tuple[str, str]:
-        packed = self._names[self._starts[index] : self._ends[index]]
-        text = "".join([self._tokens[byte] for byte in packed])[: _NAME_MAX + 1]
-        return text[:1], text[1:]
+    def _packed(self, index: int, most: int) -> bytes:
+        """Return the tokens of a symbol, at most so many: a hostile one has 32 KiB."""
+        start = self._starts[index]
+        return self._names[start : min(self._ends[index], start + most)]
+
+    def _kind(self, index: int) -> str:
+        """Return the letter with which a symbol begins, as `nm` has it; empty: it has none."""
+        return "".join([self._tokens[byte] for byte in self._packed(index, 1)])[:1]
+
+    def _name(self, index: int) -> str:
+        """Return what is behind that letter, cut where it is longer than any kernel's."""
+        packed = self._packed(index, _NAME_MAX + 1)
+        return "".join([self._tokens[byte] for byte in packed])[1 : _NAME_MAX + 1]
 
     def _symbol(self, name: str) -> int:
         address = vmcoreinfo_number(self._text, f"SYMBOL({name})", 16)

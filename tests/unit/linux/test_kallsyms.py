@@ -128,3 +128,29 @@ def test_names_that_have_no_end_are_an_error():
     tables.parts["names"] = tables.parts["names"][:40]
     with pytest.raises(SourceError, match="has no end"):
         tables.kallsyms().function_at(TEXT + 0x100)
+
+
+@pytest.mark.parametrize("letter", ["d", "\x83"])
+def test_search_for_code_at_an_address_ends(letter, monkeypatch):
+    """Hostile: thousands of names at one address, none of them of code, or with no letter."""
+    head = [*SYMBOLS[1:3], ("T", "_etext", TEXT + 0x400)]
+    others = [(letter, "x" * 20, TEXT + 0x100)] * 2000
+    symbols = Tables([*head, *others], until_v6_15=False).kallsyms()
+    symbols.function_at(TEXT)  # has read it all
+    read: list[int] = []
+    packed = symbols._packed
+
+    def counted(index: int, most: int) -> bytes:
+        read.append(most)
+        return packed(index, most)
+
+    monkeypatch.setattr(symbols, "_packed", counted)
+    assert symbols.function_at(TEXT + 0x200) is None
+    assert 0 < sum(read) < 100
+
+
+def test_name_that_is_long_beyond_all_kernels_is_cut():
+    others = [("d", "z", TEXT + 0x100)] * 200  # a table is no longer than so many names are
+    symbols = [*SYMBOLS[1:3], ("T", "y" * 4000, TEXT + 8), SYMBOLS[-2], *others]
+    found = Tables(symbols, until_v6_15=False).kallsyms().function_at(TEXT + 8)
+    assert found == "y" * 1024
