@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,38 @@ def test_nobody_is_told_for_ever(tmp_path, receiver):
     clock.now = 1e9
     assert notifier.tell_due() is None
     assert receiver.posted == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\ncut",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70000 + b"\r\n\r\n",
+    ],
+    ids=["no HTTP", "cut off", "too long"],
+)
+def test_answers_that_are_none_leave_it_to_be_told_later(tmp_path, answer):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=_answer_once, args=(listening, answer))
+        thread.start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/hook"
+        store = make_store(tmp_path)
+        notifier = Notifier(store, [Notification(webhook=url)], clock=Clock())
+        crash(store, notifier)
+        assert notifier.tell_due() == 5
+        thread.join()
+
+
+def _answer_once(listening: socket.socket, answer: bytes) -> None:
+    connected, _ = listening.accept()
+    with connected, connected.makefile("rb") as asked:
+        size = 0
+        while (line := asked.readline()).strip():
+            if line.lower().startswith(b"content-length:"):
+                size = int(line.split(b":")[1])
+        asked.read(size)
+        connected.sendall(answer)
 
 
 def test_facts_go_to_no_other_place_than_was_said(tmp_path, receiver):

@@ -6,6 +6,7 @@ when the agent ends.
 
 from __future__ import annotations
 
+import http.client
 import json
 import logging
 import os
@@ -139,7 +140,12 @@ class Notifier:
             else:
                 directory = self._store.directory(record.id)
                 _run(target.command, message, directory, target.timeout)
-        except (OSError, ValueError, subprocess.SubprocessError) as error:
+        except (
+            OSError,
+            ValueError,
+            subprocess.SubprocessError,
+            http.client.HTTPException,  # what answers is no HTTP server, or was cut off
+        ) as error:
             return reason_of(error)
         return None
 
