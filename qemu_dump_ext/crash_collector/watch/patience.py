@@ -15,7 +15,8 @@ from qemu_dump_ext.qemu.qmp import SharedQmp
 # What is asked around a pause, also to end it: never too late, and not by the collection alone.
 _ALWAYS = frozenset(
     (
-        *("cont", "query-status", "query-migrate", "query-dump", "migrate-set-capabilities"),
+        *("cont", "query-status", "query-migrate", "query-dump"),
+        *("migrate_cancel", "migrate-set-capabilities", "closefd"),
         *("info status", "info migrate", "info dump"),
     )
 )

@@ -36,3 +36,20 @@ def test_qemu_is_slow_that_was_waited_for_too_long_altogether(seconds):
             found.append(patience.is_slow)
     assert found == [False, False, False, False, False, False, True]
     assert patience.is_slow
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("cont", "query-status", "query-migrate"),
+        *("migrate_cancel", "migrate-set-capabilities", "closefd"),
+    ],
+)
+def test_what_ends_a_pause_or_a_stream_is_asked_when_the_time_is_over(seconds, command):
+    patience = Patience(15, 5, lambda: seconds[0])
+    patience.begin()
+    seconds[0] += 16
+    with patience.asking(command):
+        pass
+    with pytest.raises(SourceError, match="collection_timeout"), patience.asking("getfd"):
+        pass
