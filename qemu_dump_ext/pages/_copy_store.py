@@ -65,7 +65,11 @@ class _FileStore:
     def __init__(self, size: int, directory: Path) -> None:
         with refused_as(DumpWriteError, f"create a file in {directory}"):
             self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - closed in close()
-            os.ftruncate(self._file.fileno(), size)
+            try:
+                os.ftruncate(self._file.fileno(), size)
+            except OSError:
+                self._file.close()
+                raise
         self._buffer = memoryview(bytearray(PIECE_SIZE))
 
     def fill(self, offset: int, size: int, read: Callable[[memoryview], None]) -> memoryview:

@@ -172,6 +172,11 @@ class DumpBudget:
                 f" {self.limits.free // _MIB} MiB are kept free (free)"
             )
 
+    def no_room(self) -> Refusal | None:
+        """Return why the disk takes no dump, or None; what the limits allow to go has gone then."""
+        with self._lock:
+            return self._no_room()
+
     def _count(self, signature_id: str, allowed: Counter[str]) -> None:
         self._under_way[signature_id] += 1
         allowed[signature_id] += 1

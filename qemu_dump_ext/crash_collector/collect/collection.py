@@ -31,7 +31,6 @@ from qemu_dump_ext.crash_collector.config.settings import Settings
 from qemu_dump_ext.crash_collector.record import CrashRecord, DumpFacts, Signature
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.guests import Guest
-from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.dump import dump_stopped, dump_stored, prepare
@@ -83,20 +82,13 @@ class Collected:
 
 class _Meter(ProgressMeter):
     # Where a dump is given up that would fill the disk, or takes too long.
-    def __init__(self, budget: DumpBudget, patience: Patience) -> None:
+    def __init__(self, check: Callable[[int], None]) -> None:
         super().__init__(None)
-        self._budget = budget
-        self._patience = patience
-        self._unseen = 0
+        self._check = check
 
     def advance(self, size: int) -> None:
         super().advance(size)
-        self._budget.check_ending()
-        self._patience.check()
-        self._unseen += size
-        if self._unseen >= _ROOM_EVERY_BYTES:
-            self._unseen = 0
-            self._budget.require_room()
+        self._check(size)
 
 
 class CrashCollector:
@@ -124,6 +116,7 @@ class CrashCollector:
         self._budget = budget
         self._set_stopped = set_stopped
         self._stopped_seconds = 0.0
+        self._unseen = 0  # bytes that were written since the disk was looked at
         self._left: str | None = None  # what somebody else made of the guest meanwhile
 
     def collect(self) -> Collected:
@@ -181,9 +174,15 @@ class CrashCollector:
     def _capture(
         self, captured: ExitStack, taken: Taken, qmp: GuestQmp, files: Path
     ) -> tuple[Taken, GuestView]:
-        """Return the guest as it was at one moment, and what QEMU says of it."""
+        """Return the guest as it was at one moment, and what QEMU says of it.
+
+        Where there is no room for a copy of it there is no dump: it stands still for the rest.
+        """
         evidence, access = Evidence(self._task, files), access_by(qmp)
-        if self._settings.pause == "live":
+        copies = self._settings.pause != "stop"
+        if copies and (refusal := self._budget.no_room()):
+            taken = self._without_dump(taken, refusal.text, refusal)
+        if self._settings.pause == "live" and taken.dump is None:
             try:
                 live = captured.enter_context(
                     live_guest(access, files, advance=self._check, gently=True)
@@ -191,6 +190,8 @@ class CrashCollector:
             except NotLiveError as error:
                 if not error.stands_still:
                     taken = taken.remarked(f"pause: not live, but a snapshot: {error}")
+            except DumpWriteError as error:
+                taken = self._without_room(taken, error)
             else:
                 self._stopped_seconds = live.pause.seconds()
                 return evidence.queries(evidence.registers(taken, qmp), qmp), live
@@ -198,15 +199,23 @@ class CrashCollector:
             ran = stopped_now.enter_context(self._stopped(qmp))
             taken = evidence.queries(evidence.registers(taken, qmp), qmp)
             guest = stopped_now.enter_context(stopped_guest(access, self._settings.memory))
-            if ran and self._settings.pause != "stop":
-                copy = captured.enter_context(snapshot_guest(guest, files, self._check))
-                return taken, copy  # and the guest runs again
+            if ran and copies and taken.dump is None:
+                try:
+                    copy = captured.enter_context(snapshot_guest(guest, files, self._check))
+                except DumpWriteError as error:
+                    taken = self._without_room(taken, error)
+                else:
+                    return taken, copy  # and the guest runs again
             captured.push(stopped_now.pop_all())
             return taken, guest
 
-    def _check(self, _size: int) -> None:
+    def _check(self, size: int) -> None:
         self._budget.check_ending()
         self._task.patience.check()
+        self._unseen += size
+        if self._unseen >= _ROOM_EVERY_BYTES:
+            self._unseen = 0
+            self._budget.require_room()
 
     @contextmanager
     def _stopped(self, qmp: GuestQmp) -> Iterator[bool]:
@@ -279,6 +288,8 @@ class CrashCollector:
         files: Path,
         allowance: DumpAllowance,
     ) -> Taken:
+        if taken.dump is not None:
+            return taken
         settings, signature = self._settings, taken.signature
         # Two crashes of which nobody knows where they happened are not the same for that.
         tells = signature is not None and signature.frames and taken.symbols is None
@@ -291,11 +302,11 @@ class CrashCollector:
         if refusal is not None:
             return self._without_dump(taken, refusal.text, refusal)
         name = f"vmcore.{find_dump_format(settings.format).extension}"
-        meter = _Meter(self._budget, self._task.patience)
+        meter = _Meter(self._check)
         try:
             report = self._take_dump(requests, guest, files / name, meter)
         except NoRoomLeftError as error:
-            return self._without_dump(taken, str(error), Refusal("free", str(error)))
+            return self._without_room(taken, error)
         except DumpError as error:
             if not isinstance(error, (DumpWriteError, MonitorAnswerError)):
                 require_qemu(qmp)
@@ -353,6 +364,9 @@ class CrashCollector:
 
     def _without_dump(self, taken: Taken, reason: str, refusal: Refusal | None = None) -> Taken:
         return taken.without_dump(reason, self._settings.format, refusal)
+
+    def _without_room(self, taken: Taken, error: DumpWriteError) -> Taken:
+        return self._without_dump(taken, str(error), Refusal("free", str(error)))
 
     def _sign_by_dump(
         self, taken: Taken, signature: Signature, files: Path, allowance: DumpAllowance
