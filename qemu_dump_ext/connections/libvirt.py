@@ -60,6 +60,7 @@ _OPERATIONS: Mapping[str, str] = {
 _NO_JOB = "None"
 _UUID = re.compile(r"[0-9A-Fa-f]{8}(?:-[0-9A-Fa-f]{4}){3}-[0-9A-Fa-f]{12}")
 _REPEATABLE = re.compile(r"query-|(?:info|xp|print|qom-list|qom-get|gpa2hva|pmemsave)\b")
+_HARMLESS_AGAIN = frozenset(("stop", "cont"))
 _LIST_SECONDS = 10.0
 _EVENT_LINE_MAX = 1 << 20
 
@@ -254,7 +255,7 @@ class LibvirtMonitor:
 
     def _operate(self, command: str) -> None:
         try:
-            self._ask(_OPERATIONS[command])
+            self._ask(_OPERATIONS[command], again=command in _HARMLESS_AGAIN)
         except MonitorAnswerError as error:
             if _LOCKED not in error.answer:
                 raise

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -35,8 +36,31 @@ class CopyStore(Protocol):
         """Give everything back; harmless when repeated."""
 
 
+class _Promised:
+    # Memory of copies whose pages were not all touched yet: others are not to count on it, too.
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._size = 0
+
+    def take(self, size: int) -> bool:
+        with self._lock:
+            if size > (available_memory() - self._size) // _MEMORY_SHARE:
+                return False
+            self._size += size
+            return True
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self._size -= size
+
+
+_PROMISED = _Promised()
+
+
 class _MemoryStore:
     def __init__(self, size: int) -> None:
+        self._promised = size
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         # No MADV_HUGEPAGE: the kernel moves other memory to make some, for twice the time.
         with refused_as(DumpWriteError, f"copy {size >> 20} MiB of guest memory"):
@@ -55,6 +79,8 @@ class _MemoryStore:
         buffer[:] = self._view[offset : offset + len(buffer)]
 
     def close(self) -> None:
+        _PROMISED.give_back(self._promised)
+        self._promised = 0
         # Somebody may still hold a part of it after an error; it goes with the last of them.
         with contextlib.suppress(BufferError):
             self._view.release()
@@ -115,8 +141,12 @@ def open_copy_store(size: int, directory: Path, needed: int | None = None) -> tu
     Raises:
         DumpWriteError: There is no room.
     """
-    if size <= available_memory() // _MEMORY_SHARE:
-        return _MemoryStore(max(size, mmap.PAGESIZE)), "in memory"
+    if _PROMISED.take(size := max(size, mmap.PAGESIZE)):
+        try:
+            return _MemoryStore(size), "in memory"
+        except BaseException:
+            _PROMISED.give_back(size)
+            raise
     if needed is not None:
         _require_room(needed, directory)
     return _FileStore(size, directory), f"in a nameless file in {directory}"

@@ -133,8 +133,13 @@ class _Hmp:
         self._descriptor = connection.fileno()
         if isinstance(connection, io.FileIO):
             tty.setraw(self._descriptor)
-            self._write(b"\x05\x15\n")  # it says nothing until a line is entered
-        self._up_to_prompt()
+            # It says nothing until a line is entered, and greets when it finds that it is open
+            # again, which may be late: behind an answer of its own, it is in step.
+            self._write(b"\x05\x15\nprint 70000+3112\n")
+            while b"0x11d98" not in self._up_to_prompt():
+                pass
+        else:
+            self._up_to_prompt()
 
     def is_paused(self) -> bool:
         return _PAUSED.search(self._execute(b"info status")) is not None

@@ -37,6 +37,9 @@ _WAKE_SECONDS = 0.5
 _INTERRUPTED_ANSWER_SECONDS = 2.0
 _WHOLE_LINE = b"\x05\x15\n"
 """To the end of the line, delete it, enter: whatever somebody has typed at a pty before."""
+_SIGN, _SIGNED = b"print 70000+3112\n", b"0x11d98"
+"""What no other answer has: at a pty, QEMU may greet late, when it finds it open again."""
+_STALE_MAX = 64
 _GONE = "the guest is gone: QEMU closed the connection of its monitor"
 
 
@@ -81,6 +84,8 @@ class HmpMonitor:
         self._questions: SimpleQueue[_Question | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="hmp", daemon=True)
         self._lost: SourceError | None = None
+        self._closing = False
+        self._is_terminal = False
 
     def connect(self) -> None:
         """Connect, and wait for the prompt.
@@ -88,7 +93,8 @@ class HmpMonitor:
         Raises:
             ConnectError: It is no human monitor, or serves somebody else.
         """
-        if tcp_address(self.address) is None and is_terminal(self.address):
+        self._is_terminal = tcp_address(self.address) is None and is_terminal(self.address)
+        if self._is_terminal:
             self._open_terminal()
         else:
             connection = open_socket(self.address, HMP)
@@ -97,6 +103,8 @@ class HmpMonitor:
         os.set_blocking(self._descriptor, False)
         try:
             self._up_to_prompt(GREETING_SECONDS, "no prompt")
+            if self._is_terminal:
+                self._skip_stale()
         except SourceError as error:
             raise ConnectError(
                 f"monitor {self.address} is busy, or no monitor: {error}",
@@ -119,6 +127,13 @@ class HmpMonitor:
             reason = os.strerror(int(error.args[0])) if error.args else str(error)
             raise ConnectError(f"cannot connect to monitor {self.address}: {reason}") from error
 
+    def _skip_stale(self) -> None:
+        self._send(_SIGN)
+        for _ in range(_STALE_MAX):
+            if _SIGNED in self._up_to_prompt(GREETING_SECONDS, "no answer"):
+                return
+        raise SourceError("what it says answers nothing")
+
     def execute(self, command: str) -> str:
         """Return the answer of a command, with plain line ends.
 
@@ -138,6 +153,7 @@ class HmpMonitor:
     def close(self) -> None:
         """Disconnect; harmless when repeated."""
         with uninterrupted():
+            self._closing = True
             if self._thread.is_alive():
                 self._questions.put(None)
                 self._thread.join()
@@ -174,7 +190,7 @@ class HmpMonitor:
                 data = data[os.write(self._descriptor, data) :]
             except BlockingIOError:
                 select.select([], [self._descriptor], [], _WAKE_SECONDS)
-                if time.monotonic() > deadline:
+                if time.monotonic() > deadline or self._closing:
                     raise SourceError("QEMU's monitor takes no more") from None
             except OSError as error:
                 raise SourceError(_GONE) from error
@@ -186,11 +202,13 @@ class HmpMonitor:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise SourceError(f"{failure} in {seconds:.0f} s")
+            if self._closing:
+                raise SourceError(_GONE)
             if len(received) > _ANSWER_MAX:
                 raise SourceError("an answer of QEMU's monitor never ends")
             poll = select.poll()
             poll.register(self._descriptor, select.POLLIN)
-            if poll.poll(left * 1000):
+            if poll.poll(min(left, _WAKE_SECONDS) * 1000):
                 received += self._receive()
         return bytes(received).removesuffix(_PROMPT)
 

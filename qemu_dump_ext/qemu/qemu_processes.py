@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -150,26 +151,35 @@ class QemuProcess:
         path = self.command_line.kernel
         if path is None:
             return None
-        try:
-            with Path(self.path_from_here(path)).open("rb") as file:
-                head = file.read(_BZIMAGE_HEAD)
-        except OSError:
-            return None
-        if head[_BZIMAGE_MAGIC_AT : _BZIMAGE_MAGIC_AT + 4] != _BZIMAGE_MAGIC:
+        head = _read_file(self.path_from_here(path), _BZIMAGE_HEAD)
+        if head is None or head[_BZIMAGE_MAGIC_AT : _BZIMAGE_MAGIC_AT + 4] != _BZIMAGE_MAGIC:
             return None
         offset = int.from_bytes(head[_BZIMAGE_VERSION_AT : _BZIMAGE_VERSION_AT + 2], "little")
         text = head[offset + 0x200 :][:_RELEASE_MAX].partition(b"\0")[0]
         return text.decode("ascii", "replace").split(" ")[0] or None if offset else None
 
     def _read_configuration(self, path: str) -> str | None:
-        try:
-            with Path(self.path_from_here(path)).open("rb") as file:
-                return file.read(_CONFIGURATION_MAX).decode("utf-8", "surrogateescape")
-        except OSError:
-            return None
+        content = _read_file(self.path_from_here(path), _CONFIGURATION_MAX)
+        return None if content is None else content.decode("utf-8", "surrogateescape")
 
     def _read(self, name: str) -> str:
         return Path(f"/proc/{self.pid}/{name}").read_text("utf-8", "surrogateescape")
+
+
+def _read_file(path: str, most: int) -> bytes | None:
+    """Return what a regular file begins with; None where it is none, or cannot be read.
+
+    The path is a stranger's: to open a FIFO may never end, and to open a device does something.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        found = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            if stat.S_ISREG(os.fstat(found).st_mode):
+                with Path(f"/proc/self/fd/{found}").open("rb") as file:
+                    return file.read(most)
+        finally:
+            os.close(found)
+    return None
 
 
 def socket_inode(link: str) -> int | None:

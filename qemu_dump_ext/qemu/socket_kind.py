@@ -339,9 +339,11 @@ def _let_run_by_stub(connection: socket.socket) -> bool:
     connection.settimeout(_STUB_SECONDS)
     try:
         stub = StubPeer(connection)
-        if stub.is_paused():
+        version = parse_version(stub.execute("info version"))
+        # Where QEMU would have told of a stop and did not, somebody else had paused the guest.
+        if stub.is_paused() and (stub.told_of_stop or version >= _SILENT_SINCE):
             stub.resume()
-    except (GoneError, OSError, ValueError):
+    except (GoneError, OSError, ValueError, SourceError):
         # One that serves another debugger may take this connection later: it will run on then.
         with contextlib.suppress(OSError):
             connection.sendall(_DETACH)

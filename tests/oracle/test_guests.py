@@ -363,6 +363,16 @@ def test_fifty_at_once(tmp_path: Path):
             process.wait()
 
 
+def test_files_that_a_stranger_names_are_not_opened_unless_they_are_files(tmp_path: Path):
+    """To open a FIFO would never end, and to open a device may do something."""
+    impostor, fifo = tmp_path / "qemu-system-x86_64", tmp_path / "fifo"
+    shutil.copy("/bin/dash", impostor)
+    os.mkfifo(fifo)
+    words = ("-c", "sleep 60; :", "-readconfig", str(fifo), "-kernel", str(fifo))
+    with started(str(impostor), *words) as pid:
+        wait_until(lambda: any(one.pid == pid for one in list_guests()), "it is listed")
+
+
 def test_no_other_program_is_taken_for_one():
     with (
         started("sh", "-c", "exec sleep 60 # qemu-system-x86_64 -name impostor"),

@@ -173,6 +173,21 @@ def test_a_directory_of_sockets(machine: Machine, tmp_path: Path):
         assert qmp["address"] == str(folder / "qmp")
 
 
+def test_a_guest_that_was_paused_before_stays_paused(tmp_path: Path):
+    """QEMU of this version would have told of a stop."""
+    with (
+        QemuMachine(["qemu-system-x86_64"], ["-m", "16"]) as qemu,
+        relay(tmp_path / "far", qemu.gdb_socket) as far,
+        RawQmp(qemu.qmp_sockets[0]) as qmp,
+    ):
+        qmp.execute("stop")
+        qmp.wait_for_event("STOP")
+        (said,) = by_api([far])
+        assert qmp.execute("query-status")["status"] == "paused"
+        assert "RESUME" not in [event["event"] for event in qmp.events]
+    assert_told(said, far, "gdb", "QMP socket", None)
+
+
 def test_a_newer_gdbstub_that_nothing_is_known_of(tmp_path: Path):
     """It says nothing by itself: what it is shows when it is asked, and the guest runs on."""
     with (

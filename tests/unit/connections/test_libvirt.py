@@ -27,6 +27,24 @@ def test_what_is_no_event_is_none(line: str):
     assert parse_event(line) is None
 
 
+def _told(asked: list[bool], again: object) -> str:
+    asked.append(bool(again))
+    return ""
+
+
+@pytest.mark.parametrize(
+    ("command", "again"), [("stop", True), ("cont", True), ("system_reset", False), ("quit", False)]
+)
+def test_what_virsh_may_have_done_is_not_done_twice(
+    monkeypatch: pytest.MonkeyPatch, command: str, *, again: bool
+):
+    asked: list[bool] = []
+    monitor = LibvirtMonitor("qemu:///system", "01234567-89ab-cdef-0123-456789abcdef")
+    monkeypatch.setattr(monitor._virsh, "ask", lambda _, *, again: _told(asked, again))
+    monitor.execute(command)
+    assert asked == [again]
+
+
 @pytest.mark.parametrize("word", ["web1", "it's", "a b", "", '{"a": "\'"}', "$(x)`y`\\"])
 def test_words_are_quoted_as_for_a_shell(word: str):
     assert shlex.split(quoted(word)) == [word]
