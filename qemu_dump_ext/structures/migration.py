@@ -60,6 +60,8 @@ _TAIL_SIZE_MAX = 128 << 20
 _DESCRIPTION_SIZE_MAX = 12 << 20
 """Bytes of JSON, which take 30 times the memory; a PC has 50 KB, and 12 KB for each vCPU more."""
 _DEVICE_FIELDS_MAX = 1 << 16
+_STEPS_MAX = 1 << 23
+"""Fields, and elements of arrays, that are looked at in all devices; a vCPU has 1000 at most."""
 _DEPTH_MAX = 16
 _HTAB_ENTRY_SIZE = 16
 _ATTRIBUTES_EOS, _ATTRIBUTES_MORE, _ATTRIBUTES_DONE = 0x01, 0x02, 0x08
@@ -277,12 +279,14 @@ class StreamDevice:
         instance: Number among those of the same name.
         data: What it said.
         description: Of its fields, as JSON; None where it does not fit.
+        steps: Is spent on reading descriptions: what is left for all devices of the stream.
     """
 
     name: str
     instance: int
     data: memoryview
     description: Mapping[str, Any] | None
+    steps: Iterator[int] = field(repr=False, compare=False)
 
     @cached_property
     def fields(self) -> DeviceFields:
@@ -294,7 +298,7 @@ class StreamDevice:
         if self.description is None:
             raise CorruptDumpError(f"device {self.name!r} is not as it is described")
         arrays: dict[str, tuple[memoryview, int]] = {}
-        for name, data, size in _decode(self.description, self.data, "", _DEPTH_MAX):
+        for name, data, size in _decode(self.description, self.data, "", _DEPTH_MAX, self.steps):
             if len(arrays) >= _DEVICE_FIELDS_MAX:
                 raise CorruptDumpError(f"device {self.name!r} has too many fields")
             arrays.setdefault(name, (data, size))
@@ -656,6 +660,7 @@ def _match_sections(
 ) -> Sequence[StreamDevice]:
     """Cut the end of a stream into its devices."""
     devices: list[StreamDevice] = []
+    steps = iter(range(_STEPS_MAX))
     position = 0
     for number, entry in enumerate(entries):
         if number < len(early):
@@ -672,7 +677,9 @@ def _match_sections(
             )
         fits = len(section.data) == _size_of(entry, _DEPTH_MAX)
         description = entry if fits else None
-        devices.append(StreamDevice(section.name, section.instance, section.data, description))
+        devices.append(
+            StreamDevice(section.name, section.instance, section.data, description, steps)
+        )
     return devices
 
 
@@ -759,16 +766,19 @@ def _size_of(entry: Mapping[str, Any], depth: int) -> int:
 
 
 def _decode(
-    entry: Mapping[str, Any], data: memoryview, prefix: str, depth: int
+    entry: Mapping[str, Any], data: memoryview, prefix: str, depth: int, steps: Iterator[int]
 ) -> Iterator[tuple[str, memoryview, int]]:
     """Yield the name, the bytes, and the size of one element, of each field."""
     if not depth or len(prefix) > _NAME_MAX:
         raise CorruptDumpError("the description of the devices is nested too deep")
     position = 0
     for one in _objects(entry.get("fields", [])):
+        _take(steps)
         size, count = _number(one, "size", 0), _number(one, "array_len", 1)
         index = f"[{_number(one, 'index', 0)}]" if "index" in one else ""
         name = f"{prefix}{one.get('name')}{index}"
+        if len(name) > _NAME_MAX:
+            raise CorruptDumpError(f"the field {name!r:.80} has a name of {len(name)} letters")
         part = data[position : position + size * count]
         position += size * count
         if len(part) < size * count:
@@ -779,12 +789,19 @@ def _decode(
             yield name, part, size
             continue
         for number in range(count):
+            _take(steps)
             element = part[number * size :][:size]
             inner = f"{name}[{number}]." if "array_len" in one else f"{name}."
-            yield from _decode(_object(one["struct"]), element, inner, depth - 1)
+            yield from _decode(_object(one["struct"]), element, inner, depth - 1, steps)
     for one in _objects(entry.get("subsections", [])):
+        _take(steps)
         position += _subsection_head(one)
         size = _size_of(one, depth - 1)
         inner = f"{prefix}{one['vmsd_name']}/"
-        yield from _decode(one, data[position : position + size], inner, depth - 1)
+        yield from _decode(one, data[position : position + size], inner, depth - 1, steps)
         position += size
+
+
+def _take(steps: Iterator[int]) -> None:
+    if next(steps, None) is None:
+        raise CorruptDumpError("the description of the devices has too many fields")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.structures import migration
 from qemu_dump_ext.structures.migration import (
     MigrationStream,
     StreamBlock,
@@ -339,6 +340,38 @@ def test_a_description_that_lies_ends_in_an_error(fields: list[dict[str, Any]]):
     if stream.problem is None:
         with pytest.raises(CorruptDumpError):
             _ = stream.find("cpu")[0].fields
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        [field("nothing", 0)] * 300,
+        [field("x", 1, 150, "struct", struct={"fields": [field("nothing", 0)]})],
+        [field("x", 1, 300, "struct", struct={})],
+        [field("x", 1, 150, "struct", struct={"subsections": [{"vmsd_name": ""}]})],
+    ],
+    ids=["fields of no size", "in elements", "elements of nothing", "subsections of nothing"],
+)
+def test_what_a_description_makes_of_little_is_bounded(
+    fields: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+):
+    data = bytes(sum(one["size"] * one.get("array_len", 1) for one in fields))
+    hostile = _BEGIN + devices((device(*fields), data), (device(*fields), data))
+    assert [one.fields.has_part("") for one in parse(hostile).devices] == [False, False]
+    # All devices together, for there may be many.
+    monkeypatch.setattr(migration, "_STEPS_MAX", 500)
+    first, second = parse(hostile).devices
+    assert not first.fields.has_part("")
+    with pytest.raises(CorruptDumpError, match="the devices has too many fields"):
+        _ = second.fields
+
+
+def test_the_name_of_a_field_is_not_kept_for_each_element():
+    inner = {"fields": [field("y" * 5000, 1)]}
+    cpu = device(field("x", 1, 100, "struct", struct=inner))
+    (found,) = parse(_BEGIN + devices((cpu, bytes(100)))).devices
+    with pytest.raises(CorruptDumpError, match="a name of 5005 letters"):
+        _ = found.fields
 
 
 def test_names_are_printable():
