@@ -68,7 +68,11 @@ class _Ram:
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` from `gpa` on."""
-        self._image.read_into(self._place(gpa, len(buffer)), buffer)
+        place = self._place(gpa, len(buffer))
+        try:
+            self._image.read_into(place, buffer)
+        except CorruptDumpError as error:  # of a dump that is cut, the rest is searched
+            raise GuestMemoryFaultError(gpa, len(buffer), str(error)) from error
 
     def _place(self, gpa: int, size: int) -> int:
         first, offset, length = self._windows[max(0, bisect_right(self._starts, gpa) - 1)]

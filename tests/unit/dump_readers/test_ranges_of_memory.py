@@ -15,6 +15,7 @@ from qemu_dump_ext.dump_readers.raw import parse_layout
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import CorruptDumpError, NotADumpError, RequestError
+from qemu_dump_ext.linux import vmcoreinfo_search
 from tests.support.sample_ranges import (
     RAM_SIZE,
     make_avml,
@@ -104,6 +105,18 @@ def test_the_kernel_tells_where_ram_lies(path: Path, written: str):
         assert dump.read(0, RAM_SIZE) == RAM
         assert StoredGuest(dump).architecture.name == "x86_64"
         assert dump.notes == ()
+
+
+def test_of_a_core_that_is_cut_what_is_there_is_read(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vmcoreinfo_search, "_CHUNK", MIB)  # the end, which is missing, comes first
+    whole = make_qemu_core(RAM)
+    # Its stack, the names of its sections, and the end of the guest's memory are missing.
+    path.write_bytes(whole[: whole.index(RAM) + 3 * MIB])
+    with open_dump(path) as dump:
+        assert dump.reader == "qemu_core"
+        assert list(dump.readable_ranges()) == [(0, 3 * MIB)]
+        assert dump.read(0, 3 * MIB) == RAM[: 3 * MIB]
+        assert verify_dump(dump).problems
 
 
 @pytest.mark.parametrize("make", [bytes, make_qemu_core])
