@@ -20,7 +20,7 @@ class Note:
     """One note.
 
     Attributes:
-        name: Without its NUL.
+        name: Without its NUL; each letter is a byte.
         type: `NT_*`, whose meaning depends on the name.
         descriptor: Without padding.
         offset: The offset of the note's header, in bytes, counted as `parse_notes` was told.
@@ -45,7 +45,7 @@ def _header(byte_order: ByteOrder) -> BoundStruct:
 
 def encode_note(name: str, note_type: int, descriptor: bytes, byte_order: ByteOrder) -> bytes:
     """Encode one note, name and descriptor padded."""
-    owner = name.encode("ascii") + b"\0"
+    owner = name.encode("latin-1") + b"\0"
     header = _header(byte_order).pack(
         n_namesz=len(owner), n_descsz=len(descriptor), n_type=note_type
     )
@@ -78,7 +78,7 @@ def parse_notes(data: bytes, byte_order: ByteOrder, offset: int = 0) -> Iterator
             )
         name = bytes(data[name_start : name_start + name_size]).rstrip(b"\0")
         yield Note(
-            name.decode("ascii", "backslashreplace"),
+            name.decode("latin-1"),
             note_type,
             bytes(data[start:end]),
             offset + position,

@@ -8,6 +8,7 @@ from elftools.elf.elffile import ELFFile
 
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError, NotADumpError
+from qemu_dump_ext.structures.elf_notes import encode_note
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import flatten, note, prstatus
 
@@ -93,6 +94,14 @@ def test_vmcoreinfo(open_image):
     text = b"OSRELEASE=6.1\n"
     dump = open_image(make_elf(LOADS, notes=prstatus(1) + note(b"VMCOREINFO", 0, text + b"\0\0")))
     assert dump.vmcoreinfo == text
+
+
+def test_the_owner_of_a_note_is_kept_byte_by_byte(open_image):
+    owner = bytes(range(1, 256))
+    dump = open_image(make_elf(LOADS, notes=prstatus(1) + note(owner, 7, b"abcd")))
+    (_, found) = dump.notes
+    encoded = encode_note(found.name, found.type, found.descriptor, "little")
+    assert encoded == note(owner, 7, b"abcd")
 
 
 def test_32_bit_prstatus_in_elfclass64(open_image):
