@@ -155,12 +155,6 @@ def cut(
     yield from zeros(end)
 
 
-def pieces_of_blocks(memory: GuestMemory, blocks: Iterable[RamBlock]) -> Iterator[Piece]:
-    """Cut every block into pieces."""
-    for block in blocks:
-        yield from cut(memory, (block,), block.gpa, block.end, 1)
-
-
 def worker_count() -> int:
     """Return how many threads compress by default: the CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
