@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType, TracebackType
@@ -121,8 +122,10 @@ class DumpFile(ABC):
 
     @property
     def vmcoreinfo_facts(self) -> Mapping[str, str]:
-        """VMCOREINFO as key and value, such as `OSRELEASE` and `NUMBER(phys_base)`."""
-        text = (self.vmcoreinfo or b"").decode("utf-8", "backslashreplace")
+        """VMCOREINFO as key and value, such as `OSRELEASE`; none where the notes are damaged."""
+        text = ""
+        with suppress(CorruptDumpError):
+            text = (self.vmcoreinfo or b"").decode("utf-8", "backslashreplace")
         pairs = (line.partition("=") for line in text.splitlines())
         return MappingProxyType({key: value for key, equals, value in pairs if equals})
 

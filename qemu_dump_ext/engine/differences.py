@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from qemu_dump_ext.architectures import Core
 from qemu_dump_ext.dump_readers import DumpFile
+from qemu_dump_ext.engine.recognize import notes_of, vmcoreinfo_of
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.structures.elf import PN_XNUM
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS
@@ -36,9 +37,11 @@ def differences(dump: DumpFile, core: Core, plan: DumpPlan, dump_format: str) ->
 
 
 def _of_notes(dump: DumpFile, core: Core, plan: DumpPlan) -> Iterator[str]:
-    if plan.vmcoreinfo_span and not dump.vmcoreinfo:
-        has_note = any(note.name == VMCOREINFO_NOTE_NAME for note in dump.notes)
-        told = "the sub-header did not know of its note" if has_note else "there was none"
+    if plan.vmcoreinfo_span and not vmcoreinfo_of(dump):
+        notes, fault = notes_of(dump)
+        told = "the notes were damaged" if fault else "there was none"
+        if any(note.name == VMCOREINFO_NOTE_NAME for note in notes):
+            told = "the sub-header did not know of its note"
         yield f"VMCOREINFO: {told}"
     if core.of_others and not plan.core.of_others:
         yield "notes: laid out as Linux and its readers have them, not as QEMU does"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core, all_architectures
@@ -23,6 +25,8 @@ from qemu_dump_ext.structures.elf_notes import Note
 _UNKNOWN = "Unknown"
 """The machine in a kdump by QEMU of all but x86, and since 9.2 of every target."""
 _SEARCH_SECONDS = 60.0
+_CANDIDATES_MAX = 64
+"""Notes that are looked at; a guest has one, and one of each kernel that ran before."""
 
 
 class MemoryWithBlocks(GuestMemory, Protocol):
@@ -63,6 +67,13 @@ def notes_of(dump: DumpFile) -> tuple[Sequence[Note], str | None]:
         return dump.notes, None
     except CorruptDumpError as error:
         return (), str(error)
+
+
+def vmcoreinfo_of(dump: DumpFile) -> bytes | None:
+    """Return the text of a dump's VMCOREINFO; None where there is none, or none that is whole."""
+    with suppress(CorruptDumpError):
+        return dump.vmcoreinfo
+    return None
 
 
 def recognize(dump: DumpFile, memory_of: MemoryOf, target: str | None = None) -> Recognized:
@@ -138,18 +149,23 @@ def _by_kernel(
     forms = [form for form in forms if form[0].kernel_page_tables is not None]
     if not forms or (len({architecture.name for architecture, _ in forms}) == 1):
         return
-    texts: list[bytes] = [dump.vmcoreinfo] if dump.vmcoreinfo else []
-    if not texts:
-        architecture, core = forms[0]
-        memory = memory_of(architecture)
-        search = NoteSearch(
-            architecture, core.byte_order, memory, memory.blocks, seconds=_SEARCH_SECONDS
-        )
-        texts = [note.text for note in search.candidates()]
-    for text in texts:
+    known = vmcoreinfo_of(dump)
+    for text in (known,) if known else _texts_in_memory(*forms[0], memory_of):
         for architecture, core in forms:
             memory = memory_of(architecture)
             # The kernel's own name is found only where addresses are translated rightly.
             name = read_utsname(memory, architecture, memory.blocks, text)
             if name.machine and name.machine == core.uname_machine:
                 yield _of(dump, architecture, core)
+
+
+def _texts_in_memory(
+    architecture: Architecture, core: Core, memory_of: MemoryOf
+) -> Iterator[bytes]:
+    """Yield the texts of what looks like a VMCOREINFO, one at a time: hostile memory has many."""
+    memory = memory_of(architecture)
+    search = NoteSearch(
+        architecture, core.byte_order, memory, memory.blocks, seconds=_SEARCH_SECONDS
+    )
+    for note in islice(search.candidates(), _CANDIDATES_MAX):
+        yield note.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
@@ -13,7 +12,13 @@ from qemu_dump_ext.architectures import Architecture, Core
 from qemu_dump_ext.dump_readers import DumpFile
 from qemu_dump_ext.engine.differences import differences
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
-from qemu_dump_ext.engine.recognize import MemoryOf, Recognized, notes_of, recognize
+from qemu_dump_ext.engine.recognize import (
+    MemoryOf,
+    Recognized,
+    notes_of,
+    recognize,
+    vmcoreinfo_of,
+)
 from qemu_dump_ext.errors import (
     CorruptDumpError,
     GuestMemoryFaultError,
@@ -246,9 +251,7 @@ class StoredGuest(GuestView):
         return super().describe_windows(note, dialect)
 
     def _known_vmcoreinfo(self) -> Vmcoreinfo | None:
-        text: bytes | None = None
-        with suppress(CorruptDumpError):
-            text = self.dump.vmcoreinfo
+        text = vmcoreinfo_of(self.dump)
         if not text:
             descriptors = (
                 note.descriptor for note in self._notes if note.name == VMCOREINFO_NOTE_NAME

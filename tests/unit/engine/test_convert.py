@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import struct
+import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,8 @@ from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.convert import convert
 from qemu_dump_ext.engine.report import DumpReport
-from qemu_dump_ext.errors import CorruptDumpError, RequestError
+from qemu_dump_ext.engine.stored_guest import StoredGuest
+from qemu_dump_ext.errors import CorruptDumpError, RequestError, UnsupportedTargetError
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
 from qemu_dump_ext.plan.request import DumpOptions, MemoryRange
@@ -30,12 +32,15 @@ from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.fake_guest import BLOCKS, PAGE, content_of
+from tests.support.fake_kernel import FlatMemory
 from tests.support.plain_memory import PlainMemory
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus, read_kdump
+from tests.support.sample_ranges import make_lime, ram_with_kernel
 
 _PLAIN = DumpOptions()
 _X86 = "x86_64"
+MIB = 1 << 20
 
 
 def _convert(
@@ -339,6 +344,56 @@ def test_a_note_that_the_sub_header_does_not_know_of_is_found(tmp_path: Path):
     content = (tmp_path / "raw").read_bytes()
     offset, size = struct.unpack_from("<QQ", content, BLOCK + 32)
     assert content[offset : offset + size] == b"OSRELEASE=6\n"
+
+
+def _with_damaged_notes(tmp_path: Path) -> Path:
+    source = tmp_path / "in"
+    source.write_bytes(make_elf([Load(0, ram_with_kernel())], notes=prstatus(1) + b"\xff" * 40))
+    return source
+
+
+def test_damaged_notes_do_not_throw_the_memory_away(tmp_path: Path):
+    report = _convert(_with_damaged_notes(tmp_path), tmp_path / "out")
+    assert report.exit_status == 6
+    assert "VMCOREINFO: the notes were damaged" in (report.mended or ())
+    ram = ram_with_kernel()
+    assert _elf(tmp_path / "out").pages == {
+        start: ram[start : start + PAGE] for start in range(0, len(ram), PAGE)
+    }
+
+
+def test_damaged_notes_of_a_dump_that_does_not_tell_its_machine(tmp_path: Path):
+    ram = ram_with_kernel()
+    pages = {at // BLOCK: ram[at : at + BLOCK] for at in range(0, len(ram), BLOCK)}
+    image = make_kdump(pages, vmcoreinfo=b"OSRELEASE=6\n").data
+    struct.pack_into("<QQ", image, BLOCK + 32, 1 << 40, 100)
+    image[12 + 4 * 65 : 12 + 4 * 65 + 8] = b"Unknown\0"
+    (tmp_path / "in").write_bytes(image)
+    assert _convert(tmp_path / "in", tmp_path / "out").exit_status in {0, 6}
+    assert ELFFile(io.BytesIO((tmp_path / "out").read_bytes()))["e_machine"] == "EM_X86_64"
+
+
+def test_a_dump_with_damaged_notes_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    source = str(_with_damaged_notes(tmp_path))
+    assert main(["open", source, "--reader", "gdb", "--print"]) == 0
+    assert source in capsys.readouterr().out
+
+
+def test_notes_that_memory_is_full_of_are_looked_at_one_at_a_time(tmp_path: Path):
+    memory = FlatMemory(4 * MIB)
+    for at in range(0, 4 * MIB, BLOCK):
+        memory.put(
+            at, struct.pack("<III12s", 11, min(60_000, 4 * MIB - at - 24), 0, b"VMCOREINFO\0\0")
+        )
+        memory.put(at + 24, b"OSRELEASE=6\nPAGESIZE=4096\nSYMBOL(a)=1\n")
+    (tmp_path / "in").write_bytes(make_lime({0: bytes(memory.data)}))
+    with open_dump(tmp_path / "in") as dump:
+        tracemalloc.start()
+        with pytest.raises(UnsupportedTargetError, match="nothing tells"):
+            StoredGuest(dump)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert peak < 24 * MIB
 
 
 def test_a_range_of_a_dump(tmp_path: Path):
