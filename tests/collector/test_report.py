@@ -323,3 +323,34 @@ def test_command_writes_it_for_its_owner_and_replaces_only_reports(tmp_path, cap
     with pytest.raises(RequestError, match="is there, and is no report of ours"):
         write_report(store, precious, now=NOW)
     assert precious.read_text() == "<!DOCTYPE html>"
+
+
+def test_what_others_have_beside_a_report_stays(tmp_path):
+    store = _hostile_store(tmp_path)
+    output, foreign = tmp_path / "site.html", tmp_path / "site-crashes" / "index.html"
+    write_report(store, output, now=NOW)
+    foreign.write_text("<!DOCTYPE html>")
+    os.mkfifo(foreign.with_name("pipe.html"))
+    with store.locked():
+        store.remove(next(record for record in store.records() if record.guest == "db1"))
+    write_report(store, output, now=NOW)
+    assert foreign.read_text() == "<!DOCTYPE html>"
+    assert len(list(foreign.parent.iterdir())) == 2 + 3  # that of the crash that is gone is gone
+    feed, page = output.with_suffix(".atom"), output.read_text()
+    feed.write_text("<feed/>")
+    with pytest.raises(RequestError, match=r"site\.atom is there, and is no feed of ours"):
+        write_report(store, output, now=NOW)
+    assert (feed.read_text(), output.read_text()) == ("<feed/>", page)
+    with pytest.raises(RequestError, match="is the name of a feed"):
+        write_report(store, tmp_path / "other.atom", now=NOW)
+
+
+@pytest.mark.parametrize("place", [".", "web:1", "link"])
+def test_pages_in_a_store_are_no_guest_however_it_is_named(tmp_path, monkeypatch, place):
+    store = _hostile_store(tmp_path)
+    (store.path / "link").symlink_to(".")
+    monkeypatch.chdir(store.path)
+    output = Path(place, "report.html")
+    assert main(["report", "--store", os.fspath(store.path), "--output", str(output)]) == 0
+    assert (output.parent / ".report-crashes").is_dir()
+    assert not (output.parent / "report-crashes").exists()

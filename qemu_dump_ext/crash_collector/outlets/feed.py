@@ -14,6 +14,8 @@ from qemu_dump_ext.crash_collector.outlets.groups import SignatureGroup, guest_t
 from qemu_dump_ext.crash_collector.outlets.html import quoted
 from qemu_dump_ext.printable import printable
 
+FEED_ID = "urn:qemu-crash-collector:"
+"""How the IDs of a feed and of its entries begin; the feed's own is the first in it."""
 _ENTRIES_MAX = 100
 _NAMESPACE = "http://www.w3.org/2005/Atom"
 
@@ -29,7 +31,7 @@ def feed_text(groups: Sequence[SignatureGroup], title: str, report: str, now: da
     """
     feed = Element("feed", xmlns=_NAMESPACE)
     entries = sorted(_entries(groups), key=lambda entry: entry[0], reverse=True)[:_ENTRIES_MAX]
-    _add(feed, "id", f"urn:qemu-crash-collector:{quoted(title)}")
+    _add(feed, "id", f"{FEED_ID}{quoted(title)}")
     _add(feed, "title", title)
     _add(feed, "updated", entries[0][0] if entries else now.astimezone(UTC).isoformat())
     SubElement(_add(feed, "author", ""), "name").text = "qemu-crash-collector"
@@ -37,7 +39,7 @@ def feed_text(groups: Sequence[SignatureGroup], title: str, report: str, now: da
     for time, what, group in entries:
         entry = SubElement(feed, "entry")
         crash = group.crashes[0] if group.crashes else None
-        _add(entry, "id", f"urn:qemu-crash-collector:{group.signature_id}:{what}:{time}")
+        _add(entry, "id", f"{FEED_ID}{group.signature_id}:{what}:{time}")
         _add(entry, "title", f"{what}: {group.count.message}")
         _add(entry, "updated", time)
         SubElement(entry, "link", href=f"{quoted(report)}#{group.signature_id}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -33,7 +34,7 @@ from qemu_dump_ext.crash_collector.outlets.crash_source import (
     StoreSource,
     merged_states,
 )
-from qemu_dump_ext.crash_collector.outlets.feed import feed_text
+from qemu_dump_ext.crash_collector.outlets.feed import FEED_ID, feed_text
 from qemu_dump_ext.crash_collector.outlets.groups import (
     SignatureGroup,
     group_crashes,
@@ -62,6 +63,7 @@ REPORT_FILE = "report.html"
 _SPARK_DAYS = 30
 _SIGNATURES_MAX = 1000
 _CRASHES_MAX = 200
+_FEED_START = 1024
 _LOG_BYTES = 64 << 10
 _LOG_LINES = 40
 _LOGS = ("dmesg.txt", "console.txt")
@@ -77,11 +79,12 @@ def write_report_of(sources: Sequence[CrashSource], output: Path, *, now: dateti
 
     Args:
         sources: Whose crashes.
-        output: Where to; only another report is replaced.
+        output: Where to; only another report is replaced, and of what is beside it only what
+            belongs to one.
         now: The last of the days that are shown.
 
     Raises:
-        RequestError: Something else is there.
+        RequestError: Something else is there, or it has the name of a feed.
         SourceError: A source cannot be looked at.
         DumpWriteError: It cannot be written.
     """
@@ -91,7 +94,7 @@ def write_report_of(sources: Sequence[CrashSource], output: Path, *, now: dateti
     title = f"Crashes in {', '.join(source.name for source in sources)}"
     feed, pages = output.with_suffix(".atom"), _directory_of_pages(sources, output)
     try:
-        _require_report(output)
+        _require_ours(output, feed)
         _write_pages(groups, pages, output)
         replace_file(feed, feed_text(groups, title, output.name, now).encode())
         page = render_report(groups, title=title, now=now, pages=pages.name, feed=feed.name)
@@ -102,16 +105,29 @@ def write_report_of(sources: Sequence[CrashSource], output: Path, *, now: dateti
 
 def _directory_of_pages(sources: Sequence[CrashSource], output: Path) -> Path:
     name = f"{output.stem}-crashes"
-    # In a store, directories are guests, but for hidden ones.
-    in_store = any(source.name == str(output.parent) for source in sources)
+    # In a store, directories are guests and crashes, but for hidden ones.
+    parent = _real(output.parent)
+    in_store = any(parent.is_relative_to(_real(Path(source.name))) for source in sources)
     return output.with_name(f".{name}" if in_store else name)
 
 
-def _require_report(output: Path) -> None:
-    if output.exists():
-        with output.open("rb") as file:
-            if file.read(len(HEAD)) != HEAD.encode():
-                raise RequestError(f"{output} is there, and is no report of ours")
+def _real(path: Path) -> Path:
+    # Path.resolve() raises where symbolic links lead in a circle.
+    return Path(os.path.realpath(path))
+
+
+def _require_ours(output: Path, feed: Path) -> None:
+    if output == feed:
+        raise RequestError(f"{output} is the name of a feed", hint="--output FILE.html")
+    if output.exists() and _start_of(output, len(HEAD)) != HEAD.encode():
+        raise RequestError(f"{output} is there, and is no report of ours")
+    if feed.exists() and FEED_ID.encode() not in _start_of(feed, _FEED_START):
+        raise RequestError(f"{feed} is there, and is no feed of ours")
+
+
+def _start_of(path: Path, size: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(size)
 
 
 def page_name(crash: SourcedCrash) -> str:
@@ -135,13 +151,20 @@ def _write_pages(groups: Sequence[SignatureGroup], pages: Path, output: Path) ->
                 page = crash_page(crash, group, mark, output.name)
                 replace_file(path, page.encode(), durable=False)  # thousands; written again
     for path in pages.glob("*.html"):
-        if path.name not in wanted:
+        if path.name not in wanted and _is_page(path):
             path.unlink(missing_ok=True)
 
 
+def _is_page(path: Path) -> bool:
+    """Return whether it is a page of ours, and not what somebody else has put there."""
+    with contextlib.suppress(OSError):
+        return path.is_file() and _start_of(path, len(HEAD)) == HEAD.encode()
+    return False
+
+
 def _is_marked(path: Path, mark: str) -> bool:
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        return mark.encode() in file.read(8192)
+    with contextlib.suppress(OSError):
+        return mark.encode() in _start_of(path, 8192)
     return False
 
 
