@@ -40,6 +40,8 @@ _GPA_BITS = 52
 """Of the widest physical address of x86."""
 _BITMAP_SIZE_MAX = 1 << 28
 """Bytes: of 8 TiB of guest memory."""
+_RUNS_MAX = 1 << 22
+"""More than any guest has; each takes memory, and a bitmap of 256 MiB may have 1 << 30."""
 
 
 class WindowsDumpFile(ExtentDump):
@@ -123,6 +125,10 @@ class WindowsDumpFile(ExtentDump):
         bitmap = self.image.read(start + SUMMARY.size, size)
         offset = self.summary["HeaderSize"]
         for first, count in _runs_of_bits(bitmap, self.summary["BitmapSize"]):
+            if len(self.index) == _RUNS_MAX:
+                raise CorruptDumpError(
+                    f"a bitmap of more than {_RUNS_MAX} runs of pages: no guest has so many"
+                )
             self.index.append(first << PAGE_SHIFT, count << PAGE_SHIFT, offset)
             offset += count << PAGE_SHIFT
         self._end = offset
