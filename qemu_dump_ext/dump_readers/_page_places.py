@@ -5,8 +5,14 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
-_CHUNK = 512
+from qemu_dump_ext.errors import CorruptDumpError
+
+_CHUNK = 64
 """Pages whose places are kept together."""
+_SCATTERED_MAX = 1 << 14
+_PAGES_PER_CHUNK = 8
+"""On the average, where there are more chunks than so many: what fills pages otherwise takes nine
+bytes of the file, and a hundred times as much of memory. QEMU fills pages with zeros alone."""
 _FILL = 1 << 63
 """Place of a page that is one byte over and over; the byte is in it."""
 
@@ -22,6 +28,7 @@ class PagePlaces:
         self._chunks: dict[int, array[int]] = {}
         self._seen_from = array("Q")
         self._seen_to = array("Q")
+        self._told = 0
 
     def add(self, offset: int, place: int) -> None:
         """Know that the page at an offset is at `place` in the file."""
@@ -33,8 +40,16 @@ class PagePlaces:
         chunk[index] = place
 
     def fill(self, offset: int, byte: int) -> None:
-        """Know that the page at an offset is nothing but one byte."""
+        """Know that the page at an offset is nothing but one byte.
+
+        Raises:
+            CorruptDumpError: There are more such pages, further apart, than memory is given for.
+        """
         if byte:
+            if len(self._chunks) > _SCATTERED_MAX + self._told // _PAGES_PER_CHUNK:
+                raise CorruptDumpError(
+                    "pages of one byte over and over, too many and too far apart"
+                )
             self.add(offset, _FILL | byte)
             return
         number, index = divmod(self._see(offset), _CHUNK)
@@ -43,6 +58,7 @@ class PagePlaces:
 
     def _see(self, offset: int) -> int:
         page = offset // self._page_size
+        self._told += 1
         if self._seen_to and self._seen_to[-1] == page:
             self._seen_to[-1] = page + 1
         else:
