@@ -57,6 +57,7 @@ class _ThreadMonitor:
     def __init__(self, job: DumpJob, upstream: Upstream) -> None:
         self._job = job
         self._upstream = upstream
+        self.address = upstream.address
 
     def execute(self, command: str) -> str:
         """Return the answer with plain line ends."""
@@ -76,7 +77,6 @@ class _ThreadQmp(_ThreadMonitor):
     def __init__(self, job: DumpJob, upstream: QmpUpstream) -> None:
         super().__init__(job, upstream)
         self._qmp = upstream
-        self.address = upstream.address
         self.passes_descriptors = upstream.passes_descriptors
 
     def begin_qmp(
@@ -197,9 +197,8 @@ class DumpJob:
             return GuestAccess.by_manager(self._upstream.require_monitor())
         if isinstance(self._upstream, QmpUpstream):
             return GuestAccess.by_qmp(_ThreadQmp(self, self._upstream))
-        return GuestAccess.by_monitor(
-            _ThreadMonitor(self, self._upstream), [self._upstream.address]
-        )
+        monitor = _ThreadMonitor(self, self._upstream)
+        return GuestAccess.by_hmp(monitor, pid=self._upstream.pid)
 
     def end(self, report: DumpReport | None, error: DumpError | None) -> None:
         """Be over."""

@@ -160,7 +160,7 @@ def _upstream(arguments: argparse.Namespace) -> Upstream:
         raise RequestError(_NEEDS_QMP)
     from .upstream.by_hmp import HmpUpstream  # noqa: PLC0415
 
-    return HmpUpstream(found.address)
+    return HmpUpstream(found.address, found.pid)
 
 
 def _qmp_door(proxy: _Proxy) -> Callable[[Connection], Awaitable[None]]:

@@ -33,8 +33,8 @@ _CPU_DEFAULT = 0
 class HmpUpstream(Upstream):
     """One connection to QEMU's human monitor."""
 
-    def __init__(self, address: str) -> None:
-        super().__init__(address)
+    def __init__(self, address: str, pid: int | None = None) -> None:
+        super().__init__(address, pid)
         self._descriptor = -1
         self._socket: socket.socket | None = None
         self._telnet: TelnetFilter | None = None

@@ -25,6 +25,7 @@ class Upstream(ABC):
 
     Attributes:
         address: The address as the user gave it.
+        pid: Of QEMU's process where it is known otherwise than by the connection, or None.
         version: The version of QEMU.
         connected: Whether QEMU is there.
         gone: Set while it is not.
@@ -33,8 +34,9 @@ class Upstream(ABC):
         on_event: Gets QMP events, in order with the answers.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, pid: int | None = None) -> None:
         self.address = address
+        self.pid = pid
         self.version: QemuVersion = (0, 0, 0)
         self.connected = False
         self.gone = asyncio.Event()

@@ -452,6 +452,20 @@ def test_the_proxy_refuses_a_migration_in_words_of_qemu(
         assert status(qmp) == "running"
 
 
+def test_a_killed_proxy_of_a_human_monitor_lets_the_guest_run(tmp_path: Path):
+    monitor = tmp_path / "monitor"
+    with (
+        running_machine(tmp_path, *monitor_arguments(monitor)) as (_, qmp),
+        Proxy(tmp_path, "--hmp", monitor) as proxy,
+        HmpSocket(proxy.socket) as client,
+        blocked_target(tmp_path) as target,
+    ):
+        client.command(f"dump-guest-memory -d {target.path}")
+        assert status(qmp) == "paused"
+        proxy.process.kill()
+        wait_until(lambda: status(qmp) == "running", "the guest runs")
+
+
 # The clock
 
 
