@@ -30,6 +30,14 @@ def pytest_configure() -> None:
             signal.signal(number, default)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    # What dumps write down of guests they have stopped is not for who dumps others on this host.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("runtime")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _interrupts_as_before() -> Iterator[None]:
     # A program's `main` handles them until its process ends.

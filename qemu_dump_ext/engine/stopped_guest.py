@@ -124,7 +124,11 @@ def import_plug_ins() -> None:
 
 @contextmanager
 def stopped_guest(
-    access: GuestAccess, memory: str, limit: PauseLimit | None = None
+    access: GuestAccess,
+    memory: str,
+    limit: PauseLimit | None = None,
+    *,
+    inherits: bool = True,
 ) -> Iterator[StoppedGuest]:
     """Keep a guest stopped for the time of a `with` block.
 
@@ -135,6 +139,7 @@ def stopped_guest(
         access: The ways to the guest.
         memory: Name of the memory source, or `auto`.
         limit: Of the pause, or None.
+        inherits: A guest that a killed dump has left stopped runs afterwards.
 
     Raises:
         SourceError: The guest cannot be reached, stopped, or resumed.
@@ -143,5 +148,5 @@ def stopped_guest(
         UnsupportedTargetError: No architecture file describes it.
     """
     import_plug_ins()
-    with stopped(access, limit=limit) as pause, ExitStack() as opened:
+    with stopped(access, limit=limit, inherits=inherits) as pause, ExitStack() as opened:
         yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

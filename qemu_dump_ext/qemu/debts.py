@@ -12,17 +12,15 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_dump_ext.qemu.address import tcp_address, unix_path
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.untrusted import parse_unsigned
 
 _NAME = "qemu-dump"
 _SUFFIX = ".stopped"
-_KINDS = frozenset(("qmp", "hmp", "gdb", "libvirt"))
 _SIZE_MAX = 1 << 14
 _FILES_MAX = 1000
 _TOLERANCE_SECONDS = 0.011  # of a start, which the kernel counts in hundredths
@@ -34,18 +32,14 @@ class Debt:
 
     Attributes:
         path: The file that says so.
-        kind: What is spoken where it is let run: `qmp`, `hmp` or `gdb`; or `libvirt`.
-        address: Where that is.
         dumper: PID of who stopped it.
-        qemu: PID of its QEMU, or None.
+        qemu: PID of its QEMU.
         started: When that was started, as `QemuProcess.started` has it.
     """
 
     path: Path
-    kind: str
-    address: str
     dumper: int
-    qemu: int | None
+    qemu: int
     started: float
 
     def is_of(self, process: QemuProcess) -> bool:
@@ -53,14 +47,8 @@ class Debt:
         same = abs(process.started - self.started) < _TOLERANCE_SECONDS
         return self.qemu == process.pid and same
 
-    def is_at(self, address: str) -> bool:
-        """Tell whether the guest was stopped through an address."""
-        return self.qemu is None and _absolute(address) == self.address
-
     def is_gone(self) -> bool:
         """Tell whether its QEMU is gone."""
-        if self.qemu is None:
-            return tcp_address(self.address) is None and not Path(self.address).exists()
         process = qemu_process(self.qemu)
         return process is None or not self.is_of(process)
 
@@ -82,29 +70,31 @@ class OpenDebt:
         self.path: Path | None = None
         self.descriptor = -1
 
-    def write(self, kind: str, address: str, qemu: int | None) -> None:
+    def write(self, qemu: int | None) -> None:
         """Write it down; where that cannot be, there is only the guardian.
 
+        It is of a process, not of an address, where another guest may be later.
+
         Args:
-            kind: What is spoken where the guest is let run: `qmp`, `hmp` or `gdb`; or `libvirt`.
-            address: Where that is: a path or HOST:PORT.
             qemu: PID of its QEMU, if it is known.
         """
         process = None if qemu is None else qemu_process(qemu)
+        if process is None:
+            return
         content = {
-            "kind": kind,
-            "address": address if kind == "libvirt" else _absolute(address),
             "dumper": os.getpid(),
-            "qemu": None if process is None else process.pid,
-            "started": 0.0 if process is None else process.started,
+            "qemu": process.pid,
+            "started": process.started,
         }
-        with contextlib.suppress(OSError):
+        try:
             path = _own_folder() / f"{secrets.token_hex(8)}{_SUFFIX}"
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self.descriptor = os.open(path, flags, 0o600)
             self.path = path
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.write(self.descriptor, json.dumps(content).encode())
+        except OSError:
+            self.settle()
 
     def descriptors(self) -> tuple[int, ...]:
         """Return the descriptor that holds the lock, if there is one."""
@@ -115,6 +105,7 @@ class OpenDebt:
         if self.path is not None:
             with contextlib.suppress(OSError):
                 self.path.unlink(missing_ok=True)
+            self.path = None
         self.leave()
 
     def leave(self) -> None:
@@ -139,22 +130,9 @@ def abandoned_debts() -> list[Debt]:
     return found
 
 
-def debts_of(process: QemuProcess | None, addresses: Sequence[str]) -> list[Debt]:
-    """Return what dumps that are gone owe to one guest.
-
-    Args:
-        process: Its QEMU, if that is known.
-        addresses: Of its sockets.
-    """
-    return [
-        debt
-        for debt in abandoned_debts()
-        if (process is not None and debt.is_of(process)) or any(map(debt.is_at, addresses))
-    ]
-
-
-def _absolute(address: str) -> str:
-    return address if tcp_address(address) else str(Path(unix_path(address)).absolute())
+def debts_of(process: QemuProcess) -> list[Debt]:
+    """Return what dumps that are gone owe to the guest of a QEMU."""
+    return [debt for debt in abandoned_debts() if debt.is_of(process)]
 
 
 def _own_folder() -> Path:
@@ -209,16 +187,16 @@ def _abandoned(path: Path) -> Debt | None:
 
 def _parsed(path: Path, text: bytes, owner: int) -> Debt | None:
     content = json.loads(text)
-    if not isinstance(content, dict) or content.get("kind") not in _KINDS:
+    if not isinstance(content, dict):
         return None
     numbers = {name: content.get(name) for name in ("dumper", "qemu")}
     dumper, qemu = (parse_unsigned(str(value), bits=31) for value in numbers.values())
     started = content.get("started")
-    if dumper is None or not isinstance(started, (int, float)):
+    if dumper is None or qemu is None or not isinstance(started, (int, float)):
         return None
     # Whoever can write a file may speak for guests of his own.
-    process = None if qemu is None else qemu_process(qemu)
+    process = qemu_process(qemu)
     trusted = {0, os.geteuid(), None if process is None else process.user}
     if owner not in trusted:
         return None
-    return Debt(path, content["kind"], str(content.get("address")), dumper, qemu, float(started))
+    return Debt(path, dumper, qemu, float(started))

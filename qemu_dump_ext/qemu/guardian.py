@@ -9,8 +9,10 @@ when no migration is under way.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 from pathlib import Path
 from typing import Literal
@@ -50,33 +52,44 @@ class Guardian:
             stream: Descriptor that it reads to the end before; None: of none.
             pid: Of QEMU's process, if it is known: it is written down who has stopped what.
         """
-        where, directory = (address, None) if kind == "libvirt" else _place(address)
         with uninterrupted(), refused_as(SourceError, "start what lets the guest run if this ends"):
+            self._acts = False
             self._debt = OpenDebt()
-            if capability is None and (kind != "libvirt" or pid):
-                self._debt.write(kind, address, pid)
-            nowhere = open_nowhere()
+            if capability is None:
+                self._debt.write(pid)
             try:
-                self._process = subprocess.Popen(
-                    (
-                        *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
-                        *(kind, where, str(self._debt.path or "")),
-                        *([capability] if capability else []),
-                        *([] if stream is None else [str(stream)]),
-                    ),
-                    stdin=subprocess.PIPE,
-                    stdout=nowhere,
-                    stderr=nowhere,
-                    cwd=directory,
-                    start_new_session=True,  # Ctrl-C is ours
-                    pass_fds=(*self._debt.descriptors(), *(() if stream is None else (stream,))),
-                )
-            finally:
-                os.close(nowhere)
+                self._process = self._start(kind, address, capability, stream)
+            except BaseException:
+                self._debt.settle()
+                raise
+
+    def _start(
+        self, kind: str, address: str, capability: str | None, stream: int | None
+    ) -> subprocess.Popen[bytes]:
+        where, directory = (address, None) if kind == "libvirt" else _place(address)
+        nowhere = open_nowhere()
+        try:
+            return subprocess.Popen(
+                (
+                    *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
+                    *(kind, where, str(self._debt.path or "")),
+                    *([capability] if capability else []),
+                    *([] if stream is None else [str(stream)]),
+                ),
+                stdin=subprocess.PIPE,
+                stdout=nowhere,
+                stderr=nowhere,
+                cwd=directory,
+                start_new_session=True,  # Ctrl-C is ours
+                pass_fds=(*self._debt.descriptors(), *(() if stream is None else (stream,))),
+            )
+        finally:
+            os.close(nowhere)
 
     def dismiss(self) -> None:
-        """End it: the guest runs, or is not ours any more."""
+        """End it, also where it acts already: the guest runs, or is not ours any more."""
         with uninterrupted():
+            self._recall()
             self._tell(_DISMISSED)
             self._process.wait()
             self._debt.settle()
@@ -86,8 +99,18 @@ class Guardian:
         with uninterrupted():
             self._tell(b"")
             self._debt.leave()
+            self._acts = self._process.poll() is None
             # Not waited for, nor is it an oversight of ours.
-            self._process.returncode = self._process.poll() or 0
+            self._process.returncode = self._process.returncode or 0
+
+    def _recall(self) -> None:
+        # It may wait for a monitor that we keep, and act when somebody else has stopped the guest.
+        if not self._acts:
+            return
+        self._acts = False
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(self._process.pid, signal.SIGKILL)
+            os.waitpid(self._process.pid, 0)
 
     def _tell(self, word: bytes) -> None:
         pipe = self._process.stdin

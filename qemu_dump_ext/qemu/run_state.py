@@ -260,6 +260,7 @@ def stopped(
     *,
     limit: PauseLimit | None = None,
     remember: Callable[[bool], None] | None = None,
+    inherits: bool = True,
 ) -> Iterator[Pause]:
     """Keep the guest stopped inside the `with` block.
 
@@ -272,6 +273,8 @@ def stopped(
         limit: Of the pause; the guest runs then, and the block ends, whatever it waits for.
         remember: Told before the guest is stopped, and when that is not to be undone any more,
             by whoever does so when this process is killed; None: a guardian does.
+        inherits: A guest that a killed dump has left stopped runs afterwards. Never one that has a
+            debugger, which has stopped it as well.
 
     Raises:
         SourceError: It cannot be stopped, or cannot be resumed, or QEMU is dumping it itself and
@@ -293,12 +296,12 @@ def stopped(
         try:
             try:
                 watch.start_clock(pause)
-                debts = inherited_debts(access) if remember is None else ()
+                debts = inherited_debts(access)
                 if treatment(state) is Treatment.STOP:
                     for debt in debts:  # somebody has let it run since
                         debt.settle()
                     pause.stop()
-                elif state == PAUSED and debts:
+                elif state == PAUSED and debts and inherits and access.stub is None:
                     pause.take_over(debts)
                 watch.start_looking(pause)
                 yield pause
@@ -321,7 +324,8 @@ def stopped(
 def inherited_debts(access: GuestAccess) -> Sequence[Debt]:
     """Return what dumps that are gone owe to a guest: they have stopped it."""
     pid = _pid_of(access)
-    return debts_of(None if pid is None else qemu_process(pid), access.addresses)
+    process = None if pid is None else qemu_process(pid)
+    return [] if process is None else debts_of(process)
 
 
 def _pid_of(access: GuestAccess) -> int | None:

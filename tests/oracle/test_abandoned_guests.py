@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from qemu_dump_ext.crash_collector.collect_now import collect_crash
 from qemu_dump_ext.engine.guests import list_guests
+from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest_images.machine import QemuMachine
-from qemu_dump_ext.qemu.debts import abandoned_debts
+from qemu_dump_ext.qemu.debts import OpenDebt, abandoned_debts
+from qemu_dump_ext.qemu.guardian import Guardian
 from tests.support.blocked_target import blocked_target
-from tests.support.doors import child_environment, cli_argv, guest_status, run_cli, run_often
+from tests.support.doors import (
+    child_environment,
+    cli_argv,
+    guest_status,
+    run_cli,
+    run_gdb,
+    run_often,
+)
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_qmp import RawQmp
 from tests.support.relay import relay
@@ -108,6 +121,88 @@ def test_what_somebody_else_has_made_of_it(machine: QemuMachine, tmp_path: Path)
         qmp.execute("cont")
 
 
+def test_a_guest_that_gdb_keeps_stopped_stays_so(machine: QemuMachine, tmp_path: Path):
+    kill_dump_of(machine, tmp_path)
+    done = run_gdb(machine, [f"qemu-dump-guest-memory {tmp_path / 'dump'}"])
+    assert (tmp_path / "dump").exists(), done.stderr
+    assert guest_status(machine) == "paused"
+    assert "it runs again" in run_often("qemu_dump", [("resume", "--pid", machine.pid)])[0]
+
+
+def test_the_collector_pays_no_debts_of_others(machine: QemuMachine, tmp_path: Path):
+    kill_dump_of(machine, tmp_path)
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("cont")
+    crash = collect_crash(machine.qmp_sockets[0], tmp_path / "crashes", name="guest")
+    record = json.loads((crash / "crash.json").read_text())
+    assert record["dump"]["reason"] is None
+    said = " ".join(record["remarks"])
+    assert "it runs again" not in said
+    assert "somebody else" not in said
+    assert guest_status(machine) == "running"
+    assert abandoned_debts() == []
+
+
+def test_what_is_owed_is_of_a_process_not_of_an_address(
+    machine: QemuMachine, tmp_path: Path, runtime: Path
+):
+    address = str(machine.qmp_sockets[0])
+    guardian = Guardian("qmp", address)
+    assert list(runtime.rglob("*.stopped")) == []
+    guardian.dismiss()
+    nobody = {"kind": "qmp", "address": address, "dumper": 1, "qemu": None, "started": 0.0}
+    (runtime / "qemu-dump").mkdir(mode=0o700, exist_ok=True)
+    (runtime / "qemu-dump" / "a.stopped").write_text(json.dumps(nobody))
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("stop")
+        done = run_cli("--qmp", address, tmp_path / "dump")
+        assert qmp.execute("query-status")["status"] == "paused", done.stderr
+        qmp.execute("cont")
+
+
+@contextmanager
+def limited(what: int, value: int) -> Iterator[None]:
+    """Allow this process no more of something."""
+    before = resource.getrlimit(what)
+    resource.setrlimit(what, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, before)
+
+
+def test_nothing_is_owed_where_no_guardian_can_be_started(machine: QemuMachine, runtime: Path):
+    free = [os.open(os.devnull, os.O_RDONLY) for _ in range(3)]
+    for descriptor in free:
+        os.close(descriptor)
+    with (
+        limited(resource.RLIMIT_NOFILE, max(free) + 1),
+        pytest.raises(SourceError, match="start what lets the guest run if this ends"),
+    ):
+        Guardian("qmp", str(machine.qmp_sockets[0]), pid=machine.pid)
+    assert list(runtime.rglob("*.stopped")) == []
+
+
+def test_nothing_is_owed_where_it_cannot_be_written(machine: QemuMachine, runtime: Path):
+    debt = OpenDebt()
+    with limited(resource.RLIMIT_FSIZE, 0):
+        debt.write(machine.pid)
+    assert (debt.path, debt.descriptors()) == (None, ())
+    assert list(runtime.rglob("*.stopped")) == []
+
+
+def test_a_guardian_that_waits_for_the_monitor_is_called_back(machine: QemuMachine, runtime: Path):
+    children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children")
+    before = children.read_text()
+    with RawQmp(machine.qmp_sockets[0]):
+        guardian = Guardian("qmp", str(machine.qmp_sockets[0]), pid=machine.pid)
+        guardian.act()
+        assert children.read_text() != before
+        guardian.dismiss()
+    assert children.read_text() == before
+    assert list(runtime.rglob("*.stopped")) == []
+
+
 def test_a_guest_that_is_gone_is_forgotten(tmp_path: Path):
     with QemuMachine(["qemu-system-x86_64"], _WORDS) as machine:
         kill_dump_of(machine, tmp_path)
@@ -134,9 +229,10 @@ def test_a_dump_that_lives_owes_nothing_to_others(machine: QemuMachine, tmp_path
         "",
         "nonsense",
         "[]",
-        '{"kind": "qmp"}',
-        '{"kind": "rm", "dumper": 1, "qemu": 1, "started": 0, "address": "/"}',
-        '{"kind": "qmp", "dumper": 1, "qemu": "x", "started": "y", "address": []}',
+        "{}",
+        '{"dumper": 1, "qemu": null, "started": 0}',
+        '{"dumper": 1, "qemu": 1, "started": 0}',
+        '{"dumper": 1, "qemu": "x", "started": "y"}',
         "9" * 5000,
     ],
 )

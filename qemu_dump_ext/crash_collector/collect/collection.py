@@ -198,7 +198,9 @@ class CrashCollector:
         with ExitStack() as stopped_now:
             ran = stopped_now.enter_context(self._stopped(qmp))
             taken = evidence.queries(evidence.registers(taken, qmp), qmp)
-            guest = stopped_now.enter_context(stopped_guest(access, self._settings.memory))
+            guest = stopped_now.enter_context(
+                stopped_guest(access, self._settings.memory, inherits=False)  # the pause is ours
+            )
             if ran and copies and taken.dump is None:
                 try:
                     copy = captured.enter_context(snapshot_guest(guest, files, self._check))
@@ -221,7 +223,7 @@ class CrashCollector:
     def _stopped(self, qmp: GuestQmp) -> Iterator[bool]:
         """Keep the guest stopped; yields whether it ran."""
         load_before_stopping()
-        with stopped(access_by(qmp), remember=self._remember_stopped) as pause:
+        with stopped(access_by(qmp), remember=self._remember_stopped, inherits=False) as pause:
             was_ours = pause.is_ours
             try:
                 yield was_ours
