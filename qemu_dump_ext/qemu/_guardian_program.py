@@ -2,7 +2,7 @@
 
 Standard input tells what to do: a byte, that nothing is left to do; its end without one, that the
 guest is to be let run, and FILE to be removed then, or that the capability of migrations is to be
-taken back, when the stream, a descriptor, has been read to its end.
+taken back, unless it is empty, when the stream, a descriptor, has been read to its end.
 """
 
 from __future__ import annotations
@@ -241,7 +241,8 @@ if __name__ == "__main__" and not sys.stdin.buffer.read(1):
             while os.read(int(sys.argv[5]), _LINE_MAX):
                 pass
         if len(sys.argv) > 4:
-            take_back(json.loads(sys.argv[2]), sys.argv[4])
+            if sys.argv[4]:
+                take_back(json.loads(sys.argv[2]), sys.argv[4])
         else:
             release(sys.argv[1], json.loads(sys.argv[2]))
         if sys.argv[3]:  # which says that it is still to be done

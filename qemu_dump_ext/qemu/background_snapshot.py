@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import select
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -179,12 +180,11 @@ def _capability(qmp: QmpMonitor, stream: int | None) -> Iterator[None]:
         qmp: Of the guest.
         stream: What is read to its end if this process is killed; None: nothing.
     """
-    if _is_set(qmp):
-        yield
-        return
-    guardian = Guardian("qmp", qmp.address, CAPABILITY, stream)
+    ours = not _is_set(qmp)
+    guardian = Guardian("qmp", qmp.address, CAPABILITY if ours else "", stream)
     try:
-        _set(qmp, on=True)
+        if ours:
+            _set(qmp, on=True)
     except MonitorAnswerError as error:
         guardian.dismiss()
         raise NotLiveError(f"QEMU: {error.answer.strip()}") from error
@@ -199,8 +199,9 @@ def _capability(qmp: QmpMonitor, stream: int | None) -> Iterator[None]:
     finally:
         with uninterrupted():
             try:
-                _wait_for_cleanup(qmp)
-                _set(qmp, on=False)
+                _wait_for_cleanup(qmp, ours=ours)
+                if ours:
+                    _set(qmp, on=False)
             except SourceError:
                 guardian.act()
             else:
@@ -226,18 +227,22 @@ def _set(qmp: QmpMonitor, *, on: bool) -> None:
     qmp.begin_qmp("migrate-set-capabilities", {"capabilities": wanted})()
 
 
-def _wait_for_cleanup(qmp: QmpMonitor) -> None:
+def _wait_for_cleanup(qmp: QmpMonitor, *, ours: bool) -> None:
     """Wait until QEMU has let go of guest memory, which it says nowhere.
 
     It does so some time after it has said how the migration ended, if the capability is set by
     then. Were it taken away before, memory would stay protected, and the guest would hang at the
     next write (seen with 7.2). To set it once more is refused as long as memory is protected.
 
+    Args:
+        qmp: Of the guest.
+        ours: Nobody else had set it; where somebody had, and has taken it away, it stays so.
+
     Raises:
         SourceError: It takes too long.
     """
     deadline = time.monotonic() + _END_SECONDS
-    while True:
+    while ours or _is_set(qmp):
         try:
             _set(qmp, on=True)
         except MonitorAnswerError as error:
@@ -297,6 +302,10 @@ class _Streaming:
         return stream
 
     def _fill(self, buffer: memoryview) -> int:
+        arrived = select.poll()
+        arrived.register(self._reader, select.POLLIN)
+        if not arrived.poll(1000 * _END_SECONDS):
+            raise SourceError(f"QEMU's stream of the guest stood still for {_END_SECONDS:g} s")
         return self._reader.readinto(buffer) or 0
 
     def _end(self) -> None:
@@ -306,14 +315,17 @@ class _Streaming:
             SourceError: QEMU failed, or does not end it.
         """
         self._writer.close()
-        if not self._begun:
-            with contextlib.suppress(SourceError):  # QEMU may have taken it
+        if not self._finished:
+            # QEMU may have taken it; or else it would never be at its end.
+            with contextlib.suppress(SourceError):
                 self._qmp.begin_qmp("closefd", {"fdname": _FD_NAME})()
+        if not self._begun:
             return
         if self._must_end:
             rest = memoryview(bytearray(_PIPE_SIZE))
-            while self._fill(rest):
-                pass
+            with contextlib.suppress(SourceError):  # the guardian reads on
+                while self._fill(rest):
+                    pass
         self._reader.close()
         status = self._wait()
         state = read_run_state(self._access)

@@ -48,7 +48,7 @@ class Guardian:
             kind: What listens at `address`: QMP, a human monitor, a gdbstub; or libvirt.
             address: A path or HOST:PORT; of libvirt: virsh's path, the URI of the connection, the
                 UUID of the domain and QEMU's pid or 0, as a list in JSON.
-            capability: What it takes back, by QMP; None: it lets the guest run.
+            capability: What it takes back, by QMP; empty: nothing; None: it lets the guest run.
             stream: Descriptor that it reads to the end before; None: of none.
             pid: Of QEMU's process, if it is known: it is written down who has stopped what.
         """
@@ -73,7 +73,7 @@ class Guardian:
                 (
                     *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
                     *(kind, where, str(self._debt.path or "")),
-                    *([capability] if capability else []),
+                    *([] if capability is None else [capability]),
                     *([] if stream is None else [str(stream)]),
                 ),
                 stdin=subprocess.PIPE,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,11 +27,12 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from qemu_dump_ext.pages import _copy_store as copy_store
-from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.qemu import background_snapshot
+from qemu_dump_ext.qemu.qmp import QmpMonitor, connect_qmp
 from qemu_dump_ext.qemu.run_state import PauseLimit
-from tests.oracle.test_live import capabilities_of, command_of
+from tests.oracle.test_live import capabilities_of, command_of, counter_of
 from tests.oracle.test_migration_stream import migrate_to_file
-from tests.support.bare_guests import counting_arguments
+from tests.support.bare_guests import COUNTING, PAGES, counting_arguments
 from tests.support.doors import run_cli
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 from tests.support.waiting import wait_until
@@ -84,6 +86,23 @@ def _stream(machine: QemuMachine, folder: Path, advance: Callable[[int], None]) 
         pass
 
 
+@contextmanager
+def _set_before(machine: QemuMachine, *capabilities: str) -> Iterator[RawQmp]:
+    """Have capabilities set by somebody else inside the block."""
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+
+        def switch(*, on: bool) -> None:
+            for capability in capabilities:
+                wanted = [{"capability": capability, "state": on}]
+                qmp.execute("migrate-set-capabilities", capabilities=wanted)
+
+        switch(on=True)
+        try:
+            yield qmp
+        finally:
+            switch(on=False)
+
+
 def _raiser(error: BaseException) -> Callable[[int], None]:
     def advance(_size: int) -> None:
         raise error
@@ -105,8 +124,7 @@ def test_what_ends_it_in_the_middle_leaves_the_guest_running(
     assert list(tmp_path.iterdir()) == []
 
 
-@_VERSIONS
-def test_a_process_that_is_killed_leaves_the_guest_running(machine: QemuMachine, tmp_path: Path):
+def _be_killed_in_the_middle(machine: QemuMachine, folder: Path) -> None:
     program = (
         "import os, signal, sys\n"
         "from pathlib import Path\n"
@@ -117,9 +135,72 @@ def test_a_process_that_is_killed_leaves_the_guest_running(machine: QemuMachine,
         "with connect_qmp(sys.argv[1]) as qmp:\n"
         "    with live_guest(GuestAccess.by_qmp(qmp), Path(sys.argv[2]), advance=die): pass\n"
     )
-    words = [sys.executable, "-c", program, str(machine.qmp_sockets[0]), str(tmp_path)]
+    words = [sys.executable, "-c", program, str(machine.qmp_sockets[0]), str(folder)]
     done = subprocess.run(words, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+@_VERSIONS
+def test_a_process_that_is_killed_leaves_the_guest_running(machine: QemuMachine, tmp_path: Path):
+    _be_killed_in_the_middle(machine, tmp_path)
+    _runs_on(machine)
+    _stream(machine, tmp_path, lambda _size: None)
+
+
+@_VERSIONS
+def test_a_process_that_is_killed_leaves_a_capability_that_was_set_before(
+    machine: QemuMachine, tmp_path: Path
+):
+    with _set_before(machine, "background-snapshot") as qmp:
+        _be_killed_in_the_middle(machine, tmp_path)
+        wait_until(lambda: qmp.execute("query-migrate")["status"] in {"failed", "completed"})
+        assert capabilities_of(qmp) == ["background-snapshot"]
+        counter = counter_of(qmp, COUNTING["x86_64"])
+        wait_until(lambda: counter_of(qmp, COUNTING["x86_64"]) > counter + 16 * PAGES, seconds=60)
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_qemu_that_has_not_heard_of_the_stream_keeps_no_end_of_it(
+    machine: QemuMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def pipes() -> int:
+        ends = Path(f"/proc/{machine.pid}/fd").iterdir()
+        return sum(str(end.readlink()).startswith("pipe:") for end in ends)
+
+    begin = QmpMonitor.begin_qmp
+
+    def interrupted(qmp: QmpMonitor, command: str, *arguments: Any) -> Callable[[], Any]:
+        if command == "migrate":
+            raise KeyboardInterrupt
+        return begin(qmp, command, *arguments)
+
+    before = pipes()
+    with monkeypatch.context() as patched:
+        patched.setattr(QmpMonitor, "begin_qmp", interrupted)
+        patched.setattr(background_snapshot, "_END_SECONDS", 5.0)
+        with pytest.raises(KeyboardInterrupt):
+            _stream(machine, tmp_path, lambda _size: None)
+    assert pipes() == before
+    _runs_on(machine)
+
+
+@_VERSIONS
+def test_qemu_that_stands_still_is_not_waited_for_without_end(
+    machine: QemuMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def stop(_size: int) -> None:
+        os.kill(machine.pid, signal.SIGSTOP)
+
+    monkeypatch.setattr(background_snapshot, "_END_SECONDS", 0.5)
+    try:
+        with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
+            monitor._answer_seconds = 0.5
+            live = live_guest(GuestAccess.by_qmp(monitor), tmp_path, advance=stop)
+            with pytest.raises(SourceError), live:
+                pass
+    finally:
+        os.kill(machine.pid, signal.SIGCONT)
     _runs_on(machine)
     _stream(machine, tmp_path, lambda _size: None)
 
@@ -175,17 +256,9 @@ def test_a_pause_that_was_too_long_gives_the_dump_up(machine: QemuMachine, tmp_p
 
 @_VERSIONS
 def test_a_capability_that_was_set_before_stays_set(machine: QemuMachine, tmp_path: Path):
-    with RawQmp(machine.qmp_sockets[1]) as qmp:
-        for capability in ("background-snapshot", "events"):
-            wanted = [{"capability": capability, "state": True}]
-            qmp.execute("migrate-set-capabilities", capabilities=wanted)
-        try:
-            _stream(machine, tmp_path, lambda _size: None)
-            assert sorted(capabilities_of(qmp)) == ["background-snapshot", "events"]
-        finally:
-            for capability in ("background-snapshot", "events"):
-                wanted = [{"capability": capability, "state": False}]
-                qmp.execute("migrate-set-capabilities", capabilities=wanted)
+    with _set_before(machine, "background-snapshot", "events") as qmp:
+        _stream(machine, tmp_path, lambda _size: None)
+        assert sorted(capabilities_of(qmp)) == ["background-snapshot", "events"]
     _runs_on(machine)
 
 

@@ -16,7 +16,7 @@ from qemu_dump_ext.qemu.qmp import SharedQmp
 _ALWAYS = frozenset(
     (
         *("cont", "query-status", "query-migrate", "query-dump"),
-        *("migrate_cancel", "migrate-set-capabilities", "closefd"),
+        *("migrate_cancel", "query-migrate-capabilities", "migrate-set-capabilities", "closefd"),
         *("info status", "info migrate", "info dump"),
     )
 )
