@@ -65,6 +65,7 @@ def kill_dump_of(machine: QemuMachine, folder: Path) -> int:
             os.kill(pid, signal.SIGKILL)
         dump.wait()
     assert guest_status(machine) == "paused"
+    wait_until(lambda: abandoned_debts() != [], "nobody who was killed holds its file any more")
     return dump.pid
 
 
