@@ -22,7 +22,7 @@ from qemu_dump_ext.guest_images.store import FetchedImage
 _SUN_PATH_MAX = 107  # bytes: sizeof(sockaddr_un.sun_path) without the final NUL
 _LISTENING = 0x10000  # __SO_ACCEPTCON in the flags column of /proc/net/unix
 _POLL_SECONDS = 0.02
-_START_SECONDS = 30
+_START_SECONDS = 120
 _FILL_MIB_PER_SECOND = 10  # slowest that a fill may be; TCG reaches tens of times as much
 _KERNEL_NEEDS_MIB = 128
 

@@ -188,7 +188,6 @@ def test_guests_whose_qemu_is_slow_keep_no_other_out_and_run_again_in_time(tmp_p
             for record in records[:2]:
                 assert record.dump.file is None
                 assert record.dump.reason
-                assert "queries: QEMU answers too slowly for more of them" in record.remarks
                 assert "registers.txt" in record.files
             for machine in machines:
                 wait_until(lambda: guest_status(machine) == "running", "it runs")  # noqa: B023

@@ -151,7 +151,8 @@ def test_author_of_a_tool_gets_json_of_everything(machine, tmp_path):
 def test_user_of_virsh_is_told_what_to_type(tmp_path):
     shown = at_terminal(tmp_path, "qemu-dump", "dump", "--help")
     assert "examples:\n  qemu-dump dump --qmp /run/vm.qmp vm.elf\n" in shown
-    assert all(len(line) <= COLUMNS for line in shown.splitlines() if "{" not in line)
+    # argparse breaks no choice of options.
+    assert all(len(line) <= COLUMNS for line in shown.splitlines() if not {"{", "|"} & set(line))
     refused = at_terminal(tmp_path, "qemu-dump", "dump", "--guest", "nobody", "vm.elf", status=3)
     assert refused.startswith("qemu-dump dump: ")
     assert "nobody" in refused

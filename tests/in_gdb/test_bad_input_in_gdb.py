@@ -327,7 +327,7 @@ def test_help_and_completion(stopped: QemuMachine, tmp_path: Path):
         stopped, [f"help {_DUMP}", f"{_DUMP} --help", *(f"complete {line}" for line in completions)]
     )
     for text in parts[:2]:
-        assert text.startswith(f"usage: {_DUMP} ")
+        assert f"usage: {_DUMP} " in text
         assert "--memory" in text
         assert "$_qemu_dump_status" in text
     for (line, wanted), said in zip(completions.items(), parts[2:], strict=True):

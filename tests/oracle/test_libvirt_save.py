@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,9 +64,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LibvirtHost]:
 
 
 @pytest.fixture(scope="module")
-def packing_host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LibvirtHost]:
+def packing_host() -> Iterator[LibvirtHost]:
     """A libvirtd that packs what it writes: a user's own, for that has its own configuration."""
-    with _libvirt(tmp_path_factory.mktemp("packed"), SESSION) as found:
+    # Its sockets have long names.
+    with _libvirt(Path(tempfile.mkdtemp(prefix="lv-")), SESSION) as found:
         yield found
 
 

@@ -100,8 +100,9 @@ def _native_by_proxy(domain: Domain, target: Path) -> str:
 
 def _by_proxy(domain: Domain, text: str) -> str:
     done = domain.host.program("qemu_hmp_proxy", "--qmp", domain.qmp, input=text)
-    assert done.returncode == 0, done.stderr
-    return f"{done.stdout}{done.stderr} {_WHY if 'Error' not in done.stdout else ''}"
+    said = f"{done.stdout}{done.stderr}"
+    assert (done.returncode == 0) == ("Error" not in said), said
+    return f"{said} {_WHY if done.returncode == 0 else ''}"
 
 
 def _by_human_proxy(domain: Domain, target: Path) -> str:

@@ -79,7 +79,7 @@ def test_the_limit_of_the_pause_holds_behind_gdb(
     machine, qmp = spinning
     with blocked_target(tmp_path) as blocked:
         words = blocked.path if target == "fifo" else target
-        done = run_cli("--gdb", machine.gdb_socket, "--max-pause", "2", words, timeout=50)
+        done = run_cli("--gdb", machine.gdb_socket, "--max-pause", "2", words, timeout=200)
     assert done.returncode == 2, done.stderr
     assert "the limit of --max-pause" in done.stderr
     assert _status(qmp) == "running"

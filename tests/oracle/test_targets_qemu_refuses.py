@@ -478,7 +478,11 @@ def test_gdb_shows_the_registers_of_every_vcpu(taken: Taken):
 def test_gdb_that_was_told_nothing_is_explained(tmp_path: Path):
     if shutil.which("qemu-system-mipsel") is None:
         pytest.skip("qemu-system-mipsel is not installed")
-    with stopped_machine(["qemu-system-mipsel"], ["-M", "none", "-cpu", "24Kf"]) as machine:
+    with (
+        stopped_machine(["qemu-system-mipsel"], ["-M", "none", "-cpu", "24Kf"]) as machine,
+        RawQmp(machine.qmp_sockets[0]),  # no monitor is free to be asked
+        RawQmp(machine.qmp_sockets[1]),
+    ):
         done = run_cli("--gdb", machine.gdb_socket, tmp_path / "unknown")
     assert done.returncode == 3
     assert "with --qmp SOCKET" in done.stderr
