@@ -261,6 +261,16 @@ class LibvirtMonitor:
                 raise
             raise GuestBusyError(error.command, error.answer) from error
 
+    def _message(self, command: str, asked: str, request: str, *, again: bool) -> dict[str, Any]:
+        with self._asking(asked):
+            answer = self._ask("qemu-monitor-command", request, again=again)
+        try:
+            return parse_message(answer.encode())
+        except ValueError as error:
+            if again:  # virsh that connects anew may have printed something else
+                return self._message(command, asked, request, again=False)
+            raise MonitorAnswerError(command, f"the answer makes no sense: {error}") from error
+
     def _require_idle(self) -> None:
         job = {match["name"]: match["value"] for match in _FIELD.finditer(self._ask("domjobinfo"))}
         if job.get("Job type", _NO_JOB) != _NO_JOB:
@@ -275,12 +285,7 @@ class LibvirtMonitor:
         request = {"execute": command, **({"arguments": arguments} if arguments else {})}
         asked = str((arguments or {}).get("command-line", command))
         again = _REPEATABLE.match(asked) is not None
-        with self._asking(asked):
-            answer = self._ask("qemu-monitor-command", json.dumps(request), again=again)
-        try:
-            message = parse_message(answer.encode())
-        except ValueError as error:
-            raise MonitorAnswerError(command, f"the answer makes no sense: {error}") from error
+        message = self._message(command, asked, json.dumps(request), again=again)
         if "return" in message:
             return message["return"]
         problem = message.get("error")

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.host_limits import start_thread
-from qemu_dump_ext.interrupts import leave_signals_to_main_thread
+from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 _READ_SIZE = 1 << 16
 _WAITING_MAX = 256 << 20
@@ -152,8 +152,13 @@ def always_read(descriptor: int | None) -> Iterator[None]:
     if descriptor is None:
         yield
         return
-    relay = _Relay(descriptor)
+    # An interrupt in between would leave the owner without its connection.
+    relay: _Relay | None = None
     try:
+        with uninterrupted():
+            relay = _Relay(descriptor)
         yield
     finally:
-        relay.end()
+        if relay is not None:
+            with uninterrupted():
+                relay.end()
