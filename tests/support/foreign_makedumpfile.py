@@ -6,11 +6,9 @@ It reads dumps of its own architecture alone.
 from __future__ import annotations
 
 import fcntl
-import tempfile
-from pathlib import Path
 
-from qemu_dump_ext.guest_images.debian_packages import PackageArchive, this_distribution, unpack
 from qemu_dump_ext.guest_images.manifest import default_cache
+from tests.support.unpacked_package import fetch_unpacked
 
 # By image: the architecture as Debian calls it, and QEMU's program for it.
 _ARCHITECTURES = {
@@ -37,25 +35,9 @@ def foreign_makedumpfile(image: str) -> list[str]:
     with (cache / f".makedumpfile-{architecture}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
-            _fetch(architecture, cache, root)
+            fetch_unpacked("makedumpfile", root, cache=cache, architecture=architecture, suite=None)
     # By its own loader: links in the package lead out of the folder.
     loader = min(root.glob("lib/*/ld*.so.*"))
     libraries = ":".join(str(folder) for folder in (*root.glob("lib/*"), *root.glob("usr/lib/*")))
     program = str(root / "usr/bin/makedumpfile")
     return [emulator, str(loader), "--library-path", libraries, program]
-
-
-def _fetch(architecture: str, cache: Path, root: Path) -> None:
-    archive = PackageArchive(
-        cache / "apt",
-        distribution=this_distribution(["debian"]),
-        architecture=architecture,
-        suite=None,
-    )
-    archive.update()
-    with tempfile.TemporaryDirectory(prefix=".makedumpfile-", dir=cache) as name:
-        downloads, unpacked = Path(name, "downloads"), Path(name, "root")
-        downloads.mkdir()
-        unpacked.mkdir()
-        unpack(archive.download_closure(["makedumpfile"], downloads), unpacked)
-        unpacked.rename(root)

@@ -9,12 +9,10 @@ from __future__ import annotations
 import fcntl
 import re
 import subprocess
-import tempfile
 from functools import cache as once
-from pathlib import Path
 
-from qemu_dump_ext.guest_images.debian_packages import PackageArchive, this_distribution, unpack
 from qemu_dump_ext.guest_images.manifest import default_cache
+from tests.support.unpacked_package import fetch_unpacked
 
 _SUITE = "sid"
 _ARCHITECTURE = "amd64"
@@ -49,7 +47,7 @@ def newer_qemu_command(target: str = "x86_64", package: str = "qemu-system-x86")
     with (cache / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not root.exists():
-            _fetch(package, cache, root)
+            fetch_unpacked(package, root, cache=cache, architecture=_ARCHITECTURE, suite=_SUITE)
     loader = root / f"usr/lib/{_TRIPLET}/ld-linux-x86-64.so.2"
     libraries = sorted({str(path.parent) for path in (root / "usr/lib" / _TRIPLET).rglob("*.so.*")})
     command = ["env", f"QEMU_MODULE_DIR={root}/usr/lib/{_TRIPLET}/qemu"]
@@ -58,19 +56,3 @@ def newer_qemu_command(target: str = "x86_64", package: str = "qemu-system-x86")
     for folder in _DATA_FOLDERS:
         command += ["-L", str(root / folder)]
     return command
-
-
-def _fetch(package: str, cache: Path, root: Path) -> None:
-    archive = PackageArchive(
-        cache / "apt",
-        distribution=this_distribution(["debian"]),
-        architecture=_ARCHITECTURE,
-        suite=_SUITE,
-    )
-    archive.update()
-    with tempfile.TemporaryDirectory(prefix=".qemu-", dir=cache) as name:
-        downloads, unpacked = Path(name, "downloads"), Path(name, "root")
-        downloads.mkdir()
-        unpacked.mkdir()
-        unpack(archive.download_closure([package], downloads), unpacked)
-        unpacked.rename(root)
