@@ -95,6 +95,15 @@ def paused_linux_native(paused_linux: BootedGuest, request: pytest.FixtureReques
     return OracleDumps(paused_linux, folder_for(request, "native"))
 
 
+@pytest.fixture(scope="module")
+def vmlinux(paused_linux: BootedGuest) -> Path:
+    """The kernel of the Linux guest, with DWARF."""
+    store = ImageStore(default_cache())
+    fetched = store.fetch(paused_linux.image, debug_symbols=True)
+    assert fetched.vmlinux is not None
+    return fetched.vmlinux
+
+
 @pytest.fixture(scope="session")
 def bare_machine(request: pytest.FixtureRequest) -> Iterator[QemuMachine]:
     """Two vCPUs that never ran, and memory with known content of every kind."""

@@ -19,8 +19,6 @@ from drgn.helpers.linux.sched import cpu_curr
 
 from qemu_dump_ext.cli import main
 from qemu_dump_ext.guest_images.machine import BootedGuest
-from qemu_dump_ext.guest_images.manifest import default_cache
-from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps, elf_facts
 from tests.support.sample_ranges import make_lime
@@ -31,14 +29,6 @@ SOURCES = ("native-elf", "native-flattened", "lime", "gcore")
 WITH_REGISTERS = SOURCES[:2]
 WITHOUT_ROM = ("gcore",)
 SourceOf = Callable[[str], Path]
-
-
-@pytest.fixture(scope="module")
-def vmlinux(paused_linux: BootedGuest) -> Path:
-    """The kernel with DWARF."""
-    fetched = ImageStore(default_cache()).fetch(paused_linux.image, debug_symbols=True)
-    assert fetched.vmlinux is not None
-    return fetched.vmlinux
 
 
 @pytest.fixture(scope="module")

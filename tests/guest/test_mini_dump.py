@@ -17,8 +17,6 @@ from drgn.helpers.linux.printk import get_dmesg
 from drgn.helpers.linux.slab import for_each_slab_cache
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
-from qemu_dump_ext.guest_images.manifest import default_cache
-from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import run_cli
 from tests.support.folders import folder_for
 
@@ -50,15 +48,6 @@ def dump_of(paused_linux: BootedGuest, request: pytest.FixtureRequest) -> DumpOf
         return path
 
     return take
-
-
-@pytest.fixture(scope="module")
-def vmlinux(paused_linux: BootedGuest) -> Path:
-    """The kernel with DWARF."""
-    store = ImageStore(default_cache())
-    fetched = store.fetch(paused_linux.image, debug_symbols=True)
-    assert fetched.vmlinux is not None
-    return fetched.vmlinux
 
 
 def _answers_of_drgn(dump: Path, vmlinux: Path) -> dict[str, object]:
