@@ -6,6 +6,7 @@ Works in gdb as well, whose own handler of SIGINT must not be replaced: signals 
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -30,5 +31,11 @@ def uninterrupted() -> Iterator[None]:
 
 
 def leave_signals_to_main_thread() -> None:
-    """Begin a thread with this: a signal then reaches, and wakes, the thread that handles it."""
+    """Begin a thread with this: a signal then reaches, and wakes, the thread that handles it.
+
+    The main thread, where it does such work itself, keeps its signals; it would be deaf to them for
+    good, and so would every process that it starts.
+    """
+    if threading.current_thread() is threading.main_thread():
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())

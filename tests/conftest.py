@@ -40,11 +40,14 @@ def _runtime_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _interrupts_as_before() -> Iterator[None]:
-    # A program's `main` handles them until its process ends.
+    # A program's `main` handles them until its process ends. What stays blocked is inherited by
+    # every process that later tests start, and nothing of ours may leave it so.
     before = [(number, signal.getsignal(number)) for number in _INTERRUPTS]
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     yield
     for number, handler in before:
         signal.signal(number, handler)
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, blocked) == blocked
 
 
 @pytest.hookimpl(hookwrapper=True)

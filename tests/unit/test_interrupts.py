@@ -42,3 +42,9 @@ def test_a_thread_takes_no_signal():
     thread.start()
     thread.join()
     assert {signal.SIGINT, signal.SIGTERM, signal.SIGCHLD} <= masks[0]
+
+
+def test_the_main_thread_keeps_its_signals():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    leave_signals_to_main_thread()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
