@@ -26,6 +26,7 @@ _OUR_HELP = (
     "--mended: as readers want it, instead of byte for byte as QEMU writes it",
     "--dump-level N: leave out pages as makedumpfile -d N does",
     "--mini, --mini=smallest: what triage needs, in a small kdump",
+    "--max-bytes SIZE: at the lowest dump level that fits, and rather none than a larger one",
     "--snapshot: copy guest memory, let the guest run, write the copy",
     "--live: the guest runs while QEMU streams it; --live=prefer: --snapshot where it cannot",
     "--memory NAME: where guest memory comes from",

@@ -12,12 +12,14 @@ import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from qemu_dump_ext.options.dump_options import (
     DEFAULT_CODEC,
     NO_DUMP_LEVEL,
     DumpLevel,
     parse_dump_level,
+    parse_size_above_zero,
 )
 from qemu_dump_ext.plan.request import MINI_DUMPS, Live, MiniDump
 
@@ -41,6 +43,7 @@ class DumpLine:
         live: Have QEMU stream the guest while it runs.
         dump_level: Which pages are left out.
         mini: What more is left out, as `DumpRequest` has it.
+        max_bytes: How large the dump may be, likewise.
         names_codec: It stands behind -z.
         windows: A Windows dump is asked for.
     """
@@ -55,6 +58,7 @@ class DumpLine:
     live: Live | None = None
     dump_level: DumpLevel = NO_DUMP_LEVEL
     mini: MiniDump | None = None
+    max_bytes: int | None = None
     names_codec: bool = False
     windows: bool = False
 
@@ -62,7 +66,7 @@ class DumpLine:
     def extends_qemu(self) -> bool:
         """Whether there are words in the line that QEMU does not know."""
         ours = self.memory is not None or self.mended is not None or self.snapshot
-        less = self.dump_level.number > 0 or self.mini is not None
+        less = self.dump_level.number > 0 or self.mini is not None or self.max_bytes is not None
         return ours or self.live is not None or self.names_codec or less
 
 
@@ -174,16 +178,17 @@ def _take_extension(
         if value is None or value[1] not in sources:
             return BadExtension(f"--memory: one of {', '.join(sources)} expected")
         return replace(parsed, memory=value[1]), rest[value.end() :]
-    if word == "-dump" and (value := re.match(r"-level\s+(\S+)", rest)):
-        try:
-            level = parse_dump_level(value[1])
-        except ArgumentTypeError as error:
-            return BadExtension(f"--dump-level: {error}")
-        return replace(parsed, dump_level=level), rest[value.end() :]
+    for (begin, behind), (parse, member) in _WITH_VALUE.items():
+        if word == begin and (value := re.match(rf"{behind}(?:\s+|=)(\S+)", rest)):
+            try:
+                change = {member: parse(value[1])}
+            except ArgumentTypeError as error:
+                return BadExtension(f"-{begin}{behind}: {error}")
+            return replace(parsed, **change), rest[value.end() :]
     if word in _WITH_WORD:
         return _WITH_WORD[word](parsed, rest)
-    change = _SWITCHES.get(word)
-    return None if change is None else (change(parsed), rest)
+    switch = _SWITCHES.get(word)
+    return None if switch is None else (switch(parsed), rest)
 
 
 def _take_live(parsed: DumpLine, rest: str) -> tuple[DumpLine, str] | BadExtension:
@@ -206,6 +211,11 @@ def _take_mini(parsed: DumpLine, rest: str) -> tuple[DumpLine, str] | BadExtensi
     return BadExtension(f"--mini: one of {', '.join(MINI_DUMPS)} expected")
 
 
+_WITH_VALUE: Mapping[tuple[str, str], tuple[Callable[[str], Any], str]] = {
+    ("-dump", "-level"): (parse_dump_level, "dump_level"),
+    ("-max", "-bytes"): (parse_size_above_zero, "max_bytes"),
+}
+"""How a value behind an option is read, and what it says; by the two words of its name."""
 _WITH_WORD: Mapping[str, Callable[[DumpLine, str], tuple[DumpLine, str] | BadExtension | None]] = {
     "-live": _take_live,
     "-mini": _take_mini,

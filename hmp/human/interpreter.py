@@ -275,6 +275,7 @@ class Interpreter:
             live=parsed.live,
             dump_level=parsed.dump_level.number,
             mini=parsed.mini,
+            max_bytes=parsed.max_bytes,
             dump_level_required=parsed.dump_level.required,
         )
         find_dump_format(request.format).check(request)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
+from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format, format_by_words
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError, UnsupportedTargetError
-from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpRequest, Live, MemoryRange
+from qemu_dump_ext.options.dump_options import DEFAULT_CODEC, parse_dump_level
+from qemu_dump_ext.plan.request import (
+    DEFAULT_FORMAT,
+    MINI_DUMPS,
+    DumpRequest,
+    Live,
+    MemoryRange,
+)
 
 from ..dump_job import DumpJob
 from ..dump_manager import DumpManager
@@ -26,9 +34,7 @@ CommandHandler = Callable[[Message], Coroutine[Any, Any, object]]
 """Returns what a command returns."""
 
 _BY_DESCRIPTOR, _BY_NAME = "fd:", "file:"
-_LIVE = "x-live"
-"""An argument that QEMU does not have: what `--live` is on the command line."""
-_ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "format", _LIVE))
+_ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "format"))
 _INT_MAX = (1 << 63) - 1
 
 
@@ -134,22 +140,76 @@ class DumpCommands:
         self._upstream.post(closing, lambda _reply: None)
 
 
+def _with_live(request: DumpRequest, value: object) -> DumpRequest:
+    if value not in tuple(Live):
+        raise RequestError(f"one of {', '.join(Live)} expected")
+    return replace(request, live=Live(str(value)))
+
+
+def _with_level(request: DumpRequest, value: object) -> DumpRequest:
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise RequestError("a number, or a text such as '31!', expected")
+    try:
+        level = parse_dump_level(str(value))
+    except ArgumentTypeError as error:
+        raise RequestError(str(error)) from error
+    return replace(request, dump_level=level.number, dump_level_required=level.required)
+
+
+def _with_mini(request: DumpRequest, value: object) -> DumpRequest:
+    for kind in MINI_DUMPS:
+        if value == kind:
+            # QEMU has none, so it cannot be as QEMU writes it.
+            return replace(request, mini=kind, exact=False)
+    raise RequestError(f"one of {', '.join(MINI_DUMPS)} expected")
+
+
+def _with_size(request: DumpRequest, value: object) -> DumpRequest:
+    if not isinstance(value, int) or not _is_bound(value) or not value:
+        raise RequestError("a number of bytes above 0 expected")
+    return replace(request, max_bytes=value)
+
+
+_EXTENSIONS: Mapping[str, Callable[[DumpRequest, Any], DumpRequest]] = {
+    "x-live": _with_live,
+    "x-dump-level": _with_level,
+    "x-mini": _with_mini,
+    "x-max-bytes": _with_size,
+}
+"""Arguments that QEMU does not have: what the options of such names are on the command line."""
+
+
 def _request_of(arguments: Mapping[str, Any], *, mended: bool) -> DumpRequest:
     if not _is_ours(arguments):
         raise LeftToQemuError
     begin = arguments.get("begin")
     request = DumpRequest(
-        format=arguments.get("format", DEFAULT_FORMAT),
+        format=_format_of(arguments),
         exact=not mended,
         paging=arguments["paging"],
         memory_range=None if begin is None else MemoryRange(begin, arguments["length"]),
-        live=Live(arguments[_LIVE]) if _LIVE in arguments else None,
     )
+    for name in _extensions_in(arguments):
+        try:
+            request = _EXTENSIONS[name](request, arguments[name])
+        except RequestError as error:
+            raise RequestError(f"{name}: {error.message}") from error
     try:
         find_dump_format(request.format).check(request)
     except RequestError as error:
+        if _extensions_in(arguments):  # QEMU would name an argument, and not what is wrong
+            raise
         raise LeftToQemuError from error
     return request
+
+
+def _extensions_in(arguments: Mapping[str, Any]) -> list[str]:
+    return [name for name in _EXTENSIONS if name in arguments]
+
+
+def _format_of(arguments: Mapping[str, Any]) -> str:
+    usual = format_by_words(DEFAULT_CODEC, raw=False) if "x-mini" in arguments else DEFAULT_FORMAT
+    return str(arguments.get("format", usual))
 
 
 def _is_ours(arguments: Mapping[str, Any]) -> bool:
@@ -157,10 +217,9 @@ def _is_ours(arguments: Mapping[str, Any]) -> bool:
     dump_format, protocol = arguments.get("format", DEFAULT_FORMAT), arguments.get("protocol")
     bounds = [arguments[name] for name in ("begin", "length") if name in arguments]
     return (
-        not arguments.keys() - _ARGUMENTS
+        not arguments.keys() - _ARGUMENTS - _EXTENSIONS.keys()
         and isinstance(arguments.get("paging"), bool)
         and isinstance(arguments.get("detach", False), bool)
-        and arguments.get(_LIVE, Live.REQUIRE) in tuple(Live)
         and isinstance(protocol, str)
         and protocol.startswith((_BY_NAME, _BY_DESCRIPTOR))
         and isinstance(dump_format, str)

@@ -224,16 +224,47 @@ def dump_through_gdb(arguments: argparse.Namespace) -> int:
         raise RequestError("gdb takes no line break in FILE")
     # Refused here what can be, before the guest is stopped; gdb opens it.
     open_sink(arguments.file, force=arguments.force, standard_output=None)
-    target = target_of_arguments(arguments)
-    known = _ask_monitor(target) if target.is_told else _ask_whoever_knows(arguments.gdb)
-    if arguments.afterwards is not None:
-        known = replace(known, ran=arguments.afterwards == RESUME)
-    gdb = _Gdb(sys.stdout if arguments.json else sys.stderr)
+    return run_through_gdb(
+        arguments.gdb,
+        target_of_arguments(arguments),
+        f"qemu-dump-guest-memory {command_words(arguments)}",
+        output=sys.stdout if arguments.json else sys.stderr,
+        afterwards=arguments.afterwards,
+    )
+
+
+def run_through_gdb(
+    address: str,
+    target: GuestTarget,
+    command: str,
+    *,
+    output: TextIO,
+    afterwards: str | None = None,
+) -> int:
+    """Run one of our commands in a gdb that is attached to a guest for it.
+
+    Args:
+        address: Of the gdbstub.
+        target: The same guest by its monitor, where one is told.
+        command: A line for gdb.
+        output: Gets what the command prints.
+        afterwards: `RESUME`, `STAY_STOPPED`, or None: the guest does what it did before.
+
+    Returns:
+        The exit status of the command inside gdb.
+
+    Raises:
+        ConnectError: There is no gdb, or no gdbstub.
+    """
+    known = _ask_monitor(target) if target.is_told else _ask_whoever_knows(address)
+    if afterwards is not None:
+        known = replace(known, ran=afterwards == RESUME)
+    gdb = _Gdb(output)
     try:
-        with _attached(gdb, arguments.gdb, known):
+        with _attached(gdb, address, known):
             gdb.console(f"source {gdb_script_path()}")
             try:
-                gdb.console(f"qemu-dump-guest-memory {command_words(arguments)}", show=True)
+                gdb.console(command, show=True)
             except _CommandError as error:
                 status = int(gdb.run("-data-evaluate-expression $_qemu_dump_status")["value"])
                 if status == EXIT_INTERRUPTED:
@@ -395,9 +426,9 @@ def command_words(arguments: argparse.Namespace) -> str:
     progress = "always" if watched and not arguments.json else "never"
     inside = argparse.Namespace(**{**vars(arguments), "progress": progress})
     words = [*words_of_options(inside), arguments.file, *arguments.bounds]
-    return " ".join(map(_quote_for_gdb, words))
+    return " ".join(map(quote_for_gdb, words))
 
 
-def _quote_for_gdb(word: str) -> str:
-    # Unlike in a shell, a backslash counts inside quotes as well.
+def quote_for_gdb(word: str) -> str:
+    """Return a word as gdb takes it: unlike in a shell, a backslash counts inside quotes, too."""
     return re.sub(r"([\s\\\"'])", r"\\\1", word) or '""'

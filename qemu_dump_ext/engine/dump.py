@@ -244,7 +244,7 @@ class _Dump:
         most = self._request.max_bytes
         if most is not None and self._sink.bytes_written > most:
             raise DumpTooLargeError(
-                f"given up: the dump takes more than {most >> 20} MiB",
+                f"given up: the dump takes more than {most} bytes",
                 hint=f"level {DUMP_LEVEL_MAX} and --mini take less",
             )
         self._progress.advance(size)

@@ -10,11 +10,14 @@ from itertools import accumulate
 
 from qemu_dump_ext.dump_formats import DumpFormat, find_dump_format
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
+from qemu_dump_ext.engine.stopped_guest import import_plug_ins, stopped_guest
 from qemu_dump_ext.errors import DumpTooLargeError, GuestMemoryFaultError
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.packing import Compression, pack_pages
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest
+from qemu_dump_ext.third_party import import_package
 
 CACHE, USER, FREE = 2, 8, 16
 LEVELS = (ZERO | FREE, ZERO | FREE | CACHE, DUMP_LEVEL_MAX)
@@ -103,6 +106,27 @@ class Estimate:
 
 def _mib(size: int) -> str:
     return f"{size / (1 << 20):.1f} MiB"
+
+
+def estimate_running(
+    access: GuestAccess, request: DumpRequest, memory: str, *, kernel: str | None
+) -> Estimate:
+    """Tell the same of a guest that is reached, and stands still meanwhile.
+
+    Args:
+        access: The ways to the guest.
+        request: As of `estimate`.
+        memory: Name of the memory source, or `auto`.
+        kernel: Which kernel's pages, by its release, where memory has several.
+
+    Raises:
+        SourceError: It cannot be reached, or its pages cannot be told apart.
+        MissingPackageError: A package is missing.
+    """
+    import_plug_ins()  # while the guest still runs
+    import_package("numpy", "to tell pages apart")
+    with stopped_guest(access, memory) as guest:
+        return estimate(guest, guest.find_vmcoreinfo(kernel), request)
 
 
 @dataclass(frozen=True)

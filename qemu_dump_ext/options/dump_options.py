@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from qemu_dump_ext.connections.target import add_target_arguments
@@ -196,7 +196,7 @@ def _add_content_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--max-bytes",
-        type=_size,
+        type=parse_size_above_zero,
         metavar="SIZE",
         help="take the lowest dump level, from --dump-level on, of which the dump is no larger"
         " (2GiB); rather none than a larger one",
@@ -312,14 +312,18 @@ def with_explicit_codec(words: Sequence[str], files: int = 1) -> list[str]:
     return explicit
 
 
-def words_of_options(arguments: argparse.Namespace) -> list[str]:
+def words_of_options(
+    arguments: argparse.Namespace,
+    declare: Callable[[argparse.ArgumentParser], None] = add_dump_arguments,
+) -> list[str]:
     """Return the options that give these arguments, but for what is as it is without any.
 
     Args:
-        arguments: With everything that `add_dump_arguments` declares.
+        arguments: With everything that `declare` declares.
+        declare: Adds the options to a parser.
     """
     parser = argparse.ArgumentParser(add_help=False)
-    add_dump_arguments(parser)
+    declare(parser)
     words: list[str] = []
     given = {
         action.dest: getattr(arguments, action.dest)
@@ -434,16 +438,6 @@ def _with_registers(text: str, monitor: Monitor) -> str:
     return text
 
 
-def _size(word: str) -> int:
-    try:
-        size = parse_size(word)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{word!r} is no size: {error}") from error
-    if not size:
-        raise argparse.ArgumentTypeError(f"{word!r} is no size above 0")
-    return size
-
-
 def _positive(word: str) -> int:
     if not _COUNT.fullmatch(word) or not int(word):
         raise argparse.ArgumentTypeError(f"{word!r} is no number of 1 or more")
@@ -463,6 +457,21 @@ def positive_seconds(word: str) -> float:
     if not 0 < seconds < float("inf"):
         raise argparse.ArgumentTypeError(f"{word!r} is no number of seconds above 0")
     return seconds
+
+
+def parse_size_above_zero(word: str) -> int:
+    """Return the bytes that a word asks for, as `parse_size` reads it.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no size above 0.
+    """
+    try:
+        size = parse_size(word)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size: {error}") from error
+    if not size:
+        raise argparse.ArgumentTypeError(f"{word!r} is no size above 0")
+    return size
 
 
 def parse_dump_level(word: str) -> DumpLevel:

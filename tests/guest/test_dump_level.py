@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from elftools.elf.elffile import ELFFile
@@ -16,6 +17,7 @@ from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache
 from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import run_cli, run_gdb
+from tests.support.hmp_proxy import Proxy, QmpSocket
 from tests.support.pages_of_dumps import bitmaps_of, pages_of_elf
 from tests.support.raw_qmp import RawQmp
 
@@ -164,11 +166,22 @@ def test_the_sub_header_has_the_level_that_was_reached(
     assert _level_of(_take(bare_machine, tmp_path / "dump", "-z", "-R", *words)) == level
 
 
+def _estimate(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
+    assert main(["estimate", *map(str, words), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
 def test_what_dumps_will_take_is_told_before(
-    paused_linux: BootedGuest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    paused_linux: BootedGuest, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["estimate", "--qmp", str(paused_linux.qmp_sockets[0]), "--json"]) == 0
-    found = {one["words"]: one for one in json.loads(capsys.readouterr().out)["dumps"]}
+    qmp = paused_linux.qmp_sockets[0]
+    told = _estimate(capsys, "--qmp", qmp)
+    assert _estimate(capsys, "--guest", paused_linux.pid) == told
+    assert _estimate(capsys, "--gdb", paused_linux.gdb_socket, "--qmp", qmp) == told
+    with Proxy(tmp_path, "--qmp", qmp) as proxy:
+        assert _estimate(capsys, "--hmp", proxy.socket) == told
+    assert _estimate(capsys, whole)["dumps"] == told["dumps"]
+    found = {one["words"]: one for one in told["dumps"]}
     assert [one["file_bytes"] for one in found.values()] == sorted(
         (one["file_bytes"] for one in found.values()), reverse=True
     )
@@ -176,6 +189,29 @@ def test_what_dumps_will_take_is_told_before(
         path = _take(paused_linux, tmp_path / words, "-z", "-R", *words.split())
         assert found[words]["pages"] == len(bitmaps_of(path)[1])
         assert 0.8 < found[words]["file_bytes"] / path.stat().st_size < 1.25
+
+
+def test_at_the_qmp_door(paused_linux: BootedGuest, tmp_path: Path):
+    def take(name: str, **extensions: Any) -> int:
+        wanted: dict[str, Any] = {"paging": False, "protocol": f"file:{tmp_path / name}"}
+        answer = client.execute("dump-guest-memory", **wanted, **extensions)[-1]
+        assert "return" in answer, answer
+        return (tmp_path / name).stat().st_size
+
+    raw = {"format": "kdump-raw-zlib"}
+    with (
+        Proxy(tmp_path, "--qmp", paused_linux.qmp_sockets[0], qmp=True) as proxy,
+        QmpSocket(proxy.qmp_socket) as client,
+    ):
+        client.execute("qmp_capabilities")
+        take("exact", **raw, **{"x-dump-level": 31})
+        assert take("fits", **raw, **{"x-max-bytes": 30 << 20}) <= 30 << 20
+        mini = take("mini", **{"x-mini": "usual"})
+        assert take("smallest", **{"x-mini": "smallest", "x-dump-level": "31!"}) < 0.8 * mini
+    assert [_level_of(tmp_path / name) for name in ("exact", "fits")] == [31, 17]
+    words = ("-z", "-R", "--dump-level", "31", "--exact")
+    by_cli = _take(paused_linux, tmp_path / "other", *words)
+    assert by_cli.read_bytes() == (tmp_path / "exact").read_bytes()
 
 
 @pytest.mark.parametrize(("size", "level"), [("1GiB", 0), ("30MiB", 17)])
@@ -190,7 +226,7 @@ def test_the_lowest_level_that_fits_is_taken(
     ("words", "said"),
     [
         (("-z",), r"the dump would take about \d+\.\d MiB even at level 31: more than 1\.0 MiB"),
-        (("--mini",), r"given up: the dump takes more than 1 MiB"),
+        (("--mini",), r"given up: the dump takes more than 1048576 bytes"),
         (("--dump-level", "31", "--no-vmcoreinfo"), r"even at level 31"),
     ],
 )

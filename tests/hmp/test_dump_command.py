@@ -138,6 +138,7 @@ def test_what_we_add(bench: Bench, tmp_path: Path):
         "--dump-level 31 -l",
         "--mini",
         "-z zstd --mini=smallest",
+        "--max-bytes 1GiB -z",
     )
     for index, words in enumerate(additions):
         path = tmp_path / f"dump{index}"
@@ -149,6 +150,10 @@ def test_what_we_add(bench: Bench, tmp_path: Path):
     assert answer == "Error: --dump-level: '32' is no dump level from 0 to 31\n"
     answer = bench.proxied.command(f"dump-guest-memory --mini=tiny {tmp_path / 'x'}")
     assert answer == "Error: --mini: one of usual, smallest expected\n"
+    answer = bench.proxied.command(f"dump-guest-memory --max-bytes 2GB {tmp_path / 'x'}")
+    assert answer.startswith("Error: --max-bytes: '2GB' is no size: a size is a number of bytes")
+    answer = bench.proxied.command(f"dump-guest-memory --max-bytes 1KiB {tmp_path / 'x'}")
+    assert answer == "Error: given up: the dump takes more than 1024 bytes\n"
     answer = bench.proxied.command(f"dump-guest-memory --exact --mini {tmp_path / 'x'}")
     assert answer.startswith("Error: QEMU has no mini dumps")
     answer = bench.proxied.command(f"dump-guest-memory --dump-level 31! {tmp_path / 'x'}")

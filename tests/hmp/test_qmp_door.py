@@ -178,6 +178,29 @@ def test_some_refusals_count_as_a_dump_that_failed(pair: Pair, arguments: dict[s
     pair.same("query-dump")
 
 
+@pytest.mark.parametrize(
+    ("extension", "said"),
+    [
+        ({"x-live": "maybe"}, "x-live: one of require, prefer expected"),
+        ({"x-dump-level": 32}, "x-dump-level: '32' is no dump level from 0 to 31"),
+        ({"x-dump-level": True}, "x-dump-level: a number, or a text such as '31!', expected"),
+        ({"x-dump-level": "31!"}, "there is no VMCOREINFO"),
+        ({"x-mini": "tiny"}, "x-mini: one of usual, smallest expected"),
+        ({"x-mini": "usual", "x-dump-level": 3}, "a mini dump is of dump level 31"),
+        ({"x-mini": "usual", "begin": 0, "length": 16}, "kdump-compressed format doesn't support"),
+        ({"x-max-bytes": "1GiB"}, "x-max-bytes: a number of bytes above 0 expected"),
+        ({"x-max-bytes": 1024}, "given up: the dump takes more than 1024 bytes"),
+    ],
+)
+def test_what_is_wrong_with_an_argument_of_ours(
+    pair: Pair, tmp_path: Path, extension: dict[str, Any], said: str
+):
+    wanted: dict[str, Any] = {"paging": False, "protocol": f"file:{tmp_path / 'none'}"}
+    answer = pair.proxied.execute(DUMP, **wanted, **extension)[-1]
+    assert said in answer["error"]["desc"]
+    assert not list(tmp_path.iterdir())
+
+
 def test_capability_is_that_of_qemu_and_more(pair: Pair):
     (direct,) = pair.direct.execute("query-dump-guest-memory-capability")
     (proxied,) = pair.proxied.execute("query-dump-guest-memory-capability")

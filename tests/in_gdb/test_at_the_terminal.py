@@ -18,7 +18,12 @@ from tests.support.waiting import SECONDS
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 _PROMPT = "(gdb) "
-_COMMANDS = ("qemu-dump-guest-memory", "qemu-info-guest", "qemu-query-dump")
+_COMMANDS = (
+    "qemu-dump-guest-memory",
+    "qemu-estimate-dump",
+    "qemu-info-guest",
+    "qemu-query-dump",
+)
 
 
 @pytest.fixture(scope="module")

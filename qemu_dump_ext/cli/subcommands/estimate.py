@@ -3,78 +3,57 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.connections.target import (
-    add_target_arguments,
-    open_guest,
-    target_of_arguments,
-)
-from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
+from qemu_dump_ext.cli.gdb_driver import quote_for_gdb, run_through_gdb
+from qemu_dump_ext.connections.target import GuestTarget, open_guest, target_of_arguments
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.engine.estimate import Estimate, estimate
-from qemu_dump_ext.engine.guest_view import GuestView
-from qemu_dump_ext.engine.stopped_guest import stopped_guest
+from qemu_dump_ext.engine.estimate import Estimate, estimate, estimate_running
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
-from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.options.dump_options import words_of_options
+from qemu_dump_ext.options.estimate_options import add_estimate_arguments, request_of_estimate
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
-
-_DEFAULT_FORMAT = "kdump-zlib"
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
-    add_target_arguments(parser)
     parser.add_argument(
-        "--memory",
-        default=AUTO,
-        choices=(AUTO, *all_memory_sources()),
-        help="of a live guest: where guest memory comes from; auto takes the fastest that works",
+        "--gdb",
+        metavar="ADDRESS",
+        help="a live guest by its gdbstub (unix path or HOST:PORT), to which a gdb is attached;"
+        " with --qmp, the run state before gdb stopped it is known",
     )
-    parser.add_argument(
-        "--format",
-        default=_DEFAULT_FORMAT,
-        metavar="NAME",
-        choices=all_dump_formats(),
-        help=f"format of the dumps by its name in QMP; default: {_DEFAULT_FORMAT}",
-    )
-    parser.add_argument(
-        "--kernel",
-        metavar="RELEASE",
-        help="by this kernel (as 'uname -r' prints it, or its note's address as 0x...) where"
-        " memory has several",
-    )
-    parser.add_argument("--json", action="store_true", help="answer as one line of JSON")
+    add_estimate_arguments(parser)
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    found = _estimate(arguments)
+    target = target_of_arguments(arguments)
+    if (arguments.file is None) != (target.is_told or arguments.gdb is not None):
+        raise RequestError(
+            "of which guest?", hint="name a dump, or a live guest, as by --guest NAME"
+        )
+    if arguments.gdb is not None:
+        words = words_of_options(arguments, add_estimate_arguments)
+        command = " ".join(["qemu-estimate-dump", *map(quote_for_gdb, words)])
+        return run_through_gdb(arguments.gdb, target, command, output=sys.stdout)
+    found = _estimate(arguments, target)
     for remark in found.remarks:
         tell(printable(remark))
     print(found.to_json() if arguments.json else printable("\n".join(found.lines())))
     return EXIT_SUCCESS
 
 
-def _estimate(arguments: argparse.Namespace) -> Estimate:
-    target = target_of_arguments(arguments)
-    if (arguments.file is None) != target.is_told:
-        raise RequestError(
-            "of which guest?", hint="name a dump, or a live guest, as by --guest NAME"
-        )
-    request = DumpRequest(format=arguments.format)
-    find_dump_format(request.format).require(request)
-
-    def of(guest: GuestView) -> Estimate:
-        return estimate(guest, guest.find_vmcoreinfo(arguments.kernel), request)
-
+def _estimate(arguments: argparse.Namespace, target: GuestTarget) -> Estimate:
+    request = request_of_estimate(arguments)
     if arguments.file is not None:
         with open_dump(arguments.file) as dump:
-            return of(StoredGuest(dump))
-    with open_guest(target) as access, stopped_guest(access, arguments.memory) as guest:
-        return of(guest)
+            guest = StoredGuest(dump)
+            return estimate(guest, guest.find_vmcoreinfo(arguments.kernel), request)
+    with open_guest(target) as access:
+        return estimate_running(access, request, arguments.memory, kernel=arguments.kernel)
 
 
 COMMAND = Subcommand(
@@ -82,5 +61,5 @@ COMMAND = Subcommand(
     "show how large dumps of a guest will be at each dump level",
     _add_arguments,
     _run,
-    examples=("--qmp /run/vm.qmp", "vm.kdump --format elf"),
+    examples=("--qmp /run/vm.qmp", "--guest web1 --json", "vm.kdump --format elf"),
 )

@@ -105,6 +105,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg; and test $_shtab_qemu_du
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a dump -d 'dump a guest: as qemu-dump-guest-memory does'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a estimate -d 'show how large dumps of a guest will be at each dump level'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -s h -l help -d 'show this help message and exit'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l gdb -xka "(__fish_complete_path (commandline -ct))" -d 'a live guest by its gdbstub (unix path or HOST:PORT), to which a gdb is attached; with --qmp, the run state before gdb stopped it is known'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
