@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
 from qemu_dump_ext.errors import DumpError
+from qemu_dump_ext.frozen import dataclass
 
 GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
 CRASH_ID = re.compile(rf"{GUEST_NAME.pattern}/[0-9]{{8}}T[0-9.]+Z-[0-9a-f]{{16}}(\.[0-9]{{1,9}})?")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
 from qemu_dump_ext.dump_formats._flattened_stream import FlattenedStream
@@ -21,6 +20,7 @@ from qemu_dump_ext.dump_formats._kdump_pages import (
     WriteAt,
 )
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs

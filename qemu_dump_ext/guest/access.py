@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 
 

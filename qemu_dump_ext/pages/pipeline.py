@@ -12,9 +12,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Generic, TypeVar
 
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.host_limits import WorkerThreads

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from typing import Literal, get_args
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.frozen import dataclass
 
 DEFAULT_FORMAT = "elf"
 """The format of QEMU, too, where none is asked for."""

@@ -13,9 +13,9 @@ import os
 import secrets
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.untrusted import parse_unsigned
 

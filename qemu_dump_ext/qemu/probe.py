@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 
 from qemu_dump_ext.architectures import (
@@ -14,6 +14,7 @@ from qemu_dump_ext.architectures import (
     architecture_for_cpu_types,
 )
 from qemu_dump_ext.errors import GuestDisturbedError, SourceError
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, Monitor, Stub
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.qemu.dump_listeners import why_dumps_are_forbidden

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.errors import (
@@ -23,6 +22,7 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import AsyncMonitor, GuestAccess
 from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -22,6 +21,7 @@ from qemu_dump_ext.crash_collector.store.files import RECORD_FILE
 from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
 from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.third_party import import_package
 
 _RECORD_BYTES_MAX = 16 << 20

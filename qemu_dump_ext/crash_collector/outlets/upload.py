@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
@@ -21,6 +21,7 @@ from qemu_dump_ext.crash_collector.outlets.destination import Destination, check
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError, DumpWriteError
+from qemu_dump_ext.frozen import dataclass
 
 _STOP_SECONDS = 2.0
 _HANGING_MAX = 8

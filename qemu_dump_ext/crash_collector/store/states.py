@@ -9,7 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias, get_args
 
@@ -18,6 +18,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 from qemu_dump_ext.crash_collector.record import CrashRecord, Moment, SignatureId, reason_of
 from qemu_dump_ext.crash_collector.store.files import replace_file, set_aside
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.frozen import dataclass
 
 STATES_FILE = ".states.json"
 _BYTES_MAX = 64 << 20

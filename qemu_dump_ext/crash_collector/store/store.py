@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -55,6 +55,7 @@ from qemu_dump_ext.crash_collector.store.states import (
     write_states,
 )
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.frozen import dataclass
 
 _INCOMING = ".incoming"
 _SIGNATURES = ".signatures.json"

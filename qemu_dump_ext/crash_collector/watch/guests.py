@@ -9,7 +9,6 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qemu_dump_ext.connections.libvirt import DomainList
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.record import is_guest_name
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
 
 _SOCKETS_MAX = 10_000
