@@ -40,8 +40,9 @@ class StoredDump(GuestView):
         *parts: str | PathLike[str],
         target: str | None = None,
         layout: str | None = None,
+        snapshot_name: str | None = None,
     ) -> None:
-        self._dump = open_file(path, *parts, layout=layout)
+        self._dump = open_file(path, *parts, layout=layout, snapshot_name=snapshot_name)
         self._target = target
 
     @cached_property
@@ -124,6 +125,7 @@ def open_dump(
     *parts: str | PathLike[str],
     target: str | None = None,
     layout: str | None = None,
+    snapshot_name: str | None = None,
 ) -> StoredDump:
     """Open a dump for reading.
 
@@ -133,13 +135,14 @@ def open_dump(
         target: QEMU's name of the guest's target, where nothing in the dump tells it.
         layout: How RAM without any headers lies: a machine such as `q35` or `aarch64/virt`, or
             `GPA:SIZE[@OFFSET],...`.
+        snapshot_name: Name or ID of the snapshot in a qcow2 image that has several.
 
     Raises:
         RequestError: The file cannot be opened.
         NotADumpError: It is of no format that is read.
         CorruptDumpError: Its headers are damaged.
     """
-    return StoredDump(path, *parts, target=target, layout=layout)
+    return StoredDump(path, *parts, target=target, layout=layout, snapshot_name=snapshot_name)
 
 
 def convert(

@@ -23,8 +23,18 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         help="the dump is RAM without any headers, which lies like this: a machine (q35,"
         " aarch64/virt), or GPA:SIZE[@OFFSET],...",
     )
+    parser.add_argument(
+        "--snapshot-name",
+        metavar="NAME",
+        help="of a qcow2 image with several snapshots: that with the guest's state; or its ID",
+    )
 
 
 def open_source(path: str, arguments: argparse.Namespace) -> DumpFile:
     """Open the dump that a command line names; errors as `open_dump`."""
-    return open_dump(path, *arguments.parts, layout=arguments.layout)
+    return open_dump(
+        path,
+        *arguments.parts,
+        layout=arguments.layout,
+        snapshot_name=arguments.snapshot_name,
+    )

@@ -15,6 +15,7 @@ from qemu_dump_ext.dump_readers._flattened_image import FlattenedImage, is_flatt
 from qemu_dump_ext.dump_readers._image import DumpImage, PlainImage
 from qemu_dump_ext.dump_readers._parts import is_part, join_parts
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
+from qemu_dump_ext.dump_readers.qcow2 import open_snapshot
 from qemu_dump_ext.dump_readers.raw import open_by_kernel, open_by_layout
 from qemu_dump_ext.errors import CorruptDumpError, NotADumpError, RequestError
 
@@ -47,6 +48,7 @@ def open_dump(
     path: str | os.PathLike[str],
     *parts: str | os.PathLike[str],
     layout: str | None = None,
+    snapshot_name: str | None = None,
 ) -> DumpFile:
     """Open a dump for reading; close it, or use it in a `with` statement.
 
@@ -55,6 +57,7 @@ def open_dump(
         parts: The other files of a dump that was split into several.
         layout: How the RAM that the file is without any headers lies, as `raw.parse_layout` takes
             it; None: the file tells what it is.
+        snapshot_name: Name or ID of the snapshot in a qcow2 image; None: it has one alone.
 
     Raises:
         RequestError: The file cannot be opened, or is one part of a split dump without the others.
@@ -65,6 +68,8 @@ def open_dump(
         if parts:
             raise RequestError("--layout is for one file of RAM, and not for parts of a dump")
         return _open_file(path, lambda image: open_by_layout(image, layout))
+    if snapshot_name is not None:
+        return _open_file(path, lambda image: open_snapshot(image, snapshot_name))
     first = _open_file(path)
     if not parts and not is_part(first):
         return first

@@ -60,6 +60,9 @@ class DumpImage(ABC):
         if offset < self.size:
             yield offset, min(offset + size, self.size)
 
+    def look_again(self) -> None:  # noqa: B027 - what is rearranged stays as it was
+        """Take note of how large a file is by now that somebody writes to."""
+
     @abstractmethod
     def close(self) -> None:
         """Give the file back; harmless when repeated."""
@@ -111,6 +114,10 @@ class PlainImage(DumpImage):
         except OSError as error:
             # ENXIO: there is a hole up to the end; else, the file system does not tell.
             return self.size if error.errno == errno.ENXIO else offset, self.size
+
+    def look_again(self) -> None:
+        """Take note of how large the file is by now."""
+        self.size = os.fstat(self._fd).st_size
 
     def close(self) -> None:
         """Close the file."""

@@ -27,6 +27,7 @@ from tests.support.fake_guest import BLOCKS, PAGE, content_of
 from tests.support.leftovers import nothing_left
 from tests.support.plain_memory import PlainMemory
 from tests.support.sample_migration import make_migration
+from tests.support.sample_qcow2 import make_qcow2
 from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
 from tests.support.sample_save_image import make_save_image, pack
 from tests.support.sample_win_dmp import sample_windows_dump
@@ -43,8 +44,9 @@ READS = {
     "qemu_core": ("qemu_core",),
     "libvirt_save": ("libvirt_save", "libvirt_save-zstd"),
     "packed_migration": ("packed_migration",),
+    "qcow2": ("qcow2",),
 }
-_OF_STREAMS = ("migration", "libvirt_save", "packed_migration")
+_OF_STREAMS = ("migration", "libvirt_save", "packed_migration", "qcow2")
 _WITHOUT_HEADERS = ("raw", "qemu_core")
 _ALSO = {"elf": ("qemu_core",)}
 # What no format of ours is: its guest has the memory that its machine has.
@@ -73,6 +75,7 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("libvirt_save", make_save_image(stream)),
         ("libvirt_save-zstd", make_save_image(stream, "zstd")),
         ("packed_migration", pack(stream, "gzip")),
+        ("qcow2", make_qcow2({"of-test": stream})),
         ("lime", make_lime(blocks)),
         ("avml", make_avml(blocks)),
         ("raw", _RAM),

@@ -49,6 +49,7 @@ from tests.support.fake_pages import GuestWithPages
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
 from tests.support.sample_migration import make_mapped, make_migration
+from tests.support.sample_qcow2 import make_qcow2
 from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
 from tests.support.sample_save_image import PACKINGS, make_save_image, pack
 
@@ -205,6 +206,14 @@ def _save_image_seeds() -> list[bytes]:
 
 def _packed_seeds() -> list[bytes]:
     return [pack(_migration_seeds()[0], name) for name in PACKINGS]
+
+
+def _qcow2_seeds() -> list[bytes]:
+    plain, mapped, _ = _migration_seeds()
+    return [
+        make_qcow2({"one": mapped}),
+        make_qcow2({"disk": b"", "old": plain}, version=2, extra=False),
+    ]
 
 
 _FUZZED_RAM = 0x34000
@@ -373,6 +382,7 @@ PARSERS: Mapping[str, Parser] = {
     "migration": Parser(_migration_seeds, _use_dump),
     "libvirt_save": Parser(_save_image_seeds, _use_dump),
     "packed_migration": Parser(_packed_seeds, _use_dump),
+    "qcow2": Parser(_qcow2_seeds, _use_dump),
     "vmcoreinfo": Parser(_vmcoreinfo_seeds, _use_vmcoreinfo),
     "kernel-log": Parser(_log_seeds, _use_log, most=_MIB),
     "pages": Parser(lambda: [GuestWithPages().to_bytes()], _use_pages),

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_using
 end
 
 set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit guests images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy resume targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --connect --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --libvirt --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --target --threads --vmlinux -z
+set -g _shtab_qemu_dump_opts_with_value --cache --connect --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --libvirt --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --snapshot-name --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -63,6 +63,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l snapshot-name -x -d 'of a qcow2 image with several snapshots: that with the guest'"'"'s state; or its ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l keep -d 'mend nothing: notes, names and addresses are as the earlier dump has them'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l target -xka "aarch64 alpha arm hppa i386 loongarch64 m68k microblaze microblazeel mips mips64 mips64el mipsel or1k ppc ppc64 riscv32 riscv64 s390x sh4 sh4eb sparc sparc64 x86_64 xtensa xtensaeb" -d 'the guest'"'"'s target by its name in QEMU, where nothing in the dump tells it'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l search-seconds -x -d 'how long to search memory for the kernel'"'"'s VMCOREINFO where the dump has none; default: 60'
@@ -92,6 +93,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l snapshot-name -x -d 'of a qcow2 image with several snapshots: that with the guest'"'"'s state; or its ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l qmp -xka "(__fish_complete_path (commandline -ct))" -d 'the QMP socket of the guest: unix path or HOST:PORT'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l hmp -xka "(__fish_complete_path (commandline -ct))" -d 'the human monitor of the guest, where there is no QMP: unix path, HOST:PORT or a pty'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l guest -xka "(qemu-dump guests --names 2>/dev/null)" -d 'the guest by its name, UUID or PID, or by a beginning that no other guest of this host has; '"'"'qemu-dump guests'"'"' shows them'
@@ -159,6 +161,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
+complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l snapshot-name -x -d 'of a qcow2 image with several snapshots: that with the guest'"'"'s state; or its ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -l json -d 'print one JSON object'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF, kdump, also flattened, or a migration stream'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a open -d 'open a dump in crash, drgn or gdb, with the symbols of its kernel'
@@ -181,5 +184,6 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npo
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l part -xka "(__fish_complete_path (commandline -ct))" -d 'another file of a dump that makedumpfile has split, once for each'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l layout -x -d 'the dump is RAM without any headers, which lies like this: a machine (q35, aarch64/virt), or GPA:SIZE[@OFFSET],...'
+complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l snapshot-name -x -d 'of a qcow2 image with several snapshots: that with the guest'"'"'s state; or its ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify' -l json -d 'print one JSON object'
 complete -c qemu-dump -n '_shtab_qemu_dump_using verify; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'ELF or kdump, also flattened'
