@@ -14,7 +14,7 @@ from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins
 from qemu_dump_ext.errors import GuestMemoryFaultError, NotLiveError
 from qemu_dump_ext.frozen import dataclass
-from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.guest.access import GuestAccess, QmpMonitor
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.pages.copied_memory import room_for_copy
 from qemu_dump_ext.pages.streamed_memory import StreamedMemory
@@ -172,12 +172,13 @@ def live_guest(
         UnsupportedTargetError: No architecture file describes it.
     """
     import_plug_ins()
-    require_streamable(access)
+    qmp = require_streamable(access)
     if gently and hangs_when_ended(access):
         raise NotLiveError(
             "this QEMU hangs the guest if anything ends its stream before its end",
             hint="--live streams it all the same, and reads on whatever happens",
         )
+    size = _memory_size(qmp)
     probed = probe_running_guest(access)
     if probed.architecture.migrated is None:
         raise NotLiveError(
@@ -188,7 +189,25 @@ def live_guest(
         memory.end()
         if limit is not None and live.pause_seconds > limit.seconds:
             raise limit.error()
-        yield LiveGuest(_as_streamed(probed, live.stream, memory), memory, live)
+        streamed = _as_streamed(probed, live.stream, memory)
+        if (now := _memory_size(qmp)) != size:
+            streamed = replace(streamed, doubts=(*streamed.doubts, _plugged(size, now)))
+        yield LiveGuest(streamed, memory, live)
+
+
+def _memory_size(qmp: QmpMonitor) -> int:
+    """Return how many bytes of memory the guest has, what is plugged among them."""
+    answer = qmp.begin_qmp("query-memory-size-summary")()
+    sizes = answer.values() if isinstance(answer, Mapping) else ()
+    return sum(size for size in sizes if isinstance(size, int))
+
+
+def _plugged(before: int, now: int) -> str:
+    # No question and the stream are of one moment, and a stream does not say where its memory lies.
+    return (
+        f"the guest had {before >> 20} MiB of memory when it was asked, and has {now >> 20} MiB:"
+        " what was plugged meanwhile is not in the dump"
+    )
 
 
 def _as_streamed(
@@ -203,11 +222,10 @@ def _as_streamed(
     doubts += [
         f"{owner}: the stream does not have {', '.join(names)}" for owner, names in unread.items()
     ]
-    by_index = {vcpu.index: vcpu for vcpu in vcpus}
     core = probed.architecture.select_core(vcpus, probed.ram_blocks, MENDED, probed.machine)
     return replace(
         probed,
-        vcpus=[by_index.get(vcpu.index, vcpu) for vcpu in probed.vcpus],
+        vcpus=vcpus or probed.vcpus,  # of that moment: some may have been plugged since
         guest_note=_guest_note(stream, memory, core.byte_order),
         doubts=tuple(doubts),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import re
 import signal
@@ -15,8 +16,11 @@ from typing import Any
 import pytest
 
 from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.engine import live_guest as engine_live_guest
+from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.live_guest import live_guest
 from qemu_dump_ext.errors import (
+    EXIT_INCOMPLETE,
     CorruptDumpError,
     DumpWriteError,
     NotLiveError,
@@ -26,19 +30,25 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import QemuMachine
+from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.pages import _copy_store as copy_store
+from qemu_dump_ext.plan.request import DumpRequest, Live
+from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu import background_snapshot
+from qemu_dump_ext.qemu.background_snapshot import LiveStream
 from qemu_dump_ext.qemu.qmp import QmpMonitor, connect_qmp
 from qemu_dump_ext.qemu.run_state import PauseLimit
+from qemu_dump_ext.sinks import open_sink
 from tests.oracle.test_live import capabilities_of, command_of, counter_of
 from tests.oracle.test_migration_stream import migrate_to_file
 from tests.support.bare_guests import COUNTING, PAGES, counting_arguments
-from tests.support.doors import run_cli
+from tests.support.doors import run_cli, run_gdb
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
+_NT_PRSTATUS = 1
 _VERSIONS = pytest.mark.parametrize("newer", [False, True], ids=["older", "newer"], indirect=True)
 
 
@@ -307,6 +317,20 @@ def test_a_guest_that_is_paused_is_dumped_as_it_stands(machine: QemuMachine, tmp
     assert path.exists()
 
 
+def test_a_guest_that_gdb_holds_is_dumped_as_it_stands(tmp_path: Path):
+    ours, native = tmp_path / "ours", tmp_path / "native"
+    with running(tmp_path, newer=False) as machine:
+        words = f"--qmp {machine.qmp_sockets[0]} --live --exact {ours}"
+        done = run_gdb(machine, [f"qemu-dump-guest-memory {words}", "output $_qemu_dump_status"])
+        assert done.stdout.endswith("0"), done
+        assert "not live, but as with --snapshot: the guest does not run" in done.stdout
+        state = _state(machine)
+        assert state == ("paused", [], "none"), "it stands still where gdb has left it"
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{native}")
+    assert filecmp.cmp(ours, native, shallow=False)
+
+
 @_VERSIONS
 def test_a_guest_that_never_ran_is_dumped_as_it_stands(newer: bool, tmp_path: Path):
     with running(tmp_path, "-S", newer=newer) as machine:
@@ -385,6 +409,49 @@ def test_a_stream_that_does_not_describe_itself_has_no_registers(newer: bool, tm
         assert done.returncode == 6, done.stderr
         assert "registers: the stream does not describe its devices" in done.stderr
         _runs_on(machine)
+
+
+def _pids(path: Path) -> list[int]:
+    # Of vCPUs in protected mode.
+    with open_dump(path) as dump:
+        return [
+            int.from_bytes(note.descriptor[24:28], "little")
+            for note in dump.notes
+            if note.type == _NT_PRSTATUS
+        ]
+
+
+@_VERSIONS
+def test_what_is_plugged_behind_the_questions_is_in_the_dump_or_named(
+    newer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # The CPU 2 first: vCPUs are in the order of their making.
+    plugged = ("-m", "64M,slots=2,maxmem=1G", "-smp", "1,sockets=4,maxcpus=4")
+    memory = ("-object", "memory-backend-ram,id=m1,size=128M")
+    with running(tmp_path, "-M", "q35", *plugged, *memory, newer=newer) as machine:
+
+        def stream_later(*arguments: Any) -> LiveStream:
+            with RawQmp(machine.qmp_sockets[1]) as qmp:
+                qmp.execute("device_add", driver="pc-dimm", id="d1", memdev="m1")
+                for socket in (2, 1):
+                    where = {"socket-id": socket, "core-id": 0, "thread-id": 0}
+                    qmp.execute("device_add", driver="qemu64-x86_64-cpu", **where)
+            return background_snapshot.stream_running_guest(*arguments)
+
+        monkeypatch.setattr(engine_live_guest, "stream_running_guest", stream_later)
+        ours, native = tmp_path / "ours", tmp_path / "native"
+        with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
+            access = GuestAccess.by_qmp(monitor)
+            with open_sink(str(ours), force=False, standard_output=None) as sink:
+                request = DumpRequest(live=Live.REQUIRE)
+                report = dump(request, access, sink, memory=AUTO, progress=ProgressMeter(None))
+        assert report.exit_status == EXIT_INCOMPLETE
+        assert any(
+            "had 64 MiB of memory when it was asked, and has 192" in x for x in report.lines()
+        )
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{native}")
+    assert _pids(ours) == _pids(native) == [1, 3, 2]
 
 
 @_VERSIONS
