@@ -5,10 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 
+from qemu_dump_ext.dump_readers._extent_index import merged_pairs
 from qemu_dump_ext.errors import CorruptDumpError
 
 _CHUNK = 64
 """Pages whose places are kept together."""
+_SEEN_MAX = 1 << 16
+"""Runs of pages, in the order of the stream, that are kept before those that meet become one."""
 _SCATTERED_MAX = 1 << 14
 _PAGES_PER_CHUNK = 8
 """On the average, where there are more chunks than so many: what fills pages otherwise takes nine
@@ -28,6 +31,7 @@ class PagePlaces:
         self._chunks: dict[int, array[int]] = {}
         self._seen_from = array("Q")
         self._seen_to = array("Q")
+        self._seen_max = _SEEN_MAX
         self._told = 0
 
     def add(self, offset: int, place: int) -> None:
@@ -64,19 +68,29 @@ class PagePlaces:
         else:
             self._seen_from.append(page)
             self._seen_to.append(page + 1)
+            if len(self._seen_from) > self._seen_max:
+                self._settle_seen()
         return page
+
+    def _settle_seen(self) -> None:
+        """Make one run of those that meet: pages of a guest that ran come again and again."""
+        runs = list(merged_pairs(self._seen_runs()))
+        self._seen_from = array("Q", (first for first, _ in runs))
+        self._seen_to = array("Q", (end for _, end in runs))
+        self._seen_max = max(_SEEN_MAX, 2 * len(runs))
+
+    def _seen_runs(self) -> Iterator[tuple[int, int]]:
+        """Yield the first page and the one behind of runs, ascending, none twice."""
+        last = 0
+        for first, end in sorted(zip(self._seen_from, self._seen_to, strict=True)):
+            if end > last:
+                yield max(first, last), end
+                last = end
 
     def seen(self) -> Iterator[tuple[int, int]]:
         """Yield (offset, end) of what is known of the block, ascending, merged."""
-        first = last = 0
-        for low, high in sorted(zip(self._seen_from, self._seen_to, strict=True)):
-            if low > last:
-                if last > first:
-                    yield first * self._page_size, last * self._page_size
-                first = low
-            last = max(last, high)
-        if last > first:
-            yield first * self._page_size, last * self._page_size
+        for first, end in merged_pairs(self._seen_runs()):
+            yield first * self._page_size, end * self._page_size
 
     def stored(self, offset: int, end: int) -> Iterator[tuple[int, int]]:
         """Yield (offset, end) of what is no page of zeros in a range, ascending, merged."""

@@ -6,7 +6,6 @@ Source: makedumpfile diskdump_mod.h, IMPLEMENTATION; crash diskdump.c; QEMU dump
 from __future__ import annotations
 
 import heapq
-import re
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from operator import itemgetter
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
+from qemu_dump_ext.dump_readers._bitmap_runs import length_of_run, runs_of_ones
 from qemu_dump_ext.dump_readers._declaration import DumpReader, Fit
 from qemu_dump_ext.dump_readers._descriptor_runs import faulty_runs, zero_runs
 from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
@@ -53,8 +53,6 @@ PAGES_AT_ONCE = 256
 _NO_RUN = (1 << 64, 1 << 64)
 _SLACK = 1 << 16
 """Bytes between pages that are rather read than stepped over."""
-_BIT_RUNS = re.compile(rb"\xff+|\x00+|[^\x00\xff]")
-_BITS = tuple(tuple(bit for bit in range(8) if byte >> bit & 1) for byte in range(256))
 
 
 @dataclass
@@ -76,23 +74,6 @@ class PageCounts:
     lost: int = 0
     bad: int = 0
     stored_bytes: int = 0
-
-
-def runs_of_ones(bitmap: bytes, first: int) -> Iterator[tuple[int, int]]:
-    """Yield (number, count) of each run of set bits, least significant first, not merged.
-
-    Args:
-        bitmap: One piece of it.
-        first: Number of its first bit.
-    """
-    for match in _BIT_RUNS.finditer(bitmap):
-        start = match.start()
-        byte = bitmap[start]
-        if byte == 0xFF:
-            yield first + 8 * start, 8 * (match.end() - start)
-        elif byte:
-            for bit in _BITS[byte]:
-                yield first + 8 * start + bit, 1
 
 
 class PageUnpacker:
@@ -475,9 +456,7 @@ class KdumpFile(DumpFile):
         window = self._piece[byte : byte + limit // 8 + 2]
         bits = int.from_bytes(window, "little")
         rank = ranks[place] + before + (bits & (1 << bit) - 1).bit_count()
-        bits >>= bit
-        run = (~bits & (bits + 1)).bit_length() - 1
-        return rank, min(run, limit)
+        return rank, min(length_of_run(bits >> bit), limit)
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` with guest memory from `gpa`."""

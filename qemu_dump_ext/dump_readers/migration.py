@@ -17,6 +17,7 @@ from qemu_dump_ext.architectures import PageTableRoot
 from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
 from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
 from qemu_dump_ext.dump_readers._image import DumpImage
+from qemu_dump_ext.dump_readers._mapped_pages import MappedPages
 from qemu_dump_ext.dump_readers._notes_verifier import verify_notes
 from qemu_dump_ext.dump_readers._page_places import PagePlaces
 from qemu_dump_ext.dump_readers._ram_layout import RamPiece, possible_layouts
@@ -40,7 +41,6 @@ from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 from qemu_dump_ext.structures.migration import (
     MIGRATION_MAGIC,
-    PageMap,
     StreamBlock,
     StreamBuffer,
     parse_stream,
@@ -87,9 +87,9 @@ class MigrationFile(DumpFile):
         index = _Index()
         reader = _Reader(image, place)
         self.stream = parse_stream(StreamBuffer(reader.fill, reader.skip, place), index)
-        self._places = index.places
+        self._places: list[PagePlaces | MappedPages] = [*index.places]
         for pages in self.stream.maps:
-            self._take_mapped(pages)
+            self._places[pages.block] = MappedPages(image, pages)
         self.page_size = self.stream.page_size
         if self.stream.problem is not None:
             image.problems = (*image.problems, str(self.stream.problem))
@@ -109,14 +109,6 @@ class MigrationFile(DumpFile):
                 "page_size": self.page_size,
             }
         )
-
-    def _take_mapped(self, pages: PageMap) -> None:
-        """Know the pages of a RAM block that are at their places."""
-        places = self._places[pages.block]
-        for offset in pages.offsets():
-            size = min(pages.page_size, pages.size - offset)
-            self.image.check(pages.place + offset, size)
-            places.add(offset, pages.place + offset)
 
     def _prove_layout(self) -> tuple[tuple[RamPiece, ...], str | None]:
         """Choose among the ways in which RAM may lie.

@@ -36,8 +36,6 @@ _RAM_FLUSH = 0x200
 """Where maps tell where pages are: that other threads have written theirs."""
 _MAP_HEADER = struct.Struct(">IQQQ")
 _MAP_VERSION = 1
-_MAP_SIZE_MAX = 256 << 20
-"""Bytes of the bitmap of one RAM block: of 8 TiB."""
 _REFUSED_PAGES: Mapping[int, str] = {
     0x01: "of a version of QEMU before 1.0",
     0x40: "packed by xbzrle, which only the receiver of a migration can unpack",
@@ -90,31 +88,20 @@ class PageMap:
         place: Offset in the stream of the page that is the block's first.
         size: Of the block, in bytes.
         page_size: In bytes.
-        bitmap: The pages that are there, from the lowest bit of each byte on; others are zero.
+        bitmap_place: Offset in the stream of a bit for each page that is there, from the lowest of
+            each byte on; others are zero.
     """
 
     block: int
     place: int
     size: int
     page_size: int
-    bitmap: bytes = field(repr=False)
+    bitmap_place: int
 
-    def offsets(self) -> Iterator[int]:
-        """Yield where in the block the pages are that are there, ascending.
-
-        Raises:
-            CorruptDumpError: One is behind the block's end.
-        """
-        for found in re.finditer(rb"[^\0]", self.bitmap, re.DOTALL):
-            byte = found[0][0]
-            for bit in range(8):
-                if byte >> bit & 1:
-                    offset = (8 * found.start() + bit) * self.page_size
-                    if offset >= self.size:
-                        raise CorruptDumpError(
-                            f"a page at {offset:#x} of a RAM block of {self.size:#x} bytes"
-                        )
-                    yield offset
+    @property
+    def bitmap_size(self) -> int:
+        """In bytes: of whole words of 64 bits."""
+        return -(-self.size // self.page_size // 64) * 8
 
 
 class PageTaker(Protocol):
@@ -532,17 +519,12 @@ class _Parser:
         )
         if (version, page_size) != (_MAP_VERSION, self.stream.page_size):
             raise self._error(f"a map of pages of version {version}, of {page_size:#x} bytes each")
-        # Of whole words of 64 bits.
-        bitmap_size = -(-size // page_size // 64) * 8
-        if bitmap_size > _MAP_SIZE_MAX:
-            raise self._error(f"a map of pages of {bitmap_size:#x} bytes")
+        pages = PageMap(block, pages_place, size, page_size, bitmap_place)
         self._skip_to(bitmap_place)
-        bitmap = bytearray()
-        while len(bitmap) < bitmap_size:
-            bitmap += self._source.take(min(bitmap_size - len(bitmap), _BUFFER_SIZE))
+        self._source.skip(pages.bitmap_size)
         self._skip_to(pages_place)
         self._source.skip(size)
-        return PageMap(block, pages_place, size, page_size, bytes(bitmap))
+        return pages
 
     def _skip_to(self, place: int) -> None:
         if not self._source.position <= place < _RAM_MAX:

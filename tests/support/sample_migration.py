@@ -138,18 +138,27 @@ def make_mapped(content: bytes, *, bitmap: bytes = b"", **told: int) -> bytes:
         told: `version`, `page_size`, `bitmap_place` or `pages_place`, instead of what is right.
     """
     size = -(-len(content) // PAGE) * PAGE
-    capabilities = (1).to_bytes(4, "big") + name_of("mapped-ram")
-    head = HEAD + configuration("virt", subsection("configuration/capabilities", capabilities))
-    head += section(_START, _RAM_ID, "ram", block_list({RAM_NAME: size}))[:-5]
     pages = range(size // PAGE)
     stored = sum(any(content[page * PAGE :][:PAGE]) << page for page in pages)
     bitmap = bitmap or stored.to_bytes(-(-len(pages) // 64) * 8, "little")
-    place = len(head) + 28
-    right = {"version": 1, "page_size": PAGE, "bitmap_place": place, "pages_place": 2 * PAGE}
+    head, tail = around_mapped(size, pages_place=2 * PAGE, **told)
+    return (head + bitmap).ljust(2 * PAGE, b"\0") + content.ljust(size, b"\0") + tail
+
+
+def around_mapped(size: int, **told: int) -> tuple[bytes, bytes]:
+    """Return what stands before the bitmap of such a stream, and behind its pages.
+
+    Args:
+        size: Of RAM, in bytes.
+        told: As `make_mapped` has it; `pages_place` is needed.
+    """
+    capabilities = (1).to_bytes(4, "big") + name_of("mapped-ram")
+    head = HEAD + configuration("virt", subsection("configuration/capabilities", capabilities))
+    head += section(_START, _RAM_ID, "ram", block_list({RAM_NAME: size}))[:-5]
+    right = {"version": 1, "page_size": PAGE, "bitmap_place": len(head) + 28, "pages_place": 0}
     for (name, number), width in zip((right | told).items(), (4, 8, 8, 8), strict=True):
         assert name in right
         head += number.to_bytes(width, "big")
-    data = (head + bitmap).ljust(2 * PAGE, b"\0") + content.ljust(size, b"\0")
-    data += ram_word(0, EOS) + footer(_RAM_ID)
+    data = ram_word(0, EOS) + footer(_RAM_ID)
     data += part(_RAM_ID, ram_word(0, 0x200) + ram_word(0, EOS))
-    return data + section(_FULL, 3, "cpu", cpu_state()) + EOF + description([CPU])
+    return head, data + section(_FULL, 3, "cpu", cpu_state()) + EOF + description([CPU])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qemu_dump_ext.dump_readers import open_dump
-from qemu_dump_ext.dump_readers.kdump import runs_of_ones
+from qemu_dump_ext.dump_readers._bitmap_runs import runs_of_ones
 from qemu_dump_ext.errors import (
     CorruptDumpError,
     GuestMemoryFaultError,

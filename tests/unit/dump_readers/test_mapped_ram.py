@@ -50,7 +50,7 @@ def test_a_page_that_is_not_in_the_map_is_zero_whatever_the_file_has_there(tmp_p
         (make_mapped(_CONTENT, pages_place=40), "tells of offset 0x28"),
         (make_mapped(_CONTENT, bitmap_place=(1 << 64) - 8), "tells of offset 0xfffffffffffffff8"),
         (make_mapped(_CONTENT, pages_place=1 << 63), "tells of offset 0x8000000000000000"),
-        (make_mapped(_CONTENT, bitmap_place=1 << 50, pages_place=1 << 51), "the stream ends"),
+        (make_mapped(_CONTENT, bitmap_place=1 << 50, pages_place=1 << 51), "beyond the dump's end"),
         (make_mapped(_CONTENT, pages_place=1 << 50), "beyond the dump's end"),
         (make_mapped(_CONTENT, bitmap=bytes(15) + b"\x80"), "a page at 0x7f000 of a RAM block"),
         (make_mapped(_CONTENT)[: 20 * PAGE], "beyond the dump's end"),

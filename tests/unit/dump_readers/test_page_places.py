@@ -43,3 +43,13 @@ def test_pages_that_the_file_has_may_be_as_far_apart_as_they_like():
     assert tracemalloc.get_traced_memory()[0] < 20_000 * PAGE // 4
     tracemalloc.stop()
     assert list(places.pieces(_FAR, PAGE)) == [(PAGE, 2 * PAGE, b"")]
+
+
+def test_pages_that_come_again_and_again_take_no_more_memory():
+    places = PagePlaces(PAGE)
+    for _ in range(5):
+        for first in (0, 1):
+            for page in range(first, 40_000, 2):
+                places.fill(page * PAGE, 0)
+    assert len(places._seen_from) <= 1 << 16
+    assert list(places.seen()) == [(0, 40_000 * PAGE)]
