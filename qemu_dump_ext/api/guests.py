@@ -10,13 +10,15 @@ from typing import BinaryIO, Self
 
 from qemu_dump_ext.api.targets import sink_for
 from qemu_dump_ext.api.views import GuestView
-from qemu_dump_ext.connections.target import open_guest, parse_target
+from qemu_dump_ext.connections.silent import open_guest_or_memory
+from qemu_dump_ext.connections.target import parse_target
 from qemu_dump_ext.engine import dump as dumping
 from qemu_dump_ext.engine.info import GuestDescription, describe, describe_guest
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest as StillGuest
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
 from qemu_dump_ext.memory_sources import AUTO
+from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
 from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpOptions, DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 
@@ -79,9 +81,11 @@ class Guest:
     QEMU serves one client on a monitor: while this is open, nobody else is served there.
     """
 
-    def __init__(self, target: str) -> None:
+    def __init__(self, target: str, *, memory_alone: bool = False) -> None:
         self._opened = ExitStack()
-        self._access = self._opened.enter_context(open_guest(parse_target(target)))
+        self._access = self._opened.enter_context(
+            open_guest_or_memory(parse_target(target), memory_alone=memory_alone)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -181,6 +185,9 @@ def dump(
     options: DumpOptions = _PLAIN,
     force: bool = False,
 ) -> DumpReport:
-    """Connect to a guest and write a dump of it, as `connect` and `Guest.dump` do."""
-    with connect(target) as guest:
+    """Connect to a guest and write a dump of it, as `connect` and `Guest.dump` do.
+
+    Of one on this host whose monitor does not answer, the memory alone by `memory="process"`.
+    """
+    with Guest(target, memory_alone=memory == PROCESS.name) as guest:
         return guest.dump(file, format=format, memory=memory, options=options, force=force)

@@ -127,6 +127,21 @@ class MachineRam:
     ends: Mapping[str, int] = field(default_factory=dict)
     screen: tuple[int, int] = (0, 0)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What users call it."""
+        name = self.machine.rstrip("-")
+        return tuple(dict.fromkeys((name, name.removeprefix("pc-"))))
+
+    def windows_of(self, size: int) -> tuple[tuple[int, int, int], ...]:
+        """Return where it has main memory of `size` bytes: gpa, offset in the memory, size."""
+        found = []
+        for gpa, offset, length in self.windows:
+            end = size if length is None else min(offset + length, size)
+            if offset < end:
+                found.append((gpa, offset, end - offset))
+        return tuple(found)
+
 
 @dataclass(frozen=True)
 class MigratedCpu:

@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from qemu_dump_ext.cli import run_guarded, wants_json
+from qemu_dump_ext.cli._description import add_description_argument
 from qemu_dump_ext.cli.gdb_driver import RESUME, STAY_STOPPED, dump_through_gdb
-from qemu_dump_ext.connections.target import open_guest, target_of_arguments
+from qemu_dump_ext.connections.silent import open_guest_or_memory
+from qemu_dump_ext.connections.target import target_of_arguments
 from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
 from qemu_dump_ext.options.dump_options import (
     add_dump_arguments,
     add_file_arguments,
@@ -55,6 +58,7 @@ def dump_parser(program: str = PROGRAM) -> OneLineParser:
         help="drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state"
         " before gdb stopped the guest is known",
     )
+    add_description_argument(parser)
     afterwards = parser.add_mutually_exclusive_group()
     afterwards.add_argument(
         "--stay-stopped",
@@ -88,6 +92,10 @@ def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
 def _run(words: Sequence[str], program: str) -> int:
     arguments = parse_dump_arguments(dump_parser(program), words)
     check_outputs(arguments)
+    if arguments.gdb is not None and arguments.description is not None:
+        raise RequestError(
+            "--description is for a guest of which nobody can be asked, not for --gdb"
+        )
     if arguments.gdb is not None:
         return dump_through_gdb(arguments)
     if arguments.afterwards is not None:
@@ -99,7 +107,11 @@ def _run(words: Sequence[str], program: str) -> int:
     request = None if names_registers(arguments) else request_of(arguments)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=STANDARD_OUTPUT)
     with (
-        open_guest(target) as access,
+        open_guest_or_memory(
+            target,
+            memory_alone=arguments.memory == PROCESS.name,
+            description=arguments.description,
+        ) as access,
         sink,
         shown_progress(arguments.progress) as progress,
     ):

@@ -192,6 +192,17 @@ def find_process(target: GuestTarget) -> QemuProcess | None:
     return None if target.guest is None else find_by_name(target.guest)
 
 
+def free_monitor(process: QemuProcess) -> str | None:
+    """Return the address of the monitor by which a guest is reached, or None: none is free."""
+    way = _best(ways_of(process, SocketTables()))
+    return None if way is None else way.address
+
+
+def has_monitor(process: QemuProcess) -> bool:
+    """Tell whether a guest has any monitor, be it free or taken."""
+    return any(way.use in _MONITORS for way in ways_of(process, SocketTables()))
+
+
 def _best(ways: Sequence[Way]) -> Way | None:
     usable = [way for way in ways if way.use in _MONITORS and way.address and not way.taken]
     return min(usable, key=lambda way: way.use != QMP, default=None)

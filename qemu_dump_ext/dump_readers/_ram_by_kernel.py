@@ -92,16 +92,6 @@ class _Ram:
         """Leave the file to its owner."""
 
 
-def windows_of(machine: MachineRam, size: int) -> tuple[tuple[int, int, int], ...]:
-    """Return where a machine has RAM of `size` bytes: gpa, offset, size."""
-    found = []
-    for gpa, offset, length in machine.windows:
-        end = size if length is None else min(offset + length, size)
-        if offset < end:
-            found.append((gpa, offset, end - offset))
-    return tuple(found)
-
-
 def find_layout(image: DumpImage, ram: FileRange, seconds: float) -> RamLayout | None:
     """Return how RAM lies; None where there is no kernel in it that says so.
 
@@ -131,7 +121,7 @@ def _fitting(image: DumpImage, ram: FileRange, text: bytes) -> Iterator[tuple[in
             continue
         seen = set()
         for machine in (*architecture.machines, _FROM_ZERO):
-            windows = windows_of(machine, ram.size)
+            windows = machine.windows_of(ram.size)
             if ram.size < machine.size_min or windows in seen:
                 continue
             seen.add(windows)

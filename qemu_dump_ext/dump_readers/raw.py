@@ -17,7 +17,7 @@ from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
 from qemu_dump_ext.dump_readers._extent_dump import ExtentDump
 from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
-from qemu_dump_ext.dump_readers._ram_by_kernel import FileRange, find_layout, windows_of
+from qemu_dump_ext.dump_readers._ram_by_kernel import FileRange, find_layout
 from qemu_dump_ext.dump_readers._range_headers import verify_memory
 from qemu_dump_ext.errors import NotADumpError, RequestError
 from qemu_dump_ext.untrusted import parse_unsigned
@@ -116,16 +116,14 @@ def parse_layout(layout: str, size: int) -> Windows:
 def _machine_windows(name: str, size: int) -> Windows:
     target, slash, machine = name.rpartition("/")
     known: dict[str, list[MachineRam]] = {
-        f"{architecture.name}/{word}": [
-            one for one in architecture.machines if word in _words_of(one)
-        ]
+        f"{architecture.name}/{word}": [one for one in architecture.machines if word in one.names]
         for architecture in all_architectures().values()
         for one in architecture.machines
-        for word in _words_of(one)
+        for word in one.names
         if target in {"", architecture.name}
     }
     found = {
-        full_name: windows_of(one, size)
+        full_name: one.windows_of(size)
         for full_name, machines in known.items()
         if full_name.rpartition("/")[2] == machine
         for one in [next((one for one in machines if size >= one.size_min), machines[-1])]
@@ -140,11 +138,6 @@ def _machine_windows(name: str, size: int) -> Windows:
         f"--layout: no machine {name!r}" + (f" of {target}" if slash else ""),
         hint=f"GPA:SIZE[@OFFSET],... or one of {', '.join(sorted(known))}",
     )
-
-
-def _words_of(machine: MachineRam) -> tuple[str, ...]:
-    name = machine.machine.rstrip("-")
-    return tuple(dict.fromkeys((name, name.removeprefix("pc-"))))
 
 
 def _number(word: str) -> int:

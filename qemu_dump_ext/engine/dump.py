@@ -78,10 +78,13 @@ def dump(
         DumpWriteError: The dump cannot be written.
     """
     _check(request, sink)
+    if access.silent is not None and (request.exact or request.live is Live.REQUIRE):
+        asked = "--exact" if request.exact else "--live"
+        raise SourceError(f"{asked} needs QEMU: {access.silent.reason}")
     prepare(request)
     started = time.monotonic()
     fallback: list[str] = []
-    if request.live is not None:
+    if request.live is not None and access.silent is None:
         try:
             return _dump_live(request, access, sink, progress, started, mend_refused=mend_refused)
         except NotLiveError as error:
@@ -284,6 +287,7 @@ class _Dump:
                 *self._plan.doubts,
                 *(_guesses(guest, self._request) if exact else ()),
             ),
+            stood_still=self._guest.stands_still,
             memory_is_slow=self._memory.is_slow,
             architecture=guest.architecture.name,
             zeros_left_out=self._request.omit_zero,

@@ -83,6 +83,7 @@ class GuestView(ABC):
         dialect: How dumps of it are spelt, but for those that are to be exact.
         lacking: What of the guest cannot be had, in words.
         remarks: What else is to be known of it.
+        stands_still: It does not run while it is looked at.
     """
 
     architecture: Architecture
@@ -94,6 +95,7 @@ class GuestView(ABC):
     dialect: Dialect = MENDED
     lacking: Sequence[str] = ()
     remarks: Sequence[str] = ()
+    stands_still: bool = True
 
     def __init__(self) -> None:
         self._found: dict[tuple[str | None, bool], Vmcoreinfo] = {}

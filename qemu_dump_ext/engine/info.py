@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
-from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, saved_guest, stopped_guest
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess
@@ -88,13 +88,21 @@ class GuestDescription:
         return json.dumps(asdict(self))
 
 
-def describe_guest(access: GuestAccess) -> GuestDescription:
+def describe_guest(
+    access: GuestAccess, save: Callable[[bytes], object] | None = None
+) -> GuestDescription:
     """Ask a guest what would be dumped of it; it is stopped meanwhile.
 
+    Args:
+        access: The ways to it.
+        save: Gets what a dump needs when the monitor does not answer any more.
+
     Raises:
-        SourceError: It cannot be reached.
+        SourceError: It cannot be reached; or is to be saved, and its QEMU's process is not found.
     """
     with stopped_guest(access, AUTO) as guest:
+        if save is not None:
+            save(saved_guest(guest).to_json().encode())
         return describe(guest)
 
 

@@ -33,6 +33,7 @@ class DumpReport:
         lacking: What else of the guest could not be had, and is not in the dump.
         mended: Of a dump that was made of another one: how it differs from that; None of others.
         stopped_by_us: The guest ran before, and stood still for the dump alone.
+        stood_still: The guest did not run while its memory was read.
         memory_is_slow: A faster memory source would have made the dump much shorter.
         architecture: QEMU's name of the target.
         zeros_left_out: There are no pages of zeros in the dump.
@@ -54,6 +55,7 @@ class DumpReport:
     lacking: Sequence[str] = ()
     mended: Sequence[str] | None = None
     stopped_by_us: bool = True
+    stood_still: bool = True
     memory_is_slow: bool = False
     architecture: str | None = None
     zeros_left_out: bool = False
@@ -99,7 +101,8 @@ class DumpReport:
         if self.mended is None:
             still = f"guest stopped for {self.stopped_seconds:.1f} s"
             summary += f", memory by {self.memory_source})"
-            summary += f", {still if self.stopped_by_us else 'guest was stopped before'}"
+            before = "guest was stopped before" if self.stood_still else "guest was not stopped"
+            summary += f", {still if self.stopped_by_us else before}"
         else:
             summary += ")"
         lines = [summary]

@@ -9,21 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.silent import LocatedGuest, SilentGuest
 from qemu_dump_ext.memory_sources import (
+    AUTO,
     OpenedMemory,
     all_memory_sources,
     memory_source_states,
     open_memory,
 )
+from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
+from qemu_dump_ext.memory_sources.process import host_addresses, open_located
+from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.zero_pages import load_before_stopping
+from qemu_dump_ext.plan.plan import EarlierDump, GuestSnapshot
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
+from qemu_dump_ext.qemu.process import find_qemu_process
+from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
+from qemu_dump_ext.qemu.saved_guest import SavedGuest, saved_now
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
@@ -31,10 +42,25 @@ _SEARCH_SECONDS = 10.0
 """A guest stands still meanwhile; nobody who asked for a dump wants it to be mostly a search."""
 
 
+@dataclass(frozen=True)
+class NoPause:
+    """Of a guest that nobody can be asked to stop."""
+
+    left = taken_over = None
+    is_ours = False
+
+    def seconds(self) -> float:
+        """It was not stopped."""
+        return 0.0
+
+    def check(self, _size: int = 0) -> None:
+        """Nobody tells whether it runs."""
+
+
 class StoppedGuest(GuestView):
     """A guest that stands still; `stopped_guest` opens one."""
 
-    pause: Pause
+    pause: Pause | NoPause
 
     def __init__(
         self,
@@ -42,7 +68,7 @@ class StoppedGuest(GuestView):
         probed: ProbedGuest,
         memory: str,
         opened: ExitStack,
-        pause: Pause,
+        pause: Pause | NoPause,
     ) -> None:
         """Use what was probed.
 
@@ -105,6 +131,34 @@ class StoppedGuest(GuestView):
         note = self.probed.guest_note
         return Vmcoreinfo(note, vmcoreinfo_text(note, self.core.byte_order)) if note else None
 
+    def located(self) -> LocatedGuest:
+        """Return what it is, and where QEMU's process has its RAM, for when it does not answer.
+
+        Raises:
+            SourceError: The monitor does not tell.
+        """
+        probed = self.probed
+        return LocatedGuest(
+            probed.architecture.name,
+            probed.architecture.cores.index(self.core),
+            probed.machine,
+            probed.version,
+            len(probed.vcpus),
+            host_addresses(self._access.monitor, probed.ram_blocks),
+        )
+
+    def find_process(self) -> QemuProcess:
+        """Return its QEMU.
+
+        Raises:
+            SourceError: It is not on this host, or cannot be seen.
+        """
+        pid = self._access.pid or find_qemu_process(self._access.addresses)
+        process = qemu_process(pid)
+        if process is None:
+            raise SourceError(f"process {pid} is no QEMU that can be seen here")
+        return process
+
     def check_undisturbed(self) -> None:
         """Notice when somebody else let the guest run, or reset it, since it was stopped.
 
@@ -113,6 +167,97 @@ class StoppedGuest(GuestView):
         """
         self.pause.check()
         check_undisturbed(self._access.monitor, self.probed)
+
+
+def saved_guest(guest: StoppedGuest) -> SavedGuest:
+    """Return what a dump of a guest needs when its monitor does not answer any more.
+
+    Raises:
+        SourceError: QEMU's process is not found on this host, or the monitor does not tell.
+    """
+    return saved_now(guest.find_process(), guest.located())
+
+
+class UnansweredGuest(StoppedGuest):
+    """A guest whose monitor does not answer: memory, as its QEMU has it, and no registers."""
+
+    def __init__(
+        self, access: GuestAccess, silent: SilentGuest, memory: str, opened: ExitStack
+    ) -> None:
+        """Use what is known.
+
+        Args:
+            access: None of its ways leads there.
+            silent: What is known.
+            memory: Name of the memory source, or `auto`.
+            opened: Gets the memory to close.
+
+        Raises:
+            SourceError: What is known is of no guest that can be; or another source is wanted.
+        """
+        located = silent.located
+        architecture = all_architectures().get(located.architecture)
+        if architecture is None or located.core >= len(architecture.cores):
+            raise SourceError(f"{located.architecture} guests are not known")
+        blocks = tuple(located.blocks)
+        super().__init__(
+            access,
+            ProbedGuest(
+                located.version,
+                architecture,
+                blocks,
+                [(block.gpa, block.end) for block in blocks],
+                vcpus=(),
+                guest_note=b"",
+                native_refusal=None,
+                machine=located.machine,
+                doubts=tuple(silent.doubts),
+            ),
+            memory,
+            opened,
+            NoPause(),
+        )
+        self._silent = silent
+        self._process = qemu_process(silent.pid)
+        # Its mode when it was asked may have been that of its firmware.
+        order = architecture.cores[located.core].byte_order
+        self.core = next(core for core in architecture.cores if core.byte_order == order)
+        self.remarks = tuple(silent.remarks)
+        self.lacking = (f"registers: {silent.reason}",)
+        self.stands_still = silent.stands_still
+        if memory not in {AUTO, PROCESS.name}:
+            raise SourceError(
+                f"memory by {memory}: {silent.reason}", hint=f"--memory {PROCESS.name}"
+            )
+
+    def _open(self) -> OpenedMemory:
+        if self._opened is None:
+            silent = self._silent
+            opened = self._stack.enter_context(open_located(silent.pid, silent.located.blocks))
+            self._opened = OpenedMemory(opened, (), {PROCESS.name: None})
+        return super()._open()
+
+    def memory_source_states(self) -> Sequence[tuple[str, str | None]]:
+        """Return every memory source, and why it cannot be used or None; the fastest first."""
+        reason = self._silent.reason
+        return [(name, None if name == PROCESS.name else reason) for name in all_memory_sources()]
+
+    def complete(self, snapshot: GuestSnapshot) -> GuestSnapshot:
+        """Return what a dump is planned from, with what is known of the vCPUs: how many."""
+        known = EarlierDump(
+            self.core, b"", self._silent.located.vcpus or 1, b"", absent=PageSet(1, ())
+        )
+        return replace(snapshot, earlier=known)
+
+    def check_undisturbed(self) -> None:
+        """Notice when QEMU has ended meanwhile.
+
+        Raises:
+            SourceError: It has.
+        """
+        process = qemu_process(self._silent.pid)
+        if process is None or self._process is None or process.started != self._process.started:
+            raise SourceError("the guest is gone: QEMU's process has ended")
 
 
 def import_plug_ins() -> None:
@@ -133,7 +278,7 @@ def stopped_guest(
     """Keep a guest stopped for the time of a `with` block.
 
     One that ran runs again afterwards, also after an error or an interrupt; one that was stopped
-    stays as it was.
+    stays as it was. One whose monitor does not answer is left as it is.
 
     Args:
         access: The ways to the guest.
@@ -148,5 +293,9 @@ def stopped_guest(
         UnsupportedTargetError: No architecture file describes it.
     """
     import_plug_ins()
+    if access.silent is not None:
+        with ExitStack() as opened:
+            yield UnansweredGuest(access, access.silent, memory, opened)
+        return
     with stopped(access, limit=limit, inherits=inherits) as pause, ExitStack() as opened:
         yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

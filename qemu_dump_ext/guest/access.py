@@ -13,6 +13,7 @@ from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.guest.silent import NoMonitor, SilentGuest
 
 
 class Monitor(Protocol):
@@ -120,7 +121,7 @@ class Stub(Protocol):
 class GuestAccess:
     """The ways to a guest that a door has.
 
-    Made by `by_qmp`, `by_hmp`, `by_manager` or `by_monitor`.
+    Made by `by_qmp`, `by_hmp`, `by_manager`, `by_monitor` or `by_memory`.
 
     Attributes:
         monitor: QEMU's human monitor.
@@ -131,6 +132,7 @@ class GuestAccess:
             there, and the address; None: nowhere.
         pid: Of QEMU's process where it is known otherwise than by the connection.
         remarks: What is to be said of these ways, in words.
+        silent: What is known of a guest whose monitor does not answer; None: it does.
     """
 
     monitor: Monitor
@@ -140,6 +142,13 @@ class GuestAccess:
     rescue: tuple[Literal["qmp", "hmp", "libvirt"], str] | None = None
     pid: int | None = None
     remarks: Sequence[str] = ()
+    silent: SilentGuest | None = None
+
+    @classmethod
+    def by_memory(cls, silent: SilentGuest) -> Self:
+        """Reach a guest by the memory of QEMU's process alone."""
+        monitor = NoMonitor(silent.reason)
+        return cls(monitor, None, None, (), pid=silent.pid, silent=silent)
 
     @classmethod
     def by_qmp(cls, qmp: QmpMonitor, stub: Stub | None = None) -> Self:

@@ -14,7 +14,7 @@ import errno
 import mmap
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
@@ -56,14 +56,47 @@ def locate_blocks(
         SourceError: The monitor does not tell, or the process has no such memory.
     """
     mappings = read_mappings(pid)
-    located = {}
+    addresses = host_addresses(monitor, blocks)
+    return {block: _segments(mappings, block, hva) for block, hva in addresses.items()}
+
+
+def host_addresses(monitor: Monitor, blocks: Sequence[RamBlock]) -> dict[RamBlock, int]:
+    """Return where QEMU's process has the first byte of each RAM block.
+
+    Raises:
+        SourceError: The monitor does not tell, or a block is in several places.
+    """
+    addresses = {}
     for block in blocks:
         last = max(block.gpa, (block.end - 1) // _PAGE * _PAGE)
         hva = _host_address(monitor, block.gpa)
         if _host_address(monitor, last) - hva != last - block.gpa:
             raise SourceError(f"RAM block {block.name} is not contiguous in QEMU's address space")
-        located[block] = _segments(mappings, block, hva)
-    return located
+        addresses[block] = hva
+    return addresses
+
+
+@contextmanager
+def open_located(pid: int, addresses: Mapping[RamBlock, int]) -> Iterator[ProcessMemory]:
+    """Open memory of which it is known where it is, for the time of a `with` block.
+
+    Args:
+        pid: Of QEMU's process.
+        addresses: Where that has the first byte of each RAM block; by ascending gpa.
+
+    Raises:
+        SourceError: It has no memory there, or must not be looked at.
+    """
+    mappings = read_mappings(pid)
+    segments = [
+        part for block, hva in addresses.items() for part in _segments(mappings, block, hva)
+    ]
+    memory = ProcessMemory(pid, segments)
+    try:
+        memory.read_into(segments[0].gpa, memoryview(bytearray(1)))
+        yield memory
+    finally:
+        memory.close()
 
 
 def _host_address(monitor: Monitor, gpa: int) -> int:

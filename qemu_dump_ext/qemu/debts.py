@@ -17,9 +17,9 @@ from pathlib import Path
 
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
+from qemu_dump_ext.qemu.runtime_folder import own_folder, runtime_folders, speaks_for
 from qemu_dump_ext.untrusted import parse_unsigned
 
-_NAME = "qemu-dump"
 _SUFFIX = ".stopped"
 _SIZE_MAX = 1 << 14
 _FILES_MAX = 1000
@@ -87,7 +87,7 @@ class OpenDebt:
             "started": process.started,
         }
         try:
-            path = _own_folder() / f"{secrets.token_hex(8)}{_SUFFIX}"
+            path = own_folder() / f"{secrets.token_hex(8)}{_SUFFIX}"
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self.descriptor = os.open(path, flags, 0o600)
             self.path = path
@@ -118,7 +118,7 @@ class OpenDebt:
 def abandoned_debts() -> list[Debt]:
     """Return what dumps owe that are gone; what is of QEMUs that are gone is removed."""
     found = []
-    for folder in _folders():
+    for folder in runtime_folders():
         for path in _files(folder):
             debt = _abandoned(path)
             if debt is None:
@@ -133,32 +133,6 @@ def abandoned_debts() -> list[Debt]:
 def debts_of(process: QemuProcess) -> list[Debt]:
     """Return what dumps that are gone owe to the guest of a QEMU."""
     return [debt for debt in abandoned_debts() if debt.is_of(process)]
-
-
-def _own_folder() -> Path:
-    """Return the folder of this user's debts, which nobody else can write to."""
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    parent = Path(runtime) if runtime else Path("/run")
-    folder = parent / _NAME
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        folder = Path("/tmp") / f"{_NAME}-{os.geteuid()}"  # noqa: S108 - looked at below
-    with contextlib.suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    status = folder.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{folder} is not ours")
-    return folder
-
-
-def _folders() -> Iterator[Path]:
-    runtime = os.environ.get("XDG_RUNTIME_DIR")
-    if runtime:
-        yield Path(runtime) / _NAME
-    yield Path("/run") / _NAME
-    with contextlib.suppress(OSError):
-        yield from (path / _NAME for path in Path("/run/user").iterdir())
-    with contextlib.suppress(OSError):
-        yield from Path("/tmp").glob(f"{_NAME}-[0-9]*")  # noqa: S108 - files are looked at
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -194,9 +168,6 @@ def _parsed(path: Path, text: bytes, owner: int) -> Debt | None:
     started = content.get("started")
     if dumper is None or qemu is None or not isinstance(started, (int, float)):
         return None
-    # Whoever can write a file may speak for guests of his own.
-    process = qemu_process(qemu)
-    trusted = {0, os.geteuid(), None if process is None else process.user}
-    if owner not in trusted:
+    if not speaks_for(owner, qemu_process(qemu)):
         return None
     return Debt(path, dumper, qemu, float(started))

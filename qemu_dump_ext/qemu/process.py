@@ -41,6 +41,7 @@ class MemoryMapping:
     Attributes:
         start: First address.
         end: First address behind it.
+        writable: The process may write there.
         shared: Written through to the file, or to whom else maps it.
         offset: Of `start` in the file, in bytes.
         inode: Of the file; 0 for anonymous memory.
@@ -49,6 +50,7 @@ class MemoryMapping:
 
     start: int
     end: int
+    writable: bool
     shared: bool
     offset: int
     inode: int
@@ -118,6 +120,7 @@ def read_mappings(pid: int) -> list[MemoryMapping]:
         MemoryMapping(
             int(match["start"], 16),
             int(match["end"], 16),
+            "w" in match["flags"],
             "s" in match["flags"],
             int(match["offset"], 16),
             int(match["inode"]),

@@ -70,6 +70,22 @@ class QemuProcess:
         """For how long it has been there."""
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - self.started)
 
+    def main_thread_state(self) -> str:
+        """Return the state of the thread that serves monitors, as proc(5) has it; empty: gone."""
+        return self._state_of(self.pid)
+
+    def thread_states(self) -> frozenset[str]:
+        """Return the states of all its threads, as proc(5) has them."""
+        with contextlib.suppress(OSError):
+            names = os.listdir(f"/proc/{self.pid}/task")  # noqa: PTH208 - names are all
+            return frozenset(self._state_of(int(name)) for name in names)
+        return frozenset()
+
+    def _state_of(self, thread: int) -> str:
+        with contextlib.suppress(OSError):
+            return self._read(f"task/{thread}/stat").rpartition(")")[2].split()[0]
+        return ""
+
     @property
     def user(self) -> int | None:
         """The user that it runs as, or None where it is gone."""

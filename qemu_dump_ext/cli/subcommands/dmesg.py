@@ -6,16 +6,15 @@ import argparse
 import math
 
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.cli._description import add_description_argument
 from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
-from qemu_dump_ext.connections.target import (
-    add_target_arguments,
-    open_guest,
-    target_of_arguments,
-)
+from qemu_dump_ext.connections.silent import open_guest_or_memory
+from qemu_dump_ext.connections.target import add_target_arguments, target_of_arguments
 from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest, read_log
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
 
@@ -32,6 +31,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=(AUTO, *all_memory_sources()),
         help="of a live guest: where guest memory comes from; auto takes the fastest that works",
     )
+    add_description_argument(parser)
     parser.add_argument(
         "--kernel",
         metavar="RELEASE",
@@ -73,7 +73,10 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
         with open_source(arguments.file, arguments) as dump:
             stored = StoredGuest(dump, search_seconds=arguments.search_seconds)
             return read_log(stored, kernel=arguments.kernel)
-    with open_guest(target) as access:  # which is stopped meanwhile
+    alone = arguments.memory == PROCESS.name
+    with open_guest_or_memory(
+        target, memory_alone=alone, description=arguments.description
+    ) as access:  # which is stopped meanwhile
         return log_of_guest(access, memory=arguments.memory, kernel=arguments.kernel)
 
 

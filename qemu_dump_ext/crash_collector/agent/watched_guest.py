@@ -21,6 +21,7 @@ from qemu_dump_ext.crash_collector.agent.ledger import GuestLedger
 from qemu_dump_ext.crash_collector.agent.services import Services
 from qemu_dump_ext.crash_collector.agent.stage import Stage
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError
+from qemu_dump_ext.crash_collector.collect.task import access_by
 from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, utc_text
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog
 from qemu_dump_ext.crash_collector.watch.domains import connector
@@ -33,10 +34,14 @@ from qemu_dump_ext.crash_collector.watch.events import (
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.heartbeat import Stillness, watch_progress
 from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
+from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.crash_collector.watch.session import Contact, GuestSession
+from qemu_dump_ext.engine.keep import keep_guest
 from qemu_dump_ext.errors import DumpError, RequestError, SourceError
+from qemu_dump_ext.qemu.qemu_processes import qemu_process
 
 _STATE_SECONDS = 5.0
+_KEEP_SECONDS = 60.0
 _WORD_OF_STATUS = {"guest-panicked": "panicked"}
 
 _logger = logging.getLogger(__name__)
@@ -209,6 +214,7 @@ class WatchedGuest:
             self._greeted, self._ends_in_peace = contact, False
             _logger.info("connected: QEMU %s", contact.facts.version, extra=self._extra())
             await require_pause(self.session, contact.facts.command_line or (), self.guest.name)
+            self._spawn(self._keep(contact))
         status = await self.session.status()
         state = self._ledger.state
         if state is not None and state.qemu != contact.instance:
@@ -227,6 +233,17 @@ class WatchedGuest:
             self._spawn(finish(state.stored, status, self._around, self._services))
         elif (cause := cause_of_status(status)) and not (state and state.handled == status):
             self._crash(cause)
+
+    async def _keep(self, contact: Contact) -> None:
+        """Write down what a dump needs when QEMU does not answer any more."""
+        process = None if contact.facts.pid is None else qemu_process(contact.facts.pid)
+        if process is None:
+            return
+        try:
+            access = access_by(self.session.for_thread(Patience(_KEEP_SECONDS, _KEEP_SECONDS)))
+            await asyncio.to_thread(keep_guest, access, process)
+        except DumpError as error:
+            _logger.info("where the guest has its RAM is not kept: %s", error, extra=self._extra())
 
     def _on_lost(self, ended: bool) -> None:
         if not ended:

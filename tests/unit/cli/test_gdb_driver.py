@@ -19,7 +19,7 @@ from qemu_dump_ext.options.dump_options import (
 from qemu_dump_ext.options.parsers import OneLineParser
 
 _VALUES = ("2", "0.5", "--odd", "a b\\c'd\"e", "0x1000 - 4")
-_OF_THE_DRIVER = {"afterwards", "help", "version", "gdb"}
+_OF_THE_DRIVER = {"afterwards", "help", "version", "gdb", "description"}
 # Says whether anybody watches, which is settled before gdb is started.
 _SETTLED = {"progress"}
 _OPTIONS = {

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_guest_memory_using
 end
 
 set -g _shtab_qemu_dump_guest_memory_commands
-set -g _shtab_qemu_dump_guest_memory_opts_with_value --connect --dump-level --format --gdb --guest --hmp --kernel --level --libvirt --live --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
+set -g _shtab_qemu_dump_guest_memory_opts_with_value --connect --description --dump-level --format --gdb --guest --hmp --kernel --level --libvirt --live --max-bytes --max-pause --memory --mini --pid --progress --qmp --range --threads -z
 
 complete -c qemu-dump-guest-memory -e
 complete -c qemu-dump-guest-memory -f
@@ -91,6 +91,7 @@ complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l jso
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l progress -xka "auto always never json" -d 'show progress; auto: where somebody watches; json: for a program, an object a second on standard error'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l verbose -d 'also say which faster ways to guest memory were not taken, and why'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l gdb -xka "(__fish_complete_path (commandline -ct))" -d 'drive a gdb at this gdbstub (unix path or HOST:PORT); with --qmp, the run state before gdb stopped the guest is known'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l description -xka "(__fish_complete_path (commandline -ct))" -d 'with --memory process and --guest or --pid: what '"'"'qemu-dump info --save FILE'"'"' has written, for a guest whose monitor does not answer any more; without, what the crash collector keeps, or QEMU'"'"'s command line, tells where its RAM is'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l stay-stopped -d 'with --gdb: leave the guest stopped, whatever it did before'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l resume -d 'with --gdb: let the guest run afterwards, also where it was stopped before'
 complete -c qemu-dump-guest-memory -n '_shtab_qemu_dump_guest_memory_using; and test $_shtab_qemu_dump_guest_memory_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'PATH, file:PATH, fd:N (an open descriptor), '"'"'|COMMAND'"'"', or - for standard output'

@@ -51,7 +51,7 @@ function _shtab_qemu_dump_using
 end
 
 set -g _shtab_qemu_dump_commands collect convert dmesg dump estimate gdbinit guests images 'images list' 'images fetch' 'images matrix' 'images boot' info inspect open proxy resume targets verify
-set -g _shtab_qemu_dump_opts_with_value --cache --connect --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --libvirt --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --search-seconds --smp --snapshot-name --target --threads --vmlinux -z
+set -g _shtab_qemu_dump_opts_with_value --cache --connect --description --dump-level --fill --format --gdb --guest --hmp --kernel --layout --level --libvirt --max-bytes --memory --mini --part --pid --progress --qmp --range --reader --save --search-seconds --smp --snapshot-name --target --threads --vmlinux -z
 
 complete -c qemu-dump -e
 complete -c qemu-dump -f
@@ -101,6 +101,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l pid -x -d 'the guest 
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'of a live guest: where guest memory comes from; auto takes the fastest that works'
+complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l description -xka "(__fish_complete_path (commandline -ct))" -d 'with --memory process and --guest or --pid: what '"'"'qemu-dump info --save FILE'"'"' has written, for a guest whose monitor does not answer any more; without, what the crash collector keeps, or QEMU'"'"'s command line, tells where its RAM is'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l kernel -x -d 'of this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg' -l search-seconds -x -d 'with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory; default: 60'
 complete -c qemu-dump -n '_shtab_qemu_dump_using dmesg; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump: ELF or kdump'
@@ -156,6 +157,8 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l guest -xka "(qemu-dump
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l pid -x -d 'the guest by the PID of its QEMU on this host'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l save -xka "(__fish_complete_path (commandline -ct))" -d 'also write down where QEMU'"'"'s process has the guest'"'"'s RAM, for a dump by --description FILE when its monitor does not answer any more'
+complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l force -d 'with --save: replace FILE'
 complete -c qemu-dump -n '_shtab_qemu_dump_using info' -l json -d 'answer as one line of JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using; and test $_shtab_qemu_dump_npos -eq 0' -a inspect -d 'show what is in a dump: headers, notes, memory, how pages are stored'
 complete -c qemu-dump -n '_shtab_qemu_dump_using inspect' -s h -l help -d 'show this help message and exit'
