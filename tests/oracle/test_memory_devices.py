@@ -16,7 +16,7 @@ from qemu_dump_ext.memory_sources import AUTO
 from tests.support.doors import run_cli
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps, elf_facts
-from tests.support.qtest import Qtest, VirtioMem, qtest_arguments, virtio_mem
+from tests.support.qtest import ARM_VIRT, Qtest, VirtioMem, qtest_arguments, virtio_mem
 from tests.support.raw_qmp import RawQmp
 from tests.support.ways import every_way, take_dumps
 
@@ -245,3 +245,90 @@ def test_a_device_that_maps_its_memory_piece_by_piece(tmp_path: Path):
             assert done.returncode == 0, done.stderr
             assert filecmp.cmp(native, tmp_path / "ours", shallow=False)
         assert Plugging(machine, driver).plugged_loads(native) == [(3, 1), (300, 2)]
+
+
+_AT_2_GIB = 2 << 30
+_ARM = ("aarch64", "qemu-system-arm")
+
+
+@pytest.mark.parametrize("qemu", ["7.2", "newer"])
+def test_what_is_plugged_on_another_board(tmp_path: Path, qemu: str):
+    command = newer_qemu_command(*_ARM) if qemu == "newer" else [f"qemu-system-{_ARM[0]}"]
+    device = f"virtio-mem-pci,id=vm0,memdev=v0,addr={_SLOT},block-size={_BLOCK}"
+    arguments = [
+        *("-M", "virt", "-cpu", "cortex-a57", "-m", "16M,maxmem=2G,slots=1"),
+        *_backend("v0", "64M"),
+        *("-device", f"{device},requested-size={_USABLE}"),
+        *qtest_arguments(tmp_path / "qtest"),
+    ]
+    with (
+        stopped_machine(command, arguments) as machine,
+        virtio_mem(tmp_path / "qtest", _SLOT, _AT_2_GIB, _BLOCK, ARM_VIRT) as driver,
+    ):
+        driver.plug([1, 2, 9])
+        native = OracleDumps(machine, tmp_path).elf
+        for door in (("--qmp", machine.qmp_sockets[0]), ("--gdb", machine.gdb_socket)):
+            done = run_cli(*door, "--exact", "--force", tmp_path / "ours")
+            assert done.returncode == 0, done.stderr
+            assert filecmp.cmp(native, tmp_path / "ours", shallow=False)
+        loads = elf_facts(native)["loads"]
+    assert [(paddr - _AT_2_GIB, size) for _, paddr, size, _ in loads if paddr >= _AT_2_GIB] == [
+        (_BLOCK, 2 * _BLOCK),
+        (9 * _BLOCK, _BLOCK),
+    ]
+
+
+@dataclass(frozen=True)
+class Board:
+    """A machine whose memory device needs a board of its own.
+
+    Attributes:
+        arguments: Of QEMU.
+        newer: Target and package, where the machine's own QEMU has no such device.
+    """
+
+    arguments: tuple[str, ...]
+    newer: tuple[str, str] | None = ("x86_64", "qemu-system-x86")
+
+
+def _cxl(*device: str) -> tuple[str, ...]:
+    window = "cxl-fmw.0.targets.0=cxl1,cxl-fmw.0.size=4G"
+    return (
+        *("-M", f"q35,cxl=on,{window}", "-m", "16M,maxmem=2G,slots=4"),
+        *("-device", "pxb-cxl,bus_nr=12,bus=pcie.0,id=cxl1"),
+        *("-device", "cxl-rp,port=0,bus=cxl1,id=rp,chassis=0,slot=2"),
+        *device,
+    )
+
+
+_LABELLED = (*_backend("v", "256M"), *_backend("label", "256M"))
+_BOARDS = {
+    "cxl-type3, persistent, 7.2": Board(
+        _cxl(*_LABELLED, "-device", "cxl-type3,bus=rp,memdev=v,lsa=label"), newer=None
+    ),
+    "cxl-type3, persistent": Board(
+        _cxl(*_LABELLED, "-device", "cxl-type3,bus=rp,persistent-memdev=v,lsa=label")
+    ),
+    "cxl-type3, volatile": Board(
+        _cxl(*_backend("v", "256M"), "-device", "cxl-type3,bus=rp,volatile-memdev=v")
+    ),
+    "virtio-mem-ccw, unplugged": Board(
+        (
+            *("-m", "16M,maxmem=1G", *_backend("v", "256M")),
+            *("-device", "virtio-mem-ccw,memdev=v,requested-size=64M"),
+        ),
+        newer=("s390x", "qemu-system-s390x"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _BOARDS)
+def test_boards_with_memory_that_is_not_dumped(tmp_path: Path, name: str):
+    board = _BOARDS[name]
+    command = ["qemu-system-x86_64"] if board.newer is None else newer_qemu_command(*board.newer)
+    with stopped_machine(command, board.arguments) as machine:
+        done = run_cli("--qmp", machine.qmp_sockets[0], "--exact", tmp_path / "ours")
+        assert done.returncode == 0, done.stderr
+        native = OracleDumps(machine, tmp_path).elf
+    assert filecmp.cmp(native, tmp_path / "ours", shallow=False)
+    assert native.stat().st_size < 20 * _MIB

@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -24,10 +25,9 @@ ROM_BAR = 8
 _ROM_ENABLED = 1
 _VENDOR_CAPABILITY = 9
 _COMMON, _NOTIFY = 1, 2
-_BAR_AT = 0xD0000000
 _VERSION_1, _UNPLUGGED_INACCESSIBLE = 1 << 32, 1 << 1
 _QUEUE_SIZE = 8
-_DESCRIPTORS, _AVAILABLE, _USED, _REQUEST, _RESPONSE = range(0x10000, 0x15000, 0x1000)
+_PAGE = 0x1000
 _NEXT, _WRITE = 1, 2
 _PLUG, _UNPLUG = 0, 1
 _ACKNOWLEDGED = 0
@@ -38,10 +38,30 @@ def qtest_arguments(path: Path) -> list[str]:
     return ["-qtest", f"unix:{path},server=on,wait=off", "-qtest-log", "/dev/null"]
 
 
+@dataclass(frozen=True)
+class Board:
+    """Where a machine has what a driver of its first PCI bus needs.
+
+    Attributes:
+        bars_at: Room for BARs.
+        queue_at: RAM that nobody uses.
+        ecam_at: The configuration of its devices; None: it is reached by ports.
+    """
+
+    bars_at: int
+    queue_at: int
+    ecam_at: int | None = None
+
+
+PC = Board(bars_at=0xD0000000, queue_at=0x10000)
+ARM_VIRT = Board(bars_at=0x10000000, queue_at=0x40010000, ecam_at=0x4010000000)
+
+
 class Qtest:
     """Connected to a machine's qtest socket."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, board: Board = PC) -> None:
+        self.board = board
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(SECONDS)
         self._socket.connect(str(path))
@@ -64,16 +84,27 @@ class Qtest:
         self.ask(f"write {address:#x} {len(data):#x} 0x{data.hex()}")
 
     def pci_config(self, slot: int, register: int) -> int:
-        """Return 32 bits of the configuration of a device on a PC's first PCI bus."""
-        self.ask(f"outl {_CONFIG_ADDRESS:#x} {1 << 31 | slot << 11 | register & 0xFC:#x}")
+        """Return 32 bits of the configuration of a device on the first PCI bus."""
+        if self.board.ecam_at is not None:
+            return int.from_bytes(self.read(self._ecam(slot, register), 4), "little")
+        self._select(slot, register)
         return int(self.ask(f"inl {_CONFIG_DATA:#x}"), 16)
 
     def set_pci_config(self, slot: int, register: int, value: int) -> None:
         """Change 32 bits of it."""
-        self.ask(f"outl {_CONFIG_ADDRESS:#x} {1 << 31 | slot << 11 | register & 0xFC:#x}")
+        if self.board.ecam_at is not None:
+            self.write(self._ecam(slot, register), value.to_bytes(4, "little"))
+            return
+        self._select(slot, register)
         self.ask(f"outl {_CONFIG_DATA:#x} {value:#x}")
 
-    def map_bar(self, slot: int, bar: int, address: int = _BAR_AT) -> None:
+    def _ecam(self, slot: int, register: int) -> int:
+        return (self.board.ecam_at or 0) + (slot << 15) + (register & 0xFC)
+
+    def _select(self, slot: int, register: int) -> None:
+        self.ask(f"outl {_CONFIG_ADDRESS:#x} {1 << 31 | slot << 11 | register & 0xFC:#x}")
+
+    def map_bar(self, slot: int, bar: int, address: int) -> None:
         """Put a memory BAR where the guest can reach it."""
         enabled = _ROM_ENABLED if bar == ROM_BAR else 0
         self.set_pci_config(slot, _BARS + 4 * bar, address | enabled)
@@ -103,10 +134,14 @@ class VirtioMem:
         self._memory_at = memory_at
         self._block_size = block_size
         self._requests = 0
+        first = qtest.board.queue_at
+        self._descriptors, self._available, self._used, self._asked, self._answered = range(
+            first, first + 5 * _PAGE, _PAGE
+        )
         places = dict(self._capabilities(slot))
         self._common, _ = places[_COMMON]
         notify, multiplier = places[_NOTIFY]
-        bar = _BAR_AT + (slot << 20)
+        bar = qtest.board.bars_at + (slot << 20)
         self._common += bar
         qtest.map_bar(slot, 4, bar)
         for status in (0, 1, 3):
@@ -120,14 +155,14 @@ class VirtioMem:
         self._set(20, "B", 0xB)
         self._set(22, "H", 0)
         self._set(24, "H", _QUEUE_SIZE)
-        for offset, address in ((32, _DESCRIPTORS), (40, _AVAILABLE), (48, _USED)):
+        for offset, address in ((32, self._descriptors), (40, self._available), (48, self._used)):
             self._set(offset, "I", address)
             self._set(offset + 4, "I", 0)
         (queue,) = struct.unpack("<H", qtest.read(self._common + 30, 2))
         self._set(28, "H", 1)
         self._set(20, "B", 0xF)
         self._doorbell = bar + notify + queue * multiplier
-        for page in (_AVAILABLE, _USED):
+        for page in (self._available, self._used):
             qtest.write(page, bytes(64))
 
     def plug(self, blocks: Sequence[int]) -> None:
@@ -142,21 +177,21 @@ class VirtioMem:
 
     def _request(self, kind: int, block: int) -> None:
         address = self._memory_at + block * self._block_size
-        self._qtest.write(_REQUEST, struct.pack("<H6xQH6x", kind, address, 1))
-        self._qtest.write(_RESPONSE, b"\xff" * 10)
+        self._qtest.write(self._asked, struct.pack("<H6xQH6x", kind, address, 1))
+        self._qtest.write(self._answered, b"\xff" * 10)
         self._qtest.write(
-            _DESCRIPTORS,
-            struct.pack("<QIHH", _REQUEST, 24, _NEXT, 1)
-            + struct.pack("<QIHH", _RESPONSE, 10, _WRITE, 0),
+            self._descriptors,
+            struct.pack("<QIHH", self._asked, 24, _NEXT, 1)
+            + struct.pack("<QIHH", self._answered, 10, _WRITE, 0),
         )
         self._requests += 1
-        self._qtest.write(_AVAILABLE + 2, struct.pack("<H", self._requests))
+        self._qtest.write(self._available + 2, struct.pack("<H", self._requests))
         self._qtest.write(self._doorbell, struct.pack("<H", 0))
         wait_until(
-            lambda: self._qtest.read(_USED + 2, 2) == struct.pack("<H", self._requests),
+            lambda: self._qtest.read(self._used + 2, 2) == struct.pack("<H", self._requests),
             "the device answers",
         )
-        answer = self._qtest.read(_RESPONSE, 2)
+        answer = self._qtest.read(self._answered, 2)
         assert answer == struct.pack("<H", _ACKNOWLEDGED), f"block {block}: {answer.hex()}"
 
     def _set(self, offset: int, kind: str, value: int) -> None:
@@ -173,7 +208,9 @@ class VirtioMem:
 
 
 @contextmanager
-def virtio_mem(path: Path, slot: int, memory_at: int, block_size: int) -> Iterator[VirtioMem]:
+def virtio_mem(
+    path: Path, slot: int, memory_at: int, block_size: int, board: Board = PC
+) -> Iterator[VirtioMem]:
     """Drive the virtio-mem-pci device at a slot for the time of a `with` block."""
-    with Qtest(path) as qtest:
+    with Qtest(path, board) as qtest:
         yield VirtioMem(qtest, slot, memory_at, block_size)
