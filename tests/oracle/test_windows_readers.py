@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import kdmp_parser
 import pytest
 from volatility3.framework import contexts
 from volatility3.framework.layers import crash, intel, physical
@@ -17,6 +16,7 @@ from qemu_dump_ext.cli.dump_command import main
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.verify import verify_dump
 from tests.support.folders import folder_for
+from tests.support.kdmp import import_kdmp_parser
 from tests.support.windows_guest import (
     CONTEXT_SIZES,
     KDBG_AT,
@@ -132,6 +132,7 @@ def test_kdmp_parser(dumped: Dumped, kind: str):
     image = dumped.image
     if image.word_size == 4:
         return  # it reads dumps of 64 bits
+    kdmp_parser = import_kdmp_parser()
     dump = kdmp_parser.KernelDumpParser(dumped.paths[kind])
     expected = kdmp_parser.DumpType.BMPDump if kind == "bitmap" else kdmp_parser.DumpType.FullDump
     assert dump.type == expected
