@@ -159,6 +159,31 @@ def test_where_only_the_stub_of_another_user_can_be_reached(tmp_path: Path):
     assert (tmp_path / "auto").exists()
 
 
+@needs_root
+def test_an_unprivileged_user_dumps_by_files_that_qemu_of_root_may_open():
+    as_another = ["setpriv", "--reuid=23456", "--regid=23456", "--clear-groups"]
+    # For Python alone, which may be in a folder of root's.
+    may_read = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
+    with stopped_machine([QEMU], ["-M", "q35", "-m", "16"]) as machine:
+        machine.folder.chmod(0o711)
+        machine.gdb_socket.chmod(0o777)
+        home = machine.folder / "home"
+        home.mkdir()
+        os.chown(home, 23456, 23456)
+        words = ["--gdb", machine.gdb_socket, "--verbose", home / "dump"]
+        done = subprocess.run(
+            [*as_another, *may_read, *cli_argv(*words)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=child_environment(HOME=str(home), TMPDIR=str(home)),
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "memory by pmemsave" in done.stderr
+        assert guest_status(machine) == "prelaunch"
+
+
 @pytest.fixture
 def huge_pages() -> Iterator[None]:
     """Huge pages for one machine, given back afterwards."""

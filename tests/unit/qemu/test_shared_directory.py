@@ -22,6 +22,21 @@ with module.shared_directory() as path:
     sys.stdin.read()
 """
 
+_COME_AND_GO = """
+import os, signal, sys
+from pathlib import Path
+from qemu_dump_ext.qemu import shared_directory as module
+module._IN_MEMORY = Path(sys.argv[1])
+for number in range(int(sys.argv[2])):
+    with module.shared_directory() as path:
+        (path / "memory0").write_bytes(b"piece")
+        if os.fork() == 0:
+            with module.shared_directory():
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.wait()
+        assert (path / "memory0").read_bytes() == b"piece", number
+"""
+
 
 @pytest.fixture
 def parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -82,3 +97,17 @@ def test_a_directory_of_another_user_is_left_alone(parent: Path):
     os.chown(foreign, 65534, 65534)
     with shared_directory():
         assert (foreign / "owner").exists()
+
+
+def test_many_at_a_time_take_nothing_from_each_other_and_leave_nothing(parent: Path):
+    """Each has a neighbour that is killed, whose directory any of them removes."""
+    argv = [sys.executable, "-c", _COME_AND_GO, str(parent), "60"]
+    processes = [
+        subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for process in processes:
+        said = process.communicate(timeout=120)[1]
+        assert process.returncode == 0, said
+    with shared_directory() as path:
+        assert list(parent.iterdir()) == [path]
