@@ -1,4 +1,4 @@
-"""Write what is generated: parts of the pages in docs/, manual pages, completions for shells.
+"""Write what is generated: parts of the pages in docs/, manual pages, completions, help in gdb.
 
     python -m docs.generate
 
@@ -27,6 +27,7 @@ from qemu_dump_ext.cli.crash_collector_command import collector_parser
 from qemu_dump_ext.cli.dump_command import dump_parser
 from qemu_dump_ext.cli.subcommands.targets import table_of_targets
 from qemu_dump_ext.crash_collector.config import settings
+from qemu_dump_ext.options.gdb_commands import GDB_COMMANDS, gdb_help
 from tests.oracle import known_differences
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +41,7 @@ PARSERS: Mapping[str, Callable[[], argparse.ArgumentParser]] = {
 
 _GIB = 1 << 30
 _LINE_WIDTH = "100"
+_TERMINAL_WIDTH = "80"
 _FILES = {"FILE", "SOCKET", "MONITOR", "PATH", "ADDRESS"}
 _DIRECTORIES = {"DIR"}
 _GUESTS = {
@@ -69,8 +71,10 @@ _COMPLETIONS = {
 
 def generated_files() -> dict[Path, str]:
     """Return the content of every file that is generated, or has a generated part, by its path."""
-    os.environ["COLUMNS"] = _LINE_WIDTH  # which argparse asks for
-    files: dict[Path, str] = {}
+    # argparse asks for the width.
+    os.environ["COLUMNS"] = _TERMINAL_WIDTH
+    files = {ROOT / f"gdb/help/{name}.txt": gdb_help(name) for name in GDB_COMMANDS}
+    os.environ["COLUMNS"] = _LINE_WIDTH
     for program, parser_of in PARSERS.items():
         files[ROOT / f"docs/share/man/man1/{program}.1"] = _manual_page(parser_of())
         for shell, path in _COMPLETIONS.items():

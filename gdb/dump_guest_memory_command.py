@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gdb_boundary import GdbParser, QemuCommand, option_words, shown_progress
+from gdb_boundary import QemuCommand, command_parser, option_words, shown_progress
 from gdb_guest import guest_access
 
 import gdb
@@ -14,31 +14,19 @@ from qemu_dump_ext.engine.dump import dump
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.dump_options import (
     PROGRESS_CHOICES,
-    add_dump_arguments,
-    add_file_arguments,
     parse_dump_arguments,
     read_registers,
     request_of,
 )
 from qemu_dump_ext.plan.request import Live
 from qemu_dump_ext.printable import printable
-from qemu_dump_ext.sinks import open_sink, target_forms
+from qemu_dump_ext.sinks import open_sink
 
-
-def _parser() -> GdbParser:
-    parser = GdbParser(
-        prog="qemu-dump-guest-memory",
-        description="Dump the memory and the registers of the QEMU guest that gdb is attached to.",
-        epilog="$_qemu_dump_status is 0 afterwards if the dump is complete, 6 if a register is"
-        " missing in it, and another exit status of the command of that name if it failed.",
-    )
-    add_dump_arguments(parser)
-    add_file_arguments(parser, target_forms())
-    return parser
+_NAME = "qemu-dump-guest-memory"
 
 
 def _run(words: Sequence[str]) -> int:
-    arguments = parse_dump_arguments(_parser(), words)
+    arguments = parse_dump_arguments(command_parser(_NAME), words)
     sink = open_sink(arguments.file, force=arguments.force, standard_output=None)
     with (
         guest_access(target_of_arguments(arguments)) as access,
@@ -66,7 +54,7 @@ def _complete(before: Sequence[str], word: str) -> Sequence[str] | None:
     previous = before[-1] if before else ""
     if previous in values and any(choice.startswith(word) for choice in values[previous]):
         return values[previous]
-    return option_words(_parser()) if word.startswith("-") else None
+    return option_words(_NAME) if word.startswith("-") else None
 
 
-QemuCommand(_parser(), _run, _complete, interrupted="no partial dump was left behind")
+COMMAND = QemuCommand(_run, _complete, interrupted="no partial dump was left behind")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gdb_boundary import GdbParser, QemuCommand, option_words
+from gdb_boundary import QemuCommand, command_parser, option_words
 from gdb_guest import guest_access
 
 import gdb
@@ -13,22 +13,14 @@ from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.engine.estimate import estimate_running
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from qemu_dump_ext.options.estimate_options import add_estimate_arguments, request_of_estimate
+from qemu_dump_ext.options.estimate_options import request_of_estimate
 from qemu_dump_ext.printable import printable
 
-
-def _parser() -> GdbParser:
-    parser = GdbParser(
-        prog="qemu-estimate-dump",
-        description="Show how large dumps of the guest that gdb is attached to will be at each"
-        " dump level, before one is taken.",
-    )
-    add_estimate_arguments(parser)
-    return parser
+_NAME = "qemu-estimate-dump"
 
 
 def _run(words: Sequence[str]) -> int:
-    arguments = _parser().parse_args(words)
+    arguments = command_parser(_NAME).parse_args(words)
     request = request_of_estimate(arguments)
     with guest_access(target_of_arguments(arguments)) as access:
         found = estimate_running(access, request, arguments.memory, kernel=arguments.kernel)
@@ -40,7 +32,7 @@ def _run(words: Sequence[str]) -> int:
 def _complete(before: Sequence[str], word: str) -> Sequence[str] | None:
     values = {"--format": list(all_dump_formats()), "--memory": [AUTO, *all_memory_sources()]}
     previous = before[-1] if before else ""
-    return values.get(previous) or (option_words(_parser()) if word.startswith("-") else None)
+    return values.get(previous) or (option_words(_NAME) if word.startswith("-") else None)
 
 
-QemuCommand(_parser(), _run, _complete)
+COMMAND = QemuCommand(_run, _complete)

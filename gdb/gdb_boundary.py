@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -11,11 +10,12 @@ from pathlib import Path
 
 import gdb
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError
+from qemu_dump_ext.options.gdb_commands import gdb_parser
 from qemu_dump_ext.options.parsers import OneLineParser
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.progress import OneLine, ProgressMeter
 
-STATUS_VARIABLE = "_qemu_dump_status"
+_STATUS_VARIABLE = "_qemu_dump_status"
 _PATHS_MAX = 1000
 
 
@@ -35,24 +35,27 @@ class GdbParser(OneLineParser):
         raise _HelpWanted(message)
 
 
-class QemuCommand(gdb.Command):
-    """A command: a parser and a function.
+def command_parser(name: str) -> GdbParser:
+    """Return the parser of one of our commands."""
+    return gdb_parser(name, GdbParser)
+
+
+class QemuCommand:
+    """What a command of gdb's does and completes.
 
     Its result is in the convenience variable $_qemu_dump_status, as an exit status.
     """
 
     def __init__(
         self,
-        parser: GdbParser,
         run: Callable[[Sequence[str]], int],
         complete: Callable[[Sequence[str], str], Sequence[str] | None],
         *,
         interrupted: str = "",
     ) -> None:
-        """Register the command under the name of `parser`.
+        """Prepare.
 
         Args:
-            parser: Its help becomes gdb's.
             run: Gets the words behind the command, returns an exit status.
             complete: Gets the words before the last one, and the beginning of the last one;
                 returns words, or None to complete file names.
@@ -61,14 +64,9 @@ class QemuCommand(gdb.Command):
         self._interrupted = interrupted
         self._run = run
         self._complete = complete
-        # `apropos` shows the first line alone.
-        self.__doc__ = f"{parser.description}\n\n{parser.format_help()}"
-        super().__init__(parser.prog, gdb.COMMAND_DATA)
 
-    def invoke(self, argument: str, from_tty: bool) -> None:
+    def invoke(self, argument: str) -> None:
         """Run; an expected error becomes one line."""
-        self.dont_repeat()
-        _set_status(DumpError.exit_status)  # what an error that nobody expects leaves
         try:
             status = self._run(gdb.string_to_argv(argument))
         except _HelpWanted:
@@ -83,7 +81,7 @@ class QemuCommand(gdb.Command):
             raise gdb.GdbError(said) from error
         _set_status(status)
 
-    def complete(self, text: str, word: str) -> Sequence[str] | int:
+    def complete(self, text: str, word: str) -> Sequence[str]:
         """Complete options and their values."""
         words = text.split(" ")
         found = self._complete(words[:-1], words[-1])
@@ -111,7 +109,7 @@ def _paths(begun: str) -> Sequence[str]:
 
 
 def _set_status(status: int) -> None:
-    gdb.set_convenience_variable(STATUS_VARIABLE, status)
+    gdb.set_convenience_variable(_STATUS_VARIABLE, status)
 
 
 @contextmanager
@@ -130,11 +128,11 @@ def selection_kept() -> Iterator[None]:
                 frame.select()
 
 
-def option_words(parser: argparse.ArgumentParser) -> list[str]:
-    """Return every option that `parser` knows."""
+def option_words(name: str) -> list[str]:
+    """Return every option that one of our commands knows."""
     return sorted(
         option
-        for action in parser._actions  # noqa: SLF001 - argparse has no other way
+        for action in command_parser(name)._actions  # noqa: SLF001 - argparse has no other way
         for option in action.option_strings
     )
 

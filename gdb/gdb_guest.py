@@ -11,11 +11,14 @@ from typing import TypeVar
 from gdb_boundary import selection_kept
 
 import gdb
+from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.connections.target import GuestTarget, open_guest
 from qemu_dump_ext.errors import ConnectError, GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
+from qemu_dump_ext.qemu.command_line import GDBSTUB
 from qemu_dump_ext.qemu.monitor_text import RUNNING
 from qemu_dump_ext.qemu.process import own_descriptor
+from qemu_dump_ext.qemu.qemu_processes import find_qemu_processes
 from qemu_dump_ext.qemu.run_state import read_run_state
 from qemu_dump_ext.qemu.socket_relay import always_read
 
@@ -144,13 +147,35 @@ def _lost_or(error: gdb.error, what: str) -> SourceError:
 
 def _require_stopped_guest() -> None:
     if not _connected() or not gdb.selected_inferior().pid:  # without a process: extended-remote
-        raise ConnectError(
-            "gdb is not connected to a guest",
-            hint="'target remote :1234' for a QEMU started with -s or -gdb tcp::1234",
-        )
+        raise ConnectError("gdb is not connected to a guest", hint=_how_to_connect())
     # Not threads(): it sends a packet, and a packet stops a guest that gdb did not let run.
     if gdb.selected_thread().is_running():
         raise SourceError("the guest is running in gdb", hint="'interrupt' it first")
+
+
+def _how_to_connect() -> str:
+    ways = "'target remote :1234' for a QEMU started with -s or -gdb tcp::1234"
+    unknown = ", ".join(_unknown_targets())
+    return f"{ways}; gdb-multiarch for {unknown}, unknown to this gdb" if unknown else ways
+
+
+def _unknown_targets() -> Sequence[str]:
+    """Return the targets on this host that have a gdbstub to which this gdb cannot connect."""
+    try:
+        processes = find_qemu_processes()
+    except SourceError:
+        return ()
+    architectures = all_architectures()
+    known = set(gdb.architecture_names())
+    return sorted(
+        {
+            process.target
+            for process in processes
+            if process.target in architectures
+            and architectures[process.target].name_in_gdb not in known
+            and any(channel.use == GDBSTUB for channel in process.command_line.channels)
+        }
+    )
 
 
 def _require_qemu(stub: GdbStub) -> None:

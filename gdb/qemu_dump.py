@@ -8,7 +8,6 @@ environment into which it was installed, and what cannot be imported is said whe
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from pathlib import Path
 
@@ -24,15 +23,6 @@ def _package_root(here: Path) -> Path:
     raise gdb.GdbError(f"the package qemu_dump_ext is not beside {here}")
 
 
-def _environments(root: Path) -> list[Path]:
-    active = os.environ.get("VIRTUAL_ENV")
-    return [root / ".venv", *([Path(active)] if active else [])]
-
-
-def _python_name() -> str:
-    return f"python{sys.version_info.major}.{sys.version_info.minor}"
-
-
 def _load() -> None:
     if sys.version_info < _MINIMUM_PYTHON:
         running = ".".join(str(part) for part in sys.version_info[:3])
@@ -45,20 +35,7 @@ def _load() -> None:
     for directory in (here.parent, root):
         if str(directory) not in sys.path:
             sys.path.insert(0, str(directory))
-    own, foreign = [], []
-    for environment in _environments(root):
-        directory = environment / "lib" / _python_name() / "site-packages"
-        if directory.is_dir():
-            own.append(str(environment))
-            if str(directory) not in sys.path:
-                sys.path.append(str(directory))
-        elif environment.is_dir():
-            foreign.append(str(environment))
-    third_party = importlib.import_module("qemu_dump_ext.third_party")
-    third_party.foreign_environments[:] = foreign
-    third_party.own_environments[:] = own
-    for script in sorted(here.parent.glob("*_command.py")):
-        importlib.import_module(script.stem)
+    importlib.import_module("lazy_commands").register(here.parent, root)
 
 
 _load()

@@ -6,26 +6,18 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from gdb_boundary import GdbParser, QemuCommand, option_words
+from gdb_boundary import QemuCommand, command_parser, option_words
 
 import gdb
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import EXIT_SUCCESS
 from qemu_dump_ext.printable import printable
 
-
-def _parser() -> GdbParser:
-    parser = GdbParser(
-        prog="qemu-query-dump",
-        description="Show the formats that can be written here and now, as QMP's"
-        " query-dump-guest-memory-capability does, and why others cannot.",
-    )
-    parser.add_argument("--json", action="store_true", help="answer as one line of JSON")
-    return parser
+_NAME = "qemu-query-dump"
 
 
 def _run(words: Sequence[str]) -> int:
-    arguments = _parser().parse_args(words)
+    arguments = command_parser(_NAME).parse_args(words)
     capabilities = query_capabilities()
     text = json.dumps(asdict(capabilities)) if arguments.json else "\n".join(capabilities.lines())
     gdb.write(printable(text) + "\n")
@@ -33,7 +25,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _complete(_before: Sequence[str], _word: str) -> Sequence[str]:
-    return option_words(_parser())
+    return option_words(_NAME)
 
 
-QemuCommand(_parser(), _run, _complete)
+COMMAND = QemuCommand(_run, _complete)

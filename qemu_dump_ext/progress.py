@@ -41,7 +41,7 @@ class ProgressMeter:
         self._as_json = as_json
         self._interval = _JSON_SECONDS if as_json else _INTERVAL_SECONDS
         self._total = self._done = 0
-        self._shown = clock()
+        self._made = self._shown = clock()
         self._recent = deque([(self._shown, 0)])
 
     def start(self, total: int) -> None:
@@ -57,6 +57,14 @@ class ProgressMeter:
         if self._show is not None and now - self._shown >= self._interval:
             self._shown = now
             self._show(self.json_line(now) if self._as_json else self.line(now))
+
+    def search(self, what: str) -> None:
+        """Show that something is still searched for, before there is anything to count."""
+        now = self._clock()
+        if self._show is None or self._as_json or now - self._shown < self._interval:
+            return
+        self._shown = now
+        self._show(f"searching for {what}  {_duration(now - self._made)}")
 
     def line(self, now: float) -> str:
         """Return the line for this moment."""

@@ -291,6 +291,7 @@ class Architecture:
             describes other numbers than it answers to.
         g_packet: What a stub without target description sends for `g`, named as in the column
             `gdb`; each member as bytes.
+        gdb_name: What gdb calls it, where the stub describes its registers; else gdb_settings tell.
         gdb_settings: What a gdb without symbols is to be told before it can connect.
         has_orc: The kernel may have ORC tables, by which callers are found.
         frame_record: How callers are found where the kernel is compiled with frame pointers, as
@@ -326,6 +327,7 @@ class Architecture:
     stub_byte_order: Callable[[Mapping[str, bytes]], ByteOrder] | None = None
     correct_stub: Callable[[Mapping[str, bytes]], Mapping[str, bytes]] | None = None
     g_packet: StructLayout | None = None
+    gdb_name: str = ""
     gdb_settings: tuple[str, ...] = ()
     has_orc: bool = False
     frame_record: FrameRecord | None = None
@@ -333,6 +335,11 @@ class Architecture:
     machines: tuple[MachineRam, ...] = ()
     runs_windows: bool = False
     windows_by_qemu: bool = False
+
+    @property
+    def name_in_gdb(self) -> str:
+        """What a gdb must know to connect: its own name of this, or of what stands in for it."""
+        return self.gdb_name or self.gdb_settings[0].removeprefix("set architecture ")
 
     def guessed_registers(self, readings: VcpuReadings) -> Collection[str]:
         """Return the names of registers whose value no source gave as it is."""

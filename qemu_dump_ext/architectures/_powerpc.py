@@ -272,6 +272,7 @@ def make_architecture(
         name=name,
         cpu_type_suffix=cpu_type_suffix,
         qemu_uname_machine="Unknown",
+        gdb_name="powerpc:common64" if word_size == 8 else "powerpc:common",
         registers=_REGISTERS,
         cores=tuple(cores.values()),
         program_counter="nip",

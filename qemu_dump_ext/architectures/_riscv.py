@@ -110,6 +110,7 @@ def make_architecture(word_size: int) -> Architecture:
         name=f"riscv{bits}",
         cpu_type_suffix="-riscv-cpu",
         qemu_uname_machine="Unknown",
+        gdb_name=f"riscv:rv{bits}",
         registers=(
             Register("pc", gdb="pc"),
             *(

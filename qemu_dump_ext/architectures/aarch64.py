@@ -232,6 +232,7 @@ ARCHITECTURE = Architecture(
     name="aarch64",
     cpu_type_suffix="-arm-cpu",
     qemu_uname_machine="Unknown",
+    gdb_name="aarch64",
     registers=(
         *(
             Register(name, gdb=name, monitor=(f"X{index:02}",))

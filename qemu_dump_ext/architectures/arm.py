@@ -124,6 +124,7 @@ ARCHITECTURE = Architecture(
     name="arm",
     cpu_type_suffix="-arm-cpu",
     qemu_uname_machine="Unknown",
+    gdb_name="arm",
     registers=(
         *(
             Register(name, gdb=_GDB_NAMES.get(name, name), monitor=(f"R{index:02}",))

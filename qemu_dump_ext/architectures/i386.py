@@ -42,6 +42,7 @@ ARCHITECTURE = replace(
     name="i386",
     cpu_type_suffix="-i386-cpu",
     qemu_uname_machine="i686",
+    gdb_name="i386",
     registers=tuple(
         replace(register, gdb=_GDB_NAMES.get(register.name, register.gdb))
         for register in x86_64.ARCHITECTURE.registers

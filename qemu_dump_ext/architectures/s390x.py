@@ -272,6 +272,7 @@ ARCHITECTURE = Architecture(
     name="s390x",
     cpu_type_suffix="-s390x-cpu",
     qemu_uname_machine="S390X",
+    gdb_name="s390:64-bit",
     registers=(
         *(
             Register(f"{ours}{index}", gdb=f"{ours}{index}", monitor=(f"{theirs}{index:02}",))

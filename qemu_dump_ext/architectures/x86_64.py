@@ -401,6 +401,7 @@ ARCHITECTURE = Architecture(
     name="x86_64",
     cpu_type_suffix="-x86_64-cpu",
     qemu_uname_machine="x86_64",
+    gdb_name="i386:x86-64",
     registers=(
         *(_gpr(name) for name in f"{_LEGACY_GPRS} {_LONG_GPRS}".split()),
         Register("rip", gdb="rip", monitor=("RIP", "EIP")),

@@ -51,7 +51,10 @@ from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.standard_error import is_terminal, tell
 from qemu_dump_ext.third_party import import_package
 
-_GDB_PROGRAMS = ("gdb-multiarch", "gdb")
+_ANY_TARGET = "gdb-multiarch"
+_GDB_PROGRAMS = (_ANY_TARGET, "gdb")
+_CODECS = "qemu-query-dump"
+"""A command that imports them, and needs no guest."""
 _CONNECT_SECONDS = 10
 _GREETING_SECONDS = 0.3  # a gdbstub has none
 RESUME, STAY_STOPPED = "resume", "stay-stopped"
@@ -102,7 +105,11 @@ class _Controller(Protocol):
 
 
 class _Gdb:
-    """A gdb behind its machine interface."""
+    """A gdb behind its machine interface.
+
+    Attributes:
+        knows_any_target: It is no gdb of the machine's own processor alone.
+    """
 
     def __init__(self, output: TextIO) -> None:
         import_package("pygdbmi", "--gdb")
@@ -110,7 +117,8 @@ class _Gdb:
 
         program = next((name for name in _GDB_PROGRAMS if shutil.which(name)), None)
         if program is None:
-            raise ConnectError("there is no gdb on this machine", hint="install gdb-multiarch")
+            raise ConnectError("there is no gdb on this machine", hint=f"install {_ANY_TARGET}")
+        self.knows_any_target = program == _ANY_TARGET
         # In a session of its own: an interrupt reaches it once, from us. Its Python finds our
         # packages where we find them.
         words = ["env", f"VIRTUAL_ENV={sys.prefix}", "setsid", program]
@@ -262,8 +270,11 @@ def run_through_gdb(
         known = replace(known, ran=afterwards == RESUME)
     gdb = _Gdb(output)
     try:
+        # All that is imported is, before the connection stops the guest.
+        name = command.partition(" ")[0]
+        for line in (f"source {gdb_script_path()}", _CODECS, f"{name} --version"):
+            gdb.console(line)
         with _attached(gdb, address, known):
-            gdb.console(f"source {gdb_script_path()}")
             try:
                 gdb.console(command, show=True)
             except _CommandError as error:
@@ -283,10 +294,12 @@ class _Known:
 
     Attributes:
         ran: Whether it runs, and is to run afterwards; None where that is not known.
+        target: QEMU's name of what it emulates; None where nobody says.
         settings: What gdb must be told to connect.
     """
 
     ran: bool | None = None
+    target: str | None = None
     settings: Sequence[str] = ()
 
 
@@ -294,17 +307,19 @@ def _ask_monitor(target: GuestTarget) -> _Known:
     with open_guest(target) as access:
         # Connecting would stop the guest: what is refused is refused before.
         ran = treatment(require_dumpable(access)) is Treatment.STOP
-        architecture = all_architectures().get(target_name(access) or "")
-    return _Known(ran, () if architecture is None else architecture.gdb_settings)
+        name = target_name(access)
+    architecture = all_architectures().get(name or "")
+    return _Known(ran, name, () if architecture is None else architecture.gdb_settings)
 
 
 def _ask_whoever_knows(address: str) -> _Known:
     """Ask a monitor of the same QEMU, where one is free: the stub stops the guest."""
     found = find_way(address)
-    if found is not None:
-        with contextlib.suppress(ConnectError):
-            return _ask_monitor(GuestTarget(pid=found[0].pid))
-    return _Known()
+    if found is None:
+        return _Known()
+    with contextlib.suppress(ConnectError):
+        return _ask_monitor(GuestTarget(pid=found[0].pid))
+    return _Known(target=found[0].target)
 
 
 @contextmanager
@@ -329,7 +344,7 @@ def _attached(gdb: _Gdb, address: str, known: _Known) -> Iterator[None]:
         ran_before = known.ran
         if ran_before is None:
             ran_before = ran_until_connected(address)
-        _connect(gdb, address, told=bool(known.settings))
+        _connect(gdb, address, known)
         if ran_before is None:
             ran_before = _read_state(gdb, address) == PAUSED
             if ran_before:
@@ -363,7 +378,7 @@ def _dismiss(guardian: Guardian | None) -> None:
         guardian.dismiss()
 
 
-def _connect(gdb: _Gdb, address: str, *, told: bool) -> None:
+def _connect(gdb: _Gdb, address: str, known: _Known) -> None:
     try:
         with connectable(address) as target:
             is_other = isinstance(target, str) and target != unix_path(address)
@@ -374,7 +389,7 @@ def _connect(gdb: _Gdb, address: str, *, told: bool) -> None:
     except _CommandError as error:
         message = _LONG_PACKET.sub("", error.message.splitlines()[0])
         raise ConnectError(
-            f"gdb cannot connect to {address}: {message}", hint=_connect_hint(message, told=told)
+            f"gdb cannot connect to {address}: {message}", hint=_connect_hint(gdb, message, known)
         ) from error
     except SourceError as error:
         raise ConnectError(
@@ -383,12 +398,14 @@ def _connect(gdb: _Gdb, address: str, *, told: bool) -> None:
         ) from error
 
 
-def _connect_hint(message: str, *, told: bool) -> str:
-    if _OTHER_TARGET.search(message) and told:
+def _connect_hint(gdb: _Gdb, message: str, known: _Known) -> str:
+    if not _OTHER_TARGET.search(message):
+        return "it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time"
+    if not gdb.knows_any_target:
+        return f"this gdb does not know {known.target or 'the target'}: install {_ANY_TARGET}"
+    if known.settings:
         return "gdb does not know this processor; --qmp SOCKET without --gdb needs no gdb"
-    if _OTHER_TARGET.search(message):
-        return "gdb takes the guest for one of another target; with --qmp SOCKET it is told which"
-    return "it is the ADDRESS behind QEMU's -gdb, and serves one debugger at a time"
+    return "gdb takes the guest for one of another target; with --qmp SOCKET it is told which"
 
 
 def _read_state(gdb: _Gdb, address: str) -> str:

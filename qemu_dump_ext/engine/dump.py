@@ -215,7 +215,7 @@ class _Dump:
             if request.max_bytes is not None and request.mini is None:
                 self._request, fitted = _fit(guest, request)
                 request = self._request
-            snapshot, remarks = _snapshot(guest, request, self._check_pause)
+            snapshot, remarks = _snapshot(guest, request, self._searched)
             self.remarks += [*fitted, *remarks]
             self._plan = make_plan(snapshot, dialect, request, whole_pages=whole_pages)
         self._memory, self._passed_over = guest.memory, guest.passed_over
@@ -254,6 +254,10 @@ class _Dump:
 
     def _write(self, memory: GuestMemory, advance: ProgressCallback) -> None:
         self._format.write(self._request, self._plan, memory, self._sink, advance)
+
+    def _searched(self, size: int) -> None:
+        self._check_pause(size)
+        self._progress.search("VMCOREINFO")
 
     def _check_pause(self, _size: int) -> None:
         pause, limit = self._guest.pause, _pause_limit(self._request)

@@ -15,7 +15,7 @@ from pathlib import Path
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.pages._copy_store import CopyStore, open_copy_store
-from qemu_dump_ext.pages.pipeline import PIECE_SIZE, populated_ranges
+from qemu_dump_ext.pages.pipeline import piece_size, populated_ranges
 
 
 class CopiedMemory:
@@ -51,10 +51,11 @@ class CopiedMemory:
             DumpWriteError: The copy cannot be written.
         """
         may_be_zero = not isinstance(memory, SparseMemory)
+        most = piece_size(memory)
         for block in blocks:
             for start, end in populated_ranges(memory, block.gpa, block.end):
-                for gpa in range(start, end, PIECE_SIZE):
-                    size = min(PIECE_SIZE, end - gpa)
+                for gpa in range(start, end, most):
+                    size = min(most, end - gpa)
                     view = self._store.fill(self.size, size, partial(memory.read_into, gpa))
                     if not may_be_zero or any(view.tobytes().strip(b"\0")[:1]):
                         self._append(gpa, size)

@@ -23,6 +23,8 @@ from qemu_dump_ext.interrupts import uninterrupted
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
+_SLOW_PIECE_SIZE = 256 << 10
+"""The same where memory is read slowly, so that progress is seen, and an interrupt is soon."""
 ZERO_PIECE_SIZE = 1 << 30
 """Bytes of guest memory known to be zero that are handled at a time."""
 _HOLE_SIZE = 1 << 20
@@ -106,6 +108,11 @@ def populated_ranges(memory: GuestMemory, gpa: int, end: int) -> Iterator[tuple[
         yield from memory.populated(start, min(size, end - start))
 
 
+def piece_size(memory: GuestMemory) -> int:
+    """Return how many bytes of `memory` are handled at a time: PIECE_SIZE at most."""
+    return _SLOW_PIECE_SIZE if memory.is_slow else PIECE_SIZE
+
+
 def cut(
     memory: GuestMemory, blocks: Iterable[RamBlock], start: int, end: int, page_size: int
 ) -> Iterator[Piece]:
@@ -120,6 +127,7 @@ def cut(
     """
     position = start
     extents: list[Extent] = []
+    most = max(1, piece_size(memory) // page_size) * page_size
 
     def piece(stop: int) -> Piece:
         nonlocal position, extents
@@ -141,7 +149,7 @@ def cut(
                     yield piece(filled)
                 if not extents and first - position >= _HOLE_SIZE:
                     yield from zeros(first)
-                limit = position + PIECE_SIZE // page_size * page_size
+                limit = position + most
                 if gpa >= limit:
                     yield piece(limit)
                     continue
@@ -149,7 +157,7 @@ def cut(
                 extents.append(Extent(gpa, stop - gpa, gpa - position))
                 gpa = stop
                 filled = min(start + -(-(stop - start) // page_size) * page_size, end)
-                if filled - position >= PIECE_SIZE // page_size * page_size:
+                if filled - position >= most:
                     yield piece(filled)
     if extents:
         yield piece(filled)

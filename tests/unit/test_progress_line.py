@@ -59,6 +59,18 @@ def test_rate_is_that_of_late():
     assert "  1.0 MiB/s" in shown[-1]
 
 
+def test_a_search_before_there_is_anything_to_count_is_seen():
+    now = 0.0
+    shown: list[str] = []
+    meter = ProgressMeter(shown.append, lambda: now)
+    for now in (0.1, 0.3, 0.4, 12.0):  # noqa: B007 - read by the clock
+        meter.search("VMCOREINFO")
+    assert shown == ["searching for VMCOREINFO  0 s", "searching for VMCOREINFO  12 s"]
+    told: list[str] = []
+    ProgressMeter(told.append, lambda: now, as_json=True).search("VMCOREINFO")
+    assert told == []
+
+
 def test_programs_get_an_object_a_second():
     now = 0.0
     shown: list[str] = []

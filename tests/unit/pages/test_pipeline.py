@@ -81,6 +81,15 @@ def test_pieces_cover_the_block_and_read_what_is_populated(population, page_size
     assert extents == joined
 
 
+@pytest.mark.parametrize("page_size", [4096, 1 << 20])
+def test_memory_that_is_read_slowly_is_handled_in_smaller_pieces(page_size):
+    memory = FakeMemory([(0, 8 * MIB)])
+    memory.is_slow = True
+    pieces = list(cut(memory, (RamBlock(0, 8 * MIB, "ram", 0),), 0, 8 * MIB, page_size))
+    assert {piece.size for piece in pieces} == {max(256 << 10, page_size)}
+    assert sum(piece.size for piece in pieces) == 8 * MIB
+
+
 def test_results_come_in_order_and_holes_are_not_read():
     block = RamBlock(0, 3 << 30, "ram", 0)
     memory = FakeMemory([(0, 9 * MIB), (2 << 30, (2 << 30) + 4096)])
