@@ -17,13 +17,8 @@ from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.collect.collection import CrashCollector
 from qemu_dump_ext.crash_collector.collect.task import CrashTask
 from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
-from qemu_dump_ext.crash_collector.record import (
-    CrashCause,
-    CrashRecord,
-    QemuFacts,
-    is_guest_name,
-    utc_text,
-)
+from qemu_dump_ext.crash_collector.forms import is_guest_name, utc_text
+from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, QemuFacts
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.events import cause_of_status
 from qemu_dump_ext.crash_collector.watch.guests import Guest

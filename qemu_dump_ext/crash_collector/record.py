@@ -8,16 +8,21 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import AfterValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
+from qemu_dump_ext.crash_collector.forms import (
+    CRASH_ID,
+    GUEST_NAME,
+    MOMENT_LENGTH_MAX,
+    SIGNATURE_ID,
+    check_moment,
+)
 from qemu_dump_ext.errors import DumpError
 from qemu_dump_ext.frozen import dataclass
 
-GUEST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+@:-]{0,199}")
-CRASH_ID = re.compile(rf"{GUEST_NAME.pattern}/[0-9]{{8}}T[0-9.]+Z-[0-9a-f]{{16}}(\.[0-9]{{1,9}})?")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 
 SCHEMA_VERSION: Literal[1] = 1
@@ -41,25 +46,17 @@ CAUSE_KINDS: tuple[CauseKind, ...] = get_args(CauseKind)
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _check_moment(text: str) -> str:
-    if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("a time of no time zone")
-    try:
-        datetime.fromisoformat(text).astimezone(UTC)
-    except OverflowError as error:
-        raise ValueError("a time that no calendar has") from error
-    return text
-
-
 def _check_file_name(text: str) -> str:
     if not _FILE_NAME.fullmatch(text):
         raise ValueError("it is no name of a file in the directory of a crash")
     return text
 
 
-Moment: TypeAlias = Annotated[str, Field(max_length=40), AfterValidator(_check_moment)]
+Moment: TypeAlias = Annotated[
+    str, Field(max_length=MOMENT_LENGTH_MAX), AfterValidator(check_moment)
+]
 """ISO 8601, with a time zone."""
-SignatureId: TypeAlias = Annotated[str, Field(pattern=r"\A[0-9a-f]{16}\z")]
+SignatureId: TypeAlias = Annotated[str, Field(pattern=rf"\A{SIGNATURE_ID.pattern}\z")]
 FileName: TypeAlias = Annotated[str, AfterValidator(_check_file_name)]
 GuestName: TypeAlias = Annotated[str, Field(pattern=rf"\A{GUEST_NAME.pattern}\z")]
 Number: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
@@ -258,13 +255,3 @@ def reason_of(error: Exception) -> str:
     first = error.errors(include_url=False)[0]
     place = ".".join(map(str, first["loc"]))[:200] or "the whole"
     return f"{place}: {first['msg']}"
-
-
-def utc_text(moment: datetime) -> str:
-    """Return a moment as records have it: `2026-01-31T12:00:00.000001+00:00`."""
-    return moment.astimezone(UTC).isoformat(timespec="microseconds")
-
-
-def is_guest_name(name: str) -> bool:
-    """Tell whether a guest of this name has a directory in a store."""
-    return GUEST_NAME.fullmatch(name) is not None

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.crash_collector.store.lookup import find_crash
-from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.printable import printable
 
 if TYPE_CHECKING:
     from qemu_dump_ext.crash_collector.config.settings import Configuration
+    from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 _ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"
 _DEFAULT = "/etc/qemu-crash-collector.yaml"
+# A value of YAML that is what it looks like.
+_PLAIN_STORE = re.compile(r"^store: +(/[\w./+-]+) *(?: #.*)?$", re.MULTILINE)
 CRASH_HELP = "the crash: its ID or the beginning of it, 'latest', or a guest's name for its latest"
 SIGNATURE_HELP = "a signature or the beginning of it, or a crash that has it"
 
@@ -60,15 +63,33 @@ def configuration_of(arguments: argparse.Namespace) -> Configuration:
 
 
 def store_of(arguments: argparse.Namespace) -> CrashStore:
-    """Return the store that the words ask for.
+    """Return the store that the words ask for; errors as those of `store_path_of`."""
+    from qemu_dump_ext.crash_collector.store.store import CrashStore  # noqa: PLC0415 - large
+
+    return CrashStore(store_path_of(arguments))
+
+
+def store_path_of(arguments: argparse.Namespace) -> Path:
+    """Return where the store is that the words ask for.
 
     Raises:
-        RequestError: The configuration cannot be read, or is wrong, or there is no such store.
+        RequestError: The configuration cannot be read, or does not tell, or there is no such store.
     """
-    store = CrashStore(arguments.store or configuration_of(arguments).store)
-    if not store.path.is_dir():
-        raise RequestError(f"there is no store {store.path}", hint="the agent makes it")
+    store: Path = (
+        arguments.store or _store_in(arguments.config) or configuration_of(arguments).store
+    )
+    if not store.is_dir():
+        raise RequestError(f"there is no store {store}", hint="the agent makes it")
     return store
+
+
+def _store_in(configuration: Path) -> Path | None:
+    """Return what a configuration says in so many words; None: all of it must be read."""
+    try:
+        found = _PLAIN_STORE.findall(configuration.read_text("utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return None
+    return Path(found[0]) if len(found) == 1 else None
 
 
 def hold_command(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
 from qemu_dump_ext.printable import printable
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.crash_collector.record import CrashRecord
 
 _WIDTH_MIN = 60
 _UNITS = ((86400 * 365, "y"), (86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -24,11 +26,11 @@ def age_text(moment: datetime, now: datetime | None = None) -> str:
     return "now"
 
 
-def dump_text(record: CrashRecord) -> str:
-    """Return the size of a dump in a few characters, or `-`."""
-    if record.dump.file is None:
+def size_text(size: int | None) -> str:
+    """Return the size of a dump in a few characters, or `-` of none."""
+    if size is None:
         return "-"
-    mib = record.dump.bytes / (1 << 20)
+    mib = size / (1 << 20)
     return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB" if mib >= 1 else "< 1 MiB"
 
 
@@ -43,11 +45,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         text = "  ".join((*cells, line[-1]))
         shown.append((text if len(text) <= room else f"{text[: room - 1]}…").rstrip())
     return "\n".join(shown)
-
-
-def state_text(record: CrashRecord, states: SignatureStates) -> str:
-    """Return the state of a crash's signature in a word."""
-    return states.effective(record.signature.id).state
 
 
 def state_lines(signature_id: str, states: SignatureStates) -> list[str]:

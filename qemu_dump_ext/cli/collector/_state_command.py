@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import SIGNATURE_HELP, add_json, add_store, store_of
 from qemu_dump_ext.cli.collector._presentation import state_lines, states_dict
-from qemu_dump_ext.crash_collector.record import utc_text
+from qemu_dump_ext.crash_collector.forms import utc_text
 from qemu_dump_ext.crash_collector.store.lookup import find_signature
 from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
 from qemu_dump_ext.errors import EXIT_SUCCESS

@@ -6,6 +6,8 @@ import argparse
 import json
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli.collector._arguments import (
@@ -14,20 +16,27 @@ from qemu_dump_ext.cli.collector._arguments import (
     add_store,
     configuration_of,
     store_of,
+    store_path_of,
 )
 from qemu_dump_ext.cli.collector._presentation import (
     age_text,
-    dump_text,
     record_with_state,
-    state_text,
+    size_text,
     states_dict,
     table,
 )
-from qemu_dump_ext.crash_collector.record import CrashRecord
-from qemu_dump_ext.crash_collector.store.lookup import find_signature, short_ids
-from qemu_dump_ext.crash_collector.store.states import STATE_NAMES
-from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.store.lookup import crash_ids, find_signature, short_ids
+from qemu_dump_ext.crash_collector.store.states import (
+    STATE_NAMES,
+    STATES_FILE,
+    SignatureStates,
+    read_states,
+)
+from qemu_dump_ext.crash_collector.store.summary import CrashSummary, summaries
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 _HEAD = ("ID", "AGE", "STATE", "CAUSE", "DUMP", "MESSAGE")
 _SIGNATURES_HEAD = ("SIGNATURE", "COUNT", "FIRST", "LAST", "STATE", "MESSAGE")
@@ -49,60 +58,60 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    store = store_of(arguments)
     if arguments.signatures:
-        return _signatures(arguments, store)
-    states = store.states()
-    records = _chosen(arguments, store)
+        return _signatures(arguments, store_of(arguments))
+    path = store_path_of(arguments)
+    states = read_states(path / STATES_FILE)
+    found = _chosen(arguments, path, states)
     if arguments.json:
+        wanted = {crash.id: crash for crash in found}
+        records = [record for record in store_of(arguments).records() if record.id in wanted]
+        records.sort(key=lambda record: record.time)
         print(json.dumps([record_with_state(record, states) for record in records]))
         return EXIT_SUCCESS
-    short = short_ids(store)
-    print(
-        table(
-            _HEAD,
-            [
-                (
-                    short.get(record.id, record.id),
-                    age_text(record.moment),
-                    state_text(record, states) + (", held" if record.held else ""),
-                    record.cause.kind,
-                    dump_text(record),
-                    record.signature.message,
-                )
-                for record in records
-            ],
+    short = short_ids(path)
+    rows = [
+        (
+            short.get(crash.id, crash.id),
+            age_text(crash.moment),
+            states.effective(crash.signature).state + (", held" if crash.held else ""),
+            crash.cause,
+            size_text(crash.dump_bytes),
+            crash.message,
         )
-    )
+        for crash in found
+    ]
+    print(table(_HEAD, rows))
     return EXIT_SUCCESS
 
 
-def _chosen(arguments: argparse.Namespace, store: CrashStore) -> list[CrashRecord]:
-    if arguments.guest is not None and not (store.path / arguments.guest).is_dir():
+def _chosen(
+    arguments: argparse.Namespace, store: Path, states: SignatureStates
+) -> list[CrashSummary]:
+    if arguments.guest is not None and not (store / arguments.guest).is_dir():
         _require_guest(arguments, store)
-    states = store.states()
     family = (
         None
         if arguments.signature is None
-        else states.family(find_signature(store, arguments.signature))
+        else states.family(find_signature(store_of(arguments), arguments.signature))
     )
-    records = [
-        record
-        for record in store.records()
-        if arguments.guest in {None, record.guest}
-        and (family is None or record.signature.id in family)
-        and arguments.state in {None, state_text(record, states)}
+    found = [
+        crash
+        for crash in summaries(store)
+        if arguments.guest in {None, crash.guest}
+        and (family is None or crash.signature in family)
+        and arguments.state in {None, states.effective(crash.signature).state}
     ]
-    return sorted(records, key=lambda record: record.time)
+    return sorted(found, key=lambda crash: crash.time)
 
 
-def _require_guest(arguments: argparse.Namespace, store: CrashStore) -> None:
+def _require_guest(arguments: argparse.Namespace, store: Path) -> None:
     if arguments.store is None:
         from qemu_dump_ext.crash_collector.watch.guests import find_guests  # noqa: PLC0415 - large
 
         if arguments.guest in find_guests(configuration_of(arguments)):
             return
-    known = sorted({path.parent.name for path in store.directories()})
+    known = sorted({crash_id.partition("/")[0] for crash_id in crash_ids(store)})
     raise RequestError(
         f"there is no guest {arguments.guest!r}, nor a crash of one",
         hint=f"crashed so far: {', '.join(known[:10]) or 'none'}",

@@ -17,7 +17,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from qemu_dump_ext.crash_collector.record import CRASH_ID, CrashCause, GuestName, Moment
+from qemu_dump_ext.crash_collector.forms import CRASH_ID
+from qemu_dump_ext.crash_collector.record import CrashCause, GuestName, Moment
 from qemu_dump_ext.crash_collector.store.files import set_aside
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.frozen import dataclass

@@ -22,7 +22,8 @@ from qemu_dump_ext.crash_collector.agent.services import Services
 from qemu_dump_ext.crash_collector.agent.stage import Stage
 from qemu_dump_ext.crash_collector.collect.budget import CollectionGivenUpError
 from qemu_dump_ext.crash_collector.collect.task import access_by
-from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, utc_text
+from qemu_dump_ext.crash_collector.forms import utc_text
+from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog
 from qemu_dump_ext.crash_collector.watch.domains import connector
 from qemu_dump_ext.crash_collector.watch.events import (

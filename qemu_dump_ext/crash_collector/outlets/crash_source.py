@@ -9,14 +9,10 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from qemu_dump_ext.crash_collector.forms import CRASH_ID
 from qemu_dump_ext.crash_collector.outlets.destination import without_password
 from qemu_dump_ext.crash_collector.outlets.html import quoted
-from qemu_dump_ext.crash_collector.record import (
-    CRASH_ID,
-    CorruptRecordError,
-    CrashRecord,
-    parse_record,
-)
+from qemu_dump_ext.crash_collector.record import CorruptRecordError, CrashRecord, parse_record
 from qemu_dump_ext.crash_collector.store.files import RECORD_FILE
 from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount

@@ -12,12 +12,12 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
+from qemu_dump_ext.crash_collector.forms import utc_text
 from qemu_dump_ext.crash_collector.record import (
     CrashRecord,
     FileFacts,
     UploadFacts,
     parse_record,
-    utc_text,
 )
 from qemu_dump_ext.crash_collector.store.files import CHECKSUM_FILE, RECORD_FILE, record_files
 from qemu_dump_ext.crash_collector.store.store import CrashStore

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import secrets
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qemu_dump_ext.crash_collector.record import CrashRecord, FileFacts
+if TYPE_CHECKING:
+    from qemu_dump_ext.crash_collector.record import CrashRecord, FileFacts
 
 RECORD_FILE = "crash.json"
 CHECKSUM_FILE = "SHA256SUMS"
+RECORD_BYTES_MAX = 16 << 20
 
 _logger = logging.getLogger(__name__)
 
 
 def file_facts(path: Path) -> FileFacts:
     """Make a file private and durable; return its size and checksum."""
+    import hashlib  # noqa: PLC0415 - large, and lists of crashes need none of it
+
+    from qemu_dump_ext.crash_collector.record import FileFacts  # noqa: PLC0415
+
     path.chmod(0o600)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -28,6 +33,8 @@ def file_facts(path: Path) -> FileFacts:
 
 def record_files(record: CrashRecord) -> dict[str, bytes]:
     """Return the content of `crash.json`, and of the checksums of it and of all other files."""
+    import hashlib  # noqa: PLC0415
+
     text = record.to_json().encode()
     sums = {name: facts.sha256 for name, facts in record.files.items()}
     sums[RECORD_FILE] = hashlib.sha256(text).hexdigest()
@@ -49,7 +56,7 @@ def replace_file(path: Path, content: bytes, *, durable: bool = True) -> None:
         content: What it is to have.
         durable: Wait for the disk; without, after a crash of the host it may be an empty one.
     """
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    aside = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     try:
         with aside.open("xb") as file:
             os.fchmod(file.fileno(), 0o600)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from qemu_dump_ext.crash_collector.record import CRASH_ID
-from qemu_dump_ext.crash_collector.store.store import CrashStore
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qemu_dump_ext.crash_collector.forms import CRASH_ID
+from qemu_dump_ext.crash_collector.store.summary import crash_directories
 from qemu_dump_ext.errors import RequestError
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 LATEST = "latest"
 _SHOWN_MAX = 4
@@ -22,7 +28,7 @@ def find_crash(store: CrashStore, words: str) -> str:
     Raises:
         RequestError: None is meant, or several are; says which.
     """
-    ids = sorted(crash_ids(store), key=_moment)
+    ids = sorted(crash_ids(store.path), key=_moment)
     if words in ids:
         return words
     if not ids:
@@ -54,7 +60,7 @@ def find_signature(store: CrashStore, words: str) -> str:
     Raises:
         RequestError: None is meant, or several are.
     """
-    names = {*store.signatures(), *map(_signature, crash_ids(store))}
+    names = {*store.signatures(), *map(_signature, crash_ids(store.path))}
     found = sorted(name for name in names if words and name.startswith(words))
     if len(found) == 1 or words in found:
         return words if words in found else found[0]
@@ -69,7 +75,7 @@ def last_crash(store: CrashStore, guest: str) -> str | None:
     return max(filter(CRASH_ID.fullmatch, names), default=None)
 
 
-def short_ids(store: CrashStore) -> dict[str, str]:
+def short_ids(store: Path) -> dict[str, str]:
     """Return for each ID the shortest beginning that means it alone, up to a second at least."""
     ids = sorted(crash_ids(store))
     shortened = {}
@@ -81,10 +87,9 @@ def short_ids(store: CrashStore) -> dict[str, str]:
     return shortened
 
 
-def crash_ids(store: CrashStore) -> list[str]:
+def crash_ids(store: Path) -> list[str]:
     """Return the IDs of all crashes; nothing is read of them."""
-    names = [f"{path.parent.name}/{path.name}" for path in store.directories()]
-    return [name for name in names if CRASH_ID.fullmatch(name)]
+    return [name for name in crash_directories(store) if CRASH_ID.fullmatch(name)]
 
 
 def _moment(crash_id: str) -> str:

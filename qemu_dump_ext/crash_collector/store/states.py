@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-from pydantic import ConfigDict, Field, TypeAdapter
-
-from qemu_dump_ext.crash_collector.record import CrashRecord, Moment, SignatureId, reason_of
+from qemu_dump_ext.crash_collector.forms import MOMENT_LENGTH_MAX, SIGNATURE_ID, check_moment
 from qemu_dump_ext.crash_collector.store.files import replace_file, set_aside
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from qemu_dump_ext.frozen import dataclass
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.crash_collector.record import CrashRecord
 
 STATES_FILE = ".states.json"
 _BYTES_MAX = 64 << 20
@@ -44,17 +45,14 @@ class SignatureState:
         changed: When this was said; None: never.
     """
 
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
-
     state: StateName = "open"
-    note: Annotated[str, Field(max_length=_NOTE_MAX)] = ""
-    fixed_in: Annotated[str, Field(max_length=_RELEASE_MAX)] | None = None
-    into: SignatureId | None = None
-    changed: Moment | None = None
+    note: str = ""
+    fixed_in: str | None = None
+    into: str | None = None
+    changed: str | None = None
 
 
 OPEN = SignatureState()
-_STATES = TypeAdapter(dict[SignatureId, SignatureState])
 
 
 class SignatureStates:
@@ -126,15 +124,57 @@ def read_states(path: Path, *, keep_damaged: bool = True) -> SignatureStates:
     """
     try:
         with path.open("rb") as file:
-            return SignatureStates(_STATES.validate_json(file.read(_BYTES_MAX)))
+            return SignatureStates(_parsed(json.loads(file.read(_BYTES_MAX))))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if keep_damaged:
-            _logger.warning("%s is passed over: %s", path, reason_of(error))
+            _logger.warning("%s is passed over: %s", path, reason)
         else:
-            set_aside(path, reason_of(error))
+            set_aside(path, reason)
     return SignatureStates({})
+
+
+def _parsed(content: Any) -> dict[str, SignatureState]:
+    """Check what the file has; by hand, for every list of crashes reads it.
+
+    Raises:
+        ValueError: It is not what `write_states` writes; says where.
+    """
+    if not isinstance(content, dict):
+        raise ValueError("it is no object of JSON")  # noqa: TRY004 - what is damaged is told so
+    return {name: _parsed_state(name, state) for name, state in content.items()}
+
+
+def _parsed_state(name: str, content: Any) -> SignatureState:
+    if not SIGNATURE_ID.fullmatch(name):
+        raise ValueError(f"{name[:40]!r} is no signature")
+    if not isinstance(content, dict) or not content.keys() <= _CHECKS.keys():
+        raise ValueError(f"{name} has other words than {', '.join(_CHECKS)}")
+    for word, value in content.items():
+        if not _CHECKS[word](value):
+            raise ValueError(f"{name}.{word} is not what it should be")
+    return SignatureState(**content)
+
+
+def _is_text(value: object, most: int) -> bool:
+    return isinstance(value, str) and len(value) <= most
+
+
+def _is_moment(value: object) -> bool:
+    return _is_text(value, MOMENT_LENGTH_MAX) and bool(check_moment(str(value)))
+
+
+_CHECKS: Mapping[str, Callable[[Any], bool]] = {
+    "state": lambda value: value in STATE_NAMES,
+    "note": lambda value: _is_text(value, _NOTE_MAX),
+    "fixed_in": lambda value: value is None or _is_text(value, _RELEASE_MAX),
+    "into": lambda value: (
+        value is None or bool(isinstance(value, str) and SIGNATURE_ID.fullmatch(value))
+    ),
+    "changed": lambda value: value is None or _is_moment(value),
+}
 
 
 def write_states(path: Path, states: SignatureStates) -> None:

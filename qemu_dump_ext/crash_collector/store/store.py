@@ -29,8 +29,8 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from qemu_dump_ext.crash_collector.forms import CRASH_ID
 from qemu_dump_ext.crash_collector.record import (
-    CRASH_ID,
     CorruptRecordError,
     CrashRecord,
     Moment,
@@ -40,6 +40,7 @@ from qemu_dump_ext.crash_collector.record import (
 )
 from qemu_dump_ext.crash_collector.store.files import (
     CHECKSUM_FILE,
+    RECORD_BYTES_MAX,
     RECORD_FILE,
     file_facts,
     replace_file,
@@ -54,6 +55,7 @@ from qemu_dump_ext.crash_collector.store.states import (
     read_states,
     write_states,
 )
+from qemu_dump_ext.crash_collector.store.summary import crash_directories
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from qemu_dump_ext.frozen import dataclass
 
@@ -61,7 +63,6 @@ _INCOMING = ".incoming"
 _SIGNATURES = ".signatures.json"
 _LOCK = ".lock"
 _TIME_FORMAT = "%Y%m%dT%H%M%S.%fZ"
-_RECORD_BYTES_MAX = 16 << 20
 _COUNTS_BYTES_MAX = 64 << 20
 _MESSAGE_MAX = 1000
 _SIGNATURES_MAX = 10_000
@@ -198,12 +199,7 @@ class CrashStore:
 
     def directories(self) -> list[Path]:
         """Return the directories of all crashes, the oldest of each guest first."""
-        return [
-            crash
-            for guest in sorted(self.path.glob("[!.]*"))
-            if guest.is_dir()
-            for crash in sorted(guest.glob("[!.]*"))
-        ]
+        return [self.path / name for name in crash_directories(self.path)]
 
     def records(self) -> Iterator[CrashRecord]:
         """Yield every crash; one that cannot be read is logged and passed over."""
@@ -351,7 +347,7 @@ class CrashStore:
 
     def _read(self, directory: Path) -> CrashRecord:
         with (directory / RECORD_FILE).open("rb") as file:
-            record = parse_record(file.read(_RECORD_BYTES_MAX))
+            record = parse_record(file.read(RECORD_BYTES_MAX))
         if record.id != f"{directory.parent.name}/{directory.name}":
             raise CorruptRecordError(f"crash.json is that of {record.id}")
         return record

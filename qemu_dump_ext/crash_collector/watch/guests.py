@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qemu_dump_ext.connections.libvirt import DomainList
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
-from qemu_dump_ext.crash_collector.record import is_guest_name
+from qemu_dump_ext.crash_collector.forms import is_guest_name
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import tcp_address, unix_path

@@ -63,7 +63,7 @@ def test_empty_store_has_no_latest(tmp_path):
 
 
 def test_short_ids_mean_the_same(store):
-    shortened = short_ids(store)
+    shortened = short_ids(store.path)
     assert shortened[f"db/20251231T000000.000000Z-{A}"] == "db/20251231T000000"
     assert all(find_crash(store, short) == name for name, short in shortened.items())
 

@@ -9,6 +9,7 @@ from qemu_dump_ext.crash_collector.store.states import (
     SignatureState,
     SignatureStates,
     check_merge,
+    read_states,
     release_key,
 )
 from qemu_dump_ext.crash_collector.store.store import CrashStore
@@ -91,3 +92,26 @@ def test_damaged_states_are_open_and_kept_for_whoever_wants_to_know(tmp_path):
 def test_releases_are_in_order():
     ordered = ["5.10.0", "6.1.0-9", "6.1.0-10", "6.9.0-rc1", "6.9.0-rc10", "6.9", "6.9.1", "6.10"]
     assert sorted(ordered, key=release_key) == ordered
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        '{"x": {}}',
+        '{"0123456789abcdef": []}',
+        '{"0123456789abcdef": {"other": 1}}',
+        '{"0123456789abcdef": {"state": "gone"}}',
+        '{"0123456789abcdef": {"state": ["open"]}}',
+        '{"0123456789abcdef": {"note": 1}}',
+        '{"0123456789abcdef": {"into": "../x"}}',
+        '{"0123456789abcdef": {"changed": "yesterday"}}',
+        '{"0123456789abcdef": {"fixed_in": "%s"}}' % ("6" * 1000),
+        "[" * 100_000,
+    ],
+)
+def test_what_write_states_does_not_write_is_passed_over(tmp_path, caplog, content):
+    path = tmp_path / STATES_FILE
+    path.write_text(content)
+    assert read_states(path).known == {}
+    assert "is passed over: " in caplog.text
