@@ -40,6 +40,7 @@ class DumpFile(ABC):
         word_size: 4 or 8 bytes, as the dump's headers have it.
         page_size: Unit of presence, in bytes.
         header: Integers and strings of the main header, under their names in C.
+        threads: How many may unpack what is read; None: one for each CPU.
     """
 
     image: DumpImage
@@ -49,6 +50,7 @@ class DumpFile(ABC):
     word_size: int
     page_size: int
     header: Mapping[str, int | str]
+    threads: int | None = None
 
     @property
     def vcpus(self) -> Sequence[Vcpu]:

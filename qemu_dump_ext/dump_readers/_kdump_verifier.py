@@ -15,7 +15,8 @@ from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.kdump import DUMP_DH_COMPRESSED_INCOMPLETE, PAGE_DESCRIPTOR_SIZE
 
 if TYPE_CHECKING:
-    from qemu_dump_ext.dump_readers.kdump import Descriptor, KdumpFile
+    from qemu_dump_ext.dump_readers._page_unpacker import Descriptor
+    from qemu_dump_ext.dump_readers.kdump import KdumpFile
 
 _MAX_MAPNR_32 = (1 << 32) - 1
 _BACK_MAX = 1 << 20

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import groupby
 from operator import itemgetter
 from types import MappingProxyType
-from typing import Any, TypeAlias
+from typing import Any
 
 from qemu_dump_ext.dump_readers._bitmap_runs import length_of_run, runs_of_ones
 from qemu_dump_ext.dump_readers._declaration import DumpReader, Fit
@@ -23,8 +23,9 @@ from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
 from qemu_dump_ext.dump_readers._extent_index import merged
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._kdump_verifier import verify_kdump
+from qemu_dump_ext.dump_readers._page_unpacker import Descriptor, PageUnpacker, UnpackingThreads
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
-from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
+from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder
 from qemu_dump_ext.structures.kdump import (
     DISK_DUMP_HEADER,
@@ -34,9 +35,6 @@ from qemu_dump_ext.structures.kdump import (
     PAGE_DESCRIPTOR_SIZE,
 )
 from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS
-
-Descriptor: TypeAlias = tuple[int, int, int, int]
-"""offset, size, flags, page_flags, as in struct page_desc."""
 
 _BYTE_ORDERS: tuple[ByteOrder, ...] = ("little", "big")
 _VERSIONS = range(1, 32)
@@ -51,8 +49,6 @@ BITMAP_PIECE = 1 << 14
 PAGES_AT_ONCE = 256
 """Pages read and unpacked as one piece of work."""
 _NO_RUN = (1 << 64, 1 << 64)
-_SLACK = 1 << 16
-"""Bytes between pages that are rather read than stepped over."""
 
 
 @dataclass
@@ -76,62 +72,23 @@ class PageCounts:
     stored_bytes: int = 0
 
 
-class PageUnpacker:
-    """Turns page descriptors into pages. One for each thread."""
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Pages that are unpacked at a time.
 
-    def __init__(self, dump: KdumpFile) -> None:
-        self._dump = dump
-        self._decompressors: dict[int, Decompress] = {}
+    Attributes:
+        gpa: Of the first byte that is wanted.
+        skip: Bytes of the first page before that.
+        rank: Number of the first page's descriptor.
+        count: Of pages.
+        buffer: Gets what is wanted.
+    """
 
-    def unpack(
-        self, descriptors: Sequence[Descriptor]
-    ) -> Iterator[bytes | memoryview | CorruptDumpError]:
-        """Yield, for each descriptor, its page or what is wrong with it.
-
-        Raises:
-            CodecUnavailableError: A page is packed by a codec that cannot be imported.
-        """
-        dump = self._dump
-        zero_page = dump.zero_page_descriptor
-        faults = {
-            index: fault
-            for index, descriptor in enumerate(descriptors)
-            if (fault := dump.descriptor_fault(descriptor))
-        }
-        own = [
-            descriptor
-            for index, descriptor in enumerate(descriptors)
-            if descriptor != zero_page and index not in faults
-        ]
-        low = min((offset for offset, *_ in own), default=0)
-        high = max((offset + size for offset, size, *_ in own), default=0)
-        # Pages of one batch lie together in the file of every known writer.
-        together = high - low <= 2 * sum(size for _, size, *_ in own) + _SLACK
-        data = memoryview(dump.image.read(low, high - low)) if together else None
-        for index, descriptor in enumerate(descriptors):
-            if index in faults:
-                yield CorruptDumpError(faults[index])
-                continue
-            if descriptor == zero_page:
-                yield dump.zero_page
-                continue
-            offset, size, flags, _ = descriptor
-            try:
-                packed = (
-                    memoryview(dump.image.read(offset, size))
-                    if data is None
-                    else data[offset - low : offset - low + size]
-                )
-                yield self._decompress(flags, packed) if flags else packed
-            except CorruptDumpError as error:
-                yield CorruptDumpError(f"page data at offset {offset:#x}: {error}")
-
-    def _decompress(self, flags: int, packed: memoryview) -> bytes:
-        decompress = self._decompressors.get(flags)
-        if decompress is None:
-            decompress = self._dump.codecs_by_flag[flags].decompressor()
-            self._decompressors[flags] = decompress
-        return decompress(packed, self._dump.page_size)
+    gpa: int
+    skip: int
+    rank: int
+    count: int
+    buffer: memoryview
 
 
 class KdumpFile(DumpFile):
@@ -179,7 +136,7 @@ class KdumpFile(DumpFile):
             raise CorruptDumpError(
                 f"two bitmaps in {bitmap_blocks} blocks do not hold {self.max_mapnr:#x} bits"
             )
-        self._unpacker = PageUnpacker(self)
+        self._unpacking = UnpackingThreads(self)
         self._piece_number = -1
         self._piece = b""
 
@@ -460,24 +417,37 @@ class KdumpFile(DumpFile):
 
     def read_into(self, gpa: int, buffer: memoryview) -> None:
         """Fill `buffer` with guest memory from `gpa`."""
-        page_size = self.page_size
+        if batches := list(self._batches(gpa, buffer)):
+            self._unpacking.run(self._read_batch, batches)
+
+    def _batches(self, gpa: int, buffer: memoryview) -> Iterator[_Batch]:
+        """Cut what is to be read into what is unpacked at a time."""
         while buffer:
-            pfn, skip = divmod(gpa, page_size)
-            wanted = (skip + len(buffer) + page_size - 1) // page_size
+            pfn, skip = divmod(gpa, self.page_size)
+            wanted = (skip + len(buffer) + self.page_size - 1) // self.page_size
             rank, count = self._run_from(pfn, min(wanted, PAGES_AT_ONCE))
             if not count:
                 raise GuestMemoryFaultError(gpa, len(buffer), "not in the dump")
-            descriptors = self.read_descriptors(rank, count)
-            for descriptor, page in zip(
-                descriptors, self._unpacker.unpack(descriptors), strict=True
-            ):
-                if isinstance(page, CorruptDumpError):
-                    if not any(descriptor):
-                        raise GuestMemoryFaultError(gpa, len(buffer), "the dump is incomplete")
-                    raise CorruptDumpError(f"guest memory at {gpa:#x}: {page}")
-                size = min(page_size - skip, len(buffer))
-                buffer[:size] = page[skip : skip + size]
-                buffer, gpa, skip = buffer[size:], gpa + size, 0
+            size = min(count * self.page_size - skip, len(buffer))
+            yield _Batch(gpa, skip, rank, count, buffer[:size])
+            buffer, gpa = buffer[size:], gpa + size
+
+    def _read_batch(self, unpacker: PageUnpacker, batch: _Batch) -> None:
+        descriptors = self.read_descriptors(batch.rank, batch.count)
+        buffer, gpa, skip = batch.buffer, batch.gpa, batch.skip
+        for descriptor, page in zip(descriptors, unpacker.unpack(descriptors), strict=True):
+            if isinstance(page, CorruptDumpError):
+                if not any(descriptor):
+                    raise GuestMemoryFaultError(gpa, len(buffer), "the dump is incomplete")
+                raise CorruptDumpError(f"guest memory at {gpa:#x}: {page}")
+            size = min(self.page_size - skip, len(buffer))
+            buffer[:size] = page[skip : skip + size]
+            buffer, gpa, skip = buffer[size:], gpa + size, 0
+
+    def close(self) -> None:
+        """End what unpacks, and close the file."""
+        self._unpacking.close()
+        super().close()
 
     def pfns(self) -> Iterator[int]:
         """Yield the page frame number of each descriptor, in their order."""

@@ -53,6 +53,8 @@ def convert(
     ):
         if asked:
             raise RequestError(f"{word} is for guests that run, and not for dumps of them")
+    for file in dump.files:
+        file.threads = request.threads
     guest = StoredGuest(dump, search_seconds=search_seconds, target=target, keep=keep)
     try:
         return dump_stored(request, guest, sink, progress=progress)

@@ -1,10 +1,11 @@
-"""Take the time of conversions of one dump, beside that of reading it.
+"""Take the time of conversions of one dump, beside that of dumping the same memory.
 
-    .venv/bin/python tests/bench/bench_convert.py DUMP [--rounds N]
+    .venv/bin/python -m tests.bench.bench_convert DUMP [--rounds N]
 
-Makes an ELF core and a kdump of the dump first, and then, of each, what a row names, in a process
-of its own. Prints a table in Markdown: the shortest time, MiB of guest memory in a second, seconds
-of CPU, and the most memory that the process and what it starts had.
+Makes an ELF core and a kdump of the dump first, and a machine that stands still and has its memory;
+and then, of each, what a row names, in a process of its own, all rows in turn. Prints a table in
+Markdown: the shortest time, seconds of CPU, how these compare with the dump from memory in the same
+format (more than 1: slower), and the most memory that the process and what it starts had.
 """
 
 from __future__ import annotations
@@ -15,33 +16,43 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.guest_images.machine import stopped_machine
 
+_MEMORY = "memory"
 _ROWS = (
+    (_MEMORY, "elf"),
+    (_MEMORY, "kdump-raw-zlib"),
+    (_MEMORY, "kdump-raw-zstd"),
     ("elf", "elf"),
     ("elf", "kdump-raw-zlib"),
-    ("elf", "kdump-raw-none"),
     ("kdump-raw-zlib", "kdump-raw-zlib"),
     ("kdump-raw-zlib", "kdump-raw-zstd"),
     ("kdump-raw-zlib", "elf"),
 )
+_SAME = ("--force", "--no-vmcoreinfo")
+"""Of every row; none spends time on a search of memory that others need not make."""
+_HOLE = 2 << 30
+"""Where a q35 has no RAM but above 4 GiB."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one conversion took: seconds, seconds of CPU, KiB of memory at most."""
+    """What one dump took: seconds, seconds of CPU, KiB of memory at most."""
 
     seconds: float
     cpu_seconds: float
     peak_kib: int
 
 
-def convert(source: Path, target: Path, dump_format: str) -> Cost:
-    """Run one conversion."""
-    words = ("convert", source, target, "--force", "--format", dump_format)
+def run(*words: object) -> Cost:
+    """Have `qemu-dump` do something."""
     started = time.monotonic()
     process = subprocess.Popen(
         [sys.executable, "-c", "from qemu_dump_ext.cli import main; raise SystemExit(main())"]
@@ -59,30 +70,61 @@ def convert(source: Path, target: Path, dump_format: str) -> Cost:
     return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
 
 
+@contextmanager
+def machine_with_memory_of(path: Path, folder: Path) -> Iterator[Path]:
+    """Yield the QMP socket of a machine that stands still and has the memory of a dump."""
+    end = 1 << 20
+    with open_dump(path) as dump, (folder / "ram").open("wb") as file:
+        for gpa, size in dump.readable_ranges():
+            for at in range(gpa, min(gpa + size, _HOLE), 1 << 20):
+                end = min(at + (1 << 20), gpa + size)
+                file.seek(at)
+                file.write(dump.read(at, end - at))
+        size = -(-end // (1 << 20)) << 20
+        file.truncate(size)
+    # As other guests' memory, that of this one is its process's, and not a file's.
+    backend = f"memory-backend-file,id=ram,mem-path={folder / 'ram'},share=off,prealloc=on"
+    words = ("-object", f"{backend},size={size}", "-M", "q35,memory-backend=ram")
+    with stopped_machine(["qemu-system-x86_64"], (*words, "-m", f"{size >> 20}")) as machine:
+        yield machine.qmp_sockets[0]
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("dump", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    with open_dump(arguments.dump) as dump:
-        mib = sum(size for _, size in dump.readable_ranges()) / (1 << 20)
-    print("| from | to | seconds | MiB/s | CPU seconds | peak MiB |\n|---|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory(dir=arguments.dump.parent) as folder:
-        for source in sorted({source for source, _ in _ROWS}):
-            convert(arguments.dump, Path(folder) / source, source)
-        for source, target in _ROWS:
-            costs = [
-                convert(Path(folder) / source, Path(folder) / "out", target)
-                for _ in range(arguments.rounds)
-            ]
-            best = min(costs, key=lambda cost: cost.seconds)
-            cpu = min(cost.cpu_seconds for cost in costs)
-            peak = max(cost.peak_kib for cost in costs) >> 10
-            print(
-                f"| {source} | {target} | {best.seconds:.1f} | {mib / best.seconds:.0f}"
-                f" | {cpu:.1f} | {peak} |"
-            )
+    costs = defaultdict(list)
+    with tempfile.TemporaryDirectory(dir=arguments.dump.parent) as name:
+        folder = Path(name)
+        for source in {source for source, _ in _ROWS} - {_MEMORY}:
+            run("convert", arguments.dump, folder / source, "--format", source)
+        with machine_with_memory_of(arguments.dump, folder) as qmp:
+            for _ in range(arguments.rounds):
+                for source, target in _ROWS:
+                    words = (folder / "out", "--format", target, *_SAME)
+                    if source == _MEMORY:
+                        costs[source, target].append(run("dump", "--qmp", qmp, *words))
+                    else:
+                        costs[source, target].append(run("convert", folder / source, *words))
+    print("| from | to | seconds | times memory | CPU seconds | times memory | peak MiB |")
+    print("|---|---|---|---|---|---|---|")
+    for source, target in _ROWS:
+        seconds, cpu, peak = _best(costs[source, target])
+        of_memory = _best(costs[_MEMORY, target])
+        print(
+            f"| {source} | {target} | {seconds:.1f} | {seconds / of_memory[0]:.2f} | {cpu:.1f}"
+            f" | {cpu / of_memory[1]:.2f} | {peak} |"
+        )
+
+
+def _best(costs: list[Cost]) -> tuple[float, float, int]:
+    return (
+        min(cost.seconds for cost in costs),
+        min(cost.cpu_seconds for cost in costs),
+        max(cost.peak_kib for cost in costs) >> 10,
+    )
 
 
 if __name__ == "__main__":

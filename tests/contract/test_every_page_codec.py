@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 import zlib
 from contextlib import suppress
 from pathlib import Path
@@ -136,3 +137,16 @@ def test_zlib_equals_best_speed():
     packed = all_page_codecs()["zlib"].compressor()(page)
     assert packed == zlib.compress(page, 1)
     assert packed[:2] == b"\x78\x01"
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["isal", "zlib"])
+def test_checksum_of_zlib_is_looked_at_by_either_library(hidden, monkeypatch):
+    if hidden:
+        monkeypatch.setitem(sys.modules, "isal", None)
+    page = PAGES["text"][:4096]
+    decompress = all_page_codecs()["zlib"].decompressor()
+    packed = bytearray(zlib.compress(page, 1))
+    assert decompress(bytes(packed), 4096) == page
+    packed[-1] ^= 1
+    with pytest.raises(CorruptDumpError, match="zlib"):
+        decompress(bytes(packed), 4096)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+import threading
 import tracemalloc
+import zlib
 
 import pytest
 from hypothesis import given
@@ -204,3 +206,31 @@ def test_pages_far_apart_in_the_file_take_no_memory(tmp_path):
             assert tracemalloc.get_traced_memory()[1] < 4 << 20
         finally:
             tracemalloc.stop()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_many_pages_are_the_same_by_any_number_of_threads(open_image, threads):
+    pages = {pfn: b"%08d" % (pfn % 700) * (BLOCK // 8) for pfn in range(5, 1500)}
+    dump = open_image(make_kdump(pages).data)
+    dump.threads = threads
+    expected = b"".join(pages.values())
+    assert dump.read(5 * BLOCK, len(expected)) == expected
+    assert dump.read(5 * BLOCK + 77, len(expected) - 100) == expected[77:-23]
+    with pytest.raises(GuestMemoryFaultError):
+        dump.read(5 * BLOCK, len(expected) + BLOCK)
+    dump.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("unpack")]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_of_pages_that_are_damaged_the_first_is_told(open_image, threads):
+    pages = {pfn: b"%08d" % pfn * (BLOCK // 8) for pfn in range(1500)}
+    data = bytearray(make_kdump(pages).data)
+    for pfn in (700, 1400):
+        at = data.index(zlib.compress(pages[pfn], 1)[4:])
+        data[at + 8] ^= 1
+    dump = open_image(data)
+    dump.threads = threads
+    with pytest.raises(CorruptDumpError, match=f"guest memory at {700 * BLOCK:#x}"):
+        dump.read(0, 1500 * BLOCK)
+    assert dump.read(701 * BLOCK, 600 * BLOCK) == b"".join(pages[n] for n in range(701, 1301))
