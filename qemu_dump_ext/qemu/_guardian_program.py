@@ -1,8 +1,9 @@
-"""What a guardian runs: `PROGRAM KIND ADDRESS FILE [CAPABILITY [STREAM]]`, standard library alone.
+"""What a guardian runs: `PROGRAM KIND ADDRESS FILE [THING [STREAM]]`, standard library alone.
 
 Standard input tells what to do: a byte, that nothing is left to do; its end without one, that the
-guest is to be let run, and FILE to be removed then, or that the capability of migrations is to be
-taken back, unless it is empty, when the stream, a descriptor, has been read to its end.
+guest is to be let run, and FILE to be removed then, or that the thing is to be taken back, unless
+it is empty, when the stream, a descriptor, has been read to its end. It is a capability of
+migrations, or `gdbstub:PATH`, of a gdbstub that was opened there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _LINE_MAX = 1 << 20
 _ACKNOWLEDGEMENTS = (b"+", b"-")
 _RETRY_SECONDS = 0.3
 _COMES_BACK_SECONDS = 600.0
+_STUB = "gdbstub:"
 _IN_PROCESS = "dump in process"
 _MIGRATION_ENDED = frozenset((None, "none", "cancelled", "completed", "failed"))
 _PAUSED = re.compile(r"VM status: paused(?: \(single step mode\))?\s*$", re.MULTILINE)
@@ -48,6 +50,10 @@ class _Qmp:
     def resume(self) -> bool:
         """Tell whether QEMU has taken it: it does not while it dumps the guest itself."""
         return _IN_PROCESS not in json.dumps(self._execute("cont").get("error"))
+
+    def monitor(self, command: str) -> str:
+        arguments = {"command-line": command}
+        return str(self._execute("human-monitor-command", arguments).get("return"))
 
     def take_back(self, capability: str) -> bool:
         """Tell whether a capability is off: QEMU changes none during a migration."""
@@ -147,6 +153,9 @@ class _Hmp:
     def resume(self) -> bool:
         return _IN_PROCESS not in self._execute(b"cont")
 
+    def monitor(self, command: str) -> str:
+        return self._execute(command.encode())
+
     def _execute(self, command: bytes) -> str:
         self._write(command + b"\n")
         # Behind the echo of the line.
@@ -196,6 +205,25 @@ def _release_by_libvirt(virsh: str, uri: str, domain: str, pid: int) -> None:
         time.sleep(_RETRY_SECONDS)
 
 
+def _close_stub(kind: str, address: Any, path: str) -> None:
+    """Have QEMU close the gdbstub at a path, and no other one."""
+    if kind == "libvirt":
+        virsh, uri, domain, _ = address
+        ask = ("qemu-monitor-command", "--hmp", "--domain", domain)
+        if _has_stub(_virsh(virsh, uri, *ask, "info chardev") or "", path):
+            _virsh(virsh, uri, *ask, "gdbserver none")
+        return
+    with _connect(address) as connection:
+        peer = _KINDS[kind](connection)
+        if not isinstance(peer, StubPeer) and _has_stub(peer.monitor("info chardev"), path):
+            peer.monitor("gdbserver none")
+
+
+def _has_stub(devices: str, path: str) -> bool:
+    here = rf"^gdb: filename=\S*unix:{re.escape(path)}[,\s]"
+    return re.search(here, devices, re.MULTILINE) is not None
+
+
 def _virsh(program: str, uri: str, *words: str) -> str | None:
     """Return what a command prints, or None: libvirt is not there, or does something else."""
     done = subprocess.run(
@@ -241,7 +269,10 @@ if __name__ == "__main__" and not sys.stdin.buffer.read(1):
             while os.read(int(sys.argv[5]), _LINE_MAX):
                 pass
         if len(sys.argv) > 4:
-            if sys.argv[4]:
+            if sys.argv[4].startswith(_STUB):
+                where = json.loads(sys.argv[2])
+                _close_stub(sys.argv[1], where, sys.argv[4].removeprefix(_STUB))
+            elif sys.argv[4]:
                 take_back(json.loads(sys.argv[2]), sys.argv[4])
         else:
             release(sys.argv[1], json.loads(sys.argv[2]))

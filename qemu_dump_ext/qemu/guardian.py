@@ -4,7 +4,7 @@ This one may be killed, may lose its connection, or may have given up on a QEMU 
 answer: what it has sent is lost when it ends, and a debugger's connection that QEMU takes later
 stops the guest. The guardian waits for QEMU as long as QEMU lives, and lets only a guest run that
 is paused as we have paused it. Where a capability of migrations was set instead, it is taken back
-when no migration is under way.
+when no migration is under way; a gdbstub that was opened is closed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Guardian:
         self,
         kind: Literal["qmp", "hmp", "gdb", "libvirt"],
         address: str,
-        capability: str | None = None,
+        taken_back: str | None = None,
         stream: int | None = None,
         *,
         pid: int | None = None,
@@ -48,23 +48,24 @@ class Guardian:
             kind: What listens at `address`: QMP, a human monitor, a gdbstub; or libvirt.
             address: A path or HOST:PORT; of libvirt: virsh's path, the URI of the connection, the
                 UUID of the domain and QEMU's pid or 0, as a list in JSON.
-            capability: What it takes back, by QMP; empty: nothing; None: it lets the guest run.
+            taken_back: What it takes back: a capability of migrations, by QMP, or `gdbstub:PATH`;
+                empty: nothing; None: it lets the guest run.
             stream: Descriptor that it reads to the end before; None: of none.
             pid: Of QEMU's process, if it is known: it is written down who has stopped what.
         """
         with uninterrupted(), refused_as(SourceError, "start what lets the guest run if this ends"):
             self._acts = False
             self._debt = OpenDebt()
-            if capability is None:
+            if taken_back is None:
                 self._debt.write(pid)
             try:
-                self._process = self._start(kind, address, capability, stream)
+                self._process = self._start(kind, address, taken_back, stream)
             except BaseException:
                 self._debt.settle()
                 raise
 
     def _start(
-        self, kind: str, address: str, capability: str | None, stream: int | None
+        self, kind: str, address: str, taken_back: str | None, stream: int | None
     ) -> subprocess.Popen[bytes]:
         where, directory = (address, None) if kind == "libvirt" else _place(address)
         nowhere = open_nowhere()
@@ -73,7 +74,7 @@ class Guardian:
                 (
                     *(interpreter() or _NO_INTERPRETER, "-I", "-S", str(_PROGRAM)),
                     *(kind, where, str(self._debt.path or "")),
-                    *([] if capability is None else [capability]),
+                    *([] if taken_back is None else [taken_back]),
                     *([] if stream is None else [str(stream)]),
                 ),
                 stdin=subprocess.PIPE,

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Monitor
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_text import (
     parse_physical_bytes,
     parse_physical_memory,
@@ -107,19 +108,21 @@ def read_number(monitor: Monitor, path: str, name: str) -> int | None:
     return parse_unsigned(text) if text else None
 
 
-def read_byte_order(monitor: Monitor, addresses: Sequence[int]) -> ByteOrder | None:
+def read_byte_order(monitor: Monitor, blocks: Sequence[RamBlock]) -> ByteOrder | None:
     """Return the byte order in which the monitor puts words of guest memory together.
 
     Args:
         monitor: Of a stopped guest.
-        addresses: Where memory begins; some of what is behind each is looked at.
+        blocks: Memory; some of each is looked at.
 
     Returns:
         None where no word tells: it reads the same from both ends.
     """
-    for address in addresses:
+    for block in blocks:
         for offset in _WHERE_TO_LOOK:
-            place = f"{address + offset:#x}"
+            if offset + 4 * _WORDS > block.size:
+                break
+            place = f"{block.gpa + offset:#x}"
             words = parse_physical_memory(monitor.execute(f"xp /{_WORDS}xw {place}"), 32)
             data = parse_physical_bytes(monitor.execute(f"xp /{4 * _WORDS}xb {place}"))
             for number, word in enumerate(words):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import field
+from contextlib import suppress
+from dataclasses import field, replace
 from functools import partial
 
 from qemu_dump_ext.architectures import (
@@ -19,6 +20,7 @@ from qemu_dump_ext.guest.access import GuestAccess, Monitor, Stub
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.qemu.dump_listeners import why_dumps_are_forbidden
 from qemu_dump_ext.qemu.dumped_memory import DumpedMemory, find_dumped_memory
+from qemu_dump_ext.qemu.gdbstub import stub_on_demand
 from qemu_dump_ext.qemu.monitor_queries import (
     find_devices,
     find_machine_objects,
@@ -34,11 +36,13 @@ from qemu_dump_ext.qemu.monitor_text import (
     parse_version,
 )
 from qemu_dump_ext.qemu.native_dump import NativeDumps
+from qemu_dump_ext.qemu.process import find_qemu_process
 from qemu_dump_ext.qemu.target_name import target_name
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
-from qemu_dump_ext.structures.dialect import QemuVersion
+from qemu_dump_ext.registers.notes import encode_vcpu_notes
+from qemu_dump_ext.structures.dialect import MENDED, QemuVersion
 
 _IT_RUNS = "the guest runs, and QEMU would stop it for a dump"
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
@@ -113,7 +117,7 @@ def _probe_target(access: GuestAccess, forbidden: str | None, stub: Stub | None)
         texts[min(texts)],
         partial(read_property, monitor, objects.cpu_path),
         _target_name(access, version),
-        lambda: read_byte_order(monitor, [block.gpa for block in dumped.blocks]),
+        lambda: read_byte_order(monitor, dumped.blocks),
         lambda: read_g_packet(stub, min(texts)) if stub else b"",
     )
     architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
@@ -195,9 +199,15 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         )
         for index in texts
     }
-    vcpus = tuple(
-        Vcpu(index, merge_readings(architecture, known)) for index, known in readings.items()
-    )
+    vcpus = _merged(architecture, readings)
+    if access.stub is None and _stub_has_more(target, vcpus):
+        with suppress(SourceError):
+            by_stub = _read_stub_on_demand(architecture, access)
+            readings = {
+                index: replace(known, gdb=by_stub.get(index, {}))
+                for index, known in readings.items()
+            }
+            vcpus = _merged(architecture, readings)
     guessed = {
         name for known in readings.values() for name in architecture.guessed_registers(known)
     }
@@ -218,6 +228,29 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
         shown_first=by_monitor,
         properties=target.properties,
     )
+
+
+def _merged(architecture: Architecture, readings: Mapping[int, VcpuReadings]) -> tuple[Vcpu, ...]:
+    return tuple(
+        Vcpu(index, merge_readings(architecture, known)) for index, known in readings.items()
+    )
+
+
+def _stub_has_more(target: _Target, vcpus: Sequence[Vcpu]) -> bool:
+    """Tell whether a note lacks a register which a gdbstub may have."""
+    architecture = target.architecture
+    core = architecture.select_core(vcpus, target.dumped.blocks, MENDED, target.machine)
+    notes = encode_vcpu_notes(architecture, core, vcpus, kernel_gs_base=False)
+    known = {register.name for register in architecture.registers if register.gdb}
+    return any(known.intersection(names) for names in notes.missing.values())
+
+
+def _read_stub_on_demand(
+    architecture: Architecture, access: GuestAccess
+) -> dict[int, dict[str, int]]:
+    pid = access.pid or find_qemu_process(access.addresses)
+    with stub_on_demand(access, pid) as stub:
+        return read_stub(architecture, stub)
 
 
 def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:

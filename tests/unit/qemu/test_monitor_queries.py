@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from qemu_dump_ext.errors import MonitorAnswerError
+from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_queries import (
     find_devices,
     find_machine_objects,
@@ -60,7 +61,14 @@ def test_a_word_that_differs_from_both_ends_tells_the_byte_order(word: str, expe
         "xp /32xw 0x1000": f"00001000: 0x11222211 {word}\n",
         "xp /128xb 0x1000": "00001000: 0x11 0x22 0x22 0x11 0x01 0x02 0x03 0x04\n",
     }
-    assert read_byte_order(_Monitor(answers), [0]) == expected
+    assert read_byte_order(_Monitor(answers), [RamBlock(0, 1 << 25, "ram", 0)]) == expected
+
+
+def test_nothing_behind_the_end_of_memory_is_asked_for():
+    """QEMU refuses it, since memory of another bus may be there that cannot be read."""
+    monitor = _Monitor({})
+    assert read_byte_order(monitor, [RamBlock(0x1000, 0x2000, "ram", 0)]) is None
+    assert monitor.asked[::2] == ["xp /32xw 0x1000", "xp /32xw 0x2000"]
 
 
 def test_what_is_only_called_a_cpu_is_passed_over():
