@@ -20,14 +20,16 @@ from xml.etree import ElementTree as ET
 import pytest
 
 from qemu_dump_ext.cli.crash_collector_command import main
+from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.outlets.crash_source import SourcedCrash, StoreSource
+from qemu_dump_ext.crash_collector.outlets.destination import Destination
 from qemu_dump_ext.crash_collector.outlets.groups import group_crashes
 from qemu_dump_ext.crash_collector.outlets.report import render_report, write_report
 from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord, Signature, UploadFacts
-from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
+from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates, StateName
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
-from tests.support.crashes import commit, make_record, make_store
+from tests.support.crashes import commit, make_record, make_store, say
 
 NOW = datetime(2026, 2, 10, 12, tzinfo=UTC)
 HOSTILE = '</script></title><img src=x onerror="document.title=1"><script>document.title=2</script>'
@@ -281,6 +283,30 @@ def test_fleet_is_one_page_of_many_stores_and_of_what_they_uploaded(tmp_path, ca
     assert "there is no store" in capsys.readouterr().err
     assert main(["report", "--from", str(tmp_path / "north")]) == 2
     assert "--output FILE" in capsys.readouterr().err
+
+
+def test_fleet_has_the_states_of_all_hosts_of_each_what_was_said_last(tmp_path, caplog):
+    said: dict[str, tuple[StateName, str]] = {
+        "north": ("acknowledged", "2026-02-02T12:00:00.000000+00:00"),
+        "south": ("resolved", "2026-02-03T12:00:00.000000+00:00"),
+    }
+    for host, (state, time) in said.items():
+        store = make_store(tmp_path / host)
+        record = commit(store, make_record())
+        say(store, record.signature.id, state, f"by {host}", time)
+        destination = Destination(Upload(f"file://{tmp_path}/remote/{host}"))
+        destination.put(store, record)
+        destination.put_states(store.states())
+    for path in (tmp_path / "remote").glob("*/.states-*"):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (tmp_path / "remote" / ".states-damaged.json").write_text("[]")
+    output = tmp_path / "fleet.html"
+    assert main(["report", "--from", f"file://{tmp_path}/remote", "--output", str(output)]) == 0
+    text = output.read_text()
+    assert "2 crashes of 1 signature seen (1 resolved)" in text
+    assert "by south" in text
+    assert "by north" not in text
+    assert ".states-damaged.json is passed over: it is no object of JSON" in caplog.text
 
 
 @needs_chromium

@@ -7,9 +7,11 @@ import socket
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,17 +22,20 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
+from qemu_dump_ext.crash_collector.outlets import upload
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload, without_password
 from qemu_dump_ext.crash_collector.outlets.upload import Uploader
 from qemu_dump_ext.crash_collector.record import parse_record
+from qemu_dump_ext.crash_collector.store.states import StateName, parse_states
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
-from tests.support.crashes import commit, make_record, make_store
+from tests.support.crashes import commit, make_record, make_store, say
 from tests.support.ports import reserved_port
 from tests.support.waiting import wait_until
 
 _SFTP_SERVER = "/usr/lib/openssh/sftp-server"
 _STEPS = 7
+_STATES: tuple[StateName, ...] = ("acknowledged", "resolved")
 _EARLIER = "2026-01-31T12:00:00.000001+00:00"
 _LATER = "2026-02-01T12:00:00.000001+00:00"
 
@@ -91,6 +96,10 @@ class _Clock:
 
 def _uploader(store: CrashStore, url: str, clock=None, jitter=lambda: 1.0, **settings) -> Uploader:
     return Uploader(store, Upload(url, **settings), clock=clock or _Clock(), jitter=jitter)
+
+
+def _is_there(path: Path, word: str) -> bool:
+    return path.exists() and word in path.read_text()
 
 
 def _accepted_by_sha256sum(directory: Path) -> bool:
@@ -291,6 +300,26 @@ def test_held_crash_keeps_its_dump(tmp_path):
         store.update(replace(record, held=True))
     _uploader(store, f"file://{tmp_path}/remote", keep_dump=False).upload_due()
     assert store.record(record.id).dump.file == "vmcore.kdump"
+
+
+def test_states_of_signatures_go_along_and_whenever_they_change(tmp_path, refusing, monkeypatch):
+    monkeypatch.setattr(upload, "_LOOK_SECONDS", 0.02)
+    store = make_store(tmp_path)
+    record = commit(store, make_record())
+    uploader = _uploader(store, f"refusing://{tmp_path}/remote", time.monotonic, retry=0.05)
+    there = tmp_path / "remote" / f".states-{socket.gethostname()}.json"
+    uploader.start()
+    try:
+        wait_until(lambda: uploader.uploaded == 1)
+        assert not there.exists()  # nobody has said anything
+        refusing.failing[:] = [PermissionError("refused")]
+        for state in _STATES:
+            say(store, record.signature.id, state, "a note")
+            wait_until(partial(_is_there, there, state))
+    finally:
+        uploader.stop()
+    assert parse_states(there.read_bytes()).known == store.states().known
+    assert uploader.failures == 1
 
 
 def test_memory_file_system_is_an_object_store_without_directories(tmp_path):

@@ -12,6 +12,7 @@ from qemu_dump_ext.crash_collector.record import (
     QemuFacts,
     Signature,
 )
+from qemu_dump_ext.crash_collector.store.states import SignatureState, StateName
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 
 TIME = "2026-01-31T12:00:00.000001+00:00"
@@ -52,3 +53,9 @@ def make_store(path: Path) -> CrashStore:
     store = CrashStore(path / "store")
     store.prepare()
     return store
+
+
+def say(store: CrashStore, signature: str, state: StateName, note: str, time: str = TIME) -> None:
+    """Set the state of a signature, as people do."""
+    said = SignatureState(state, note, changed=time)
+    store.change_states(lambda states: states.known.update({signature: said}))

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from qemu_dump_ext.crash_collector.forms import CRASH_ID
-from qemu_dump_ext.crash_collector.outlets.destination import without_password
+from qemu_dump_ext.crash_collector.outlets.destination import REMOTE_STATES, without_password
 from qemu_dump_ext.crash_collector.outlets.html import quoted
 from qemu_dump_ext.crash_collector.record import CorruptRecordError, CrashRecord, parse_record
 from qemu_dump_ext.crash_collector.store.files import RECORD_FILE
-from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
+from qemu_dump_ext.crash_collector.store.states import (
+    STATES_BYTES_MAX,
+    SignatureState,
+    SignatureStates,
+    parse_states,
+)
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.frozen import dataclass
@@ -22,6 +28,7 @@ from qemu_dump_ext.third_party import import_package
 
 _RECORD_BYTES_MAX = 16 << 20
 _RECORDS_MAX = 100_000
+_HOSTS_MAX = 10_000
 
 _logger = logging.getLogger(__name__)
 
@@ -133,11 +140,7 @@ class RemoteSource:
         Raises:
             SourceError: What is there cannot be listed.
         """
-        try:
-            paths = self._files.glob(f"{self._root}/**/{RECORD_FILE}")
-        except Exception as error:  # each kind of URL has errors of its own
-            raise SourceError(f"cannot look at {self.name}: {error}") from error
-        for path in sorted(map(str, paths))[:_RECORDS_MAX]:
+        for path in self._paths(RECORD_FILE)[:_RECORDS_MAX]:
             directory = path.removesuffix(f"/{RECORD_FILE}")
             below = directory.removeprefix(self._root).strip("/").split("/")
             if not CRASH_ID.fullmatch("/".join(below[-2:])):
@@ -164,8 +167,20 @@ class RemoteSource:
         return {}
 
     def states(self) -> SignatureStates:
-        """Return that all are open: states are not uploaded."""
-        return SignatureStates({})
+        """Return what people of all hosts made of the signatures."""
+        found = []
+        for path in self._paths(f"{REMOTE_STATES}*.json")[:_HOSTS_MAX]:
+            try:
+                found.append(parse_states(self._files.cat_file(path, end=STATES_BYTES_MAX)))
+            except Exception as error:  # noqa: BLE001 - as above
+                _logger.warning("%s is passed over: %s", path, error)
+        return latest_states(found)
+
+    def _paths(self, name: str) -> Sequence[str]:
+        try:
+            return sorted(map(str, self._files.glob(f"{self._root}/**/{name}")))
+        except Exception as error:  # each kind of URL has errors of its own
+            raise SourceError(f"cannot look at {self.name}: {error}") from error
 
     def read_end(self, crash: SourcedCrash, name: str, size: int) -> str:
         """Return the last bytes of a file of a crash."""
@@ -177,11 +192,19 @@ class RemoteSource:
         return data.decode("utf-8", "replace")
 
 
-def merged_states(sources: Sequence[CrashSource]) -> SignatureStates:
+def latest_states(all_states: Iterable[SignatureStates]) -> SignatureStates:
     """Return the states of several stores: of each signature, what was said last."""
     known: dict[str, SignatureState] = {}
-    for source in sources:
-        for name, state in source.states().known.items():
-            if name not in known or (state.changed or "") > (known[name].changed or ""):
+    for states in all_states:
+        for name, state in states.known.items():
+            if name not in known or _said(state) > _said(known[name]):
                 known[name] = state
     return SignatureStates(known)
+
+
+def _said(state: SignatureState) -> datetime:
+    return (
+        datetime.min.replace(tzinfo=UTC)
+        if state.changed is None
+        else datetime.fromisoformat(state.changed)
+    )

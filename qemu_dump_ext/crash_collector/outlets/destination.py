@@ -20,10 +20,13 @@ from qemu_dump_ext.crash_collector.record import (
     parse_record,
 )
 from qemu_dump_ext.crash_collector.store.files import CHECKSUM_FILE, RECORD_FILE, record_files
+from qemu_dump_ext.crash_collector.store.states import SignatureStates, states_text
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpWriteError, RequestError
 from qemu_dump_ext.third_party import import_package
 
+REMOTE_STATES = ".states-"
+"""How the name of the file begins that a host has for its states, beside its crashes."""
 _BLOCK = 1 << 20
 _RECORD_BYTES_MAX = 16 << 20
 
@@ -73,7 +76,7 @@ class Destination:
             raise DumpWriteError(f"{self.url}/{record.id} is another crash")
         self._require_wanted()
         self._files.makedirs(remote, exist_ok=True)
-        self._make_private(remote)
+        self._set_mode(remote, 0o700)  # while it is empty
         for name, facts in record.files.items():
             path = f"{remote}/{name}"
             if not self._is_there(path, facts):
@@ -89,6 +92,17 @@ class Destination:
         self._put_small(f"{remote}/{RECORD_FILE}", contents[RECORD_FILE])
         return uploaded
 
+    def put_states(self, states: SignatureStates) -> None:
+        """Write down there what people made of the signatures of this host.
+
+        Raises:
+            DumpWriteError: It did not arrive as it is here.
+        """
+        self._require_wanted()
+        self._files.makedirs(self._root, exist_ok=True)
+        name = f"{REMOTE_STATES}{socket.gethostname()}.json"
+        self._put_small(f"{self._root}/{name}", states_text(states), mode=0o600)
+
     def _record_at(self, remote: str) -> CrashRecord | None:
         path = f"{remote}/{RECORD_FILE}"
         self._files.invalidate_cache()
@@ -96,12 +110,11 @@ class Destination:
             return None
         return parse_record(self._files.cat_file(path, end=_RECORD_BYTES_MAX))
 
-    def _make_private(self, remote: str) -> None:
-        # While it is empty.
+    def _set_mode(self, remote: str, mode: int) -> None:
         protocol = self._files.protocol
         chmod = _CHMOD_OF.get(protocol if isinstance(protocol, str) else protocol[0])
         if chmod is not None:
-            chmod(self._files)(remote, 0o700)
+            chmod(self._files)(remote, mode)
 
     def _is_there(self, path: str, facts: FileFacts) -> bool:
         self._files.invalidate_cache()
@@ -122,9 +135,11 @@ class Destination:
         if self.given_up.is_set():
             raise DumpWriteError(f"{self.url}: given up")
 
-    def _put_small(self, path: str, content: bytes) -> None:
+    def _put_small(self, path: str, content: bytes, *, mode: int | None = None) -> None:
         self._require_wanted()
         self._files.pipe_file(f"{path}.part", content)
+        if mode is not None:
+            self._set_mode(f"{path}.part", mode)
         if self._files.cat_file(f"{path}.part") != content:
             raise DumpWriteError(f"{self.url}: {path} is not what was sent")
         self._require_wanted()

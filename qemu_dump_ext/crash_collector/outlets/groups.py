@@ -84,7 +84,8 @@ def group_crashes(
         for name in {**kept, **counted}
     ]
     groups.sort(key=lambda group: group.count.last_seen, reverse=True)
-    return sorted(groups, key=lambda group: STATE_NAMES.index(group.state.state) // 2)
+    # What is new and what came back are equally urgent.
+    return sorted(groups, key=lambda group: max(1, STATE_NAMES.index(group.state.state)))
 
 
 def _count_of(counted: Sequence[SignatureCount], records: Sequence[CrashRecord]) -> SignatureCount:

@@ -32,7 +32,7 @@ from qemu_dump_ext.crash_collector.outlets.crash_source import (
     CrashSource,
     SourcedCrash,
     StoreSource,
-    merged_states,
+    latest_states,
 )
 from qemu_dump_ext.crash_collector.outlets.feed import FEED_ID, feed_text
 from qemu_dump_ext.crash_collector.outlets.groups import (
@@ -63,6 +63,7 @@ REPORT_FILE = "report.html"
 _SPARK_DAYS = 30
 _SIGNATURES_MAX = 1000
 _CRASHES_MAX = 200
+_GUESTS_MAX = 4
 _FEED_START = 1024
 _LOG_BYTES = 64 << 10
 _LOG_LINES = 40
@@ -89,7 +90,7 @@ def write_report_of(sources: Sequence[CrashSource], output: Path, *, now: dateti
         DumpWriteError: It cannot be written.
     """
     crashes = [crash for source in sources for crash in source.crashes()]
-    states = merged_states(sources)
+    states = latest_states([source.states() for source in sources])
     groups = group_crashes(crashes, [source.counts() for source in sources], states)
     title = f"Crashes in {', '.join(source.name for source in sources)}"
     feed, pages = output.with_suffix(".atom"), _directory_of_pages(sources, output)
@@ -257,13 +258,18 @@ def _overview(groups: Sequence[SignatureGroup], now: datetime) -> Element:
                 element("td", time_element(count.first_seen), data_key=sort_key(count.first_seen)),
                 element("td", _sparkline(group, now), data_key=str(_recent(group, now))),
                 element("td", *joined(group.kernels), class_="kernels"),
-                element("td", ", ".join(group.guests), class_="text"),
+                element("td", _some(group.guests), class_="text guests"),
                 data_state=group.state.state,
                 data_section=group.signature_id,
                 data_search=_searched(group),
             )
         )
     return table((*heads, "Kernels", "Guests"), rows, class_="overview")
+
+
+def _some(guests: Sequence[str]) -> str:
+    more = len(guests) - _GUESTS_MAX
+    return ", ".join(guests[:_GUESTS_MAX]) + (f" and {more} more" if more > 0 else "")
 
 
 def _rank(group: SignatureGroup) -> int:
@@ -395,7 +401,8 @@ def _sparkline(group: SignatureGroup, now: datetime) -> Element:
     ]
     first = now.astimezone(UTC).date() - timedelta(days=_SPARK_DAYS - 1)
     label = f"{_plural(sum(counts), 'crash', 'crashes')} that are kept, since {first}"
-    size = {"width": str(4 * _SPARK_DAYS), "height": "21", "role": "img"}
+    width = str(4 * _SPARK_DAYS)
+    size = {"width": width, "height": "21", "viewBox": f"0 0 {width} 21", "role": "img"}
     line = element("rect", x="0", y="20", width=size["width"], height="1", opacity=".3")
     return element("svg", element("title", label), line, *bars, **size)
 

@@ -2,28 +2,35 @@
 
 A crash is at `URL/GUEST/TIME-SIGNATURE/`, and complete there exactly when it has its `crash.json`,
 which comes last and under another name first, when everything else has been confirmed. The store
-says what is not uploaded yet, so that nothing is forgotten when the agent ends.
+says what is not uploaded yet, so that nothing is forgotten when the agent ends. What people made of
+signatures is at `URL/.states-HOST.json`, and is uploaded again whenever it changes.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from qemu_dump_ext.crash_collector.config.settings import Upload
 from qemu_dump_ext.crash_collector.outlets.destination import Destination, check_upload
 from qemu_dump_ext.crash_collector.record import CrashRecord
+from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError, DumpWriteError
 from qemu_dump_ext.frozen import dataclass
 
 _STOP_SECONDS = 2.0
+_LOOK_SECONDS = 20.0
+"""How often is looked whether people have changed a state."""
+_STATES = "the states of signatures"
 _HANGING_MAX = 8
 
 _T = TypeVar("_T")
@@ -72,6 +79,7 @@ class Uploader:
         self._clock = clock
         self._jitter = jitter
         self._failed: dict[str, _Failure] = {}
+        self._states_there: Mapping[str, SignatureState] = {}
         self._attempts: list[threading.Thread] = []
         self._woken = threading.Event()
         self._ending = False
@@ -102,32 +110,46 @@ class Uploader:
         Returns:
             Seconds until the next one is tried again; None: none is left.
         """
-        pending = [record for record in self._store.records() if record.uploaded is None]
-        pending.sort(key=lambda record: record.time)
-        self.backlog = len(pending)
-        self._failed = {r.id: self._failed[r.id] for r in pending if r.id in self._failed}
+        pending = self._pending()
+        self._failed = {name: self._failed[name] for name in pending if name in self._failed}
         destination: Destination | None = None
-        for record in pending:
+        for name, upload in pending.items():
             if self._ending:
                 return None
-            if record.id in self._failed and self._failed[record.id].due > self._clock():
+            if name in self._failed and self._failed[name].due > self._clock():
                 continue
             try:
                 destination = destination or self._within(lambda: Destination(self._settings))
-                self._upload(destination, record)
+                upload(destination)
             except Exception as error:  # noqa: BLE001 - each kind of URL has errors of its own
                 if destination is not None:
                     destination.given_up.set()
                 destination = None
-                self._fail(record, error)
+                self._fail(name, error)
             else:
-                self._failed.pop(record.id, None)
-                self.backlog -= 1
+                self._failed.pop(name, None)
         if not self._failed:
             return None
         return max(0.0, min(failure.due for failure in self._failed.values()) - self._clock())
 
-    def _upload(self, destination: Destination, record: CrashRecord) -> None:
+    def _pending(self) -> dict[str, Callable[[Destination], None]]:
+        """Return what is not uploaded yet, by name, and what uploads it."""
+        records = [record for record in self._store.records() if record.uploaded is None]
+        records.sort(key=lambda record: record.time)
+        self.backlog = len(records)
+        pending: dict[str, Callable[[Destination], None]] = {
+            record.id: partial(self._upload, record) for record in records
+        }
+        states = self._store.states()
+        if states.known != self._states_there:
+            pending[_STATES] = partial(self._upload_states, states)
+        return pending
+
+    def _upload_states(self, states: SignatureStates, destination: Destination) -> None:
+        self._within(lambda: destination.put_states(states))
+        self._states_there = states.known
+
+    def _upload(self, record: CrashRecord, destination: Destination) -> None:
         facts = self._within(lambda: destination.put(self._store, record))
         with self._store.locked():
             # As it is now: people may have held it meanwhile.
@@ -136,6 +158,7 @@ class Uploader:
             if not self._settings.keep_dump and not record.held:
                 self._store.remove_dump(record, f"uploaded to {facts.url}")
         self.uploaded += 1
+        self.backlog -= 1
         _logger.info("%s is uploaded to %s", record.id, facts.url)
 
     def _within(self, work: Callable[[], _T]) -> _T:
@@ -162,24 +185,30 @@ class Uploader:
             seconds = self._settings.timeout
             raise DumpWriteError(f"not done within {seconds:g} s (timeout)") from error
 
-    def _fail(self, record: CrashRecord, error: Exception) -> None:
-        known = self._failed.get(record.id)
+    def _fail(self, name: str, error: Exception) -> None:
+        known = self._failed.get(name)
         times = known.times + 1 if known else 1
         longest = min(self._settings.retry * 2.0 ** min(times - 1, 32), self._settings.retry_max)
         delay = longest * (1 + self._jitter()) / 2
-        self._failed[record.id] = _Failure(times, self._clock() + delay)
+        self._failed[name] = _Failure(times, self._clock() + delay)
         self.failures += 1
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        _logger.warning(
-            "%s is not uploaded, and tried again in %.0f s: %s", record.id, delay, reason
-        )
+        _logger.warning("cannot upload %s, tried again in %.0f s: %s", name, delay, reason)
 
     def _work(self) -> None:
         while not self._ending:
             self._woken.clear()
+            mark = self._store.states_mark()
             try:
                 pause = self.upload_due()
             except (DumpError, OSError) as error:
                 _logger.warning("the store cannot be looked at: %s", error)
                 pause = self._settings.retry
-            self._woken.wait(pause)
+            self._wait(pause, mark)
+
+    def _wait(self, seconds: float | None, mark: object) -> None:
+        """Wait for a crash or the next attempt, or until people change a state, who wake nobody."""
+        ends = math.inf if seconds is None else self._clock() + seconds
+        while (left := ends - self._clock()) > 0 and self._store.states_mark() == mark:
+            if self._woken.wait(min(left, _LOOK_SECONDS)):
+                return

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qemu_dump_ext.crash_collector.record import CrashRecord
 
 STATES_FILE = ".states.json"
-_BYTES_MAX = 64 << 20
+STATES_BYTES_MAX = 64 << 20
 _NOTE_MAX = 2000
 _RELEASE_MAX = 200
 
@@ -124,10 +124,10 @@ def read_states(path: Path, *, keep_damaged: bool = True) -> SignatureStates:
     """
     try:
         with path.open("rb") as file:
-            return SignatureStates(_parsed(json.loads(file.read(_BYTES_MAX))))
+            return parse_states(file.read(STATES_BYTES_MAX))
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         if keep_damaged:
             _logger.warning("%s is passed over: %s", path, reason)
@@ -136,15 +136,19 @@ def read_states(path: Path, *, keep_damaged: bool = True) -> SignatureStates:
     return SignatureStates({})
 
 
-def _parsed(content: Any) -> dict[str, SignatureState]:
-    """Check what the file has; by hand, for every list of crashes reads it.
+def parse_states(text: bytes) -> SignatureStates:
+    """Read what `states_text` wrote; checked by hand, for every list of crashes reads it.
 
     Raises:
-        ValueError: It is not what `write_states` writes; says where.
+        ValueError: It is something else; says where.
     """
+    try:
+        content = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     if not isinstance(content, dict):
         raise ValueError("it is no object of JSON")  # noqa: TRY004 - what is damaged is told so
-    return {name: _parsed_state(name, state) for name, state in content.items()}
+    return SignatureStates({name: _parsed_state(name, state) for name, state in content.items()})
 
 
 def _parsed_state(name: str, content: Any) -> SignatureState:
@@ -177,15 +181,20 @@ _CHECKS: Mapping[str, Callable[[Any], bool]] = {
 }
 
 
+def states_text(states: SignatureStates) -> bytes:
+    """Return what is written down of them."""
+    content = {name: asdict(state) for name, state in states.known.items() if state != OPEN}
+    return json.dumps(content, indent=1).encode()
+
+
 def write_states(path: Path, states: SignatureStates) -> None:
     """Write them; hold the lock of the store.
 
     Raises:
         DumpWriteError: It cannot be written.
     """
-    content = {name: asdict(state) for name, state in states.known.items() if state != OPEN}
     try:
-        replace_file(path, json.dumps(content, indent=1).encode())
+        replace_file(path, states_text(states))
     except OSError as error:
         raise DumpWriteError(f"cannot write {path}: {error.strerror}") from error
 

@@ -282,6 +282,14 @@ class CrashStore:
         """Return what people made of the signatures."""
         return read_states(self.path / STATES_FILE)
 
+    def states_mark(self) -> object:
+        """Return what is another thing once somebody has changed the states."""
+        try:
+            status = (self.path / STATES_FILE).stat()
+        except OSError:
+            return None
+        return status.st_ino, status.st_mtime_ns, status.st_size
+
     def change_states(self, change: Callable[[SignatureStates], None]) -> SignatureStates:
         """Change the states of signatures; returns what they are now.
 
