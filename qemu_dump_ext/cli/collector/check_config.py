@@ -16,6 +16,7 @@ from qemu_dump_ext.crash_collector.config.settings import Configuration
 from qemu_dump_ext.crash_collector.outlets.destination import check_upload
 from qemu_dump_ext.crash_collector.watch.guests import Guest, find_guests, obstacle
 from qemu_dump_ext.crash_collector.watch.libvirt import domain_of
+from qemu_dump_ext.crash_collector.watch.monitors import command_line_of
 from qemu_dump_ext.crash_collector.watch.panic_action import panic_action
 from qemu_dump_ext.crash_collector.watch.session import find_command_line
 from qemu_dump_ext.errors import EXIT_FAILURE, EXIT_SUCCESS, ConnectError, DumpError
@@ -95,10 +96,11 @@ def _facts(guest: Guest, watched: Collection[str]) -> dict[str, str | None]:
     command_line = _command_line_of(guest)
     action = None if command_line is None else panic_action(command_line)
     domain = None if command_line is None else domain_of(command_line)
-    in_the_way = obstacle(guest.address)
+    in_the_way = None if guest.address in watched else obstacle(guest)
     if in_the_way is None and guest.address not in watched and _is_held(guest.address):
         in_the_way = "somebody else is connected to it: give the agent a socket of its own"
-    remark = in_the_way or _REMARK.get(action, _LOST)
+    lost = _LOST if guest.target is None or guest.target.hmp is None else _LOST_BY_HMP
+    remark = in_the_way or _REMARK.get(action, lost)
     if domain is not None and action != "none" and in_the_way is None:
         remark = domain.remark
     if (console := _missing_console(guest)) is not None:
@@ -140,6 +142,8 @@ def _is_held(address: str) -> bool:
 
 
 def _command_line_of(guest: Guest) -> tuple[str, ...] | None:
+    if guest.target is not None:
+        return command_line_of(guest.target)
     if guest.uri is None:
         return find_command_line(guest.address)
     try:
@@ -156,6 +160,10 @@ _REMARK = {
 _LOST = (
     "a panic would end it before it can be dumped: start QEMU with -action panic=pause;"
     " the agent sets that when it connects"
+)
+_LOST_BY_HMP = (
+    "a panic would end it before it can be dumped, and a human monitor cannot change that:"
+    " start QEMU with -action panic=pause"
 )
 COMMAND = Subcommand(
     "check_config",

@@ -25,7 +25,7 @@ from qemu_dump_ext.crash_collector.collect.task import access_by
 from qemu_dump_ext.crash_collector.forms import utc_text
 from qemu_dump_ext.crash_collector.record import CrashCause, CrashRecord
 from qemu_dump_ext.crash_collector.watch.console import ConsoleLog
-from qemu_dump_ext.crash_collector.watch.domains import connector
+from qemu_dump_ext.crash_collector.watch.domains import connector as connector_by_libvirt
 from qemu_dump_ext.crash_collector.watch.events import (
     Event,
     cause_of_event,
@@ -34,9 +34,10 @@ from qemu_dump_ext.crash_collector.watch.events import (
 )
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.heartbeat import Stillness, watch_progress
+from qemu_dump_ext.crash_collector.watch.monitors import connector
 from qemu_dump_ext.crash_collector.watch.panic_action import require_pause
 from qemu_dump_ext.crash_collector.watch.patience import Patience
-from qemu_dump_ext.crash_collector.watch.session import Contact, GuestSession
+from qemu_dump_ext.crash_collector.watch.session import Connect, Contact, GuestSession
 from qemu_dump_ext.engine.keep import keep_guest
 from qemu_dump_ext.errors import DumpError, RequestError, SourceError
 from qemu_dump_ext.qemu.qemu_processes import qemu_process
@@ -58,8 +59,9 @@ class WatchedGuest:
 
     def __init__(self, guest: Guest, services: Services) -> None:
         self.guest = guest
-        connect = None if guest.uri is None else connector(guest.domain, guest.uri)
-        self.session = GuestSession(guest.address, services.answer_seconds, connect)
+        self.session = GuestSession(
+            guest.address, services.answer_seconds, _connect_of(guest, services.answer_seconds)
+        )
         self._services = services
         self._ledger = GuestLedger(guest.name, services.journal, self.session)
         self._intake = CrashIntake(guest)
@@ -141,7 +143,8 @@ class WatchedGuest:
         if self.is_collecting:
             raise RequestError(f"a crash of {self.guest.name} is being collected already")
         if self.session.contact is None:
-            raise SourceError(f"{self.guest.name} is not there: no QMP at {self.guest.address}")
+            where = self.guest.address
+            raise SourceError(f"{self.guest.name} is not there: nobody answers at {where}")
         self._begin(CrashCause("trigger", detail), Crash(self._now()))
         try:
             return await asyncio.shield(self._under_way())
@@ -295,6 +298,13 @@ class WatchedGuest:
             _logger.error("not collected: %s", error, extra=self._extra())
         else:
             _logger.error("not collected", exc_info=error, extra=self._extra())
+
+
+def _connect_of(guest: Guest, answer_seconds: float) -> Connect | None:
+    """Return what connects to a guest; None: its address is that of its QMP socket."""
+    if guest.uri is not None:
+        return connector_by_libvirt(guest.domain, guest.uri)
+    return None if guest.target is None else connector(guest.target, answer_seconds)
 
 
 def _console_of(guest: Guest) -> ConsoleLog | None:

@@ -7,19 +7,22 @@ from collections.abc import Mapping
 from qemu_dump_ext.connections.libvirt import LibvirtMonitor
 from qemu_dump_ext.crash_collector.record import CrashCause, QemuFacts
 from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.hmp_questions import HmpQuestions
 from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.qmp import SharedQmp
 
-GuestQmp = SharedQmp | LibvirtMonitor
-"""QEMU's monitors, by a socket of ours or through libvirt."""
+GuestQmp = SharedQmp | LibvirtMonitor | HmpQuestions
+"""QEMU's monitors, by a socket of ours or through libvirt; or its human monitor alone."""
 
 
 def access_by(qmp: GuestQmp) -> GuestAccess:
     """Return the ways to a guest of which there are the monitors."""
     if isinstance(qmp, LibvirtMonitor):
         return GuestAccess.by_manager(qmp)
+    if isinstance(qmp, HmpQuestions):
+        return GuestAccess.by_hmp(qmp, pid=qmp.pid)
     return GuestAccess.by_qmp(qmp)
 
 

@@ -276,7 +276,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class GuestEntry(Settings):
-    """One guest, or many; exactly one of the first four.
+    """One guest, or many; exactly one of the first seven.
 
     Attributes:
         socket: The path of a QMP socket, or HOST:PORT.
@@ -284,8 +284,12 @@ class GuestEntry(Settings):
         directory: A directory in which every socket is a QMP socket.
         libvirt: URI of a connection of libvirt's, such as qemu:///system, of which every domain is
             watched that runs and whose name fits the pattern `name`; without, all.
+        monitor: The human monitor of a guest without QMP: a path, HOST:PORT or a pty.
+        guest: The name or UUID of a guest of this host, as `qemu-dump guests` shows them, which is
+            watched by whatever monitor of it is free.
+        pid: The PID of its QEMU, likewise.
         name: The name of the guest: `{stem}` is the name of the socket without what is behind its
-            last dot, `{directory}` that of the directory around it.
+            last dot, or what `guest` or `pid` say, `{directory}` that of the directory around it.
     """
 
     __pydantic_config__ = _NO_MORE
@@ -294,13 +298,19 @@ class GuestEntry(Settings):
     glob: PathText | None = None
     directory: FilePath | None = None
     libvirt: PathText | None = None
+    monitor: PathText | None = None
+    guest: PathText | None = None
+    pid: Annotated[Count, Field(ge=1)] | None = None
     name: Annotated[PathText, template("stem", "directory")] = "{stem}"
 
     @model_validator(mode="after")
     def _check(self) -> GuestEntry:
         places = (self.socket, self.glob, self.directory, self.libvirt)
-        if sum(place is not None for place in places) != 1:
-            raise ValueError("a guest has one of `socket`, `glob`, `directory` and `libvirt`")
+        if sum(place is not None for place in (*places, self.monitor, self.guest, self.pid)) != 1:
+            raise ValueError(
+                "a guest has one of `socket`, `glob`, `directory`, `libvirt`, `monitor`, `guest`"
+                " and `pid`"
+            )
         return self
 
 

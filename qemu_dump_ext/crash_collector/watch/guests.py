@@ -6,22 +6,24 @@ import errno
 import glob
 import logging
 import os
-import re
 import stat
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from qemu_dump_ext.connections.libvirt import DomainList
+from qemu_dump_ext.connections.target import GuestTarget, find_monitor, managed_by
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.forms import is_guest_name
-from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.errors import ConnectError, DumpError, SourceError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
+from qemu_dump_ext.qemu.command_line import HMP
+from qemu_dump_ext.qemu.socket_kind import require_kind
 
+_QMP_THERE = "this is QMP"
 _SOCKETS_MAX = 10_000
 ALL_DOMAINS = "*"
-_OF_LIBVIRT = re.compile(r"[a-z+]+://.*#")
 
 _logger = logging.getLogger(__name__)
 
@@ -36,12 +38,14 @@ class Guest:
             and name.
         settings: What holds for it.
         uri: Of libvirt's connection, where it is watched through that; else None.
+        target: How it is named where `address` is no QMP socket; else None.
     """
 
     name: str
     address: str
     settings: Settings
     uri: str | None = None
+    target: GuestTarget | None = None
 
     @property
     def domain(self) -> str:
@@ -53,19 +57,24 @@ class Guest:
         words = _words_of(self.address)
         if self.uri is not None:
             words = {"stem": self.domain, "directory": self.domain}
+        elif self.target is not None and self.target.hmp is None:
+            words = dict.fromkeys(("stem", "directory"), self.address.partition(":")[2])
         return template.format(name=self.name, release=release, **words)
 
 
-def obstacle(address: str) -> str | None:
-    """Return why nobody of this user can connect to a socket now, or None; nobody is asked."""
-    if tcp_address(address) is not None or _OF_LIBVIRT.match(address):
+def obstacle(guest: Guest) -> str | None:
+    """Return why nobody of this user can connect to a guest now, or None; nobody is asked."""
+    if guest.target is not None and (reason := why_unreachable(guest.target)) is not None:
+        return reason
+    is_named = guest.uri is not None or (guest.target is not None and guest.target.hmp is None)
+    if is_named or tcp_address(guest.address) is not None:
         return None
-    path = unix_path(address)
+    path = unix_path(guest.address)
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116 - also of a path that is too long
     except OSError as error:
         return "there is no such socket now" if error.errno == errno.ENOENT else error.strerror
-    if not stat.S_ISSOCK(mode):
+    if not stat.S_ISSOCK(mode) and not (guest.target is not None and stat.S_ISCHR(mode)):
         return "it is no socket"
     return None if os.access(path, os.W_OK) else "it is not permitted to connect to it"
 
@@ -97,6 +106,9 @@ class GuestFinder:
                 taken.add(address)
                 if entry.libvirt is not None:
                     name = address.partition("#")[2]
+                elif entry.guest is not None or entry.pid is not None:
+                    known = address.partition(":")[2]
+                    name = entry.name.format(stem=known, directory=known)
                 else:
                     name = entry.name.format(**_words_of(address))
                 if not is_guest_name(name):
@@ -106,7 +118,7 @@ class GuestFinder:
                         f"{address} is not watched: {found[name].address} is called {name} as well"
                     )
                 else:
-                    found[name] = Guest(name, address, entry, entry.libvirt)
+                    found[name] = Guest(name, address, entry, entry.libvirt, _target_of(entry))
         return found
 
     def _addresses(self, entry: GuestEntry) -> Iterator[str]:
@@ -141,9 +153,40 @@ def find_guests(configuration: Configuration) -> dict[str, Guest]:
         finder.close()
 
 
+def why_unreachable(target: GuestTarget) -> str | None:
+    """Return why a guest cannot be watched now, or None: it can. Nobody is connected to."""
+    if target.hmp is not None:
+        try:
+            require_kind(target.hmp, HMP)
+        except ConnectError as error:
+            return (
+                f"{error.message}: watch it by `socket`"
+                if _QMP_THERE in error.message
+                else str(error)
+            )
+        return None
+    try:
+        if managed_by(target) is None:
+            find_monitor(target)
+    except DumpError as error:
+        return str(error)
+    return None
+
+
+def _target_of(entry: GuestEntry) -> GuestTarget | None:
+    target = GuestTarget(hmp=entry.monitor, guest=entry.guest, pid=entry.pid)
+    return target if target.is_told else None
+
+
 def _addresses(entry: GuestEntry) -> Iterator[str]:
     if entry.socket is not None:
         yield entry.socket
+    elif entry.monitor is not None:
+        yield entry.monitor
+    elif entry.guest is not None:
+        yield f"guest:{entry.guest}"
+    elif entry.pid is not None:
+        yield f"pid:{entry.pid}"
     elif entry.glob is not None:
         paths = glob.iglob(entry.glob, recursive=True)  # noqa: PTH207 - of any directory
         yield from sorted(islice(filter(_is_socket, paths), _SOCKETS_MAX))

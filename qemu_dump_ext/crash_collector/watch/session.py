@@ -9,6 +9,7 @@ import logging
 import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from qemu.qmp import EventListener, Message, QMPClient, QMPError, Runstate, qmp_
 from qemu_dump_ext.connections.libvirt import LibvirtMonitor
 from qemu_dump_ext.crash_collector.record import QemuFacts
 from qemu_dump_ext.crash_collector.watch.events import Event
+from qemu_dump_ext.crash_collector.watch.hmp_questions import HmpQuestions
 from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.errors import ConnectError, DumpError, MonitorAnswerError, SourceError
 from qemu_dump_ext.frozen import dataclass
@@ -40,6 +42,9 @@ _ENDED_SECONDS = 0.1
 _COMPLAINTS_MAX = 5
 _COMMAND_LINE_MAX = 1 << 20
 _START_TIME_FIELD = 19  # of /proc/PID/stat, behind the name in parentheses
+
+Questions = LimitedQmp | LibvirtMonitor | HmpQuestions
+"""A connection to QEMU for another thread."""
 
 _logger = logging.getLogger(__name__)
 
@@ -93,7 +98,7 @@ class Link(Protocol):
     async def close(self) -> None:
         """Disconnect; says nothing of what has ended it."""
 
-    def for_thread(self, answer_seconds: float, patience: Patience) -> LimitedQmp | LibvirtMonitor:
+    def for_thread(self, answer_seconds: float, patience: Patience) -> Questions:
         """Return the connection for another thread."""
 
 
@@ -165,7 +170,7 @@ class GuestSession:
             connect: Connects to it; None: `address` is that of its QMP socket.
         """
         self.address = address
-        self._connect = connect or self._connect_by_qmp
+        self._connect = connect or partial(connect_by_qmp, address, answer_seconds)
         self.contact: Contact | None = None
         self.last_facts: QemuFacts | None = None
         self._answer_seconds = answer_seconds
@@ -264,7 +269,7 @@ class GuestSession:
         """Return the run state; as `qmp`."""
         return run_state(await self.qmp("query-status"))
 
-    def for_thread(self, patience: Patience) -> LimitedQmp | LibvirtMonitor:
+    def for_thread(self, patience: Patience) -> Questions:
         """Return the connection for another thread.
 
         Args:
@@ -277,48 +282,6 @@ class GuestSession:
             raise SourceError(f"QEMU is gone: nothing answers at {self.address}")
         return self.contact.link.for_thread(self._answer_seconds, patience)
 
-    async def _connect_by_qmp(self, on_event: Callable[[Event], None]) -> Contact:
-        await asyncio.to_thread(require_kind, self.address, QMP, free=True)
-        connection = await _open_socket(self.address)
-        try:
-            await _require_greeting(connection, self.address)
-            pid = await asyncio.to_thread(_pid_of_peer, connection, self.address)
-            client = new_client(_Complaints(self.address))
-            client.events.event_filter = lambda _event: False
-            client.register_listener(_Events(on_event))
-            async with asyncio.timeout(GREETING_SECONDS):
-                await client.connect(connection)
-        except (TimeoutError, QMPError, OSError, EOFError) as error:
-            connection.close()
-            reason = str(error.__cause__ or error) or "it was closed"
-            raise ConnectError(f"cannot connect to QMP socket {self.address}: {reason}") from error
-        except BaseException:
-            connection.close()
-            raise
-        try:
-            facts = await self._ask_facts(client, pid)
-        except BaseException:
-            await _disconnect(client)
-            raise
-        link = _QmpLink(client, self.address)
-        return Contact(link, facts, instance_of(pid) or self.address)
-
-    async def _ask_facts(self, client: QMPClient, pid: int | None) -> QemuFacts:
-        greeting = client.greeting
-        try:
-            target = target_of(await _execute(client, self._answer_seconds, "query-target"))
-        except MonitorAnswerError as error:
-            if _is_unknown_command(error):  # another program's QMP, such as qemu-storage-daemon's
-                raise
-            target = "unknown"
-            _logger.warning("%s: %s", self.address, error)
-        return QemuFacts(
-            version=version_text(greeting.QMP.version if greeting else None),
-            target=target,
-            pid=pid,
-            command_line=None if pid is None else read_command_line(pid),
-        )
-
     def _tell_why(self, error: Exception) -> None:
         if not isinstance(error, (DumpError, TimeoutError)):
             _logger.error("%s: watched again after", self.address, exc_info=error)
@@ -329,6 +292,64 @@ class GuestSession:
         if message != self._told:
             self._told = message
             _logger.info("%s", message)
+
+
+async def connect_by_qmp(
+    address: str, answer_seconds: float, on_event: Callable[[Event], None]
+) -> Contact:
+    """Connect to a QMP socket.
+
+    Args:
+        address: A path or HOST:PORT.
+        answer_seconds: How long QEMU may take for an answer.
+        on_event: Gets every event.
+
+    Raises:
+        ConnectError: Nobody is there, it is busy, or it is something else.
+        SourceError: QEMU does not answer.
+    """
+    await asyncio.to_thread(require_kind, address, QMP, free=True)
+    connection = await _open_socket(address)
+    try:
+        await _require_greeting(connection, address)
+        pid = await asyncio.to_thread(_pid_of_peer, connection, address)
+        client = new_client(_Complaints(address))
+        client.events.event_filter = lambda _event: False
+        client.register_listener(_Events(on_event))
+        async with asyncio.timeout(GREETING_SECONDS):
+            await client.connect(connection)
+    except (TimeoutError, QMPError, OSError, EOFError) as error:
+        connection.close()
+        reason = str(error.__cause__ or error) or "it was closed"
+        raise ConnectError(f"cannot connect to QMP socket {address}: {reason}") from error
+    except BaseException:
+        connection.close()
+        raise
+    try:
+        facts = await _ask_facts(client, pid, address, answer_seconds)
+    except BaseException:
+        await _disconnect(client)
+        raise
+    return Contact(_QmpLink(client, address), facts, instance_of(pid) or address)
+
+
+async def _ask_facts(
+    client: QMPClient, pid: int | None, address: str, answer_seconds: float
+) -> QemuFacts:
+    greeting = client.greeting
+    try:
+        target = target_of(await _execute(client, answer_seconds, "query-target"))
+    except MonitorAnswerError as error:
+        if _is_unknown_command(error):  # another program's QMP, such as qemu-storage-daemon's
+            raise
+        target = "unknown"
+        _logger.warning("%s: %s", address, error)
+    return QemuFacts(
+        version=version_text(greeting.QMP.version if greeting else None),
+        target=target,
+        pid=pid,
+        command_line=None if pid is None else read_command_line(pid),
+    )
 
 
 async def _open_socket(address: str) -> socket.socket:

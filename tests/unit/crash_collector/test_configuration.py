@@ -82,7 +82,10 @@ def test_two_lines_are_enough():
         ("store: /x\nlimits: {count: 0}", "test:2:17: limits.count: input should be greater"),
         (
             "store: /x\nguests:\n  - name: a",
-            "test:3:5: guests.0: a guest has one of `socket`, `glob`, `directory` and `libvirt`",
+            (
+                "test:3:5: guests.0: a guest has one of `socket`, `glob`, `directory`, `libvirt`,"
+                " `monitor`, `guest` and `pid`"
+            ),
         ),
         (
             "store: /x\nguests:\n  - {socket: /a, glob: /b}",
