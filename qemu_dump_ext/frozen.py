@@ -26,7 +26,9 @@ def _dataclass(
         raise TypeError("for classes whose instances change, there is dataclasses.dataclass")
 
     def decorate(cls: type[T]) -> type[T]:
-        # Without methods, this compiles nothing.
+        # Without methods, this compiles nothing; for a class without a docstring, it would ask for
+        # the signature.
+        cls.__doc__ = cls.__doc__ or cls.__name__
         dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=kw_only)(cls)
         methods = {
             "__setattr__": _refuse_to_set,

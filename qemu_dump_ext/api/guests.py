@@ -16,7 +16,7 @@ from qemu_dump_ext.engine import dump as dumping
 from qemu_dump_ext.engine.info import GuestDescription, describe, describe_guest
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest as StillGuest
-from qemu_dump_ext.engine.stopped_guest import stopped_guest
+from qemu_dump_ext.engine.stopped_guest import import_plug_ins, stopped_guest
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
 from qemu_dump_ext.plan.request import DEFAULT_FORMAT, DumpOptions, DumpRequest
@@ -124,6 +124,7 @@ class Guest:
             SourceError: It cannot be reached, stopped, or resumed.
         """
         dumping.prepare(DumpRequest())
+        import_plug_ins(self._access, "linux.call_trace", "linux.kernel_pages")
         with stopped_guest(self._access, memory) as still:
             yield StoppedGuest(still)
 

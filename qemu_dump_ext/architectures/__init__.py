@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import cache
 
 from qemu_dump_ext.architectures._declaration import (
@@ -49,10 +51,13 @@ __all__ = [
     "VcpuReadings",
     "all_architectures",
     "architecture_for_cpu_types",
+    "architectures_of_target",
     "parse_named_values",
     "passes",
     "phys_base",
 ]
+
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 
 
 @cache
@@ -61,21 +66,41 @@ def all_architectures() -> dict[str, Architecture]:
     return collect(sys.modules[__name__], "ARCHITECTURE", Architecture)
 
 
+@cache
+def architectures_of_target(target: str | None) -> Mapping[str, Architecture]:
+    """Return what a guest may be, by name: the fewer, the sooner they are imported.
+
+    Args:
+        target: QEMU's name of the target; None: not known.
+    """
+    if target is None or not _NAME.fullmatch(target):
+        return all_architectures()
+    try:
+        module = importlib.import_module(f"{__name__}.{target}")
+    except ImportError:
+        return all_architectures()
+    architecture: Architecture = module.ARCHITECTURE
+    return {target: architecture} if architecture.recognize is None else all_architectures()
+
+
 def architecture_for_cpu_types(
-    cpu_types: Iterable[str], clues: TargetClues | None = None
+    cpu_types: Iterable[str],
+    clues: TargetClues | None = None,
+    target: str | None = None,
 ) -> Architecture:
     """Find the architecture of a guest by the QOM types of its CPUs.
 
     Args:
         cpu_types: The CPU types, such as `cortex-a57-arm-cpu`.
         clues: What else is known, for types that several architectures share.
+        target: QEMU's name of the target; None: not known.
 
     Raises:
         UnsupportedTargetError: None is known.
     """
     types = sorted(cpu_types)
     passed_over = []
-    for architecture in all_architectures().values():
+    for architecture in architectures_of_target(target).values():
         if any(kind.endswith(architecture.cpu_type_suffix) for kind in types):
             if architecture.recognize is None or clues is None or architecture.recognize(clues):
                 return architecture

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._declaration import Register, VcpuReadings
-from qemu_dump_ext.structures.migration import DeviceFields
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 BIG_ENDIAN = "big_endian"
 """No register: 1 where exceptions are taken in big-endian order, so that the kernel is such."""

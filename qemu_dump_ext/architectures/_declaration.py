@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import field
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._page_tables import Translation
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U64_MAX, Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.structures.dialect import Dialect, QemuVersion
-from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -36,7 +37,9 @@ from qemu_dump_ext.structures.c_struct import (
 )
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import NT_PPC_SPE, NT_PPC_VMX, NT_PPC_VSX, NT_PRFPREG, NT_PRSTATUS
-from qemu_dump_ext.structures.migration import DeviceFields
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)

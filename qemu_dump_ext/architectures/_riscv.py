@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -29,7 +30,9 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_RISCV
-from qemu_dump_ext.structures.migration import DeviceFields
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 _ABI_NAMES = "ra sp gp tp t0 t1 t2 fp s1 a0 a1 a2 a3 a4 a5 a6 a7 s2 s3 s4 s5 s6 s7 s8 s9 s10 s11"
 _ABI_NAMES = f"{_ABI_NAMES} t3 t4 t5 t6"

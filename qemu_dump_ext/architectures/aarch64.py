@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._arm import (
     BIG_ENDIAN,
@@ -39,7 +40,9 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_AARCH64, NT_ARM_SVE, NT_PRFPREG
-from qemu_dump_ext.structures.migration import DeviceFields
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("x", 31)
 _VECTORS = numbered("v", 32)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._arm import (
     BIG_ENDIAN,
@@ -36,7 +37,9 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_ARM, NT_ARM_VFP, NT_PRSTATUS
-from qemu_dump_ext.structures.migration import DeviceFields
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("r", 16)
 _GDB_NAMES = {"r13": "sp", "r14": "lr", "r15": "pc"}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -47,8 +48,10 @@ from qemu_dump_ext.structures.elf import (
     NT_S390_VXRS_HIGH,
     NT_S390_VXRS_LOW,
 )
-from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 _GPRS = numbered("r", 16)
 _ACCESS = numbered("acr", 16)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._declaration import (
     Architecture,
@@ -37,8 +38,10 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_386, EM_X86_64, NT_QEMU
-from qemu_dump_ext.structures.migration import DeviceFields
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.migration import DeviceFields
 
 _LEGACY_GPRS = "rax rbx rcx rdx rsi rdi rsp rbp"
 _LONG_GPRS = "r8 r9 r10 r11 r12 r13 r14 r15"

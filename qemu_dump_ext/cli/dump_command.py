@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 from qemu_dump_ext.cli import run_guarded, wants_json
 from qemu_dump_ext.cli._description import add_description_argument
-from qemu_dump_ext.cli.gdb_driver import RESUME, STAY_STOPPED, dump_through_gdb
 from qemu_dump_ext.connections.silent import open_guest_or_memory
 from qemu_dump_ext.connections.target import target_of_arguments
 from qemu_dump_ext.engine.dump import dump
@@ -17,6 +16,8 @@ from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
 from qemu_dump_ext.options.dump_options import (
+    RESUME,
+    STAY_STOPPED,
     add_dump_arguments,
     add_file_arguments,
     names_registers,
@@ -97,6 +98,8 @@ def _run(words: Sequence[str], program: str) -> int:
             "--description is for a guest of which nobody can be asked, not for --gdb"
         )
     if arguments.gdb is not None:
+        from qemu_dump_ext.cli.gdb_driver import dump_through_gdb  # noqa: PLC0415 - for few
+
         return dump_through_gdb(arguments)
     if arguments.afterwards is not None:
         raise RequestError(f"--{arguments.afterwards} goes with --gdb")

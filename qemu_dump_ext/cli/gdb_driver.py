@@ -30,7 +30,7 @@ from qemu_dump_ext.errors import (
 )
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.options.dump_options import words_of_options
+from qemu_dump_ext.options.dump_options import RESUME, words_of_options
 from qemu_dump_ext.qemu.address import connectable, unix_path
 from qemu_dump_ext.qemu.command_line import GDBSTUB
 from qemu_dump_ext.qemu.guardian import Guardian
@@ -57,8 +57,6 @@ _CODECS = "qemu-query-dump"
 """A command that imports them, and needs no guest."""
 _CONNECT_SECONDS = 10
 _GREETING_SECONDS = 0.3  # a gdbstub has none
-RESUME, STAY_STOPPED = "resume", "stay-stopped"
-"""What becomes of the guest afterwards, if the user says."""
 _LET_RUN = (
     "whether the guest ran before gdb connected, nobody could tell: it is let run afterwards"
     " (--stay-stopped leaves it stopped, --qmp or --hmp knows)"

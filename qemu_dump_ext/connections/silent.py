@@ -21,7 +21,6 @@ from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.silent import LocatedGuest, SilentGuest
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess
-from qemu_dump_ext.qemu.ram_by_evidence import PLUGGED, ram_by_evidence
 from qemu_dump_ext.qemu.saved_guest import SavedGuest, kept_of, load
 
 _STOPPED = frozenset("Tt")
@@ -97,6 +96,9 @@ def _known(
 
 
 def _seen(process: QemuProcess) -> tuple[LocatedGuest, list[str], list[str]]:
+    # For guests whose monitor does not answer, which are few.
+    from qemu_dump_ext.qemu.ram_by_evidence import PLUGGED, ram_by_evidence  # noqa: PLC0415
+
     located = ram_by_evidence(process)
     told = f"as QEMU lays it out for a machine {located.machine.rstrip('-')} of this size"
     doubts = [f"where the guest has its RAM, and its firmware, nobody tells: it is {told}"]

@@ -8,12 +8,10 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 from qemu_dump_ext.connections.guest_name import find_by_name, find_by_pid
-from qemu_dump_ext.connections.libvirt import connect_libvirt
 from qemu_dump_ext.errors import ConnectError, RequestError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, Stub
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, QMP
-from qemu_dump_ext.qemu.hmp import connect_hmp, is_terminal
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, process_at_terminal
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.ways import SocketTables, Way, ways_of
@@ -152,6 +150,8 @@ def find_monitor(target: GuestTarget) -> MonitorAddress:
     if target.qmp is not None:
         return MonitorAddress(QMP, target.qmp)
     if target.hmp is not None:
+        from qemu_dump_ext.qemu.hmp import is_terminal  # noqa: PLC0415 - for few
+
         pid = process_at_terminal(target.hmp) if is_terminal(target.hmp) else None
         return MonitorAddress(HMP, target.hmp, pid)
     process = find_process(target)
@@ -237,7 +237,10 @@ def open_guest(target: GuestTarget, stub: Stub | None = None) -> Iterator[GuestA
         RequestError: No guest is told, or several are called so.
         ConnectError: It cannot be connected to.
     """
+    # Of the ways to a guest, one is taken, and the modules of the others are not needed.
     if (domain := managed_by(target)) is not None:
+        from qemu_dump_ext.connections.libvirt import connect_libvirt  # noqa: PLC0415
+
         with connect_libvirt(*domain) as managed:
             yield GuestAccess.by_manager(managed, stub)
         return
@@ -246,5 +249,7 @@ def open_guest(target: GuestTarget, stub: Stub | None = None) -> Iterator[GuestA
         with connect_qmp(found.address) as qmp:
             yield GuestAccess.by_qmp(qmp, stub)
     else:
+        from qemu_dump_ext.qemu.hmp import connect_hmp  # noqa: PLC0415
+
         with connect_hmp(found.address) as monitor:
             yield GuestAccess.by_hmp(monitor, stub, found.pid)

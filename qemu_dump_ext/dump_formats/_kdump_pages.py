@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.pages.dedup import EqualPages, PageDeduplicator
 from qemu_dump_ext.pages.packing import Packer
 from qemu_dump_ext.pages.pipeline import Buffer, Piece, PieceWork
-from qemu_dump_ext.pages.zero_pages import numpy_or_none
+from qemu_dump_ext.pages.zero_pages import numpy_if_loaded
 from qemu_dump_ext.structures.c_struct import BoundStruct
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 _CACHED_BLOCKS = 4
 _ZERO_DESCRIPTORS = 1 << 16
+_REMEMBERED = 64 << 20
+"""Bytes of pages, before they are packed, that are known again without numpy."""
 _NUMPY_TYPES = {"q": "i8", "I": "u4", "Q": "u8"}
 
 _NOTHING = memoryview(b"")
@@ -78,9 +80,11 @@ class _PageWriter:
         descriptor_offset: int,
         data_offset: int,
         equal_pages: PageDeduplicator | None = None,
+        once: bool = False,
     ) -> None:
         self._form = form
         self._equal_pages = equal_pages
+        self._once = once
         self._packer = packer
         self._write_at = write_at
         self._descriptor_offset = descriptor_offset
@@ -140,8 +144,11 @@ class _DescriptorTable:
         if self._equal_pages is not None:
             self._found.append(self._equal_pages.take_out(piece, buffer))
 
-    def make(self, page_sizes: array[int], data_offset: int) -> tuple[bytes, list[int]]:
-        """Return the descriptors of the next piece, and the numbers of the pages that have one."""
+    def make(self, page_sizes: array[int], data_offset: int) -> tuple[bytes, int]:
+        """Return the descriptors of the next piece, and which pages have one, if not all have.
+
+        Bit N of that is about page N of the piece.
+        """
         numpy, form = self._numpy, self._form
         sizes = numpy.frombuffer(page_sizes, dtype=numpy.uint32)
         is_there = sizes > 0
@@ -155,8 +162,9 @@ class _DescriptorTable:
         if self._found:
             self._share(self._found.popleft(), table, is_there)
         if form.keep_zero_pages:
-            return table.tobytes(), []
-        return table[is_there].tobytes(), numpy.flatnonzero(is_there).tolist()
+            return table.tobytes(), 0
+        bits = numpy.packbits(is_there, bitorder="little")
+        return table[is_there].tobytes(), int.from_bytes(bits.tobytes(), "little")
 
     def _share(self, found: EqualPages, table: NDArray[Any], is_there: NDArray[Any]) -> None:
         table[found.from_slots] = self._of_slots[found.slots]
@@ -177,7 +185,8 @@ class BulkPageWriter(_PageWriter):
         self.bitmap: dict[int, bytearray] = {}
         self._zero_descriptors = self._zero_descriptor * _ZERO_DESCRIPTORS
         self._table: _DescriptorTable | None = None
-        numpy = numpy_or_none()
+        self._known: dict[bytes, bytes] = {}
+        numpy = numpy_if_loaded()
         if numpy is not None:
             self._table = _DescriptorTable(
                 numpy, self._form, self._zero_descriptor, self._equal_pages
@@ -206,15 +215,16 @@ class BulkPageWriter(_PageWriter):
             if self._form.keep_zero_pages:
                 self._append_zero_descriptors(self._page_count(packed.piece))
             return
+        data: bytes | memoryview = packed.data
         if self._table is not None:
-            descriptors, numbers = self._table.make(sizes, self._data_offset)
+            descriptors, bits = self._table.make(sizes, self._data_offset)
         else:
-            descriptors = b"".join(self._descriptors(sizes))
-            numbers = [number for number, size in enumerate(sizes) if size]
+            descriptors, data = self._store_once(sizes, packed.data)
+            bits = int("".join("1" if size else "0" for size in reversed(sizes)), 2)
         if not self._form.keep_zero_pages:
-            self._mark(packed.piece, numbers)
+            self._mark(packed.piece, bits)
         self._append_descriptors(descriptors)
-        self._append_data(packed.data)
+        self._append_data(data)
 
     def _append_zero_descriptors(self, count: int) -> None:
         size = self._form.descriptor.size
@@ -223,25 +233,42 @@ class BulkPageWriter(_PageWriter):
             self._append_descriptors(memoryview(self._zero_descriptors)[: some * size])
             count -= some
 
-    def _descriptors(self, sizes: array[int]) -> Iterator[bytes]:
-        pack = self._form.descriptor.codec.pack
-        offset = self._data_offset
-        for size in sizes:
-            if size:
-                yield pack(offset, size, self._flags(size), 0)
-                offset += size
-            elif self._form.keep_zero_pages:
-                yield self._zero_descriptor
+    def _store_once(self, sizes: array[int], data: memoryview) -> tuple[bytes, bytes]:
+        """Return descriptors and data of a piece without what was stored before.
 
-    def _mark(self, piece: Piece, numbers: Sequence[int]) -> None:
+        Pages are equal when they are packed to the same.
+        """
+        known, descriptors, stored = self._known, [], []
+        offset, start = self._data_offset, 0
+        for size in sizes:
+            if not size:
+                descriptors.append(self._zero_descriptor if self._form.keep_zero_pages else b"")
+                continue
+            page = data[start : start + size].tobytes()
+            start += size
+            descriptor = known.get(page)
+            if descriptor is None:
+                descriptor = self._form.descriptor.codec.pack(offset, size, self._flags(size), 0)
+                stored.append(page)
+                offset += size
+                if self._once and len(known) < _REMEMBERED // self._form.page_size:
+                    known[page] = descriptor
+            descriptors.append(descriptor)
+        return b"".join(descriptors), b"".join(stored)
+
+    def _mark(self, piece: Piece, bits: int) -> None:
         size = self._form.page_size
-        first_pfn = piece.gpa // size - self._form.pfn_base
-        for number in numbers:
-            index, bit = divmod(first_pfn + number, 8 * size)
-            block = self.bitmap.get(index)
-            if block is None:
-                block = self.bitmap[index] = bytearray(size)
-            block[bit >> 3] |= 1 << (bit & 7)
+        place, shift = divmod(piece.gpa // size - self._form.pfn_base, 8)
+        marks = (bits << shift).to_bytes((self._page_count(piece) + shift + 7) // 8, "little")
+        while marks:
+            index, start = divmod(place, size)
+            some, marks = marks[: size - start], marks[size - start :]
+            place += len(some)
+            block = self.bitmap.setdefault(index, bytearray(size))
+            # Two pieces may share a byte.
+            end = start + len(some)
+            both = int.from_bytes(block[start:end], "little") | int.from_bytes(some, "little")
+            block[start:end] = both.to_bytes(len(some), "little")
 
     def finish(self) -> None:
         """Nothing is left to be written."""

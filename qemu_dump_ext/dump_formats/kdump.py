@@ -285,6 +285,7 @@ class _Kdump:
                 descriptor_offset=layout.descriptor_offset,
                 data_offset=data_offset,
                 equal_pages=None if request.exact else _equal_pages(plan, memory),
+                once=not request.exact,
             )
             _write_bitmaps(
                 layout,

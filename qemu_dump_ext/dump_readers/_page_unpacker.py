@@ -101,8 +101,8 @@ class UnpackingThreads:
         if self._threads is None:
             self._threads = WorkerThreads(count, "unpack")
         with uninterrupted():  # none of them writes to a buffer of which nobody knows any more
-            futures = [self._threads.submit(self._do, work, job) for job in jobs]
-            errors = [future.exception() for future in futures]
+            begun = [self._threads.submit(self._do, work, job) for job in jobs]
+            errors = [one.error() for one in begun]
         for error in errors:
             if error is not None:
                 raise error

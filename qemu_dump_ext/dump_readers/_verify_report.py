@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeAlias, TypeVar
 
-from qemu_dump_ext.host_limits import WorkerThreads
+from qemu_dump_ext.host_limits import Job, WorkerThreads
 
 PROBLEMS_KEPT = 20
 
@@ -63,7 +62,7 @@ class OrderedPool:
 
     def map(self, work: Callable[[JobT], ResultT], jobs: Iterable[JobT]) -> Iterator[ResultT]:
         """Yield `work(job)` for each job."""
-        pending: deque[Future[ResultT]] = deque()
+        pending: deque[Job[ResultT]] = deque()
         try:
             for job in jobs:
                 pending.append(self._threads.submit(work, job))
@@ -72,5 +71,5 @@ class OrderedPool:
             while pending:
                 yield pending.popleft().result()
         finally:
-            for future in pending:
-                future.cancel()
+            for given in pending:
+                given.give_up()

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures import Translation
 from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
-from qemu_dump_ext.engine.estimate import level_that_fits
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
-from qemu_dump_ext.engine.live_guest import live_guest
 from qemu_dump_ext.engine.opening import Kernel
 from qemu_dump_ext.engine.report import DumpReport
-from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins, stopped_guest
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.errors import (
     DumpTooLargeError,
     MissingPackageError,
@@ -26,9 +26,8 @@ from qemu_dump_ext.errors import (
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.linux.page_filter import FilterRules
-from qemu_dump_ext.pages.copied_memory import CopiedMemory, room_for_copy
 from qemu_dump_ext.pages.page_set import PageSet
+from qemu_dump_ext.pages.zero_pages import numpy_or_none
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import (
     TableReader,
@@ -38,13 +37,15 @@ from qemu_dump_ext.paging.tables import (
 )
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest, Live
-from qemu_dump_ext.plan.windows_plan import make_windows_plan
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.qemu.run_state import PauseLimit
 from qemu_dump_ext.sinks import Sink, all_sinks
 from qemu_dump_ext.structures.dialect import Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text, vmcoreinfo_value
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.pages.copied_memory import CopiedMemory
 
 
 def dump(
@@ -118,6 +119,8 @@ def _dump_live(
     *,
     mend_refused: bool,
 ) -> DumpReport:
+    from qemu_dump_ext.engine.live_guest import live_guest  # noqa: PLC0415 - see `prepare`
+
     limit = _pause_limit(request)
     with live_guest(
         access,
@@ -168,9 +171,23 @@ def prepare(request: DumpRequest) -> None:
         CodecUnavailableError: A package cannot be imported.
         RequestError: There is no such format, or its codec has no such level.
     """
-    find_dump_format(request.format).require(request)
+    dump_format = find_dump_format(request.format)
+    dump_format.require(request)
+    tells_pages_apart = bool(request.level_of_pages) or request.max_bytes is not None
+    # What few dumps need is imported by these alone.
+    wanted = {
+        "engine.estimate": request.max_bytes is not None,
+        "engine.live_guest": request.live is not None,
+        "linux.kernel_pages": tells_pages_apart,
+        "pages.copied_memory": request.snapshot or request.live is not None,
+        "plan.windows_plan": dump_format.of_windows,
+        "windows.describe": dump_format.of_windows,
+    }
+    for name in (name for name, is_wanted in wanted.items() if is_wanted):
+        importlib.import_module(f"qemu_dump_ext.{name}")
+    if tells_pages_apart:
+        numpy_or_none()
     all_sinks()
-    import_plug_ins()
 
 
 def _check(request: DumpRequest, sink: Sink) -> None:
@@ -224,6 +241,8 @@ class _Dump:
         self._check_pause(0)
 
     def copy(self, copies: ExitStack) -> None:
+        from qemu_dump_ext.pages.copied_memory import room_for_copy  # noqa: PLC0415 - see `prepare`
+
         memory, blocks = self._guest.memory, self._plan.ram_blocks
         room = room_for_copy(memory, blocks, self._sink.directory)
         self._copy = copies.enter_context(room)
@@ -347,6 +366,8 @@ def _native_dialect(guest: ProbedGuest) -> Dialect:
 
 def _plan_windows(guest: GuestView, request: DumpRequest, dialect: Dialect) -> DumpPlan:
     """Decide what goes into a Windows dump."""
+    from qemu_dump_ext.plan.windows_plan import make_windows_plan  # noqa: PLC0415 - see `prepare`
+
     note = guest.windows_note
     if note is None and request.exact:
         raise SourceError(f"the note of the vmcoreinfo device: {guest.probed.native_refusal}")
@@ -389,6 +410,8 @@ def _snapshot(
 
 def _fit(guest: GuestView, request: DumpRequest) -> tuple[DumpRequest, list[str]]:
     """Return the request at the level at which the dump fits, and remarks."""
+    from qemu_dump_ext.engine.estimate import level_that_fits  # noqa: PLC0415 - see `prepare`
+
     try:
         found = level_that_fits(guest, guest.find_vmcoreinfo(request.kernel), request)
     except (SourceError, MissingPackageError) as error:
@@ -403,6 +426,8 @@ def _excluded_pages(
     guest: GuestView, request: DumpRequest, vmcoreinfo: Vmcoreinfo
 ) -> tuple[PageSet | None, list[str]]:
     """Return what a dump level leaves out; None, with the reason, where that cannot be told."""
+    from qemu_dump_ext.linux.page_filter import FilterRules  # noqa: PLC0415 - see `prepare`
+
     rules = FilterRules(
         request.level_of_pages,
         request.exact,

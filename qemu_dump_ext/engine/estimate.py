@@ -17,6 +17,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.packing import Compression, pack_pages
 from qemu_dump_ext.pages.page_set import PageSet
+from qemu_dump_ext.pages.zero_pages import numpy_or_none
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest
 from qemu_dump_ext.third_party import import_package
 
@@ -124,8 +125,9 @@ def estimate_running(
         SourceError: It cannot be reached, or its pages cannot be told apart.
         MissingPackageError: A package is missing.
     """
-    import_plug_ins()  # while the guest still runs
+    numpy_or_none()
     import_package("numpy", "to tell pages apart")
+    import_plug_ins(access, "linux.kernel_pages")  # while the guest still runs
     with stopped_guest(access, memory) as guest:
         return estimate(guest, guest.find_vmcoreinfo(kernel), request)
 

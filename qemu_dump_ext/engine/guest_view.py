@@ -9,25 +9,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.linux.call_trace import functions_of_vcpus
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname
-from qemu_dump_ext.linux.kernel_pages import KernelPages
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.structures.dialect import MENDED, Dialect
 from qemu_dump_ext.structures.utsname import UtsName
-from qemu_dump_ext.structures.win_dmp import WindowsDump
-from qemu_dump_ext.windows.describe import describe_windows
-from qemu_dump_ext.windows.system_memory import WindowsGuest
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.linux.kernel_pages import KernelPages
+    from qemu_dump_ext.structures.win_dmp import WindowsDump
 
 
 class StandsStill(Protocol):
@@ -226,6 +225,8 @@ class GuestView(ABC):
             SourceError: The kernel does not say where it keeps the names of its functions, or its
                 addresses cannot be translated.
         """
+        from qemu_dump_ext.linux.call_trace import functions_of_vcpus  # noqa: PLC0415 - for few
+
         return functions_of_vcpus(
             self.architecture,
             self.vcpus,
@@ -240,6 +241,8 @@ class GuestView(ABC):
         Raises:
             SourceError: There is no VMCOREINFO, or it says too little.
         """
+        from qemu_dump_ext.linux.kernel_pages import KernelPages  # noqa: PLC0415 - for few
+
         if vmcoreinfo not in self._pages:
             start, size = vmcoreinfo.gpa, len(vmcoreinfo.note)
             self._pages[vmcoreinfo] = KernelPages(
@@ -278,6 +281,9 @@ class GuestView(ABC):
             RequestError: It does not run Windows, or what tells of its kernel is not there.
             SourceError: Memory, or a register, cannot be had.
         """
+        from qemu_dump_ext.windows.describe import describe_windows  # noqa: PLC0415 - for few
+        from qemu_dump_ext.windows.system_memory import WindowsGuest  # noqa: PLC0415
+
         architecture, native = self.architecture, dialect.windows_as_qemu
         if not (architecture.windows_by_qemu if native else architecture.runs_windows):
             raise RequestError("Windows dump is only available for x86-64")

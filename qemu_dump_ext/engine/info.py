@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
-from qemu_dump_ext.engine.stopped_guest import StoppedGuest, saved_guest, stopped_guest
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess
@@ -15,6 +15,7 @@ from qemu_dump_ext.guest.memory import SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
+from qemu_dump_ext.qemu.saved_guest import SavedGuest, saved_now
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
@@ -86,6 +87,15 @@ class GuestDescription:
     def to_json(self) -> str:
         """Say it to a machine: one line; keys are the attributes."""
         return json.dumps(asdict(self))
+
+
+def saved_guest(guest: StoppedGuest) -> SavedGuest:
+    """Return what a dump of a guest needs when its monitor does not answer any more.
+
+    Raises:
+        SourceError: QEMU's process is not found on this host, or the monitor does not tell.
+    """
+    return saved_now(guest.find_process(), guest.located())
 
 
 def describe_guest(

@@ -43,7 +43,7 @@ def keep_guest(access: GuestAccess, process: QemuProcess) -> None:
         probed.machine,
         probed.version,
         len(vcpus),
-        host_addresses(access.monitor, probed.ram_blocks),
+        host_addresses(access.source_context(probed.ram_blocks, None)),
     )
     with refused_as(SourceError, "write down where the guest has its RAM"):
         keep(saved_now(process, located))

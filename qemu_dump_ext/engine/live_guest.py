@@ -171,7 +171,7 @@ def live_guest(
         DumpWriteError: There is no room for the copy; the guest runs.
         UnsupportedTargetError: No architecture file describes it.
     """
-    import_plug_ins()
+    import_plug_ins(access)
     qmp = require_streamable(access)
     if gently and hangs_when_ended(access):
         raise NotLiveError(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import platform
 import re
 import shlex
 import shutil
@@ -247,7 +246,7 @@ def _problem(  # noqa: PLR0911 - one for each reason
         return "nothing in it tells of a Linux kernel (VMCOREINFO)"
     if reader == "drgn":
         return None if _drgn() else f"{_NOT_INSTALLED} (pip install 'qemu_dump_ext[drgn]')"
-    host = platform.machine()
+    host = os.uname().machine
     if target is not None and _MACHINES.get(target, target) != host:
         return f"it is built for {host}, and this is {target}"
     if not shutil.which("crash"):

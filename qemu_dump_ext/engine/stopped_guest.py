@@ -7,11 +7,12 @@ one after the other.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
-from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures import architectures_of_target
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.frozen import dataclass
@@ -30,11 +31,12 @@ from qemu_dump_ext.memory_sources.process import host_addresses, open_located
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.plan.plan import EarlierDump, GuestSnapshot
+from qemu_dump_ext.qemu.monitor_queries import read_memory_size
 from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
 from qemu_dump_ext.qemu.process import find_qemu_process
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
-from qemu_dump_ext.qemu.saved_guest import SavedGuest, saved_now
+from qemu_dump_ext.qemu.target_name import target_by_qmp
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 
@@ -144,7 +146,7 @@ class StoppedGuest(GuestView):
             probed.machine,
             probed.version,
             len(probed.vcpus),
-            host_addresses(self._access.monitor, probed.ram_blocks),
+            host_addresses(self._context),
         )
 
     def find_process(self) -> QemuProcess:
@@ -169,15 +171,6 @@ class StoppedGuest(GuestView):
         check_undisturbed(self._access.monitor, self.probed)
 
 
-def saved_guest(guest: StoppedGuest) -> SavedGuest:
-    """Return what a dump of a guest needs when its monitor does not answer any more.
-
-    Raises:
-        SourceError: QEMU's process is not found on this host, or the monitor does not tell.
-    """
-    return saved_now(guest.find_process(), guest.located())
-
-
 class UnansweredGuest(StoppedGuest):
     """A guest whose monitor does not answer: memory, as its QEMU has it, and no registers."""
 
@@ -196,7 +189,7 @@ class UnansweredGuest(StoppedGuest):
             SourceError: What is known is of no guest that can be; or another source is wanted.
         """
         located = silent.located
-        architecture = all_architectures().get(located.architecture)
+        architecture = architectures_of_target(located.architecture).get(located.architecture)
         if architecture is None or located.core >= len(architecture.cores):
             raise SourceError(f"{located.architecture} guests are not known")
         blocks = tuple(located.blocks)
@@ -260,11 +253,18 @@ class UnansweredGuest(StoppedGuest):
             raise SourceError("the guest is gone: QEMU's process has ended")
 
 
-def import_plug_ins() -> None:
-    """Import what a guest may turn out to need, while it still runs."""
-    load_before_stopping()
-    all_architectures()
+def import_plug_ins(access: GuestAccess, *others: str) -> None:
+    """Import what a guest may turn out to need, while it still runs.
+
+    Args:
+        access: The ways to the guest.
+        others: Modules of the package that this use of the guest needs besides.
+    """
+    load_before_stopping(read_memory_size(access.monitor))
+    architectures_of_target(target_by_qmp(access))
     all_memory_sources()
+    for name in others:
+        importlib.import_module(f"qemu_dump_ext.{name}")
 
 
 @contextmanager
@@ -292,10 +292,12 @@ def stopped_guest(
         PauseLimitError: The limit was reached; the guest runs.
         UnsupportedTargetError: No architecture file describes it.
     """
-    import_plug_ins()
     if access.silent is not None:
+        load_before_stopping()
+        all_memory_sources()
         with ExitStack() as opened:
             yield UnansweredGuest(access, access.silent, memory, opened)
         return
+    import_plug_ins(access)
     with stopped(access, limit=limit, inherits=inherits) as pause, ExitStack() as opened:
         yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

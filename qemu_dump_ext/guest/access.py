@@ -15,6 +15,9 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import NoMonitor, SilentGuest
 
+_AT_ONCE = 16
+"""Commands that a monitor is given before it has answered."""
+
 
 class Monitor(Protocol):
     """QEMU's human monitor, whatever carries it."""
@@ -133,6 +136,7 @@ class GuestAccess:
         pid: Of QEMU's process where it is known otherwise than by the connection.
         remarks: What is to be said of these ways, in words.
         silent: What is known of a guest whose monitor does not answer; None: it does.
+        targets: QEMU's name of the target, once it is known: None where it does not tell.
     """
 
     monitor: Monitor
@@ -143,6 +147,7 @@ class GuestAccess:
     pid: int | None = None
     remarks: Sequence[str] = ()
     silent: SilentGuest | None = None
+    targets: list[str | None] = field(default_factory=list, compare=False)
 
     @classmethod
     def by_memory(cls, silent: SilentGuest) -> Self:
@@ -218,7 +223,7 @@ class SourceContext:
         addresses: Of QEMU's sockets to which this process is connected: a path or HOST:PORT.
         qmp: QEMU's QMP, where the door has one.
         dumps_forbidden: Why QEMU must not be asked for dumps of its own, or None: it may.
-        shown: What the monitor has shown of memory, by gpa and size: the guest stands still.
+        answers: What the monitor has answered, by question: the guest stands still.
         pid: Of QEMU's process where it is known otherwise than by a connection.
     """
 
@@ -228,5 +233,30 @@ class SourceContext:
     addresses: Sequence[str] = ()
     qmp: DescriptorMonitor | None = None
     dumps_forbidden: str | None = None
-    shown: dict[tuple[int, int], bytes] = field(default_factory=dict, compare=False)
+    answers: dict[str, str] = field(default_factory=dict, compare=False)
     pid: int | None = None
+
+    def ask(self, questions: Sequence[str]) -> list[str]:
+        """Return what the human monitor answers, which is asked once, and all at once.
+
+        Raises:
+            SourceError: The monitor cannot be reached.
+        """
+        new = [question for question in dict.fromkeys(questions) if question not in self.answers]
+        self.answers.update(zip(new, execute_all(self.monitor, new), strict=True))
+        return [self.answers[question] for question in questions]
+
+
+def execute_all(monitor: Monitor, commands: Sequence[str]) -> list[str]:
+    """Return the answers of commands that need not wait for each other.
+
+    Raises:
+        SourceError: The monitor cannot be reached.
+    """
+    if not isinstance(monitor, AsyncMonitor):
+        return [monitor.execute(command) for command in commands]
+    answers: list[str] = []
+    for first in range(0, len(commands), _AT_ONCE):
+        some = commands[first : first + _AT_ONCE]
+        answers += [answer() for answer in [monitor.begin(command) for command in some]]
+    return answers

@@ -171,13 +171,18 @@ def _prove(memory: GuestMemory, context: SourceContext) -> None:
     missing = memory.missing_blocks if isinstance(memory, PartialMemory) else ()
     blocks = set(context.ram_blocks) - set(missing)
     largest = sorted(blocks, key=lambda block: (-block.size, block.gpa))[:_SAMPLES]
-    for block in largest:
-        size = min(_SAMPLE_SIZE, block.size)
-        for gpa in _places(memory, block, size):
-            seen = bytearray(size)
-            memory.read_into(gpa, memoryview(seen))
-            if seen != _shown(context, gpa, size):
-                raise SourceError(f"it reads other memory than the monitor at {gpa:#x}")
+    places = [
+        (gpa, size)
+        for block in largest
+        for size in (min(_SAMPLE_SIZE, block.size),)
+        for gpa in _places(memory, block, size)
+    ]
+    shown = context.ask([_question(gpa, size) for gpa, size in places])
+    for (gpa, size), text in zip(places, shown, strict=True):
+        seen = bytearray(size)
+        memory.read_into(gpa, memoryview(seen))
+        if seen != parse_physical_bytes(text):
+            raise SourceError(f"it reads other memory than the monitor at {gpa:#x}")
 
 
 def _places(memory: GuestMemory, block: RamBlock, size: int) -> Iterator[int]:
@@ -187,13 +192,10 @@ def _places(memory: GuestMemory, block: RamBlock, size: int) -> Iterator[int]:
         yield min(-(-first // 8) * 8, block.end - size)
 
 
-def _shown(context: SourceContext, gpa: int, size: int) -> bytes:
-    # Asked once, however many sources are proved.
-    if (gpa, size) not in context.shown:
-        context.shown[gpa, size] = monitor_read(context.monitor, gpa, size)
-    return context.shown[gpa, size]
-
-
 def monitor_read(monitor: Monitor, gpa: int, size: int) -> bytes:
     """Read a little guest memory through the text of `xp`."""
-    return parse_physical_bytes(monitor.execute(f"xp /{size}xb {gpa:#x}"))
+    return parse_physical_bytes(monitor.execute(_question(gpa, size)))
+
+
+def _question(gpa: int, size: int) -> str:
+    return f"xp /{size}xb {gpa:#x}"

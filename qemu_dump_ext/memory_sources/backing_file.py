@@ -142,7 +142,7 @@ def _located(
 ) -> dict[RamBlock, tuple[int, list[HostSegment]]]:
     try:
         pid = context.pid or find_qemu_process(context.addresses)
-        located = locate_blocks(context.monitor, pid, context.ram_blocks)
+        located = locate_blocks(context, pid)
     except SourceError as error:
         reasons.append(str(error))
         return {}

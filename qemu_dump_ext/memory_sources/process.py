@@ -19,7 +19,7 @@ from contextlib import contextmanager
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.frozen import dataclass
-from qemu_dump_ext.guest.access import Monitor, SourceContext
+from qemu_dump_ext.guest.access import SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources._declaration import MemorySource
@@ -47,30 +47,32 @@ class HostSegment:
     mapping: MemoryMapping
 
 
-def locate_blocks(
-    monitor: Monitor, pid: int, blocks: Sequence[RamBlock]
-) -> dict[RamBlock, list[HostSegment]]:
-    """Find RAM blocks in the address space of QEMU's process.
+def locate_blocks(context: SourceContext, pid: int) -> dict[RamBlock, list[HostSegment]]:
+    """Find the RAM blocks of a guest in the address space of QEMU's process.
 
     Raises:
         SourceError: The monitor does not tell, or the process has no such memory.
     """
     mappings = read_mappings(pid)
-    addresses = host_addresses(monitor, blocks)
+    addresses = host_addresses(context)
     return {block: _segments(mappings, block, hva) for block, hva in addresses.items()}
 
 
-def host_addresses(monitor: Monitor, blocks: Sequence[RamBlock]) -> dict[RamBlock, int]:
-    """Return where QEMU's process has the first byte of each RAM block.
+def host_addresses(context: SourceContext) -> dict[RamBlock, int]:
+    """Return where QEMU's process has the first byte of each RAM block of a guest.
 
     Raises:
         SourceError: The monitor does not tell, or a block is in several places.
     """
     addresses = {}
-    for block in blocks:
-        last = max(block.gpa, (block.end - 1) // _PAGE * _PAGE)
-        hva = _host_address(monitor, block.gpa)
-        if _host_address(monitor, last) - hva != last - block.gpa:
+    ends = [
+        (block.gpa, max(block.gpa, (block.end - 1) // _PAGE * _PAGE))
+        for block in context.ram_blocks
+    ]
+    known = _host_addresses(context, [gpa for pair in ends for gpa in pair])
+    for block, (first, last) in zip(context.ram_blocks, ends, strict=True):
+        hva = known[first]
+        if known[last] - hva != last - first:
             raise SourceError(f"RAM block {block.name} is not contiguous in QEMU's address space")
         addresses[block] = hva
     return addresses
@@ -99,8 +101,9 @@ def open_located(pid: int, addresses: Mapping[RamBlock, int]) -> Iterator[Proces
         memory.close()
 
 
-def _host_address(monitor: Monitor, gpa: int) -> int:
-    return parse_host_address(monitor.execute(f"gpa2hva {gpa:#x}"), gpa)
+def _host_addresses(context: SourceContext, gpas: Sequence[int]) -> dict[int, int]:
+    answers = context.ask([f"gpa2hva {gpa:#x}" for gpa in gpas])
+    return {gpa: parse_host_address(text, gpa) for gpa, text in zip(gpas, answers, strict=True)}
 
 
 def _segments(mappings: Sequence[MemoryMapping], block: RamBlock, hva: int) -> list[HostSegment]:
@@ -221,7 +224,7 @@ class ProcessMemory:
 @contextmanager
 def _open(context: SourceContext) -> Iterator[GuestMemory]:
     pid = context.pid or find_qemu_process(context.addresses)
-    located = locate_blocks(context.monitor, pid, context.ram_blocks)
+    located = locate_blocks(context, pid)
     memory = ProcessMemory(pid, [part for block in located.values() for part in block])
     try:
         yield memory

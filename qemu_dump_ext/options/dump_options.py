@@ -35,6 +35,8 @@ from qemu_dump_ext.plan.request import (
 )
 
 DEFAULT_CODEC = "zlib"
+RESUME, STAY_STOPPED = "resume", "stay-stopped"
+"""What becomes of the guest after a dump by a gdbstub, if the user says."""
 PROGRESS_CHOICES = ("auto", "always", "never", "json")
 _COUNT = re.compile(r"[0-9]{1,9}")
 _ALONE = {"--mini": MINI_DUMPS[0], "--live": Live.REQUIRE}

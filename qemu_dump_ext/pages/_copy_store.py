@@ -167,13 +167,13 @@ def available_memory() -> int:
     """Return how much memory may be used without swapping, in bytes."""
     available = 0
     with contextlib.suppress(OSError, ValueError, IndexError):
-        text = Path("/proc/meminfo").read_text("ascii")
+        text = Path("/proc/meminfo").read_text("utf-8")
         available = int(text.partition("MemAvailable:")[2].split()[0]) << 10
     # A container may be allowed less than the machine has.
     with contextlib.suppress(OSError, ValueError, IndexError):
         group = Path("/proc/self/cgroup").read_text("utf-8").partition("0::/")[2].splitlines()[0]
         folder = Path("/sys/fs/cgroup") / group
-        limit = int((folder / "memory.max").read_text("ascii"))
-        used = int((folder / "memory.current").read_text("ascii"))
+        limit = int((folder / "memory.max").read_text("utf-8"))
+        used = int((folder / "memory.current").read_text("utf-8"))
         available = min(available, max(0, limit - used))
     return available

@@ -16,7 +16,7 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory, is_at_hand
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, Piece
-from qemu_dump_ext.pages.zero_pages import numpy_or_none
+from qemu_dump_ext.pages.zero_pages import numpy_if_loaded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -191,7 +191,7 @@ def deduplicator(
         page_size: In bytes, a multiple of 8.
         page_count: Of the whole dump.
     """
-    numpy = numpy_or_none()
+    numpy = numpy_if_loaded()
     if numpy is None or not is_at_hand(memory):
         return None
     return PageDeduplicator(numpy, memory, blocks, page_size, page_count)

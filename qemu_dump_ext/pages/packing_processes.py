@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import socket
 import struct
 import subprocess
 import sys
 from array import array
 from contextlib import suppress
 from dataclasses import asdict
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -34,6 +34,8 @@ _NO_INTERPRETER = "false"
 """Ends at once, so that pages are packed here."""
 _ORDER = struct.Struct("=QQ")
 _READY = b"ready"
+_ANSWER_MAX = 1 << 16
+"""Bytes: more than the sizes of the pages of a piece take."""
 
 
 class _PackingProcess:
@@ -44,7 +46,8 @@ class _PackingProcess:
     """
 
     def __init__(self, memory: int, page_size: int, compression: Compression) -> None:
-        self._connection, theirs = Pipe()
+        # A message each: an order is a few bytes, its answer four for each page.
+        self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             job = {
                 "path": [str(Path(__file__).parents[2]), *sys.path],
@@ -67,21 +70,26 @@ class _PackingProcess:
         """Tell, once that is known, whether the process has all that it needs."""
         if self._is_ready is None:
             try:
-                self._is_ready = self._connection.recv_bytes() == _READY
-            except (EOFError, OSError):
+                self._is_ready = self._connection.recv(_ANSWER_MAX) == _READY
+            except OSError:
                 self._is_ready = False
         return self._is_ready
 
     def pack(self, offset: int, size: int) -> array[int]:
         sizes = array(PAGE_SIZES)
         try:
-            self._connection.send_bytes(_ORDER.pack(offset, size))
-            sizes.frombytes(self._connection.recv_bytes())
-        except (EOFError, OSError) as error:
-            raise DumpWriteError(
-                f"a process that packed pages has ended with status {self._process.wait()}"
-            ) from error
+            self._connection.send(_ORDER.pack(offset, size), socket.MSG_NOSIGNAL)
+            sizes.frombytes(self._connection.recv(_ANSWER_MAX))
+        except OSError as error:
+            raise self._has_ended() from error
+        if not sizes:
+            raise self._has_ended()
         return sizes
+
+    def _has_ended(self) -> DumpWriteError:
+        return DumpWriteError(
+            f"a process that packed pages has ended with status {self._process.wait()}"
+        )
 
     def end(self) -> None:
         self._process.kill()
@@ -159,9 +167,9 @@ def serve(connection: int, memory: int, page_size: int, compression: dict[str, A
     """
     compress = Compression(**compression).compressor()
     whole = memoryview(mmap.mmap(memory, 0))
-    with Connection(connection) as orders, suppress(EOFError, ConnectionError):
-        orders.send_bytes(_READY)
-        while True:
-            offset, size = _ORDER.unpack(orders.recv_bytes())
+    with socket.socket(fileno=connection) as orders, suppress(ConnectionError):
+        orders.send(_READY)
+        while order := orders.recv(_ORDER.size):
+            offset, size = _ORDER.unpack(order)
             view = whole[offset : offset + size]
-            orders.send_bytes(pack_pages(view, page_size, compress))
+            orders.send(pack_pages(view, page_size, compress))

@@ -11,14 +11,14 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Generic, TypeVar
 
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.host_limits import WorkerThreads
+from qemu_dump_ext.host_limits import Job, WorkerThreads
 from qemu_dump_ext.interrupts import uninterrupted
 
 PIECE_SIZE = 4 << 20
@@ -198,12 +198,12 @@ def read_through(
     if not free:
         free = [Buffer(memoryview(mmap.mmap(-1, PIECE_SIZE))) for _ in range(buffer_count(workers))]
     most_pending = 4 * len(free)
-    pending: deque[tuple[Future[ResultT], Buffer | None, int]] = deque()
+    pending: deque[tuple[Job[ResultT], Buffer | None, int]] = deque()
 
     def consume_oldest() -> None:
-        future, buffer, size = pending.popleft()
-        with uninterrupted():  # in a future, an interrupt would leave its locks taken
-            result = future.result()
+        job, buffer, size = pending.popleft()
+        with uninterrupted():
+            result = job.result()
         work.consume(result)
         if buffer is not None:
             free.append(buffer)
@@ -213,12 +213,12 @@ def read_through(
         try:
             for piece in pieces:
                 while pending and (
-                    pending[0][0].done() or not free or len(pending) >= most_pending
+                    pending[0][0].is_done() or not free or len(pending) >= most_pending
                 ):
                     consume_oldest()
                 if not piece.extents:
-                    known: Future[ResultT] = Future()
-                    known.set_result(work.zeros(piece))
+                    known = Job(partial(work.zeros, piece))
+                    known.run()
                     pending.append((known, None, piece.size))
                     continue
                 buffer = free.pop()
@@ -227,14 +227,14 @@ def read_through(
                 if work.prepare is not None:
                     work.prepare(piece, filled)
                 with uninterrupted():
-                    future = pool.submit(work.pack, piece, filled)
-                pending.append((future, buffer, piece.size))
+                    job = pool.submit(work.pack, piece, filled)
+                pending.append((job, buffer, piece.size))
             while pending:
                 consume_oldest()
         except BaseException:
             with uninterrupted():
-                for future, _, _ in pending:
-                    future.cancel()
+                for job, _, _ in pending:
+                    job.give_up()
             raise
 
 

@@ -1,6 +1,7 @@
 """Find the pages of a buffer that hold something else than zeros.
 
-By numpy where it can be imported (gdb's own Python may lack it), page by page otherwise.
+By numpy where it was imported (gdb's own Python may lack it, and for a small guest its import takes
+longer than it saves), page by page otherwise.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ _WORD = 8
 _ALGEBRA_THREADS = "OPENBLAS_NUM_THREADS"
 _IMPORT_SIZE = 256 << 20
 """Bytes of address space; the import takes half of it."""
+_WORTH_IMPORTING = 64 << 20
+"""Bytes of guest memory up to which the import takes longer than it saves."""
 
 
 @cache
@@ -40,9 +43,19 @@ def numpy_or_none() -> ModuleType | None:
             os.environ[_ALGEBRA_THREADS] = before
 
 
-def load_before_stopping() -> None:
-    """Load what ends this process where memory is short: while no guest is stopped by it."""
-    numpy_or_none()
+def numpy_if_loaded() -> ModuleType | None:
+    """Return numpy where it was asked for before; it is not imported."""
+    return numpy_or_none() if numpy_or_none.cache_info().currsize else None
+
+
+def load_before_stopping(memory_size: int | None = None) -> None:
+    """Load what ends this process where memory is short: while no guest is stopped by it.
+
+    Args:
+        memory_size: Of the guest, in bytes; None: not known.
+    """
+    if memory_size is None or memory_size > _WORTH_IMPORTING:
+        numpy_or_none()
 
 
 def pages_with_content(view: memoryview, page_size: int) -> list[int]:
@@ -52,7 +65,7 @@ def pages_with_content(view: memoryview, page_size: int) -> list[int]:
         view: A whole number of pages.
         page_size: In bytes, a multiple of 8.
     """
-    numpy = numpy_or_none()
+    numpy = numpy_if_loaded()
     if numpy is not None:
         words = numpy.frombuffer(view, dtype=numpy.uint64).reshape(-1, page_size // _WORD)
         indices: list[int] = words.any(axis=1).nonzero()[0].tolist()

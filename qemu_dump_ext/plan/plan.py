@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures import Architecture, Core, phys_base
 from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError
@@ -29,7 +30,9 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
-from qemu_dump_ext.structures.win_dmp import WindowsDump
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.structures.win_dmp import WindowsDump
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,12 @@ util/qemu-config.c (the file of -readconfig).
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
+from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import format_tcp_address
 from qemu_dump_ext.untrusted import parse_unsigned
 
@@ -164,7 +166,7 @@ def parse_size(text: str) -> int | None:
     return int(match[1]) << _SUFFIXES[match[2].lower() or "m"]
 
 
-@dataclass
+@dataclasses.dataclass
 class _Reading:
     # What has been read so far; a later option overrides an earlier one.
     known: CommandLine = field(default_factory=CommandLine)

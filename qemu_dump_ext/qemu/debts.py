@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +86,7 @@ class OpenDebt:
             "started": process.started,
         }
         try:
-            path = own_folder() / f"{secrets.token_hex(8)}{_SUFFIX}"
+            path = own_folder() / f"{os.urandom(8).hex()}{_SUFFIX}"
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self.descriptor = os.open(path, flags, 0o600)
             self.path = path

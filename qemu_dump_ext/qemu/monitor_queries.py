@@ -17,6 +17,7 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_text import (
+    parse_memory_size,
     parse_physical_bytes,
     parse_physical_memory,
     parse_vcpu_list,
@@ -83,6 +84,11 @@ def find_machine_objects(monitor: Monitor, cpu_suffixes: tuple[str, ...]) -> Mac
     if unknown is not None:
         return unknown
     raise MonitorAnswerError("qom-list /machine", "there is no CPU in it")
+
+
+def read_memory_size(monitor: Monitor) -> int | None:
+    """Return the bytes of RAM that the guest has, or None where QEMU does not tell."""
+    return parse_memory_size(monitor.execute("info memory_size_summary"))
 
 
 def find_devices(monitor: Monitor, type_pattern: str) -> list[str]:

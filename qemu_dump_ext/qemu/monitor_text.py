@@ -39,6 +39,7 @@ _RAM_MAX = 1 << 52
 """As much memory as the widest physical addresses of a board reach, in bytes."""
 _CPU_INDEX_BITS = 16
 _NON_VOLATILE_BACKEND = re.compile(r"alias \S.*? @(?P<backend>\S+) ")
+_MEMORY_SIZE = re.compile(r"^(?:base|plugged) memory: (\d{1,20})$", re.MULTILINE)
 
 
 def parse_version(text: str) -> QemuVersion:
@@ -226,6 +227,15 @@ def parse_physical_memory(text: str, bits: int) -> list[int]:
                 raise MonitorAnswerError("xp", text)
             values.append(value)
     return values
+
+
+def parse_memory_size(text: str) -> int | None:
+    """Return the bytes of RAM that `info memory_size_summary` tells of, or None if it tells none.
+
+    Memory that was plugged in later counts, where the machine can have such memory.
+    """
+    sizes = [parse_unsigned(size) for size in _MEMORY_SIZE.findall(text)]
+    return sum(size for size in sizes if size is not None) if sizes else None
 
 
 def parse_physical_bytes(text: str) -> bytes:

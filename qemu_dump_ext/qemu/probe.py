@@ -11,8 +11,8 @@ from qemu_dump_ext.architectures import (
     Architecture,
     TargetClues,
     VcpuReadings,
-    all_architectures,
     architecture_for_cpu_types,
+    architectures_of_target,
 )
 from qemu_dump_ext.errors import GuestDisturbedError, SourceError
 from qemu_dump_ext.frozen import dataclass
@@ -37,7 +37,7 @@ from qemu_dump_ext.qemu.monitor_text import (
 )
 from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.qemu.process import find_qemu_process
-from qemu_dump_ext.qemu.target_name import target_name
+from qemu_dump_ext.qemu.target_name import target_by_qmp, target_name
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
@@ -105,9 +105,10 @@ class _Target:
 def _probe_target(access: GuestAccess, forbidden: str | None, stub: Stub | None) -> _Target:
     monitor = access.monitor
     version = parse_version(monitor.execute("info version"))
-    objects = find_machine_objects(
-        monitor, tuple(known.cpu_type_suffix for known in all_architectures().values())
-    )
+    target = target_by_qmp(access)
+    objects = find_machine_objects(monitor, _cpu_suffixes(target))
+    if not objects.cpu_type.endswith(_cpu_suffixes(target)):
+        target = None
     flat_views = monitor.execute("info mtree -f")
     forbidden = forbidden or why_dumps_are_forbidden(monitor)
     native_dumps = NativeDumps(monitor, access.qmp, forbidden)
@@ -120,7 +121,7 @@ def _probe_target(access: GuestAccess, forbidden: str | None, stub: Stub | None)
         lambda: read_byte_order(monitor, dumped.blocks),
         lambda: read_g_packet(stub, min(texts)) if stub else b"",
     )
-    architecture = architecture_for_cpu_types({objects.cpu_type}, clues)
+    architecture = architecture_for_cpu_types({objects.cpu_type}, clues, target)
     properties = {
         register.name: number
         for register in architecture.registers
@@ -138,6 +139,10 @@ def _probe_target(access: GuestAccess, forbidden: str | None, stub: Stub | None)
         texts,
         properties,
     )
+
+
+def _cpu_suffixes(target: str | None) -> tuple[str, ...]:
+    return tuple(known.cpu_type_suffix for known in architectures_of_target(target).values())
 
 
 def probe_running_guest(access: GuestAccess) -> ProbedGuest:

@@ -25,13 +25,22 @@ def target_name(access: GuestAccess) -> str | None:
         SourceError: QMP is there, and does not answer.
     """
     if access.qmp is not None:
-        return _by_qmp(access.qmp)
+        return target_by_qmp(access)
     with contextlib.suppress(SourceError, OSError):
         return _of_process(access.pid or find_qemu_process(access.addresses))
     return None
 
 
-def _by_qmp(qmp: DescriptorMonitor) -> str | None:
+def target_by_qmp(access: GuestAccess) -> str | None:
+    """Return the same as far as QMP tells it, which is asked once."""
+    if access.qmp is None:
+        return None
+    if not access.targets:
+        access.targets.append(_ask(access.qmp))
+    return access.targets[0]
+
+
+def _ask(qmp: DescriptorMonitor) -> str | None:
     try:
         return target_of(qmp.begin_qmp("query-target")())
     except MonitorAnswerError:

@@ -11,7 +11,6 @@ import errno
 import fcntl
 import os
 import stat
-import tempfile
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -80,6 +79,8 @@ class Sink:
     @property
     def directory(self) -> Path:
         """Where there is room for files beside the dump."""
+        import tempfile  # noqa: PLC0415 - for copies of guests, which are taken of few
+
         return Path(tempfile.gettempdir())
 
     def can_leave_holes(self) -> bool:

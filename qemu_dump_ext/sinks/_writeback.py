@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import Future
 
-from qemu_dump_ext.host_limits import WorkerThreads
+from qemu_dump_ext.host_limits import Job, WorkerThreads
 
 _STEP = 64 << 20
 
@@ -16,7 +15,7 @@ class Writeback:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._pool = WorkerThreads(1, "writeback")
-        self._pending: Future[None] | None = None
+        self._pending: Job[None] | None = None
         self._size = 0
 
     def advance(self, size: int) -> None:
@@ -26,7 +25,7 @@ class Writeback:
             OSError: Earlier ones could not be written to the disk.
         """
         self._size += size
-        if self._size >= _STEP and (self._pending is None or self._pending.done()):
+        if self._size >= _STEP and (self._pending is None or self._pending.is_done()):
             self._size = 0
             self._collect()
             self._pending = self._pool.submit(os.fdatasync, self._descriptor)

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import os
 import re
-import secrets
 import stat
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ class FileSink(Sink):
         super().__init__(str(path))
         self._path = path
         self._force = force
-        self._partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.partial")
+        self._partial = path.with_name(f".{path.name[:200]}.{os.urandom(4).hex()}.partial")
         self._writer: FileWriter | None = None
         mode = mode_of(path)
         if mode is not None and stat.S_ISDIR(mode):

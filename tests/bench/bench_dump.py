@@ -2,9 +2,11 @@
 
     .venv/bin/python -m tests.bench.bench_dump [--memory MIB] [--fill MIB] [--rounds N] [--json]
     .venv/bin/python -m tests.bench.bench_dump --sparse [--memory MIB] [--fill MIB] ...
+    .venv/bin/python -m tests.bench.bench_dump --small [--memory MIB] ...
 
 Prints a table in Markdown: medians, and ratios in which more than 1 means that ours is better.
-`--sparse` measures a guest that has touched little of much memory; it never runs.
+`--sparse` measures a guest that has touched little of much memory; it never runs, nor does that of
+`--small`, whose dump is hardly more than its start.
 """
 
 from __future__ import annotations
@@ -33,15 +35,26 @@ from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.page_codecs import all_page_codecs
+from qemu_dump_ext.pages.dedup import deduplicator
 from qemu_dump_ext.pages.packing import Compression
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
-from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, worker_count
+from qemu_dump_ext.pages.pipeline import (
+    PIECE_SIZE,
+    Buffer,
+    Piece,
+    PieceWork,
+    cut,
+    read_through,
+    worker_count,
+)
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks._file_writer import FileWriter
 from tests.support.doors import GDB_SCRIPT, child_environment, cli_argv, gdb_argv
 from tests.support.raw_qmp import RawQmp
 
 MIB = 1 << 20
+_MANY_WORKERS, _PACKING_SECONDS = 16, 0.001
+"""As on a machine with many CPUs, which pack a piece in no time."""
 
 
 @dataclass(frozen=True)
@@ -245,7 +258,12 @@ CASES: Sequence[Case] = (
 )
 SPARSE_CASES: Sequence[Case] = (
     Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
+    Case("kdump-zlib --level 0", by_qemu("kdump-zlib"), by_cli("-z", "--level", "0")),
     Case("kdump-zlib --omit-zero", by_qemu("kdump-zlib"), by_cli("-z", "--omit-zero")),
+)
+SMALL_CASES: Sequence[Case] = (
+    Case("elf", by_qemu("elf"), by_cli()),
+    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
 )
 
 
@@ -282,15 +300,15 @@ def measure(case: Case, machine: QemuMachine, rounds: int, directory: Path) -> R
 def table(rows: Sequence[Row]) -> Iterator[str]:
     """Write rows in Markdown."""
     yield (
-        "| dump | QEMU's own | ours | faster | CPU time, QEMU's/ours | file, ours/QEMU's"
+        "| dump | QEMU's own | ours | faster | CPU time | QEMU's/ours | file, ours/QEMU's"
         " | guest pause | peak memory | QEMU grew: by its own | by ours |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         native, ours = row.native, row.ours
         yield (
             f"| {row.name} | {native.seconds:.2f} s | {ours.seconds:.2f} s"
-            f" | {native.seconds / ours.seconds:.1f} x"
+            f" | {native.seconds / ours.seconds:.1f} x | {ours.cpu_seconds:.2f} s"
             f" | {native.cpu_seconds / max(ours.cpu_seconds, 0.01):.1f}"
             f" | {ours.size / native.size:.2f} | {ours.stopped_seconds:.2f} s"
             f" | {ours.peak_rss / MIB:.0f} MiB | {native.growth / MIB:.0f} MiB"
@@ -312,6 +330,7 @@ def limits(machine: QemuMachine, directory: Path) -> dict[str, float]:
     }
     path.unlink()
     seconds["telling pages of level 31 apart, for each GiB"] = _pages_alone(machine)
+    seconds["the reading thread, for each GiB with content"] = _reading_alone(machine)
     by_cli("--no-vmcoreinfo")(machine, path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as content:
         first = len(content) % 4096  # headers stand before whole pages
@@ -334,6 +353,33 @@ def _pages_alone(machine: QemuMachine) -> float:
         guest.kernel_pages(vmcoreinfo).excluded(FilterRules(31))
         seconds = time.perf_counter() - started
         return seconds / sum(block.size for block in guest.ram_blocks) * (1 << 30)
+
+
+def _reading_alone(machine: QemuMachine) -> float:
+    """Return the CPU time of the thread that reads, and finds equal pages; nothing is packed."""
+    with (
+        connect_qmp(str(machine.qmp_sockets[0])) as qmp,
+        engine.stopped_guest(GuestAccess.by_qmp(qmp), "process") as guest,
+    ):
+        memory, blocks = guest.memory, guest.ram_blocks
+        count = sum(block.size for block in blocks) // 4096
+        pages = deduplicator(memory, blocks, 4096, count)
+        pieces = [
+            piece for block in blocks for piece in cut(memory, [block], block.gpa, block.end, 4096)
+        ]
+
+        def prepare(piece: Piece, buffer: Buffer) -> None:
+            if pages is not None:
+                pages.take_out(piece, buffer)
+
+        def rest(_piece: Piece, _buffer: Buffer) -> None:
+            time.sleep(_PACKING_SECONDS)
+
+        work = PieceWork(rest, lambda _: None, lambda _: None, prepare)
+        started = time.thread_time()
+        read_through(memory, pieces, work, lambda _: None, threads=_MANY_WORKERS)
+        seconds = time.thread_time() - started
+        return seconds / sum(piece.size for piece in pieces if piece.extents) * (1 << 30)
 
 
 def _disk_alone(path: Path, pieces: Sequence[bytes]) -> float:
@@ -419,22 +465,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--memory", type=int, metavar="MIB", help="2048; 65536 with --sparse")
+    parser.add_argument(
+        "--memory", type=int, metavar="MIB", help="2048; 65536 with --sparse, 64 with --small"
+    )
     parser.add_argument(
         "--fill", type=int, metavar="MIB", help="850; 300 with --sparse; 0: as booted"
     )
-    parser.add_argument("--sparse", action="store_true")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--sparse", action="store_true")
+    kinds.add_argument("--small", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", action="append", help="cases whose name contains this")
     parser.add_argument("--limits", action="store_true", help="measure the parts alone as well")
     parser.add_argument("--directory", type=Path, help="where the dumps are written")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    cases = SPARSE_CASES if arguments.sparse else CASES
-    memory = arguments.memory or (65536 if arguments.sparse else 2048)
+    kind = next(name for name in ("sparse", "small", "") if not name or vars(arguments)[name])
+    cases = {"sparse": SPARSE_CASES, "small": SMALL_CASES, "": CASES}[kind]
+    memory = arguments.memory or {"sparse": 65536, "small": 64, "": 2048}[kind]
     fill = (300 if arguments.sparse else 850) if arguments.fill is None else arguments.fill
     started: AbstractContextManager[QemuMachine]
-    started = sparse_guest(memory, fill) if arguments.sparse else stopped_guest(memory, fill)
+    if kind == "small":
+        started = stopped_machine(["qemu-system-x86_64"], ["-m", str(memory)])
+    else:
+        started = sparse_guest(memory, fill) if arguments.sparse else stopped_guest(memory, fill)
     with (
         started as guest,
         tempfile.TemporaryDirectory(dir=arguments.directory) as directory,

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import qemu_dump_ext as qd
+from qemu_dump_ext.guest.access import SourceContext
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from qemu_dump_ext.memory_sources.process import host_addresses
 from qemu_dump_ext.qemu.qemu_processes import qemu_process
@@ -262,5 +263,5 @@ def test_evidence_is_what_the_monitor_tells(target: str, words: tuple[str, ...])
         assert process is not None
         located = ram_by_evidence(process)
         with connect_qmp(str(machine.qmp_sockets[0])) as qmp:
-            seen = host_addresses(qmp, list(located.blocks))
+            seen = host_addresses(SourceContext(qmp, None, list(located.blocks)))
     assert seen == dict(located.blocks)

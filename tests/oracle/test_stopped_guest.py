@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qemu.qmp import QMPClient
 
 from qemu_dump_ext.crash_collector.collect_now import collect_crash
 from qemu_dump_ext.engine.dmesg import read_log
@@ -21,7 +20,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
-from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.qemu.qmp import SharedQmp, connect_qmp
 from qemu_dump_ext.sinks import open_sink
 from tests.support.doors import guest_status
 from tests.support.raw_qmp import RawQmp
@@ -31,8 +30,8 @@ pytestmark = pytest.mark.qemu
 # Each is one walk of the object tree, or one answer that grows with the guest.
 ASKED_ONCE = ("info version", "info mtree -f", "qom-list /", "info kvm")
 # May become less.
-QUESTIONS_OF_A_DUMP = 50
-QUESTIONS_OF_ALL = 77
+QUESTIONS_OF_A_DUMP = 42
+QUESTIONS_OF_ALL = 68
 QUESTIONS_OF_A_CRASH = 60
 
 
@@ -46,13 +45,13 @@ def machine() -> Iterator[QemuMachine]:
 def asked(monkeypatch) -> Counter[str]:
     """What QEMU is asked, and how often."""
     questions: Counter[str] = Counter()
-    execute = QMPClient.execute
+    begin = SharedQmp._begin
 
-    def counting(self, command, arguments=None, oob=False):
-        questions[str((arguments or {}).get("command-line", command))] += 1
-        return execute(self, command, arguments, oob)
+    def counting(self, command, arguments, told):
+        questions[told] += 1
+        return begin(self, command, arguments, told)
 
-    monkeypatch.setattr(QMPClient, "execute", counting)
+    monkeypatch.setattr(SharedQmp, "_begin", counting)
     return questions
 
 

@@ -153,6 +153,7 @@ def test_every_option_that_is_named_is_one(page: str):
         "--native",
         "--limits",
         "--strict",
+        "--small",
         "--zero",
         "--memory-only",
     }

@@ -38,7 +38,7 @@ from qemu_dump_ext.engine.guest_view import GuestView
 from qemu_dump_ext.engine.live_guest import live_guest, snapshot_guest
 from qemu_dump_ext.engine.opening import is_file
 from qemu_dump_ext.engine.report import DumpReport
-from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
+from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins, stopped_guest
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import (
     DumpError,
@@ -149,6 +149,7 @@ class CrashCollector:
         try:
             with suppress(RequestError):  # which is told when the dump is taken
                 prepare(self._requests()[0])
+            import_plug_ins(access_by(qmp), "linux.call_trace")
             with ExitStack() as captured:
                 taken, guest = self._capture(captured, taken, qmp, files)
                 taken = evidence.kernel_log(taken, qmp, guest)

@@ -129,11 +129,12 @@ def test_zero_pages_are_found_with_and_without_numpy(noise, tail, data):
     )
     content += noise * tail
     view = memoryview(bytearray(content))
+    zero_pages.numpy_or_none()
     whole = view[: len(pages) * 4096]
     found = zero_pages.pages_with_content(whole, 4096)
     runs = zero_pages.runs_with_content(view, 4096, 3)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(zero_pages, "numpy_or_none", lambda: None)
+        patch.setattr(zero_pages, "numpy_if_loaded", lambda: None)
         assert zero_pages.pages_with_content(whole, 4096) == found
         assert zero_pages.runs_with_content(view, 4096, 3) == runs
     assert found == [n for n in range(len(pages)) if any(whole[n * 4096 : (n + 1) * 4096])]
