@@ -89,6 +89,9 @@ class DumpFile(ABC):
         Raises:
             CorruptDumpError: They are not well-formed.
         """
+        return self._read_notes()
+
+    def _read_notes(self) -> tuple[Note, ...]:
         found: list[Note] = []
         total = 0
         for offset, size in self._note_areas():

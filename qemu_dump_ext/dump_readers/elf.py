@@ -6,7 +6,9 @@ Source: System V gABI; QEMU dump/dump.c (section headers before the program head
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from enum import Enum
 from functools import cached_property
 from operator import itemgetter
 from types import MappingProxyType
@@ -18,6 +20,7 @@ from qemu_dump_ext.dump_readers._extent_dump import ZEROES, ExtentDump
 from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
+from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import (
     EHDR,
@@ -33,6 +36,8 @@ from qemu_dump_ext.structures.elf import (
     elf_abi,
     phdr_layout,
 )
+from qemu_dump_ext.structures.virtualbox_core import is_of_virtualbox
+from qemu_dump_ext.structures.xen_core import NOTE_SECTION
 
 _IDENT_SIZE = 16
 _EI_CLASS, _EI_DATA = 4, 5
@@ -42,6 +47,17 @@ _PHDRS_MAX = 1 << 20
 """More program headers than a paged dump of any guest was seen to have."""
 _PHDRS_AT_ONCE = 4096
 _OFFSET_END = 1 << 63
+_SECTIONS_MAX = 64
+_SECTION_NAMES_SIZE_MAX = 4096
+
+
+class CoreOf(Enum):
+    """Of what an ELF core is; other readers read what is none of a guest by QEMU or a kernel."""
+
+    GUEST = "a guest"
+    PROCESS = "a process"
+    VIRTUALBOX = "a guest of VirtualBox"
+    XEN = "a domain of Xen"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +82,11 @@ class ElfCoreFile(ExtentDump):
     Attributes:
         segments: The PT_LOADs, in the order of the file.
         headers_end: Offset behind the last program header.
-        of_process: Whether it has the memory of a process instead of a guest's.
+        core_of: Of what it is the core.
     """
 
     page_size = 1
-    of_process = False
+    core_of = CoreOf.GUEST
 
     def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
         self.image = image
@@ -96,8 +112,9 @@ class ElfCoreFile(ExtentDump):
         self.segments: list[Segment] = []
         self._notes: list[tuple[int, int]] = []
         self._read_program_headers()
-        if _is_of_process(self.segments) != self.of_process:
-            raise NotADumpError("it is the core of a process, and not of a guest")
+        found = self._find_kind()
+        if found is not self.core_of:
+            raise NotADumpError(f"it is the core of {found.value}, and not of {self.core_of.value}")
         self.index = self._index_memory()
 
     def _read_program_headers(self) -> None:
@@ -132,6 +149,16 @@ class ElfCoreFile(ExtentDump):
             self.image.read(self._ehdr["e_shoff"], self._shdr.size)
         )
         return section["sh_info"]
+
+    def _find_kind(self) -> CoreOf:
+        if _is_of_process(self.segments):
+            return CoreOf.PROCESS
+        if not self.segments and NOTE_SECTION in self.sections:
+            return CoreOf.XEN
+        with suppress(CorruptDumpError):
+            if is_of_virtualbox(self._read_notes()):
+                return CoreOf.VIRTUALBOX
+        return CoreOf.GUEST
 
     def _index_memory(self) -> ExtentIndex:
         index = ExtentIndex()
@@ -169,6 +196,27 @@ class ElfCoreFile(ExtentDump):
             raise CorruptDumpError(f"e_shentsize is {self._ehdr['e_shentsize']}, not {size}")
         data = self.image.read(self._ehdr["e_shoff"], count * size)
         return [self._shdr.unpack_integers(data, index * size) for index in range(count)]
+
+    @cached_property
+    def sections(self) -> Mapping[str, tuple[int, int]]:
+        """Offset and size of the sections that have names, by name; empty where they are damaged.
+
+        What a dump is may be told by them, and readers of dumps need none.
+        """
+        try:
+            if self._ehdr["e_shnum"] > _SECTIONS_MAX:
+                return {}
+            headers = self.section_headers()
+            names = headers[self._ehdr["e_shstrndx"]] if headers else {"sh_offset": 0, "sh_size": 0}
+            size = min(names["sh_size"], _SECTION_NAMES_SIZE_MAX)
+            text = self.image.read(names["sh_offset"], size)
+        except (CorruptDumpError, IndexError):
+            return {}
+        found = {}
+        for header in headers:
+            name = text[header["sh_name"] :].partition(b"\0")[0]
+            found[printable(name.decode("latin-1"))] = header["sh_offset"], header["sh_size"]
+        return found
 
     def _note_areas(self) -> list[tuple[int, int]]:
         return self._notes

@@ -13,13 +13,14 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
-from qemu_dump_ext.architectures import PageTableRoot
 from qemu_dump_ext.dump_readers._declaration import LISTED_MAX, DumpReader, Fit
-from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX, DumpFile
+from qemu_dump_ext.dump_readers._dump_file import VMCOREINFO_SIZE_MAX
 from qemu_dump_ext.dump_readers._image import DumpImage
+from qemu_dump_ext.dump_readers._made_notes import MadeNotes
 from qemu_dump_ext.dump_readers._mapped_pages import MappedPages
 from qemu_dump_ext.dump_readers._notes_verifier import verify_notes
 from qemu_dump_ext.dump_readers._page_places import PagePlaces
+from qemu_dump_ext.dump_readers._page_table_proof import page_tables_lead
 from qemu_dump_ext.dump_readers._ram_layout import RamPiece, possible_layouts
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
 from qemu_dump_ext.errors import (
@@ -29,16 +30,12 @@ from qemu_dump_ext.errors import (
     UnsupportedTargetError,
 )
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.paging.tables import TableReader, roots_of_vcpus
-from qemu_dump_ext.paging.walk import translate
 from qemu_dump_ext.registers.from_migration import (
     architecture_of_stream,
     registers_without_note,
     vcpus_of_stream,
 )
-from qemu_dump_ext.registers.notes import EncodedNotes, encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED
-from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 from qemu_dump_ext.structures.migration import (
     MIGRATION_MAGIC,
     StreamBlock,
@@ -70,15 +67,16 @@ class _Index:
         self.places[block].fill(offset, byte)
 
 
-class MigrationFile(DumpFile):
+class MigrationFile(MadeNotes):
     """An open migration stream.
 
     Attributes:
         stream: What it tells.
-        architecture: Of its guest.
         pieces: Where its RAM blocks are in guest physical memory, by ascending gpa.
         layout_proof: What proves that, in words; None: nothing contradicts it.
     """
+
+    what = "stream"
 
     def __init__(self, image: DumpImage, format_suffix: str = "", place: int = 0) -> None:
         """Read the stream that begins at `place` and reaches up to the end."""
@@ -96,16 +94,16 @@ class MigrationFile(DumpFile):
         self.architecture = architecture_of_stream(self.stream)
         self._vcpus = vcpus_of_stream(self.stream, self.architecture)
         self.pieces, self.layout_proof = self._prove_layout()
-        self._core = self.architecture.select_core(
+        self.core = self.architecture.select_core(
             self.vcpus, self._blocks(self.pieces), MENDED, f"{self.stream.machine}-machine"
         )
-        self.byte_order = self._core.byte_order
-        self.word_size = self._core.word_size
+        self.byte_order = self.core.byte_order
+        self.word_size = self.core.word_size
         self.header = MappingProxyType(
             {
                 "machine_type": self.stream.machine,
                 "target": self.architecture.name,
-                "e_machine": self._core.e_machine,
+                "e_machine": self.core.e_machine,
                 "page_size": self.page_size,
             }
         )
@@ -138,23 +136,11 @@ class MigrationFile(DumpFile):
         """Return what proves where RAM lies, empty where it is not so, None where nothing tells."""
         if self._vmcoreinfo_note is not None:
             return "the kernel's VMCOREINFO is where the kernel has said"
-        walked = [self._walks(vcpu) for vcpu in self.vcpus]
+        blocks = self._blocks(self.pieces)
+        walked = [page_tables_lead(self, blocks, self.architecture, vcpu) for vcpu in self.vcpus]
         if True in walked:
             return "the page tables of a vCPU lead to its program counter"
         return "" if False in walked else None
-
-    def _walks(self, vcpu: Vcpu) -> bool | None:
-        """Tell whether page tables lead to where a vCPU is; None where it uses none."""
-        counter = vcpu.registers.get(self.architecture.program_counter)
-        try:
-            roots = roots_of_vcpus(self.architecture, [vcpu], native=False)
-        except DumpError:
-            return None
-        roots = [root for root in roots if isinstance(root, PageTableRoot)]
-        if not roots or counter is None:
-            return None
-        tables = TableReader(_Memory(self), self._blocks(self.pieces))
-        return any(translate(root, tables, counter) is not None for root in roots)
 
     def _blocks(self, pieces: Sequence[RamPiece]) -> Sequence[RamBlock]:
         names = [block.name for block in self.stream.blocks]
@@ -171,11 +157,7 @@ class MigrationFile(DumpFile):
     def lacking(self) -> Sequence[str]:
         """What of the guest is not in it, besides memory, in words."""
         proof = () if self.layout_proof else (f"where RAM lies is not proved: {_NO_PROOF}",)
-        registers = (
-            f"{owner}: the stream does not have {', '.join(names)}"
-            for owner, names in self.missing_registers.items()
-        )
-        return (*super().lacking, *proof, *registers)
+        return (*super().lacking, *proof)
 
     @property
     def _vmcoreinfo_note(self) -> bytes | None:
@@ -196,24 +178,17 @@ class MigrationFile(DumpFile):
                 continue
         return None
 
-    @cached_property
-    def _encoded(self) -> EncodedNotes:
-        return encode_vcpu_notes(self.architecture, self._core, self.vcpus)
+    @property
+    def _other_notes(self) -> bytes:
+        return self._vmcoreinfo_note or b""
 
     @property
     def missing_registers(self) -> Mapping[str, Sequence[str]]:
         """Registers that the stream does not have, by what they belong to."""
-        absent = self._encoded.missing
         return {
-            **{f"{owner} of vCPU {index}": names for (owner, index), names in absent.items()},
+            **super().missing_registers,
             **registers_without_note(self.stream, self.architecture, self.vcpus),
         }
-
-    @cached_property
-    def notes(self) -> tuple[Note, ...]:
-        """The notes that a dump of this guest has; offsets are those among them."""
-        area = self._encoded.data + (self._vmcoreinfo_note or b"")
-        return tuple(parse_notes(area, self.byte_order, 0))
 
     def _note_areas(self) -> list[tuple[int, int]]:
         return []
@@ -291,23 +266,6 @@ class MigrationFile(DumpFile):
     @cached_property
     def _known_ranges(self) -> Sequence[tuple[int, int]]:
         return tuple(self.memory_ranges())
-
-
-class _Memory:
-    """A stream as guest memory."""
-
-    name = "dump"
-    is_slow = False
-
-    def __init__(self, dump: MigrationFile) -> None:
-        self._dump = dump
-
-    def read_into(self, gpa: int, buffer: memoryview) -> None:
-        """Fill `buffer` from `gpa` on."""
-        self._dump.read_into(gpa, buffer)
-
-    def close(self) -> None:
-        """Leave the dump to its owner."""
 
 
 class _Reader:

@@ -17,7 +17,7 @@ from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._ram_by_kernel import FileRange, RamLayout, find_layout
 from qemu_dump_ext.dump_readers._range_headers import verify_memory
-from qemu_dump_ext.dump_readers.elf import ElfCoreFile
+from qemu_dump_ext.dump_readers.elf import CoreOf, ElfCoreFile
 from qemu_dump_ext.errors import NotADumpError
 from qemu_dump_ext.structures.elf import ELF_MAGIC
 from qemu_dump_ext.structures.elf_notes import Note
@@ -36,7 +36,7 @@ class QemuCoreFile(ElfCoreFile):
         ram: Where it is in the file.
     """
 
-    of_process = True
+    core_of = CoreOf.PROCESS
 
     def __init__(self, image: DumpImage, format_suffix: str = "") -> None:
         super().__init__(image, format_suffix)

@@ -26,6 +26,13 @@ from qemu_dump_ext.structures.utsname import UtsName
 from tests.support.fake_guest import BLOCKS, PAGE, content_of
 from tests.support.leftovers import nothing_left
 from tests.support.plain_memory import PlainMemory
+from tests.support.sample_cores import (
+    make_virtualbox,
+    make_xen,
+    virtualbox_notes,
+    virtualbox_state,
+    xen_context,
+)
 from tests.support.sample_migration import make_migration
 from tests.support.sample_qcow2 import make_qcow2
 from tests.support.sample_ranges import make_avml, make_lime, make_qemu_core, ram_with_kernel
@@ -45,10 +52,13 @@ READS = {
     "libvirt_save": ("libvirt_save", "libvirt_save-zstd"),
     "packed_migration": ("packed_migration",),
     "qcow2": ("qcow2",),
+    "virtualbox": ("virtualbox",),
+    "xen": ("xen",),
 }
 _OF_STREAMS = ("migration", "libvirt_save", "packed_migration", "qcow2")
 _WITHOUT_HEADERS = ("raw", "qemu_core")
-_ALSO = {"elf": ("qemu_core",)}
+_CORES = ("elf", "qemu_core", "virtualbox", "xen")
+_ALSO = dict.fromkeys(_CORES, _CORES)
 # What no format of ours is: its guest has the memory that its machine has.
 _STREAMED = (RamBlock(0x80000000, 12 * PAGE, BLOCKS[0].name, 0),)
 _RAM = ram_with_kernel()
@@ -60,6 +70,14 @@ EVERY_WRITTEN = pytest.mark.parametrize(
 _HEAD = 16
 _CUTS = 60
 _DAMAGES = 150
+
+
+def _frames(blocks: dict[int, bytes]) -> list[tuple[int, bytes]]:
+    return [
+        ((gpa + at) // PAGE, content[at : at + PAGE].ljust(PAGE, b"\0"))
+        for gpa, content in blocks.items()
+        for at in range(0, len(content), PAGE)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +93,8 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("libvirt_save", make_save_image(stream)),
         ("libvirt_save-zstd", make_save_image(stream, "zstd")),
         ("packed_migration", pack(stream, "gzip")),
+        ("virtualbox", make_virtualbox(blocks, virtualbox_notes([virtualbox_state({})]))),
+        ("xen", make_xen(_frames(blocks), [xen_context({})])),
         ("qcow2", make_qcow2({"of-test": stream})),
         ("lime", make_lime(blocks)),
         ("avml", make_avml(blocks)),
@@ -116,7 +136,7 @@ def test_it_knows_its_own_by_the_first_bytes(name: str, dumps: dict[str, Path]):
     for reader, formats in READS.items():
         # What is wrapped in a stream begins like the stream.
         head = dumps[formats[0]].read_bytes()[:_HEAD]
-        # A core of QEMU begins as every core does, and RAM like anything.
+        # Cores all begin alike, and RAM like anything.
         if reader not in _WITHOUT_HEADERS:
             assert (probe(head) is Fit.NO) == (name not in {reader, *_ALSO.get(reader, ())})
         for size in range(_HEAD):

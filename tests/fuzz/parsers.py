@@ -46,6 +46,13 @@ from tests.fuzz.recorded import Recorded, recorded_guests
 from tests.support.crashes import make_record
 from tests.support.fake_kernel import KERNEL_MAP, LOG_AT, FlatMemory, plant_kernel, vmcoreinfo
 from tests.support.fake_pages import GuestWithPages
+from tests.support.sample_cores import (
+    make_virtualbox,
+    make_xen,
+    virtualbox_notes,
+    virtualbox_state,
+    xen_context,
+)
 from tests.support.sample_elf import Load, make_elf
 from tests.support.sample_kdump import BLOCK, flatten, make_kdump, note, prstatus
 from tests.support.sample_migration import make_mapped, make_migration
@@ -216,6 +223,17 @@ def _qcow2_seeds() -> list[bytes]:
     ]
 
 
+def _core_seeds() -> Mapping[str, Sequence[bytes]]:
+    state = virtualbox_state({"rip": 0x1234, "cr0": 1 << 31, "cr3": BLOCK})[:1000]
+    context = xen_context({"rip": 0x1234, "cr0": 1 << 31, "cr3": BLOCK, "cr4": 32})
+    frames = [(pfn, page[:BLOCK].ljust(BLOCK, b"\0")) for pfn, page in _PAGES.items()]
+    blocks = {0x1000: b"a" * 5000, 0x100000: b"b" * 3000}
+    return {
+        "virtualbox": [make_virtualbox(blocks, virtualbox_notes([state] * 2))],
+        "xen": [make_xen(frames, [context] * 2), make_xen(frames[::-1], machine=183)],
+    }
+
+
 _FUZZED_RAM = 0x34000
 """Bytes; as little as a kernel with all that belongs to it needs."""
 
@@ -383,6 +401,8 @@ PARSERS: Mapping[str, Parser] = {
     "libvirt_save": Parser(_save_image_seeds, _use_dump),
     "packed_migration": Parser(_packed_seeds, _use_dump),
     "qcow2": Parser(_qcow2_seeds, _use_dump),
+    "virtualbox": Parser(lambda: _core_seeds()["virtualbox"], _use_dump),
+    "xen": Parser(lambda: _core_seeds()["xen"], _use_dump),
     "vmcoreinfo": Parser(_vmcoreinfo_seeds, _use_vmcoreinfo),
     "kernel-log": Parser(_log_seeds, _use_log, most=_MIB),
     "pages": Parser(lambda: [GuestWithPages().to_bytes()], _use_pages),
