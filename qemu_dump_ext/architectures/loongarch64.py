@@ -36,10 +36,10 @@ from qemu_dump_ext.architectures._page_tables import (
     ones_above,
 )
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.structures.c_struct import Field, StructLayout, fields_of
+from qemu_dump_ext.structures.c_struct import U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
 from qemu_dump_ext.structures.elf import EM_LOONGARCH, NT_PRFPREG
-from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.structures.vmcoreinfo import PAGE_SIZES, vmcoreinfo_number
 
 _GPRS = numbered("r", 32)
 _FPRS = numbered("f", 32)
@@ -97,15 +97,20 @@ _ADDRESS = (1 << 48) - (1 << 12)
 _VALID = LeafTest(mask=1, wanted=1)
 _HUGE = LeafTest(mask=1 << 6, wanted=1 << 6)
 _WINDOW_SIZE = 1 << 48
+_ENTRY_SHIFT = 3
 _LINUX_WINDOWS = (0x8000000000000000, 0x9000000000000000)
 
 
-@cache
 def page_tables(pwcl: int, pwch: int, *, kernel_half: bool) -> PageTableGeometry | None:
     """Return the tables that PWCL and PWCH describe; None where they describe none."""
     fields = ((pwcl, 5), (pwcl >> 10, 5), (pwcl >> 20, 5), (pwch, 6), (pwch >> 12, 6))
     used = [(value & (1 << size) - 1, value >> size & (1 << size) - 1) for value, size in fields]
-    used = [(shift, bits) for shift, bits in used if bits]
+    return _geometry(tuple((shift, bits) for shift, bits in used if bits), kernel_half=kernel_half)
+
+
+@cache
+def _geometry(used: Sequence[tuple[int, int]], *, kernel_half: bool) -> PageTableGeometry | None:
+    """Return tables by first bit and number of bits of each level's index, the lowest first."""
     ends = [shift + bits for shift, bits in used]
     if not used or used[0][0] < 12 or ends[-1] > 63 or max(bits for _, bits in used) > 16:
         return None
@@ -146,12 +151,32 @@ def _page_table_roots(registers: Mapping[str, int], _native: bool) -> Sequence[T
     return translations
 
 
-def _linux_windows(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[Translation]:
-    """Return how a kernel that runs in a window sees all memory; its tables map nothing of it."""
+def _of_linux(vmcoreinfo: bytes, _phys_base: int | None) -> Sequence[Translation]:
+    """Return how a kernel that runs in a window sees all memory, and what its tables map besides.
+
+    Those are modules, what vmalloc has, and struct pages.
+    """
     start = vmcoreinfo_number(vmcoreinfo, "SYMBOL(_stext)", 16)
     if start is None or start >> 60 << 60 not in _LINUX_WINDOWS:
         return ()
-    return tuple(AddressWindow(gva, _WINDOW_SIZE, 0) for gva in _LINUX_WINDOWS)
+    windows = tuple(AddressWindow(gva, _WINDOW_SIZE, 0) for gva in _LINUX_WINDOWS)
+    root = vmcoreinfo_number(vmcoreinfo, "SYMBOL(swapper_pg_dir)", 16)
+    tables = _tables_of_linux(vmcoreinfo)
+    if root is None or tables is None:
+        return windows
+    return (*windows, PageTableRoot(tables, root & _ADDRESS))
+
+
+def _tables_of_linux(vmcoreinfo: bytes) -> PageTableGeometry | None:
+    # A table fills a page; there are as many levels as the lowest address that they map needs.
+    page_size = vmcoreinfo_number(vmcoreinfo, "PAGESIZE") or 0
+    lowest = vmcoreinfo_number(vmcoreinfo, "NUMBER(VMALLOC_START)", 16)
+    if lowest is None or page_size not in PAGE_SIZES:
+        return None
+    shift = page_size.bit_length() - 1
+    bits = shift - _ENTRY_SHIFT
+    ends = (-lowest & U64_MAX).bit_length()
+    return _geometry(tuple((first, bits) for first in range(shift, ends, bits)), kernel_half=True)
 
 
 def _parse_monitor(text: str) -> Mapping[str, int]:
@@ -223,7 +248,7 @@ ARCHITECTURE = Architecture(
     parse_monitor=_parse_monitor,
     reconcile=_reconcile,
     page_table_roots=_page_table_roots,
-    kernel_page_tables=_linux_windows,
+    kernel_page_tables=_of_linux,
     # Most have no LoongArch: any little-endian architecture with registers of 64 bits can connect.
     gdb_settings=("set architecture alpha",),
     migrated=_MIGRATED,

@@ -76,7 +76,7 @@ def find_mem_map(
     """
     end_pfn = min(end_pfn, _PFNS_MAX)
     info = VmcoreinfoNumbers(vmcoreinfo)
-    if info.get("SIZE(mem_section)") and info.get("SYMBOL(mem_section)") is not None:
+    if info.get("SYMBOL(mem_section)") is not None:
         sections = _Sections(info, architecture, layout, kernel, end_pfn, exact=exact)
         runs = sections.runs()
     else:

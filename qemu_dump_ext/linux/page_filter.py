@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.mem_map import MemMapRun
@@ -76,6 +77,7 @@ def find_excluded_pages(
 
     Raises:
         MissingPackageError: numpy cannot be imported.
+        SourceError: Not one struct page can be read.
     """
     numpy = import_package("numpy", "a dump level")
     if not _does_anything(rules, layout):
@@ -84,6 +86,8 @@ def find_excluded_pages(
     for run in runs:
         for start in range(0, run.count, _CHUNK):
             map_.add(kernel, run, start, min(_CHUNK, run.count - start))
+    if not map_.is_known:
+        raise SourceError("the kernel's struct pages cannot be read where VMCOREINFO leads")
     return PageSet(layout.page_size, map_.ranges(kept))
 
 
@@ -98,7 +102,11 @@ def _does_anything(rules: FilterRules, layout: StructPage) -> bool:
 
 
 class _Map:
-    """What has been found, for the pages from the first to the last struct page."""
+    """What has been found, for the pages from the first to the last struct page.
+
+    Attributes:
+        is_known: Some struct page was read.
+    """
 
     def __init__(
         self,
@@ -111,6 +119,7 @@ class _Map:
         self._rules = rules
         self._layout = layout
         self._runs = runs
+        self.is_known = False
         self._first = runs[0].first_pfn
         count = runs[-1].first_pfn + runs[-1].count - self._first
         self._out = numpy.zeros(count, dtype=bool)
@@ -125,6 +134,7 @@ class _Map:
         chunk = _Chunk(self._np, layout, data, count, run.first_pfn + start)
         for low, high in missing:
             chunk.live[low // layout.size : -(-high // layout.size)] = False
+        self.is_known |= sum(high - low for low, high in missing) < len(data)
         at = run.first_pfn + start - self._first
         self._tails[at : at + count] = chunk.tail
         free = self._free_blocks(chunk)

@@ -187,6 +187,7 @@ def _require(info: VmcoreinfoNumbers, level: int) -> None:
         info.require("OFFSET(page.compound_head)", "OFFSET(page.compound_info)")
         info.require("NUMBER(PAGE_SLAB_MAPCOUNT_VALUE)", "NUMBER(PG_slab)")
         info.require("NUMBER(PG_lru)")
+        info.require("NUMBER(PG_private)")
         info.require("NUMBER(PG_head_mask)")
     if level & 0b10000:
         info.require("NUMBER(PAGE_BUDDY_MAPCOUNT_VALUE)")

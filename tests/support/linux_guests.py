@@ -45,7 +45,7 @@ def guest(request: pytest.FixtureRequest) -> Iterator[BootedGuest]:
     files = ImageStore(default_cache()).fetch(image)
     with BootedGuest(replace(image, kernel_arguments=arguments), files, command=command) as booted:
         with RawQmp(booted.qmp_sockets[1]) as qmp:
-            _stop_in_kernel(qmp, KERNEL_ADDRESSES.get(image.name))
+            stop_in_kernel(qmp, KERNEL_ADDRESSES.get(image.name))
         yield booted
 
 
@@ -61,7 +61,9 @@ def gpas_of(qmp: RawQmp, guest: BootedGuest, gva: int) -> set[int]:
     return {int(answer[5:], 16) >> 12 for answer in answers if answer.startswith("gpa: ")}
 
 
-def _stop_in_kernel(qmp: RawQmp, address: int | None) -> None:
+def stop_in_kernel(qmp: RawQmp, address: int | None) -> None:
+    """Stop a guest where its only vCPU is in its kernel; with no address, wherever it is."""
+
     def is_in_kernel() -> bool:
         qmp.execute("stop")
         if address is None:

@@ -15,10 +15,12 @@ import numpy.typing as npt
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
 
-_PRINT = """gzip -c /proc/kpageflags >/dev/flags
-for turn in 1 2 3 4 5; do echo flags "begin"; base64 /dev/flags; done; echo flags "end"
+_IN_A_BLOCK = 4096 // 8
+_PRINT = """dd if=/proc/kpageflags bs=4096 skip={skip} | gzip >/dev/flags
+for turn in 1 2 3 4 5; do echo flags "begin"; base64 -w 16 /dev/flags; done
+for turn in 1 2 3; do echo flags "end"; done
 """
-_PRINTED = re.compile(r"^flags begin$(.*)^flags end$", re.DOTALL | re.MULTILINE)
+_PRINTED = re.compile(r"^flags begin$(.*?)^flags end$", re.DOTALL | re.MULTILINE)
 _LINE = re.compile(r"^[A-Za-z0-9+/=]+$", re.MULTILINE)
 _SECONDS = 200
 _BIG_ENDIAN = frozenset(("s390x",))
@@ -35,14 +37,21 @@ class PageFlags:
         count: Pages, from pfn 0 on.
     """
 
-    def __init__(self, guest: BootedGuest) -> None:
-        """Ask the shell of a guest that runs."""
-        guest.send_console(_PRINT)
+    def __init__(self, guest: BootedGuest, first: int = 0) -> None:
+        """Ask the shell of a guest that runs.
+
+        Args:
+            guest: Which.
+            first: Pages below are of no interest; a multiple of 512.
+        """
+        guest.send_console(_PRINT.format(skip=first // _IN_A_BLOCK))
         found = _PRINTED.search(guest.wait_for_console(_PRINTED, timeout_seconds=_SECONDS))
         assert found is not None
         content = zlib.decompress(base64.b64decode(_sound(found[1])), wbits=31)
         order = ">" if guest.image.target in _BIG_ENDIAN else "<"
-        self._flags = np.frombuffer(content, f"{order}u8").astype(np.uint64)
+        told = np.frombuffer(content, f"{order}u8").astype(np.uint64)
+        below = np.full(first, 1 << _NOPAGE, np.uint64)
+        self._flags = np.concatenate([below, told])
         self.count = len(self._flags)
 
     def of(self, bit: int) -> Pages:

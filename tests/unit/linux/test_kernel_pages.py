@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
+from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.page_set import PageSet
 from tests.support.fake_pages import (
     FLAGS,
+    HEAD,
     IMAGE,
     LINEAR_MAP,
+    LRU,
+    MAPCOUNT,
     MAPPING,
     MEM_MAP,
     MEM_MAP_SIZE,
+    NO_TYPE,
+    NUMBERS,
     PAGE,
     SIZE,
     STRUCT_PAGE,
@@ -22,6 +30,8 @@ from tests.support.fake_pages import (
 )
 
 _ALL = SIZE // PAGE
+_WITHOUT_PAGE_TABLES = ("SYMBOL(swapper_pg_dir)", "NUMBER(phys_base)")
+_OF_WHAT_IS_NEEDED = ("SYMBOL(log_buf)", "SYMBOL(log_buf_len)", "SYMBOL(_stext)")
 _MINI = FilterRules(31, without_struct_pages=True)
 
 
@@ -95,3 +105,33 @@ def test_struct_pages_are_found_page_by_page(guest: GuestWithPages):
     reads = guest.memory.reads
     assert _pages(guest.pages().excluded(FilterRules(31))) == expected
     assert guest.memory.reads - reads < MEM_MAP_SIZE // PAGE
+
+
+def _of_all_kinds() -> GuestWithPages:
+    guest, dice = GuestWithPages(), random.Random(7)  # noqa: S311
+    for pfn in range(256, _ALL):
+        kind = dice.choice([LRU, LRU | 1 << 13, 1 << 10, 1 << 10 | 1 << 19, 1 << 9, 0x10000])
+        is_free = dice.random() < 0.2
+        guest.say(pfn, FLAGS, 0 if is_free else kind)
+        guest.say(pfn, MAPPING, not is_free and dice.random() < 0.3)
+        guest.say(pfn, MAPCOUNT, -129 & NO_TYPE if is_free else NO_TYPE, 4)
+        guest.say(pfn, HEAD, not is_free and dice.random() < 0.2)
+    return guest
+
+
+@pytest.mark.parametrize("level", [2, 4, 8, 16, 31])
+@pytest.mark.parametrize("key", [key for key in NUMBERS if key not in _OF_WHAT_IS_NEEDED])
+def test_without_an_entry_of_vmcoreinfo_no_more_is_left_out(key: str, level: int):
+    guest = _of_all_kinds()
+    whole = guest.pages().excluded(FilterRules(level))
+    assert whole.ranges
+    lines = guest.vmcoreinfo.splitlines(keepends=True)
+    guest.vmcoreinfo = b"".join(line for line in lines if not line.startswith(key.encode()))
+    assert guest.vmcoreinfo != b"".join(lines)
+    try:
+        found = guest.pages().excluded(FilterRules(level))
+    except SourceError as error:
+        said = str(error)
+        assert key in said or (key in _WITHOUT_PAGE_TABLES and "page tables" in said)
+    else:
+        assert not found.without(whole).ranges

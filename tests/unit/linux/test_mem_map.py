@@ -8,7 +8,7 @@ import pytest
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.linux.page_filter import FilterRules
-from tests.support.fake_pages import GuestWithPages
+from tests.support.fake_pages import PAGE, SECTIONS, GuestWithPages
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,11 @@ def test_numbers_that_may_be_are_taken(size):
         b"SIZE(mem_section)=16\n", f"SIZE(mem_section)={size}\n".encode()
     )
     assert guest.pages().excluded(FilterRules(31)).ranges
+
+
+def test_struct_pages_that_nobody_can_read_are_an_error():
+    guest = GuestWithPages()
+    nowhere = 0xFFFFFEBFFE000000
+    guest.memory.put_entries(SECTIONS + PAGE, {0: nowhere | 1, 2: nowhere | 1})
+    with pytest.raises(SourceError, match="struct pages cannot be read"):
+        guest.pages().excluded(FilterRules(31))
