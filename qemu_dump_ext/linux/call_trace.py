@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import cached_property
 
 from qemu_dump_ext.architectures import Architecture, FrameRecord
 from qemu_dump_ext.errors import SourceError
@@ -15,6 +16,7 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.linux.kallsyms import Kallsyms
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
+from qemu_dump_ext.linux.modules import Modules, OrcTables
 from qemu_dump_ext.linux.orc import Frame, OrcUnwinder
 from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
@@ -22,10 +24,37 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 _FRAMES_MAX = 64
 _VCPUS_MAX = 64
 _VA_BITS = 48
+_KERNEL_HALF = 1 << 63
 # Where a CPU is that has nothing to do.
 _IDLE = re.compile(
     r"do_idle|cpu_startup_entry|(?:default|poll|mwait)_idle\w*|\w*safe_halt|arch_cpu_idle|cpu_do_idle"
 )
+
+
+class _Code:
+    """The functions of a kernel and of its modules, which are looked for when they are needed."""
+
+    def __init__(self, kernel: KernelMemory, symbols: Kallsyms, byte_order: ByteOrder) -> None:
+        self.kernel = kernel
+        self.symbols = symbols
+        self.byte_order = byte_order
+
+    @cached_property
+    def _modules(self) -> Modules | None:
+        try:
+            return Modules(self.kernel, self.symbols, self.byte_order)
+        except SourceError:
+            return None
+
+    def function_at(self, address: int) -> str | None:
+        """Return the function that has an address; None: none has, as in a program."""
+        name = self.symbols.function_at(address)
+        if name is not None or not address & _KERNEL_HALF or self._modules is None:
+            return name
+        return self._modules.function_at(address)
+
+    def orc_of_module(self, address: int) -> OrcTables | None:
+        return None if self._modules is None else self._modules.orc_at(address)
 
 
 @dataclass(frozen=True)
@@ -73,38 +102,35 @@ def functions_of_vcpus(
     Raises:
         SourceError: The kernel does not say where it keeps the names of its functions.
     """
-    symbols = Kallsyms(kernel, vmcoreinfo, byte_order)
-    unwinder = _unwinder(architecture, kernel, symbols, vmcoreinfo, byte_order)
+    code = _Code(kernel, Kallsyms(kernel, vmcoreinfo, byte_order), byte_order)
+    unwinder = _unwinder(architecture, code, vmcoreinfo)
     found: list[str] = []
     for vcpu in vcpus[:_VCPUS_MAX]:
         start = vcpu.registers.get(architecture.program_counter)
         if start is not None:
-            names = _functions(symbols, unwinder, Frame(start, vcpu.registers), architecture)
+            names = _functions(code, unwinder, Frame(start, vcpu.registers), architecture)
             if not any(_IDLE.fullmatch(name) for name in names):
                 found += names
     return found
 
 
 def _unwinder(
-    architecture: Architecture,
-    kernel: KernelMemory,
-    symbols: Kallsyms,
-    vmcoreinfo: bytes,
-    byte_order: ByteOrder,
+    architecture: Architecture, code: _Code, vmcoreinfo: bytes
 ) -> OrcUnwinder | _Chain | None:
     if architecture.has_orc:
         try:
-            return OrcUnwinder(kernel, symbols, vmcoreinfo)
+            return OrcUnwinder(code.kernel, code.symbols, vmcoreinfo, code.orc_of_module)
         except SourceError:
             return None
     if architecture.frame_record is None:
         return None
     bits = vmcoreinfo_number(vmcoreinfo, "NUMBER(VA_BITS)") or _VA_BITS
-    return _Chain(kernel, architecture.frame_record, byte_order, min(max(bits, 32), 63))
+    bits = min(max(bits, 32), 63)
+    return _Chain(code.kernel, architecture.frame_record, code.byte_order, bits)
 
 
 def _functions(
-    symbols: Kallsyms,
+    code: _Code,
     unwinder: OrcUnwinder | _Chain | None,
     frame: Frame,
     architecture: Architecture,
@@ -113,7 +139,7 @@ def _functions(
     found: list[str] = []
     try:
         for depth in range(_FRAMES_MAX):
-            name = symbols.function_at(frame.address - (not frame.was_interrupted))
+            name = code.function_at(frame.address - (not frame.was_interrupted))
             if name is None:
                 break
             if depth and frame.was_interrupted:

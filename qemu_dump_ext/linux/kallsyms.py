@@ -28,7 +28,8 @@ _SAME_ADDRESS_MAX = 64
 _LONG = 0x80
 """Since v6.1: the length of a name has a second byte."""
 _PIECE = 64 << 10
-_TEXT_TYPES = frozenset("tTwW")
+TEXT_TYPES = frozenset("tTwW")
+"""Letters of symbols that are of code, as `nm` has them."""
 
 
 class Kallsyms:
@@ -55,16 +56,19 @@ class Kallsyms:
         self._tokens = self._read_tokens()
         self._addresses = self._read_addresses()
 
+    def is_code(self, address: int) -> bool:
+        """Tell whether the kernel itself has code there."""
+        return self._bounds.get("_stext", 0) <= address < self._bounds.get("_etext", 0)
+
     def function_at(self, address: int) -> str | None:
         """Return the function of the kernel itself that has this address; None: none has."""
-        first, end = (self._bounds.get(name, 0) for name in ("_stext", "_etext"))
-        if not first <= address < end:
+        if not self.is_code(address):
             return None
         index = bisect_right(self._sorted, (address, self._count)) - 1
         # Of several names at one address the first that is of code.
         for at in range(index, max(index - _SAME_ADDRESS_MAX, -1), -1):
             symbol = self._sorted[at][1]
-            if self._kind(symbol) in _TEXT_TYPES:
+            if self._kind(symbol) in TEXT_TYPES:
                 return self._name(symbol)
         return None
 

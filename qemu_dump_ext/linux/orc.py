@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.linux.kallsyms import Kallsyms
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
+from qemu_dump_ext.linux.modules import OrcTables
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
 
@@ -49,15 +50,22 @@ class Frame:
 
 
 class OrcUnwinder:
-    """Finds callers by the tables of one kernel."""
+    """Finds callers by the tables of one kernel and of its modules."""
 
-    def __init__(self, kernel: KernelMemory, symbols: Kallsyms, vmcoreinfo: bytes) -> None:
+    def __init__(
+        self,
+        kernel: KernelMemory,
+        symbols: Kallsyms,
+        vmcoreinfo: bytes,
+        tables_of_modules: Callable[[int], OrcTables | None] = lambda _address: None,
+    ) -> None:
         """Find the tables.
 
         Args:
             kernel: Memory at the kernel's addresses.
             symbols: Those of the kernel.
             vmcoreinfo: Text of the kernel's; untrusted.
+            tables_of_modules: Returns those of the module that has an address, or None.
 
         Raises:
             SourceError: It has none, or does not say where.
@@ -66,10 +74,12 @@ class OrcUnwinder:
         if len(found) != len(_TABLES):
             raise SourceError("the kernel has no ORC tables, or its symbols do not name them")
         self._kernel = kernel
-        self._addresses, end, self._entries = (found[name] for name in _TABLES)
-        self._count = (end - self._addresses) // 4
-        if not 0 < self._count <= _ENTRIES_MAX:
-            raise SourceError(f"the kernel's ORC tables have {self._count} entries")
+        self._symbols = symbols
+        self._tables_of_modules = tables_of_modules
+        addresses, end, entries = (found[name] for name in _TABLES)
+        self._own = OrcTables(addresses, entries, (end - addresses) // 4)
+        if not 0 < self._own.count <= _ENTRIES_MAX:
+            raise SourceError(f"the kernel's ORC tables have {self._own.count} entries")
         release = vmcoreinfo_value(vmcoreinfo, "OSRELEASE") or ""
         version = tuple(map(int, re.findall(r"\d{1,4}", release)[:2]))
         self._types = _TYPES_UNTIL_6_3 if version < _TYPES_CHANGED else _TYPES
@@ -82,7 +92,11 @@ class OrcUnwinder:
         """
         # A call may be the last instruction of its function.
         address = frame.address if frame.was_interrupted else frame.address - 1
-        sp_offset, bp_offset, registers, kind = self._entry(self._index(address))
+        own = self._symbols.is_code(address)
+        tables = self._own if own else self._tables_of_modules(address)
+        if tables is None:
+            return None
+        sp_offset, bp_offset, registers, kind = self._entry(tables, address)
         sp = self._stack_pointer(frame, registers & 0xF, sp_offset)
         kind_name = self._types.get(kind)
         if sp is None or kind_name is None:
@@ -119,21 +133,19 @@ class OrcUnwinder:
             known |= {name: self._word(sp + offset) for name, offset in _PT_REGS.items()}
         return replace(frame, address=address, registers=known, was_interrupted=True)
 
-    def _index(self, address: int) -> int:
+    def _entry(self, tables: OrcTables, address: int) -> tuple[int, int, int, int]:
         """Return the last entry that begins at or before an address."""
-        low, high = 0, self._count
+        low, high = 0, tables.count
         while high - low > 1:
             middle = (low + high) // 2
-            at = self._addresses + 4 * middle
-            (distance,) = struct.unpack("<i", self._kernel.read(at, 4))
+            at = tables.addresses + 4 * middle
+            (distance,) = struct.unpack("<i", self._kernel.read(at & U64_MAX, 4))
             if at + distance <= address:
                 low = middle
             else:
                 high = middle
-        return low
-
-    def _entry(self, index: int) -> tuple[int, int, int, int]:
-        data = self._kernel.read(self._entries + _ENTRY_SIZE * index, _ENTRY_SIZE)
+        at = tables.entries + _ENTRY_SIZE * low
+        data = self._kernel.read(at & U64_MAX, _ENTRY_SIZE)
         sp_offset, bp_offset, registers, flags = struct.unpack("<hhBB", data)
         return sp_offset, bp_offset, registers, flags & (7 if self._types is _TYPES else 3)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,10 +14,17 @@ from drgn.helpers.linux.printk import get_dmesg
 from drgn.helpers.linux.sched import cpu_curr
 
 from qemu_dump_ext.crash_collector.record import CrashRecord
+from qemu_dump_ext.engine.dump import dump_stopped
+from qemu_dump_ext.engine.stopped_guest import stopped_guest
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
 from qemu_dump_ext.options.sizes import parse_size
+from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.sinks import open_sink
 from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import guest_status
 from tests.support.folders import folder_for
@@ -37,8 +44,11 @@ CRASHES = {
     "sysrq again": ("echo c >/proc/sysrq-trigger\n", "sysrq triggered crash"),
     "init": (KILL_INIT, "Attempted to kill init! exitcode=0x?"),
 }
-# Where x86_64 has the kernel itself, wherever KASLR puts it; modules are above.
+# Where x86_64 has the kernel itself, wherever KASLR puts it, and its modules.
 KERNEL_IMAGE = range(0xFFFFFFFF80000000, 0xFFFFFFFFC0000000)
+KERNEL = range(KERNEL_IMAGE.start, 1 << 64)
+# Each byte is read by an instruction of its own, in the module itself.
+READ_BY_MODULE = "cat /sys/firmware/qemu_fw_cfg/by_name/etc/acpi/tables/raw >/dev/null"
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ def drgn_trace(vmlinux: Path, dump: Path) -> tuple[drgn.Program, list[int]]:
         thread = cpu_curr(program, cpu)
         found: list[int] = []
         for frame in program.stack_trace(thread) if thread.pid else ():
-            if frame.pc not in KERNEL_IMAGE:
+            if frame.pc not in KERNEL:
                 break
             if frame.interrupted:  # what interrupted it is not where it was
                 found.clear()
@@ -162,6 +172,12 @@ def drgn_trace(vmlinux: Path, dump: Path) -> tuple[drgn.Program, list[int]]:
                 found.append(frame.pc if frame.interrupted or not found else frame.pc - 1)
         counters += found
     return program, counters
+
+
+def assert_named(program: drgn.Program, name: str, counter: int) -> None:
+    # Labels in assembler have no size.
+    ranges = [range(s.address, s.address + (s.size or 4096)) for s in program.symbols(name)]
+    assert any(counter in one for one in ranges), (name, hex(counter), ranges)
 
 
 def test_functions_without_any_symbols_are_those_that_drgn_names(linux_guest, tmp_path):
@@ -185,9 +201,48 @@ def test_functions_without_any_symbols_are_those_that_drgn_names(linux_guest, tm
     assert files.vmlinux is not None
     program, counters = drgn_trace(files.vmlinux, dump)
     for name, counter in zip(record.signature.frames, counters, strict=True):
-        # Labels in assembler have no size.
-        ranges = [range(s.address, s.address + (s.size or 4096)) for s in program.symbols(name)]
-        assert any(counter in one for one in ranges), (name, hex(counter), ranges)
+        assert_named(program, name, counter)
+
+
+def test_functions_of_modules_are_where_drgn_finds_them_and_named_as_the_kernel_does(
+    linux_guest, tmp_path
+):
+    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
+    linux_guest.send_console(
+        "grep -h fw_cfg /proc/kallsyms; echo 'all' symbols; "
+        f"while :; do {READ_BY_MODULE}; done & sleep 1; echo 'module' is read\n"
+    )
+    linux_guest.wait_for_console(re.compile("module is read"), timeout_seconds=60)
+    listed = linux_guest.console_log.read_text("utf-8", "replace").partition("all symbols")[0]
+    dump = tmp_path / "vm.elf"
+    try:
+        names = _dump_within(linux_guest, "fw_cfg_read_blob", dump)
+    finally:
+        linux_guest.send_console("kill %1\n")
+    assert files.vmlinux is not None
+    program, counters = drgn_trace(files.vmlinux, dump)
+    of_module = [
+        (int(address, 16), name)
+        for address, name in re.findall(r"(\w{16}) [tT] (\w+)\s+\[qemu_fw_cfg\]", listed)
+    ]
+    for name, counter in zip(names, counters, strict=True):
+        if counter in KERNEL_IMAGE:
+            assert_named(program, name, counter)
+        else:
+            assert name == max(one for one in of_module if one[0] <= counter)[1], of_module
+
+
+def _dump_within(guest: BootedGuest, function: str, dump: Path) -> Sequence[str]:
+    """Stop the guest until it is in a function; dump it, and return the functions it is in."""
+    with connect_qmp(str(guest.qmp_sockets[0])) as monitor:
+        for _ in range(100):
+            with stopped_guest(GuestAccess.by_qmp(monitor), "auto") as still:
+                found = still.functions_of_vcpus(still.find_vmcoreinfo())
+                if function in found:
+                    with open_sink(str(dump), force=False, standard_output=None) as sink:
+                        dump_stopped(DumpRequest(), still, sink, progress=ProgressMeter(None))
+                    return found
+    pytest.fail(f"it never is in {function}")
 
 
 def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
