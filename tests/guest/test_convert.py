@@ -16,17 +16,22 @@ import pytest
 from drgn.helpers.linux.pid import for_each_task
 from drgn.helpers.linux.printk import get_dmesg
 from drgn.helpers.linux.sched import cpu_curr
+from volatility3.framework.layers import elf
+from volatility3.plugins import banners
 
 from qemu_dump_ext.cli import main
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.folders import folder_for
+from tests.support.internal_snapshots import add_disk, remove_disk, save_state
 from tests.support.oracle import OracleDumps, elf_facts
+from tests.support.raw_qmp import RawQmp
 from tests.support.sample_ranges import make_lime
+from tests.support.volatility import volatility_layer
 
 pytestmark = pytest.mark.guest
 
-SOURCES = ("native-elf", "native-flattened", "lime", "gcore")
-WITH_REGISTERS = SOURCES[:2]
+SOURCES = ("native-elf", "native-flattened", "savevm", "lime", "gcore")
+WITH_REGISTERS = SOURCES[:3]
 WITHOUT_ROM = ("gcore",)
 SourceOf = Callable[[str], Path]
 
@@ -58,6 +63,11 @@ def source_of(
                 return paused_linux_native.kdump_zlib
             case "lime":
                 path.write_bytes(make_lime(memory))
+            case "savevm":
+                with RawQmp(paused_linux.qmp_sockets[0]) as qmp:
+                    add_disk(qmp, path)
+                    save_state(qmp, name, "crashed")
+                    remove_disk(qmp, name)
             case "gcore":
                 subprocess.run(
                     ["gcore", "-o", path, str(paused_linux.pid)], capture_output=True, check=True
@@ -119,6 +129,13 @@ def test_drgn_opens_it(converted: tuple[str, Path], vmlinux: Path, paused_linux:
     assert get_dmesg(program).decode().rstrip().endswith(paused_linux.image.kernel_log)
     if name in WITH_REGISTERS:
         assert len(program.stack_trace(cpu_curr(program, 0))) > 3
+
+
+def test_volatility_finds_the_kernels_name(converted: tuple[str, Path], paused_linux: BootedGuest):
+    with volatility_layer(converted[1], elf.Elf64Layer) as layer:
+        _, banner = next(banners.Banners.locate_banners(layer.context, layer.name))
+        assert layer.maximum_address >= (paused_linux.image.memory_mib << 20) - 1
+    assert re.match(r"Linux version \d+\.\d+\.\d+", banner)
 
 
 def test_makedumpfile_reads_and_filters_it(

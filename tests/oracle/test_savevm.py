@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from qemu_dump_ext.dump_readers.qcow2 import Qcow2File
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import CorruptDumpError, RequestError
 from qemu_dump_ext.guest_images.machine import stopped_machine
+from tests.support.internal_snapshots import add_disk, delete_state, save_state
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.planted import plant_memory, plant_registers
 from tests.support.raw_qmp import RawQmp
-from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
 
@@ -46,34 +46,6 @@ class Saved:
     qmp: RawQmp
     folder: Path
 
-    def job(self, command: str, **arguments: Any) -> None:
-        """Have QEMU do what takes its time."""
-        self.qmp.execute(command, **{"job-id": "job"}, **arguments)
-        wait_until(lambda: self._jobs()[0]["status"] == "concluded")
-        (job,) = self._jobs()
-        self.qmp.execute("job-dismiss", id="job")
-        assert "error" not in job, job
-
-    def _jobs(self) -> Sequence[dict[str, Any]]:
-        return [*self.qmp.execute("query-jobs")]
-
-    def add_disk(self, name: str) -> None:
-        """Give it a disk that no guest has."""
-        path = self.folder / name
-        path.touch()
-        self.qmp.execute(
-            "blockdev-add", **{"driver": "file", "filename": str(path), "node-name": f"of-{name}"}
-        )
-        options = {"driver": "qcow2", "file": f"of-{name}", **_DISKS[name]}
-        self.job("blockdev-create", options=options)
-        self.qmp.execute(
-            "blockdev-add", **{"driver": "qcow2", "file": f"of-{name}", "node-name": name}
-        )
-
-    def save(self, disk: str, tag: str) -> None:
-        """Have it save its state."""
-        self.job("snapshot-save", tag=tag, vmstate=disk, devices=[disk])
-
 
 @pytest.fixture(scope="module", params=["own", "newer"])
 def saved(
@@ -89,9 +61,9 @@ def saved(
         plant_memory("savevm", qmp, machine.gdb_socket)
         saved = Saved(qmp, folder)
         qmp.execute("dump-guest-memory", paging=False, protocol=f"file:{folder / 'native'}")
-        for name in _DISKS:
-            saved.add_disk(name)
-            saved.save(name, "first")
+        for name, options in _DISKS.items():
+            add_disk(qmp, folder / name, **options)
+            save_state(qmp, name, "first")
         yield saved
     shutil.rmtree(folder)
 
@@ -113,15 +85,15 @@ def test_pages_and_registers_are_those_of_the_dump(saved: Saved, disk: str):
 
 def test_snapshot_is_read_as_long_as_it_is_there(saved: Saved):
     image = saved.folder / "old"
-    saved.save("old", "second")
+    save_state(saved.qmp, "old", "second")
     with pytest.raises(RequestError, match=r"'first' \(ID 1\), 'second' \(ID 2\): which one"):
         open_dump(image)
     with open_dump(image, snapshot_name="second") as state:
         expected = state.read(_ROM_END, 16 * _PIECE)
-        saved.job("snapshot-delete", tag="first", devices=["old"])
+        delete_state(saved.qmp, "old", "first")
         assert state.read(_ROM_END, 16 * _PIECE) == expected
-        saved.save("old", "first")
-        saved.job("snapshot-delete", tag="second", devices=["old"])
+        save_state(saved.qmp, "old", "first")
+        delete_state(saved.qmp, "old", "second")
         with pytest.raises(CorruptDumpError, match="'second' was deleted while it was read"):
             state.read(_ROM_END, 16 * _PIECE)
     with open_dump(image) as state:
@@ -131,7 +103,7 @@ def test_snapshot_is_read_as_long_as_it_is_there(saved: Saved):
 def test_command_line_converts_the_snapshot_that_is_named(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    saved.save("large", "second")
+    save_state(saved.qmp, "large", "second")
     image, out = str(saved.folder / "large"), str(tmp_path / "out")
     assert main(["convert", image, out]) == 2
     assert "--snapshot-name NAME" in capsys.readouterr().err
