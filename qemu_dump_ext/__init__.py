@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from qemu_dump_ext.api.dumps import StoredDump, convert, open_dump, verify
-    from qemu_dump_ext.api.guests import Guest, StoppedGuest, connect, dump
+    from qemu_dump_ext.api.guests import Guest, StoppedGuest, connect, dump, guests
     from qemu_dump_ext.api.views import GuestView
     from qemu_dump_ext.crash_collector.collect_now import collect_crash
     from qemu_dump_ext.dump_readers import VerifyReport
+    from qemu_dump_ext.engine.guests import FoundGuest, GuestWay
     from qemu_dump_ext.engine.info import GuestDescription
     from qemu_dump_ext.engine.report import DumpReport
     from qemu_dump_ext.errors import (
@@ -32,6 +33,7 @@ __version__ = "0.1.0"
 __all__ = [  # noqa: RUF022
     "dump",
     "connect",
+    "guests",
     "open_dump",
     "convert",
     "verify",
@@ -44,6 +46,8 @@ __all__ = [  # noqa: RUF022
     "MemoryRange",
     "DumpReport",
     "GuestDescription",
+    "FoundGuest",
+    "GuestWay",
     "VerifyReport",
     "DumpError",
     "RequestError",
@@ -54,10 +58,11 @@ __all__ = [  # noqa: RUF022
 
 _HOMES = {
     "api.dumps": ("StoredDump", "convert", "open_dump", "verify"),
-    "api.guests": ("Guest", "StoppedGuest", "connect", "dump"),
+    "api.guests": ("Guest", "StoppedGuest", "connect", "dump", "guests"),
     "api.views": ("GuestView",),
     "crash_collector.collect_now": ("collect_crash",),
     "dump_readers": ("VerifyReport",),
+    "engine.guests": ("FoundGuest", "GuestWay"),
     "engine.info": ("GuestDescription",),
     "engine.report": ("DumpReport",),
     "errors": (

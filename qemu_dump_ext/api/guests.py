@@ -13,6 +13,7 @@ from qemu_dump_ext.api.views import GuestView
 from qemu_dump_ext.connections.silent import open_guest_or_memory
 from qemu_dump_ext.connections.target import parse_target
 from qemu_dump_ext.engine import dump as dumping
+from qemu_dump_ext.engine.guests import FoundGuest, list_guests
 from qemu_dump_ext.engine.info import GuestDescription, describe, describe_guest
 from qemu_dump_ext.engine.report import DumpReport
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest as StillGuest
@@ -160,6 +161,17 @@ class Guest:
                 memory=memory,
                 progress=ProgressMeter(None),
             )
+
+
+def guests() -> list[FoundGuest]:
+    """Return the guests of this host that can be seen; nobody is connected to, nothing stopped.
+
+    Each is reached by `connect(f"pid:{guest.pid}")`.
+
+    Raises:
+        SourceError: There is no /proc.
+    """
+    return list_guests()
 
 
 def connect(target: str) -> Guest:

@@ -234,6 +234,18 @@ def own_descriptor(address: str) -> int | None:
     return None
 
 
+def give_way_at(address: str) -> None:
+    """End the connections of this process to `address`: QEMU serves one client at a time there.
+
+    What was sent there already, QEMU still takes.
+    """
+    with contextlib.suppress(SourceError):
+        for connection in _own_connections():
+            if _leads_to(connection, address):
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+
 def _own_connections() -> Iterator[socket.socket]:
     return (connection for _, connection in _own_descriptors())
 

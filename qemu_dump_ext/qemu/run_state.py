@@ -36,7 +36,7 @@ from qemu_dump_ext.qemu.monitor_text import (
     parse_version,
 )
 from qemu_dump_ext.qemu.pause_watch import PauseWatch
-from qemu_dump_ext.qemu.process import find_qemu_process
+from qemu_dump_ext.qemu.process import find_qemu_process, give_way_at
 from qemu_dump_ext.qemu.qemu_processes import qemu_process
 from qemu_dump_ext.qemu.qmp_message import run_state
 from qemu_dump_ext.qemu.run_states import (
@@ -250,8 +250,13 @@ class Pause:
         self.is_ours = owed
 
     def _hand_over(self) -> None:
-        if self._guardian is not None:
-            self._guardian.act()
+        if self._guardian is None or self._access.rescue is None:
+            return
+        self._guardian.act()
+        kind, address = self._access.rescue
+        if kind != "libvirt":
+            # Which a door that lives on would keep from it.
+            give_way_at(address)
 
 
 @contextmanager

@@ -38,6 +38,8 @@ def test_examples_of_the_page(bare_machine, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_examples(bare_machine.qmp_sockets[0], of_linux=False)
     shown = capsys.readouterr().out
+    assert f"{bare_machine.pid} no name x86_64" in shown
+    assert "kernel unknown" in shown  # of the one whose QMP socket is free
     assert "x86_64 process 2 vCPUs" in shown
     assert "vm.elf exists" in shown
     assert (tmp_path / "from-a-thread.elf").read_bytes()[:4] == b"\x7fELF"

@@ -452,6 +452,28 @@ def test_the_proxy_refuses_a_migration_in_words_of_qemu(
         assert status(qmp) == "running"
 
 
+@pytest.mark.parametrize("option", ["--hmp", "--qmp"])
+def test_a_proxy_gives_way_to_who_lets_the_guest_run(tmp_path: Path, option: str):
+    """QEMU did not answer when the dump ended; the proxy lives on, at the only monitor."""
+    monitor = tmp_path / "monitor"
+    words = ["-m", "64", *monitor_arguments(monitor)]
+    with QemuMachine(["qemu-system-x86_64"], words) as machine:
+        address = monitor if option == "--hmp" else machine.qmp_sockets[0]
+        with Proxy(tmp_path, option, address) as proxy, HmpSocket(proxy.socket) as client:
+            with blocked_target(tmp_path) as target:
+                client.send(f"dump-guest-memory {target.path}\n".encode())
+                wait_until(target.is_written_to, "the dump is being written")
+                os.kill(machine.pid, signal.SIGSTOP)
+            try:
+                said = client.wait(b"(qemu gone) ")
+            finally:
+                os.kill(machine.pid, signal.SIGCONT)
+            assert b"the guest is let run as soon as QEMU answers" in said
+            wait_until(lambda: guest_status(machine) == "running", "it runs again")
+            assert b"is back" in client.wait()
+            assert "running" in client.command("info status")
+
+
 def test_a_killed_proxy_of_a_human_monitor_lets_the_guest_run(tmp_path: Path):
     monitor = tmp_path / "monitor"
     with (
