@@ -193,6 +193,7 @@ def _settings() -> Iterator[str]:
         "Each of `guests` besides": settings.GuestEntry,
         "`heartbeat`": settings.Heartbeat,
         "`rate`": settings.Rate,
+        "`keep`": settings.Keep,
         "`symbols`": settings.Symbols,
         "`after`, where it is a command": settings.AfterCommand,
         "`limits`": settings.Limits,

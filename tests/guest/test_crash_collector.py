@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -285,6 +286,7 @@ def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
         ({"dumps_per_signature": 0, "further_dumps": "smallest"}, "mini dump: "),
         ({"max_bytes": "30MiB", "dump_level": 0}, "--dump-level 17 was taken"),
         ({"max_bytes": "17MiB", "dump_level": 0}, "mini dump: "),
+        ({"keep": {"free": ["."]}}, "free pages are to stay in the dump: "),
     ],
     ids=str,
 )
@@ -310,6 +312,9 @@ def test_a_dump_is_as_small_as_it_has_to_be(linux_guest, tmp_path, settings, sai
     assert record.signature.frames
     assert record.dump.verified_by == ("verify",)
     assert any(remark.startswith(said) for remark in record.remarks), record.remarks
+    if "keep" in settings:
+        dump = agent.store.directory(record.id) / str(record.dump.file)
+        assert struct.unpack_from("<i", dump.read_bytes(), 4096 + 8) == (15,)
     if "max_bytes" in settings:
         assert record.dump.bytes <= parse_size(settings["max_bytes"])
 

@@ -18,6 +18,7 @@ from qemu_dump_ext.crash_collector.collect.budget import (
     DumpBudget,
     Refusal,
 )
+from qemu_dump_ext.crash_collector.collect.dump_level import level_for_crash
 from qemu_dump_ext.crash_collector.collect.evidence import Evidence, Taken, require_qemu, told
 from qemu_dump_ext.crash_collector.collect.readers import (
     ReaderError,
@@ -148,7 +149,7 @@ class CrashCollector:
             return self._without_dump(taken, self._task.gone)
         try:
             with suppress(RequestError):  # which is told when the dump is taken
-                prepare(self._requests()[0])
+                prepare(self._requests(0)[0])
             import_plug_ins(access_by(qmp), "linux.call_trace")
             with ExitStack() as captured:
                 taken, guest = self._capture(captured, taken, qmp, files)
@@ -300,9 +301,12 @@ class CrashCollector:
         known = signature.id if signature is not None and tells else None
         asked_for = self._task.cause.kind == "trigger"
         refusal = allowance.refusal(self._task.guest, known, asked_for=asked_for)
-        requests = self._requests()
+        frames = signature.frames if signature is not None else ()
+        dump_level, kept = level_for_crash(settings.dump_level, settings.keep, frames)
+        requests = self._requests(dump_level)
         if refusal is not None and refusal.limit == "dumps_per_signature":
             requests, refusal = self._further(refusal, allowance)
+            kept = ()
         if refusal is not None:
             return self._without_dump(taken, refusal.text, refusal)
         name = f"vmcore.{find_dump_format(settings.format).extension}"
@@ -326,7 +330,9 @@ class CrashCollector:
             complete=not left_out,
             left_out=left_out,
         )
-        return replace(taken.remarked(*report.remarks), dump=facts, dump_seconds=report.seconds)
+        return replace(
+            taken.remarked(*report.remarks, *kept), dump=facts, dump_seconds=report.seconds
+        )
 
     def _take_dump(
         self, requests: Sequence[DumpRequest], guest: GuestView, path: Path, meter: _Meter
@@ -340,14 +346,14 @@ class CrashCollector:
                 _logger.info("%s: %s", self._task.guest.name, error)
         return _dump_to(path, smallest, guest, meter)
 
-    def _requests(self) -> Sequence[DumpRequest]:
+    def _requests(self, dump_level: int) -> Sequence[DumpRequest]:
         """Return what is dumped, and what otherwise, where that is too large."""
         settings = self._settings
         of_windows = find_dump_format(settings.format).of_windows
         request = DumpRequest(
             format=settings.format,
             level=settings.level,
-            dump_level=0 if of_windows else settings.dump_level,
+            dump_level=0 if of_windows else dump_level,
             max_bytes=settings.max_bytes,
         )
         if settings.max_bytes is None or of_windows:
@@ -362,7 +368,7 @@ class CrashCollector:
         if kind == "none" or find_dump_format(self._settings.format).of_windows:
             return (), refusal
         request = replace(
-            self._requests()[0], dump_level=0, mini="usual" if kind == "mini" else kind
+            self._requests(0)[0], dump_level=0, mini="usual" if kind == "mini" else kind
         )
         return (request,), allowance.refusal(self._task.guest, None)
 

@@ -66,6 +66,27 @@ _CONSOLE_PATTERNS = (
 )
 
 
+_OF_CACHE = (
+    r"^_*filemap_",
+    r"^_*(?:find|add|read|grab|write)_\w*(?:cache_|page|folio)",
+    r"pagecache|page_cache|readahead|writeback|writepage",
+    r"^_*(?:truncate|invalidate)_(?:inode|mapping|page)",
+    r"^_*(?:block|buffer|iomap|mpage|generic_file|generic_perform|shmem|simple_write)_",
+    r"^_*(?:ext4|xfs|btrfs|f2fs|jbd2|nfs|squashfs|isofs|fat|ntfs3|erofs)_",
+)
+_OF_PROGRAMS = (
+    r"^_*handle_mm_fault",
+    r"^_*do_(?:anonymous|swap|wp|huge_pmd|numa)_",
+    r"^_*(?:zap|unmap|copy|move|mprotect|madvise|mremap|migrate)_(?:page|pte|pmd|vma|range)",
+    r"^_*(?:khugepaged|ksm|hugetlb|swap|userfaultfd|try_to_unmap|rmap_walk|get_user_pages)",
+)
+_OF_FREE_PAGES = (
+    r"^_*(?:alloc|free)_(?:frozen_)?pages?",
+    r"free_(?:unref|pcp|one)_?pages?|get_page_from_freelist|rmqueue|bad_page|compact_zone",
+    r"^_*(?:kasan_|slub_|slab_|kfree|kmem_cache_(?:alloc|free)|check_(?:new|free)_page)",
+)
+
+
 def _parse_format(name: str) -> str:
     from qemu_dump_ext.dump_formats import find_dump_format  # noqa: PLC0415 - see above
 
@@ -205,6 +226,26 @@ class Symbols:
 
 
 @dataclass(frozen=True)
+class Keep:
+    """What stays in a dump for where the crash is, though `dump_level` leaves it out.
+
+    Each is a list of regular expressions: one of them is found in one of the first functions of the
+    crash's call trace. None at all: it never stays.
+
+    Attributes:
+        cache: Functions for which the page cache stays: 2 and 4 are taken from the dump level.
+        user: Functions for which the memory of programs stays: 8 is taken from it.
+        free: Functions for which free pages stay: 16 is taken from it.
+    """
+
+    __pydantic_config__ = _NO_MORE
+
+    cache: tuple[Pattern, ...] = tuple(map(re.compile, _OF_CACHE))
+    user: tuple[Pattern, ...] = tuple(map(re.compile, _OF_PROGRAMS))
+    free: tuple[Pattern, ...] = tuple(map(re.compile, _OF_FREE_PAGES))
+
+
+@dataclass(frozen=True)
 class Settings:
     """What holds for a guest.
 
@@ -214,6 +255,7 @@ class Settings:
         level: The level of the page codec; low is fast, high is small.
         dump_level: Which pages are left out of the dump, as makedumpfile numbers them: 0 for none,
             31 for all that nobody will look for. All are kept where they cannot be told apart.
+        keep: What stays in a dump, whatever `dump_level` says, for where the crash is.
         max_bytes: How large a dump may be: the lowest dump level is taken, from `dump_level` on, of
             which it is no larger, and a mini dump where it would be; without, any size.
         further_dumps: What is dumped of more crashes of one signature than `dumps_per_signature`:
@@ -243,6 +285,7 @@ class Settings:
     format: Annotated[str, AfterValidator(_parse_format)] = "kdump-raw-zlib"
     level: Number | None = None
     dump_level: Annotated[Count, Field(le=DUMP_LEVEL_MAX)] = DUMP_LEVEL_MAX
+    keep: Keep = field(default_factory=Keep)
     max_bytes: Annotated[Size, Field(ge=1)] | None = None
     further_dumps: Literal["none", "mini", "smallest"] = "none"
     memory: Annotated[str, AfterValidator(_parse_memory)] = _AUTO
