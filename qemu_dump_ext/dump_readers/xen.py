@@ -13,12 +13,13 @@ from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._made_notes import MadeNotes, verify_registers_and_memory
 from qemu_dump_ext.dump_readers._page_table_proof import page_tables_lead
 from qemu_dump_ext.dump_readers.elf import CoreOf, ElfCoreFile
-from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.errors import CorruptDumpError, UnsupportedTargetError
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.elf import ELF_MAGIC, EM_X86_64
 from qemu_dump_ext.structures.xen_core import (
     FRAMES_SECTION,
+    MACHINE_FRAMES_SECTION,
     NO_FRAME,
     NOTE_SECTION,
     PAGES_SECTION,
@@ -63,6 +64,11 @@ class XenFile(MadeNotes, ElfCoreFile):
         return self.image.read(place, size)
 
     def _index_memory(self) -> ExtentIndex:
+        if MACHINE_FRAMES_SECTION in self.sections:
+            raise UnsupportedTargetError(
+                "the core is of a paravirtualized domain of Xen, whose page tables hold addresses"
+                " of the machine: this is not read"
+            )
         notes = self._section(NOTE_SECTION, _NOTES_SIZE_MAX)
         self.xen_header = header = parse_xen_header(notes, self.byte_order)
         (frames, frames_size), (pages, pages_size) = (

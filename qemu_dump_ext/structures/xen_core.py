@@ -12,17 +12,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from qemu_dump_ext.errors import CorruptDumpError, UnsupportedTargetError
+from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 
 NOTE_SECTION, VCPU_SECTION = ".note.Xen", ".xen_prstatus"
 FRAMES_SECTION, PAGES_SECTION = ".xen_pfn", ".xen_pages"
+MACHINE_FRAMES_SECTION = ".xen_p2m"
+"""Instead of the first, of a paravirtualized domain: with the frames of the machine as well."""
 NO_FRAME = (1 << 64) - 1
 """In `.xen_pfn`: the page is none of the domain's."""
 
 _HEADER_NOTE = ("Xen", 0x2000001)
-_TRANSLATED, _PARAVIRTUALIZED = 0xF00FEBEE, 0xF00FEBED
+_MAGICS = (0xF00FEBED, 0xF00FEBEE)
 _PAGE_SIZES = (4096, 16384, 65536)
 _VCPUS_MAX = 1 << 12
 _HEADER = StructLayout(
@@ -82,7 +84,6 @@ def parse_xen_header(notes: bytes, byte_order: ByteOrder) -> XenHeader:
 
     Raises:
         CorruptDumpError: It has no header, or one that cannot be.
-        UnsupportedTargetError: The domain is paravirtualized.
     """
     header = _HEADER.bind(Abi(byte_order, word_size=8, max_align=8))
     found = (one for one in parse_notes(notes, byte_order) if _is_header(one, header.size))
@@ -90,13 +91,8 @@ def parse_xen_header(notes: bytes, byte_order: ByteOrder) -> XenHeader:
     if note is None:
         raise CorruptDumpError("a core of Xen without a header note")
     told = header.unpack_integers(note.descriptor)
-    if told["xch_magic"] == _PARAVIRTUALIZED:
-        raise UnsupportedTargetError(
-            "the core is of a paravirtualized domain of Xen, whose page tables hold addresses of"
-            " the machine: this is not read"
-        )
     if (
-        told["xch_magic"] != _TRANSLATED
+        told["xch_magic"] not in _MAGICS
         or told["xch_page_size"] not in _PAGE_SIZES
         or told["xch_nr_vcpus"] > _VCPUS_MAX
     ):

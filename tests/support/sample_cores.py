@@ -98,6 +98,7 @@ def make_xen(
     count: int = -1,
     machine: int = 62,
     without: str = "",
+    translated: bool = True,
 ) -> bytes:
     """Return a core of Xen.
 
@@ -109,6 +110,7 @@ def make_xen(
         count: Of pages, that it says to have.
         machine: EM_*.
         without: Name of a section that it does not have.
+        translated: Whether Xen translates the domain's frames.
     """
     count = len(frames) if count < 0 else count
     header = pack("<4Q", magic, len(contexts), count, page_size)
@@ -119,6 +121,10 @@ def make_xen(
         ".xen_pfn": b"".join(pack("<Q", frame) for frame, _ in frames),
         ".xen_pages": b"".join(content for _, content in frames),
     }
+    if not translated:
+        numbers = sections.pop(".xen_pfn")
+        pairs = (numbers[at : at + 8] * 2 for at in range(0, len(numbers), 8))
+        sections[".xen_p2m"] = b"".join(pairs)
     sections.pop(without, None)
     names = b"\0" + b"".join(name.encode() + b"\0" for name in sections)
     sections[".shstrtab"] = names

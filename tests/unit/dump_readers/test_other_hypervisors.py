@@ -187,10 +187,12 @@ def test_of_a_vcpu_whose_tables_lead_nowhere_no_mode_is_told(path: Path):
 
 
 @pytest.mark.parametrize(
-    ("context", "machine"), [(bytes(2800), 62), (xen_context({}), 183)], ids=["32 bits", "aarch64"]
+    ("context", "machine", "magic"),
+    [(bytes(2800), 62, 0xF00FEBEE), (xen_context({}), 183, 0xF00FEBED)],
+    ids=["32 bits", "aarch64"],
 )
-def test_registers_of_another_form_are_none(path: Path, context: bytes, machine: int):
-    path.write_bytes(make_xen(_FRAMES, [context], machine=machine))
+def test_registers_of_another_form_are_none(path: Path, context: bytes, machine: int, magic: int):
+    path.write_bytes(make_xen(_FRAMES, [context], machine=machine, magic=magic))
     with open_dump(path) as dump:
         assert (dump.vcpus, dump.notes) == ((), ())
         assert "the earlier dump has no registers" in StoredGuest(dump).lacking
@@ -199,7 +201,7 @@ def test_registers_of_another_form_are_none(path: Path, context: bytes, machine:
 @pytest.mark.parametrize(
     ("core", "error", "words"),
     [
-        (make_xen(_FRAMES, magic=0xF00FEBED), UnsupportedTargetError, "paravirtualized"),
+        (make_xen(_FRAMES, translated=False), UnsupportedTargetError, "paravirtualized"),
         (make_xen(_FRAMES, magic=1), CorruptDumpError, "damaged"),
         (make_xen(_FRAMES, page_size=100), CorruptDumpError, "damaged"),
         (make_xen(_FRAMES, count=1 << 60), CorruptDumpError, "bytes of their numbers"),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+import qemu_dump_ext as qd
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers.qcow2 import Qcow2File
 from qemu_dump_ext.engine.inspect import describe
@@ -56,6 +57,12 @@ def test_snapshot_is_had_by_name_and_by_id(path: Path, name: str):
     with open_dump(path, snapshot_name=name) as dump:
         assert dump.reader == "qcow2"
         assert dump.read(_BASE, len(_RAM)) == _RAM[::-1]
+
+
+def test_programs_say_which_snapshot(path: Path):
+    path.write_bytes(make_qcow2({"one": _STREAM, "two": _OTHER}))
+    with qd.open_dump(path, snapshot_name="two") as dump:
+        assert dump.read(_BASE, PAGE) == _RAM[::-1][:PAGE]
 
 
 def test_name_comes_before_id(path: Path):
