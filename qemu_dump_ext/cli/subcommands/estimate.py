@@ -6,9 +6,9 @@ import argparse
 import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
 from qemu_dump_ext.cli.gdb_driver import quote_for_gdb, run_through_gdb
 from qemu_dump_ext.connections.target import GuestTarget, open_guest, target_of_arguments
-from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.estimate import Estimate, estimate, estimate_running
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
@@ -26,6 +26,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a live guest by its gdbstub (unix path or HOST:PORT), to which a gdb is attached;"
         " with --qmp, the run state before gdb stopped it is known",
     )
+    add_source_arguments(parser)
     add_estimate_arguments(parser)
 
 
@@ -49,7 +50,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _estimate(arguments: argparse.Namespace, target: GuestTarget) -> Estimate:
     request = request_of_estimate(arguments)
     if arguments.file is not None:
-        with open_dump(arguments.file) as dump:
+        with open_source(arguments.file, arguments) as dump:
             guest = StoredGuest(dump)
             return estimate(guest, guest.find_vmcoreinfo(arguments.kernel), request)
     with open_guest(target) as access:

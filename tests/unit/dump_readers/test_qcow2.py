@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import qemu_dump_ext as qd
+from qemu_dump_ext.cli import main
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers.qcow2 import Qcow2File
 from qemu_dump_ext.engine.inspect import describe
@@ -163,3 +164,12 @@ def test_snapshot_in_whose_place_another_one_stands_is_gone(path: Path):
             file.write((1).to_bytes(4, "big"))  # another date
         with pytest.raises(CorruptDumpError, match="'one' was deleted"):
             dump.read(_BASE + PAGE, PAGE)
+
+
+def test_estimate_is_of_the_snapshot_that_is_named(path: Path, capsys: pytest.CaptureFixture[str]):
+    path.write_bytes(make_qcow2({"one": _STREAM, "two": _OTHER}))
+    assert main(["estimate", str(path), "--format", "elf"]) == 2
+    assert "--snapshot-name NAME" in capsys.readouterr().err
+    # The one that is named has no Linux, of whose pages it could tell.
+    assert main(["estimate", str(path), "--format", "elf", "--snapshot-name", "two"]) == 3
+    assert "VMCOREINFO" in capsys.readouterr().err
