@@ -262,6 +262,8 @@ class Architecture:
         per_cpu_base: Tells from the registers of a vCPU where the kernel has the data of that CPU,
             which ascends with the kernel's number of it; None in it: not known. None where unknown.
         program_counter: Name of the register that tells where a vCPU is.
+        kernel_pointers: Names of registers with addresses in the image of the kernel, whatever
+            the vCPU does.
         page_size: The page size of kdump blocks, in bytes.
         phys_base_key: Line of VMCOREINFO that tells phys_base; None where none does.
         select_core: Decides which of `cores` the guest needs from its vCPUs, its RAM blocks, the
@@ -318,6 +320,7 @@ class Architecture:
     parse_monitor: Callable[[str], Mapping[str, int]] | None = None
     reconcile: Callable[[VcpuReadings], Mapping[str, int]] | None = None
     per_cpu_base: Callable[[Mapping[str, int]], int | None] | None = None
+    kernel_pointers: tuple[str, ...] = ()
     guessed_by_reconcile: Callable[[VcpuReadings], Collection[str]] | None = None
     page_table_roots: Callable[[Mapping[str, int], bool], Sequence[Translation]] | None = None
     paged_by_qemu: bool = False

@@ -435,6 +435,7 @@ ARCHITECTURE = Architecture(
     ),
     cores=(LONG_MODE, LEGACY_64, LEGACY_32),
     program_counter="rip",
+    kernel_pointers=("idt_base",),
     page_size=4096,
     phys_base_key="NUMBER(phys_base)",
     select_core=_select_core,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from enum import IntEnum
-from itertools import product
+from itertools import chain, product
 
 from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
@@ -21,6 +21,7 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at
 from qemu_dump_ext.linux.kernel_memory import utsname_offsets
+from qemu_dump_ext.linux.vmcoreinfo_pointers import NotePointers
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations, roots_of_vcpus
 from qemu_dump_ext.paging.walk import translate, translate_by
@@ -44,6 +45,7 @@ _HEAD = 24
 _TEXT_START = b"OSRELEASE="
 _LINES_WANTED = (b"\nPAGESIZE=", b"\nSYMBOL(")
 _SLOW_SECONDS = 20.0
+_CODE_MAX = 64 << 20
 _CANDIDATES_MAX = 64
 _CHUNK = 64 << 20
 """Bytes; the last ones of memory are searched first, for there the kernel allocates at boot."""
@@ -58,12 +60,14 @@ class Evidence(IntEnum):
 
     TEXT = 0
     BANNER = 1
-    LIVE = 2
+    CODE = 2
+    LIVE = 3
 
 
 _IN_WORDS = {
     Evidence.TEXT: "nothing else in memory bears it out",
     Evidence.BANNER: "its own page tables lead to the kernel's name",
+    Evidence.CODE: "a vCPU is in its code, and its own page tables lead to the kernel's name",
     Evidence.LIVE: "the page tables of a vCPU lead to the kernel's name as it says",
 }
 
@@ -133,13 +137,12 @@ class NoteSearch:
         self._memory = memory
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
-        self._roots: list[Translation] = []
+        self._vcpus = vcpus
+        self._translations: Sequence[Translation] = ()
         with suppress(SourceError):  # a register is missing: there is that much less evidence
-            self._roots = [
-                root
-                for root in roots_of_vcpus(architecture, vcpus, native=False)
-                if isinstance(root, PageTableRoot)
-            ]
+            self._translations = roots_of_vcpus(architecture, vcpus, native=False)
+        self._roots = [root for root in self._translations if isinstance(root, PageTableRoot)]
+        self._pointers = NotePointers(architecture, memory, ram_blocks, byte_order=byte_order)
         self._advance = advance
         self._incomplete = ""
         self._searched = 0
@@ -167,7 +170,7 @@ class NoteSearch:
                 continue
             found.append(candidate)
             is_it = wanted in {None, candidate.release, hex(candidate.gpa)}
-            if is_it and candidate.evidence is Evidence.LIVE:
+            if is_it and candidate.evidence >= Evidence.CODE:
                 if candidate.gpa not in _RECENT:
                     _RECENT.append(candidate.gpa)
                 break
@@ -203,7 +206,10 @@ class NoteSearch:
         return SearchResult(chosen, tuple(remarks))
 
     def candidates(self, *, everywhere: bool = True) -> Iterator[KernelNote]:
-        """Yield what looks like a VMCOREINFO: where one was found before, then from the end on."""
+        """Yield what looks like a VMCOREINFO.
+
+        First where one was found before and where the kernel points to, then from the end on.
+        """
         for gpa in self._page_starts(everywhere=everywhere):
             note = self._note_at(gpa)
             if note is None:
@@ -217,7 +223,8 @@ class NoteSearch:
 
     def _page_starts(self, *, everywhere: bool) -> Iterator[int]:
         """Yield the pages that begin like a text or a note."""
-        for gpa in _RECENT:
+        hints = chain(_RECENT, self._pointed_to() if everywhere else ())
+        for gpa in hints:
             block = block_at(self._blocks, gpa)
             if block is not None and self._is_start(self._read(gpa, min(_HEAD, block.end - gpa))):
                 yield gpa
@@ -228,6 +235,15 @@ class NoteSearch:
                 yield from search(page, end)
                 if self._is_late():
                     return
+
+    def _pointed_to(self) -> Iterator[int]:
+        targets = self._pointers.targets(
+            self._vcpus, self._translations, self._tables, self._advance
+        )
+        for gpa in targets:
+            if self._is_late():
+                return
+            yield gpa
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         for block in reversed(self._blocks):
@@ -328,8 +344,17 @@ class NoteSearch:
                 return Evidence.LIVE
         own = kernel_translations(self._architecture, text, self._blocks)
         if any(leads_to_name(translate_by(own, self._tables, place)) for place in places):
-            return Evidence.BANNER
+            return Evidence.CODE if self._runs_code_of(text) else Evidence.BANNER
         return Evidence.TEXT
+
+    def _runs_code_of(self, text: bytes) -> bool:
+        """Tell whether a vCPU whose page tables are not known is where only this kernel is."""
+        first = vmcoreinfo_number(text, "SYMBOL(_stext)", 16)
+        is_elsewhere_at_each_boot = vmcoreinfo_number(text, "KERNELOFFSET", 16)
+        if first is None or not is_elsewhere_at_each_boot or self._translations:
+            return False
+        counters = (vcpu.registers.get(self._architecture.program_counter) for vcpu in self._vcpus)
+        return any(first <= counter < first + _CODE_MAX for counter in counters if counter)
 
     def _utsname(self, gpa: int) -> UtsName:
         data = self._tables(gpa, UTSNAME_TOTAL_SIZE)

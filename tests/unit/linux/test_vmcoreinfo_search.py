@@ -1,16 +1,21 @@
 from __future__ import annotations
 
 import random
+import struct
 from collections import deque
+from dataclasses import replace
 
 import pytest
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.errors import PauseLimitError, RequestError
+from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.linux import vmcoreinfo_search
+from qemu_dump_ext.linux.vmcoreinfo_pointers import NotePointers
 from qemu_dump_ext.linux.vmcoreinfo_search import Evidence, NoteSearch
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 from tests.support.fake_kernel import (
+    KERNEL_MAP,
     NOTE_AT,
     TEXT_AT,
     FlatMemory,
@@ -232,3 +237,82 @@ def test_a_kernel_is_found_before_the_last_chunks_and_in_them(
     chosen = search(memory, live).find().chosen
     assert chosen is not None
     assert chosen.evidence is Evidence.LIVE
+
+
+def _point(memory: FlatMemory, at: int, kernel: int, virtual: int) -> None:
+    """Let a kernel point to what it has in a page, mapped `virtual` behind where it is."""
+    length_of_real_ones = 3000
+    pointers = (virtual + kernel + TEXT_AT, length_of_real_ones, virtual + kernel + NOTE_AT)
+    memory.put(at, struct.pack("<3Q", *pointers))
+
+
+@pytest.mark.parametrize("register", ["rip", "idt_base"])
+def test_the_kernel_points_to_it(register: str):
+    """Whatever lies behind it in memory is not searched."""
+    memory = FlatMemory(96 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0-live")
+    _point(memory, 7 * MIB + 0x1238, 2 * MIB, 0xFF110000 << 32)
+    vcpus = [
+        replace(vcpu, registers={**vcpu.registers, register: KERNEL_MAP + MIB})
+        for vcpu in vcpus_with(live)
+    ]
+    sizes: list[int] = []
+    search = NoteSearch(X86_64, "little", memory, memory.blocks, vcpus, advance=sizes.append)
+    chosen = search.find().chosen
+    assert chosen is not None
+    assert chosen.evidence is Evidence.LIVE
+    assert sum(sizes) <= 10 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "pointers"),
+    [
+        ("aarch64", struct.pack("<3Q", 0xFFFF000000232000, 3000, 0xFFFF000000230000)),
+        ("arm", struct.pack("<3I", 0xC0232000, 3000, 0xC0230000)),
+        ("s390x", struct.pack(">3Q", 0x232000, 3000, 0x230000)),
+        ("mips", struct.pack(">3I", 0x80232000, 3000, 0x80230000)),
+    ],
+)
+def test_where_no_page_tables_are_known_the_lowest_memory_is_looked_at(name: str, pointers: bytes):
+    """Of arm64, QMP does not tell where they are."""
+    memory = FlatMemory(96 * MIB)
+    memory.put(9 * MIB, pointers)
+    byte_order = all_architectures()[name].cores[0].byte_order
+    found = NotePointers(all_architectures()[name], memory, memory.blocks, byte_order=byte_order)
+    targets = found.targets([Vcpu(0, {})], (), lambda _gpa, size: bytes(size), lambda _size: None)
+    assert list(targets) == [0x232000, 0x230000]
+
+
+def test_pointers_of_a_hostile_kernel_are_bounded():
+    memory = FlatMemory(16 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0-live")
+    memory.put(4 * MIB, struct.pack("<3Q", 3 * MIB, 4000, 3 * MIB) * (4 * MIB // 24))
+    vcpus = [
+        replace(vcpu, registers={**vcpu.registers, "rip": KERNEL_MAP}) for vcpu in vcpus_with(live)
+    ]
+    before = memory.reads
+    chosen = NoteSearch(X86_64, "little", memory, memory.blocks, vcpus).find().chosen
+    assert chosen is not None
+    assert memory.reads - before < 5000
+
+
+@pytest.mark.parametrize(
+    ("offset", "counter", "evidence"),
+    [
+        (0x16200000, KERNEL_MAP + 0x8000, Evidence.CODE),
+        (0, KERNEL_MAP + 0x8000, Evidence.BANNER),
+        (0x16200000, KERNEL_MAP + 65 * MIB, Evidence.BANNER),
+        (0x16200000, 0x400000, Evidence.BANNER),
+    ],
+)
+def test_a_vcpu_of_unknown_page_tables_is_in_code_of_the_kernel(
+    offset: int, counter: int, evidence: Evidence
+):
+    """Kernels that are at the same address in each boot are not told apart by it."""
+    memory = FlatMemory(32 * MIB)
+    lines = (f"SYMBOL(_stext)={KERNEL_MAP:x}", f"KERNELOFFSET={offset:x}")
+    plant_kernel(memory, 2 * MIB, "6.1.0-live", *lines)
+    vcpus = [Vcpu(0, {"rip": counter})]
+    chosen = NoteSearch(X86_64, "little", memory, memory.blocks, vcpus).find().chosen
+    assert chosen is not None
+    assert chosen.evidence is evidence
