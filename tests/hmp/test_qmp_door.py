@@ -28,7 +28,7 @@ from tests.support.hmp_proxy import (
     proxy_argv,
 )
 from tests.support.lying_qmp import DEEP, LyingQmp
-from tests.support.newer_qemu import newer_qemu_command
+from tests.support.newer_qemu import newer_qemu_command, refusal_of_own_qemu
 from tests.support.ports import reserved_port
 from tests.support.waiting import wait_until
 
@@ -415,10 +415,7 @@ def test_target_that_we_do_not_know_is_left_to_qemu(tmp_path: Path):
     program = shutil.which("qemu-system-tricore")
     if program is None:
         pytest.skip("qemu-system-tricore is not installed")
-    refused = {
-        "class": "GenericError",
-        "desc": "this feature or command is not currently supported",
-    }
+    refused = {"class": "GenericError", "desc": refusal_of_own_qemu()}
     with (
         stopped_machine([program], ["-M", "tricore_testboard"]) as machine,
         Proxy(tmp_path, "--qmp", machine.qmp_sockets[0], qmp=True) as proxy,

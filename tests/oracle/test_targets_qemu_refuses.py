@@ -22,7 +22,7 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from tests.support.doors import child_environment, gdb_argv, run_cli
-from tests.support.newer_qemu import newer_qemu_command, own_qemu_is_newer
+from tests.support.newer_qemu import newer_qemu_command, own_qemu_version
 from tests.support.raw_gdbstub import RawGdbstub
 from tests.support.raw_qmp import RawQmp
 from tests.support.refused_targets import NEWER_TARGETS, TARGETS, Target
@@ -32,7 +32,6 @@ from tests.support.ways import Outcome, Way, every_way, take_dumps
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
-_OWN_QEMU = (9, 1, 0) if own_qemu_is_newer() else (7, 2, 0)
 _REFUSED = "not currently supported|not supported on this target"
 _BIOS_SIZE = 1 << 20
 _MIB = 4
@@ -287,7 +286,7 @@ def test_no_target_is_left_out():
     refused = {
         name
         for name, known in all_architectures().items()
-        if not known.dumped_by_qemu_since or known.dumped_by_qemu_since > _OWN_QEMU
+        if not known.dumped_by_qemu_since or known.dumped_by_qemu_since > own_qemu_version()
     }
     assert {target.name for target in TARGETS} == refused
 
@@ -498,7 +497,7 @@ def test_a_processor_that_gdb_cannot_be_told_is_left_to_qmp(tmp_path: Path):
     assert by_gdb.returncode == 3
     assert "--qmp SOCKET without --gdb" in by_gdb.stderr
     assert len(by_gdb.stderr) < 400  # without the packet that gdb does not understand
-    if own_qemu_is_newer():  # no longer tells by QMP which byte order a target has
+    if own_qemu_version():  # no longer tells by QMP which byte order a target has
         assert on_line.returncode == 2
         assert "guest memory that is not all zero" in on_line.stderr
         return

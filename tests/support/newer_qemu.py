@@ -7,11 +7,12 @@ the loader, not QEMU.
 from __future__ import annotations
 
 import fcntl
-import re
 import subprocess
 from functools import cache as once
 
 from qemu_dump_ext.guest_images.manifest import default_cache
+from qemu_dump_ext.qemu.monitor_text import parse_version
+from qemu_dump_ext.structures.dialect import QemuVersion
 from tests.support.unpacked_package import fetch_unpacked
 
 _SUITE = "sid"
@@ -21,13 +22,23 @@ _DATA_FOLDERS = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
 
 
 @once
+def own_qemu_version() -> QemuVersion:
+    """Return the version of the machine's own QEMU."""
+    words = ["qemu-system-x86_64", "--version"]
+    text = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return parse_version(text.partition("version")[2])
+
+
 def own_qemu_is_newer() -> bool:
     """Tell whether the machine's own QEMU is one that the tests call newer: 9.1 or later."""
-    version = subprocess.run(
-        ["qemu-system-x86_64", "--version"], capture_output=True, text=True, check=True
-    ).stdout
-    match = re.search(r"version (\d+)\.(\d+)", version)
-    return match is not None and (int(match[1]), int(match[2])) >= (9, 1)
+    return own_qemu_version() >= (9, 1, 0)
+
+
+def refusal_of_own_qemu() -> str:
+    """Return what the machine's own QEMU says where it cannot dump a target."""
+    if own_qemu_version() >= (10, 0, 0):
+        return "dumping guest memory is not supported on this target"
+    return "this feature or command is not currently supported"
 
 
 def newer_qemu_command(target: str = "x86_64", package: str = "qemu-system-x86") -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qemu_dump_ext.structures.c_struct import ByteOrder
-from tests.support.newer_qemu import own_qemu_is_newer
+from tests.support.newer_qemu import own_qemu_is_newer, own_qemu_version
 
 
 def _names(prefix: str, count: int, first: int = 0) -> str:
@@ -344,11 +344,11 @@ _PACKAGES = dict.fromkeys(("mips", "mipsel", "mips64", "mips64el"), "qemu-system
 _PACKAGES |= {"sparc": "qemu-system-sparc", "sparc64": "qemu-system-sparc"}
 _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
     # Machines whose memory no file can back, or that have much more of it than they are given.
-    "or1k": {"arguments": ("-M", "or1k-sim", "-smp", "2")},
-    "microblaze": {"arguments": ("-M", "petalogix-s3adsp1800")},
-    "sh4": {"arguments": ("-M", "r2d")},
-    "xtensa": {"arguments": ("-M", "sim", "-smp", "2")},
-    "xtensaeb": {"arguments": ("-M", "sim", "-cpu", "test_kc705_be")},
+    "or1k": {"arguments": ("-M", "or1k-sim", "-smp", "2"), "is_backed": False},
+    "microblaze": {"arguments": ("-M", "petalogix-s3adsp1800"), "is_backed": False},
+    "sh4": {"arguments": ("-M", "r2d"), "is_backed": False},
+    "xtensa": {"arguments": ("-M", "sim", "-smp", "2"), "is_backed": False},
+    "xtensaeb": {"arguments": ("-M", "sim", "-cpu", "test_kc705_be"), "is_backed": False},
     # It describes its registers, each double of the lower half as two singles.
     "sparc64": {
         "stub": _SPARC64_STUB.replace(_DOUBLES, f"{'- ' * 16} {_UPPER_DOUBLES}"),
@@ -361,6 +361,7 @@ _OTHERWISE_IN_NEWER: dict[str, dict[str, Any]] = {
         "arguments": ("-M", "petalogix-ml605"),
         "emulator": "microblaze",
         "stub_order": "big",
+        "is_backed": False,
     },
 }
 _BY_NAME = {target.name: target for target in _TARGETS_OF_7_2}
@@ -389,7 +390,8 @@ _IN_NEWER = tuple(
     for target in _TARGETS_OF_7_2
     if target.name != "loongarch64"  # which a newer QEMU dumps
 )
-TARGETS = _IN_NEWER if own_qemu_is_newer() else _TARGETS_OF_7_2
+_NOT_YET_DUMPED = (_BY_NAME["loongarch64"],) if own_qemu_version() < (9, 2, 0) else ()
+TARGETS = (*_IN_NEWER, *_NOT_YET_DUMPED) if own_qemu_is_newer() else _TARGETS_OF_7_2
 NEWER_TARGETS = tuple(
     replace(
         target,
