@@ -22,7 +22,7 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from tests.support.doors import child_environment, gdb_argv, run_cli
-from tests.support.newer_qemu import newer_qemu_command, own_qemu_version
+from tests.support.newer_qemu import newer_qemu_command, own_qemu_is_newer, own_qemu_version
 from tests.support.raw_gdbstub import RawGdbstub
 from tests.support.raw_qmp import RawQmp
 from tests.support.refused_targets import NEWER_TARGETS, TARGETS, Target
@@ -453,7 +453,8 @@ def test_gdb_shows_the_registers_of_every_vcpu(taken: Taken):
     core = next(path for way, path in taken.elf_cores() if way.has_stub)
     words = " ".join(f"{name}=%#lx" for name in target.shown)
     values = ", ".join(f"${name}" for name in target.shown.values())
-    commands = [f"core-file {core}"]
+    commands = [f"set gnutarget {target.bfd}"] if target.bfd else []
+    commands += [f"core-file {core}"]
     commands += [f'thread apply all -ascending printf "vcpu {words}\\n", {values}']
     if target.fp_shown:
         names = " ".join(target.fp_shown.values())
@@ -497,7 +498,7 @@ def test_a_processor_that_gdb_cannot_be_told_is_left_to_qmp(tmp_path: Path):
     assert by_gdb.returncode == 3
     assert "--qmp SOCKET without --gdb" in by_gdb.stderr
     assert len(by_gdb.stderr) < 400  # without the packet that gdb does not understand
-    if own_qemu_version():  # no longer tells by QMP which byte order a target has
+    if own_qemu_is_newer():  # no longer tells by QMP which byte order a target has
         assert on_line.returncode == 2
         assert "guest memory that is not all zero" in on_line.stderr
         return

@@ -43,6 +43,7 @@ class Target:
         shown: gdb's names of registers by those of the stub, where gdb takes cores of this target;
             empty where its BFD knows no such note.
         fp_shown: The same for those of floating point.
+        bfd: What gdb 16 is told to take a core for; empty where it knows.
         flags: Bits that are set in registers which are not planted.
         missing: Registers that no source gives.
         missing_by_qmp: Registers that only the stub gives.
@@ -68,6 +69,7 @@ class Target:
     fp_reg: str = ""
     e_flags: int = 0
     shown: dict[str, str] = field(default_factory=dict)
+    bfd: str = ""
     fp_shown: dict[str, str] = field(default_factory=dict)
     flags: dict[str, int] = field(default_factory=dict)
     missing: str = ""
@@ -163,6 +165,7 @@ def _sh4(name: str, *arguments: str, big: bool) -> Target:
         fp_reg=f"{_SH4_FPRS} {_SH4_OTHER_BANK} fpscr fpul",
         shown={name: name for name in f"{_SH4} pc pr gbr mach macl fpscr".split()},
         fp_shown={name: name for name in f"{_SH4_FPRS} fpul".split()},
+        bfd=f"elf32-sh{'big' if big else ''}-linux",
         e_flags=9,
         missing=_list(_SH4_OTHER_BANK),
         missing_by_qmp=_list(f"{_SH4_FPRS} {_SH4_OTHER_BANK} mach macl"),
