@@ -28,6 +28,7 @@ from tests.support.linux_guests import (
     of_guests,
     stop_in_kernel,
 )
+from tests.support.note_search import search_for_note
 from tests.support.oracle import OracleDumps
 from tests.support.page_flags import PageFlags
 from tests.support.pages_of_dumps import bitmaps_of, pages_of_elf
@@ -141,6 +142,15 @@ def test_kdump_is_sound(guest: BootedGuest, tmp_path: Path):
         capture_output=True,
         env=child_environment(),
     )
+
+
+@of_guests("aarch64", "i386", "riscv64", "s390x")
+def test_the_kernel_points_to_its_note(guest: BootedGuest):
+    """A few MiB of its image are looked at, and not all memory."""
+    found, searched = search_for_note(guest)
+    assert found is not None
+    assert searched < 48 << 20
+    assert guest.files.release == found.release
 
 
 @of_guests("aarch64", "arm", "i386", "ppc64le", "s390x")

@@ -17,6 +17,7 @@ from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.doors import run_gdb
+from tests.support.note_search import search_for_note
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = [pytest.mark.qemu, pytest.mark.guest]
@@ -90,6 +91,14 @@ def test_the_stub_alone_finds_it_as_well(deviceless, tmp_path):
     assert "lead to the kernel's name" in done.stdout, done.stderr
     with open_dump(path) as opened:
         assert opened.vmcoreinfo_facts["OSRELEASE"] == deviceless.files.release
+
+
+def test_the_kernel_points_to_its_note(deviceless):
+    """A few MiB of its image are looked at, and not all memory."""
+    found, searched = search_for_note(deviceless)
+    assert found is not None
+    assert found.release == deviceless.files.release
+    assert searched < 32 << 20
 
 
 def test_info_tells_where_the_note_is(deviceless, paused_linux, capsys):
