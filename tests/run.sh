@@ -4,7 +4,7 @@ set -eu
 cd "$(dirname "$0")/.."
 . images/set_up.sh
 
-set_up "gcc python3-dev liblzo2-dev binutils cpio socat util-linux gdb gdb-multiarch gdbserver crash \
+set_up "gcc python3-dev liblzo2-dev binutils cpio lzop socat util-linux gdb gdb-multiarch gdbserver crash \
     groff-base makedumpfile qemu-user-static chromium openssh-sftp-server qemu-system-x86 qemu-system-arm qemu-system-ppc \
     qemu-system-mips qemu-system-sparc qemu-system-misc qemu-guest-agent \
     libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients" "dev"

@@ -1,4 +1,4 @@
-"""A file that one program has packed as a whole: gzip, bzip2, xz, zstd.
+"""A file that one program has packed as a whole: gzip, bzip2, xz, lzop, zstd.
 
 Such a file cannot be read from its middle on. It is unpacked once, into a nameless file in TMPDIR,
 or else in /var/tmp: what is in /tmp may be in memory.
@@ -14,9 +14,11 @@ import os
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 from qemu_dump_ext.dump_readers._image import DumpImage
+from qemu_dump_ext.dump_readers._lzop import LzopUnpacker
 from qemu_dump_ext.errors import CorruptDumpError, NoRoomLeftError, RequestError
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.third_party import import_package
@@ -80,6 +82,7 @@ UNPACKERS: Mapping[str, Callable[[io.BufferedReader], Any]] = {
     "gzip": _gzip,
     "bzip2": bz2.BZ2File,
     "xz": _xz,
+    "lzop": LzopUnpacker,
     "zstd": _zstd,
 }
 """By the name of the program that has packed."""
@@ -115,14 +118,22 @@ def unpacked_pieces(file: DumpImage, place: int, packing: str) -> Iterator[bytes
         CorruptDumpError: It is damaged, or is cut off.
         MissingPackageError: What unpacks it is not installed.
     """
-    unpacker = UNPACKERS[packing](io.BufferedReader(_Source(file, place), _PIECE_SIZE))
-    while piece := _next_piece(unpacker, packing):
+    source: io.BufferedReader = io.BufferedReader(_Source(file, place), _PIECE_SIZE)
+    with _damage_told(packing):
+        unpacker = UNPACKERS[packing](source)
+    while True:
+        with _damage_told(packing):
+            piece = unpacker.read(_PIECE_SIZE)
+        if not piece:
+            return
         yield piece
 
 
-def _next_piece(unpacker: _Unpacker, packing: str) -> bytes:
+@contextmanager
+def _damage_told(packing: str) -> Iterator[None]:
+    """Turn what the libraries raise into an error of ours."""
     try:
-        return unpacker.read(_PIECE_SIZE)
+        yield
     except EOFError as error:
         raise CorruptDumpError(f"what {packing} has packed is cut off") from error
     except (OSError, zlib.error, lzma.LZMAError) as error:

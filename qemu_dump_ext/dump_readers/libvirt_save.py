@@ -7,10 +7,9 @@ from __future__ import annotations
 
 from qemu_dump_ext.dump_readers._declaration import DumpReader, Fit
 from qemu_dump_ext.dump_readers._image import DumpImage
-from qemu_dump_ext.dump_readers._unpacked_image import UNPACKERS, UnpackedImage
+from qemu_dump_ext.dump_readers._unpacked_image import UnpackedImage
 from qemu_dump_ext.dump_readers.migration import READER as MIGRATION
 from qemu_dump_ext.dump_readers.migration import MigrationFile
-from qemu_dump_ext.errors import UnsupportedTargetError
 from qemu_dump_ext.structures.libvirt_save import (
     SAVE_HEADER_SIZE,
     SAVE_MAGIC,
@@ -50,18 +49,9 @@ class LibvirtSaveFile(MigrationFile):
 
 
 def _stream_of(image: DumpImage, header: SaveHeader) -> tuple[DumpImage, int]:
-    """Return what has the migration stream of an image, and its offset in there.
-
-    Raises:
-        UnsupportedTargetError: What has packed it cannot be unpacked.
-    """
-    if header.packing in {None, _SPARSE}:
+    """Return what has the migration stream of an image, and its offset in there."""
+    if header.packing is None or header.packing == _SPARSE:
         return image, header.stream_place
-    if header.packing not in UNPACKERS:
-        raise UnsupportedTargetError(
-            f"libvirt's save image is in its format {header.packing}, which is not read; raw,"
-            f" {_SPARSE}, {', '.join(UNPACKERS)} are"
-        )
     return UnpackedImage(image, header.stream_place, header.packing), 0
 
 

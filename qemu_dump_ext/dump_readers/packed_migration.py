@@ -1,4 +1,4 @@
-"""Read QEMU's migration stream, packed as a whole by gzip, bzip2, xz or zstd.
+"""Read QEMU's migration stream, packed as a whole by gzip, bzip2, xz, lzop or zstd.
 
 `virsh dump` without `--memory-only` writes such a file where libvirt's `dump_image_format` says so,
 and `migrate` does through `exec:gzip`. What they write unpacked is the bare stream.
@@ -21,9 +21,9 @@ _MAGICS: Mapping[bytes, str] = {
     b"BZh": "bzip2",
     b"\xfd7zXZ\0": "xz",
     b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x89LZO\0\r\n\x1a\n": "lzop",
 }
 _REFUSED_MAGICS: Mapping[bytes, str] = {
-    b"\x89LZO\0\r\n\x1a\n": "lzop",
     b"\x04\x22\x4d\x18": "lz4",
 }
 

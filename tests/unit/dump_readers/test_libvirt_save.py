@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 
 from qemu_dump_ext.dump_readers import open_dump, reader_of
+from qemu_dump_ext.dump_readers._image import PlainImage
+from qemu_dump_ext.dump_readers._unpacked_image import unpacked_pieces
 from qemu_dump_ext.dump_readers.libvirt_save import LibvirtSaveFile
 from qemu_dump_ext.dump_readers.migration import MigrationFile
 from qemu_dump_ext.engine.verify import verify_dump
@@ -101,7 +105,7 @@ def test_an_unfinished_image_says_so(tmp_path: Path):
         (save_header(xml_size=1 << 31), "XML of 0x80000000 bytes"),
         (save_header(xml_size=1 << 23), "beyond the dump's end"),
         (save_header(99), "packed by program 99"),
-        (save_header(4), "lzop, which is not read; raw, sparse, gzip, bzip2, xz, zstd are"),
+        (save_header(4), "ends at offset 0x0"),
         (save_header()[:50], "beyond the dump's end"),
         (save_header(1), "ends at offset 0x0"),
     ],
@@ -135,8 +139,41 @@ def test_other_things_that_are_packed_are_no_dumps(packing: str, tmp_path: Path)
 
 
 def test_packers_that_are_not_read_are_refused_by_name(tmp_path: Path):
-    data = b"\x89LZO\0\r\n\x1a\n" + bytes(100)
-    assert "packed by lzop: unpack it first" in refusal(tmp_path / "s", data)
+    data = b"\x04\x22\x4d\x18" + bytes(100)
+    assert "packed by lz4: unpack it first" in refusal(tmp_path / "s", data)
+
+
+@pytest.mark.parametrize("words", [(), ("-9", "--crc32"), ("-F",)], ids=" ".join)
+def test_what_lzop_itself_has_packed_is_read(words: tuple[str, ...], tmp_path: Path):
+    if not shutil.which("lzop"):
+        pytest.skip("lzop is not installed")
+    content = _STREAM + os.urandom(300_000) + bytes(300_000)
+    packed = subprocess.run(["lzop", "-c", *words], input=content, capture_output=True, check=True)
+    path = tmp_path / "packed"
+    path.write_bytes(packed.stdout)
+    file = PlainImage(path)
+    try:
+        assert b"".join(unpacked_pieces(file, 0, "lzop")) == content
+    finally:
+        file.close()
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "reason"),
+    [
+        (15, 9, "with method 9"),
+        (19, 0x08, "which are not read"),
+        (22, 1, "the header that lzop wrote is damaged"),
+        (38, 0x10, "bytes, 0x"),
+        (60, None, "damaged"),
+    ],
+)
+def test_what_lzop_does_not_write_is_refused(
+    at: int, value: int | None, reason: str, tmp_path: Path
+):
+    data = bytearray(pack(_STREAM, "lzop"))
+    data[at] = data[at] ^ 0xFF if value is None else value
+    assert reason in refusal(tmp_path / "s", bytes(data))
 
 
 def test_a_little_that_becomes_much_ends_where_the_room_does(
