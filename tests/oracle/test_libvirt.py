@@ -45,6 +45,12 @@ with open_guest(GuestTarget(libvirt=sys.argv[1], connect=sys.argv[2])) as access
         print("open", flush=True)
         sys.stdin.read()
 """
+# Called as ssh: OPTIONS -- HOST COMMAND.
+_RUNS_WHAT_SSHD_WOULD = """#!/bin/sh
+while [ "$1" != -- ]; do shift; done
+shift 2
+exec sh -c "$*"
+"""
 _OF_SEGMENTS = {160 + 24 * place + 8 for place in range(8)} | {
     160 + 24 * place for place in range(8)
 }
@@ -334,6 +340,28 @@ def test_a_domain_of_a_users_own_session():
         assert done.returncode == 0, done.stderr
         assert "memory by process" in done.stderr
         assert domain.state() == _RUNS
+
+
+def test_a_domain_of_another_host(domain: Domain):
+    """By libvirt's own program behind ssh; only what connects the two ends is none."""
+    ssh = domain.host.directory / "ssh"
+    ssh.write_text(_RUNS_WHAT_SSHD_WOULD)
+    ssh.chmod(0o755)
+    uri = f"qemu+ssh://far/system?command={ssh}"
+    target = domain.host.directory / "far.elf"
+    done = domain.host.cli("--libvirt", domain.name, "--connect", uri, target)
+    assert done.returncode == _INCOMPLETE, done.stderr  # no stub is opened where nobody can connect
+    assert (
+        f"{domain.name} is where {uri} leads to, not on this host: memory comes by" in done.stderr
+    )
+    assert "memory by pmemsave" in done.stderr  # whose files appear: it is not that far
+    assert domain.state() == _RUNS
+    assert domain.monitor("info chardev").count("gdb: ") == 0
+    with open_dump(target) as dump:
+        assert sum(size for _, size in dump.memory_ranges()) > 64 << 20
+    ssh.write_text("#!/bin/sh\necho no route to host >&2\nexit 255\n")
+    lost = domain.host.cli("--libvirt", domain.name, "--connect", uri, target, "--force")
+    assert (lost.returncode, "libvirt: " in lost.stderr) == (3, True), lost.stderr
 
 
 def test_the_proxy_gives_the_human_monitor_of_a_domain(domain: Domain):
