@@ -81,10 +81,12 @@ class _PageWriter:
         data_offset: int,
         equal_pages: PageDeduplicator | None = None,
         once: bool = False,
+        index_of: Callable[[int], int] | None = None,
     ) -> None:
         self._form = form
         self._equal_pages = equal_pages
         self._once = once
+        self._index_of = index_of
         self._packer = packer
         self._write_at = write_at
         self._descriptor_offset = descriptor_offset
@@ -186,6 +188,7 @@ class BulkPageWriter(_PageWriter):
         self._zero_descriptors = self._zero_descriptor * _ZERO_DESCRIPTORS
         self._table: _DescriptorTable | None = None
         self._known: dict[bytes, bytes] = {}
+        self._first_descriptor = self._descriptor_offset
         numpy = numpy_if_loaded()
         if numpy is not None:
             self._table = _DescriptorTable(
@@ -204,6 +207,11 @@ class BulkPageWriter(_PageWriter):
             self._write_at(self._data_offset, data)
             self._data_offset += len(data)
 
+    def _begin_piece(self, piece: Piece) -> None:
+        if self._index_of is not None:
+            index = self._index_of(piece.gpa // self._form.page_size)
+            self._descriptor_offset = self._first_descriptor + index * self._form.descriptor.size
+
     def _append_descriptors(self, data: bytes | memoryview) -> None:
         if data:
             self._write_at(self._descriptor_offset, data)
@@ -211,6 +219,7 @@ class BulkPageWriter(_PageWriter):
 
     def _consume(self, packed: PackedPiece) -> None:
         sizes = packed.sizes
+        self._begin_piece(packed.piece)
         if sizes is None:
             if self._form.keep_zero_pages:
                 self._append_zero_descriptors(self._page_count(packed.piece))

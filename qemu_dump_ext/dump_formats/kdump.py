@@ -8,8 +8,9 @@ byte-identical as well; otherwise writes are large.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
 from qemu_dump_ext.dump_formats._flattened_stream import FlattenedStream
@@ -42,6 +43,8 @@ from qemu_dump_ext.structures.kdump import (
 
 _DUMP_LEVEL_OF_QEMU = 1
 _CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
+_LOOKAHEAD = 1024
+"""Pieces with content among which those of zeros are spread: they take half a megabyte."""
 _WORTH_PROCESSES = 256 << 20
 """Bytes of guest memory from which on starting them takes less time than they save."""
 
@@ -118,6 +121,39 @@ def pieces_of_runs(memory: GuestMemory, runs: Sequence[PageRun], page_size: int)
         yield from cut(
             memory, run.blocks, run.first_pfn * page_size, run.end_pfn * page_size, page_size
         )
+
+
+def with_zeros_between(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Yield pieces in an order in which those of zeros lie evenly between the others.
+
+    Their descriptors are written while the others are packed; the order depends on nothing else.
+    """
+    content: list[Piece] = []
+    zeros: list[Piece] = []
+    for piece in pieces:
+        (content if piece.extents else zeros).append(piece)
+        if len(content) == _LOOKAHEAD:
+            yield from _merged(content, zeros)
+            content, zeros = [], []
+    yield from _merged(content, zeros)
+
+
+def _merged(content: Sequence[Piece], zeros: Sequence[Piece]) -> Iterator[Piece]:
+    done = 0
+    for number, piece in enumerate(content, 1):
+        yield piece
+        end = number * len(zeros) // len(content)
+        yield from zeros[done:end]
+        done = end
+    yield from zeros[done:]
+
+
+def page_index(runs: Sequence[PageRun]) -> Callable[[int], int]:
+    """Return what tells the number of a page among those of `runs`, which share none."""
+    firsts = [run.first_pfn for run in runs]
+    counts = accumulate((run.end_pfn - run.first_pfn for run in runs), initial=0)
+    shifts = [count - first for count, first in zip(counts, firsts, strict=False)]
+    return lambda pfn: pfn + shifts[bisect_right(firsts, pfn) - 1]
 
 
 def lay_out(plan: DumpPlan, codec: PageCodec) -> KdumpLayout:
@@ -272,6 +308,10 @@ class _Kdump:
             write_at(layout.notes_offset, plan.notes)
             pieces: Iterable[Piece] = pieces_of_runs(memory, layout.runs, plan.page_size)
             data_offset = layout.data_offset
+            index_of = None
+            if not request.exact and not request.omit_zero:
+                pieces = with_zeros_between(pieces)
+                index_of = page_index(layout.runs)
             if request.omit_zero:
                 pieces = list(pieces)
                 most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
@@ -286,6 +326,7 @@ class _Kdump:
                 data_offset=data_offset,
                 equal_pages=None if request.exact else _equal_pages(plan, memory),
                 once=not request.exact,
+                index_of=index_of,
             )
             _write_bitmaps(
                 layout,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import ModuleType
 
 import numpy as np
 import pytest
 
-from qemu_dump_ext.dump_formats import _kdump_pages
+from qemu_dump_ext.dump_formats import _kdump_pages, kdump
 from qemu_dump_ext.dump_formats._kdump_pages import BulkPageWriter, PageForm
 from qemu_dump_ext.pages.packing import Compression, Packer
 from qemu_dump_ext.pages.pipeline import Buffer, Extent, Piece
@@ -27,6 +28,7 @@ def _written(
     by: ModuleType | None,
     once: bool,
     keep_zero_pages: bool = True,
+    index_of: Callable[[int], int] | None = None,
 ) -> tuple[bytes, BulkPageWriter]:
     monkeypatch.setattr(_kdump_pages, "numpy_if_loaded", lambda: by)
     file = bytearray()
@@ -38,7 +40,13 @@ def _written(
     form = PageForm(_PAGE, _DESCRIPTOR, 1, keep_zero_pages=keep_zero_pages)
     packer = Packer(_PAGE, Compression("zlib"))
     writer = BulkPageWriter(
-        form, packer, write_at, descriptor_offset=0, data_offset=_DATA, once=once
+        form,
+        packer,
+        write_at,
+        descriptor_offset=0,
+        data_offset=_DATA,
+        once=once,
+        index_of=index_of,
     )
     work, gpa = writer.work(), 0
     for pages in pieces:
@@ -90,3 +98,28 @@ def test_two_pieces_may_share_a_byte_of_the_bitmap(monkeypatch):
     pieces = [[_NOISE[0]] * 3, [_ZEROS, _NOISE[1]], [_NOISE[2]] * 9]
     _, writer = _written(monkeypatch, pieces, by=None, once=True, keep_zero_pages=False)
     assert writer.bitmap == {0: bytearray(b"\xf7\x3f".ljust(_PAGE, b"\0"))}
+
+
+def _piece(number: int, *, full: bool) -> Piece:
+    return Piece(number * _PAGE, _PAGE, (Extent(number * _PAGE, _PAGE, 0),) if full else ())
+
+
+def test_pieces_of_zeros_lie_evenly_between_others(monkeypatch):
+    pieces = [_piece(number, full=number < 3) for number in range(9)]
+    order = [piece.gpa // _PAGE for piece in kdump.with_zeros_between(iter(pieces))]
+    assert order == [0, 3, 4, 1, 5, 6, 2, 7, 8]
+    monkeypatch.setattr(kdump, "_LOOKAHEAD", 2)
+    order = [piece.gpa // _PAGE for piece in kdump.with_zeros_between(iter(pieces))]
+    assert order == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    zeros = [_piece(number, full=False) for number in range(3)]
+    assert list(kdump.with_zeros_between(iter(zeros))) == zeros
+
+
+def test_descriptors_are_where_they_belong_in_any_order_of_the_pieces(monkeypatch):
+    runs = [kdump.PageRun(0, 4, ()), kdump.PageRun(16, 20, ())]
+    index_of = kdump.page_index(runs)
+    assert [index_of(pfn) for pfn in (0, 3, 16, 19)] == [0, 3, 4, 7]
+    pieces = [[_NOISE[0]], [_NOISE[1]]]
+    forth, _ = _written(monkeypatch, pieces, by=np, once=False, index_of=lambda pfn: pfn)
+    back, _ = _written(monkeypatch, pieces, by=np, once=False, index_of=lambda pfn: 1 - pfn)
+    assert _descriptors(forth, 2) == _descriptors(back, 2)[::-1]
