@@ -81,6 +81,9 @@ def _dump(machine: QemuMachine, file: Path, *words: str) -> Any:
 def test_nothing_is_imported_while_the_guest_stands_still(machine, tmp_path, words):
     done = _dump(machine, tmp_path / "dump", *words)
     assert (done["status"], done["imported"]) == (0, [])
+    # Nothing is left out of this guest, for nothing tells of a kernel; it would be by numpy.
+    tells_pages_apart = bool({"--dump-level", "--max-bytes"} & set(words))
+    assert ("numpy" in done["all"]) == tells_pages_apart
 
 
 def test_nor_while_a_guest_stands_still_whose_memory_is_worth_numpy(tmp_path):
