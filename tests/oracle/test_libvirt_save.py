@@ -16,13 +16,17 @@ from qemu_dump_ext.dump_readers import DumpFile, open_dump
 from qemu_dump_ext.dump_readers.libvirt_save import LibvirtSaveFile
 from qemu_dump_ext.dump_readers.migration import MigrationFile
 from qemu_dump_ext.dump_readers.packed_migration import PackedMigrationFile
+from qemu_dump_ext.dump_readers.qcow2 import Qcow2File
 from qemu_dump_ext.engine.verify import verify_dump
+from qemu_dump_ext.guest_images.machine import stopped_machine
+from tests.support.internal_snapshots import add_disk
 from tests.support.libvirt_host import SESSION, SYSTEM, LibvirtHost, missing_for_libvirt
 from tests.support.planted import plant_memory, plant_registers
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = pytest.mark.qemu
-_PACKERS = ("gzip", "bzip2", "xz", "zstd")
+_PACKERS = ("gzip", "bzip2", "xz", "lzop", "zstd")
+_SAVED_BY = "lzop" if shutil.which("lzop") else "gzip"
 _PIECE = 1 << 20
 _ROM_END = 1 << 20
 """Up to here, ROM lies over memory until the BIOS lets it be seen."""
@@ -49,7 +53,7 @@ def _libvirt(folder: Path, uri: str) -> Iterator[LibvirtHost]:
     if uri == SESSION:
         configuration = host.directory / "runtime/.config/libvirt/qemu.conf"
         configuration.parent.mkdir(parents=True)
-        configuration.write_text('save_image_format = "gzip"\ndump_image_format = "xz"\n')
+        configuration.write_text(f'save_image_format = "{_SAVED_BY}"\ndump_image_format = "xz"\n')
         for path in (configuration, *configuration.parents[:2]):
             shutil.chown(path, *2 * [configuration.parents[2].stat().st_uid])
     with host.running():
@@ -71,17 +75,24 @@ def packing_host() -> Iterator[LibvirtHost]:
         yield found
 
 
-def _write(host: LibvirtHost, command: str) -> Written:
-    """Have libvirt write both of a domain, which it cannot save again once it has done so."""
+def _write(host: LibvirtHost, command: str, *, to: str = "", devices: str = "") -> Written:
+    """Have libvirt write both of a domain, which it cannot save again once it has done so.
+
+    Args:
+        host: Where it runs.
+        command: Of virsh.
+        to: What that gets; empty: a file of the command's name.
+        devices: Of the domain.
+    """
     stub = host.directory / f"{command}.gdb"
     options = ("-gdb", f"unix:{stub},server=on,wait=off")
-    domain = host.create(f"to-{command}", memory=32, vcpus=2, arguments=options)
+    domain = host.create(f"to-{command}", memory=32, vcpus=2, arguments=options, devices=devices)
     plant_registers("x86_64", stub)
     with RawQmp(domain.qmp) as qmp:
         plant_memory(command, qmp, stub)
     written = Written(host.directory / f"{command}.elf", host.directory / command)
     host.virsh("dump", domain.name, written.native, "--memory-only")
-    host.virsh(command, domain.name, written.stream)
+    host.virsh(command, domain.name, to or written.stream)
     return written
 
 
@@ -137,11 +148,28 @@ def test_a_dump_that_is_not_of_memory_only_is_the_domain(dumped: Written):
     _compare(dumped.stream, dumped.native)
 
 
+def test_a_snapshot_that_libvirt_has_made_is_the_domain(host: LibvirtHost):
+    disk = host.directory / "disk.qcow2"
+    with (
+        stopped_machine(["qemu-system-x86_64"]) as machine,
+        RawQmp(machine.qmp_sockets[0]) as qmp,
+    ):
+        add_disk(qmp, disk)
+    source = f"<driver name='qemu' type='qcow2'/><source file='{disk}'/><target dev='vda'/>"
+    written = _write(
+        host, "snapshot-create-as", to="before", devices=f"<disk type='file'>{source}</disk>"
+    )
+    with open_dump(disk) as dump:
+        assert isinstance(dump, Qcow2File)
+        assert dump.snapshot.name == "before"
+    _compare(disk, written.native)
+
+
 def test_an_image_that_libvirt_has_packed_is_the_domain(packing_host: LibvirtHost):
     written = _write(packing_host, "save")
     with open_dump(written.stream) as dump:
         assert isinstance(dump, LibvirtSaveFile)
-        assert dump.save_header.packing == "gzip"
+        assert dump.save_header.packing == _SAVED_BY
     _compare(written.stream, written.native)
 
 
