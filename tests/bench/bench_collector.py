@@ -132,7 +132,7 @@ def main() -> None:
         )
         started = time.monotonic()
         stack.enter_context(agent.running())
-        agent.wait_connected(arguments.guests)
+        agent.wait_connected(arguments.guests, _START_SECONDS)
         print(f"{arguments.guests} guests connected in {time.monotonic() - started:.1f} s\n")
         time.sleep(5)
         before, begun = cpu_seconds(agent.pid), time.monotonic()

@@ -27,7 +27,7 @@ pytestmark = [
 
 _INIT = Path(__file__).parents[1] / "support" / "systemd_namespace.py"
 _PROGRAM = Path(sys.executable).with_name("qemu-crash-collector")
-_WATCHDOG_SECONDS = 4
+_WATCHDOG_SECONDS = 6
 
 
 class _Systemd:
@@ -128,6 +128,11 @@ def test_agent_is_ready_reloads_is_restarted_and_stops_as_systemd_says(tmp_path)
         systemd.control("restart", UNIT)
         hung = systemd.property("MainPID")
         assert hung != first
+        heard = systemd.property("WatchdogTimestampMonotonic")
+        wait_until(
+            lambda: systemd.property("WatchdogTimestampMonotonic") != heard, "it is heard again"
+        )
+        assert (systemd.property("MainPID"), systemd.property("NRestarts")) == (hung, "0")
         systemd.run("kill", f"-{signal.SIGSTOP.value}", hung)
         wait_until(partial(_is_restarted, systemd, hung), "the watchdog restarts it")
         wait_until(lambda: _names(systemd, config) == ["second"])

@@ -18,7 +18,7 @@ from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import ConnectError
 from tests.support.doors import child_environment
-from tests.support.waiting import wait_until
+from tests.support.waiting import SECONDS, wait_until
 
 _MAIN = "import sys; from qemu_dump_ext.entry import qemu_crash_collector as run; sys.exit(run())"
 _SECONDS = 300.0
@@ -97,11 +97,12 @@ class CrashAgent:
         guests: list[dict[str, Any]] = answer["guests"]
         return guests
 
-    def wait_connected(self, count: int = 1) -> None:
+    def wait_connected(self, count: int = 1, seconds: float = SECONDS) -> None:
         """Wait until so many guests are connected."""
         wait_until(
             lambda: sum(guest["connected"] for guest in self.guests() or ()) == count,
             f"{count} guests connected",
+            seconds,
         )
 
     def records(self) -> list[CrashRecord]:
