@@ -25,7 +25,9 @@ from qemu_dump_ext.structures.vmcoreinfo import PAGE_SIZES
 _PIECE = 1 << 20
 _PIECES_BEHIND, _PIECES_BEFORE = 48, 8
 """Data lie behind the code of an image; the largest are of 48 MiB."""
-_PIECES_OF_SLOW = 2
+_PIECES_MAX = 128
+"""Of all places together: a vCPU in a program is anywhere."""
+_SLOW_PIECES, _SLOW_PIECES_MAX = 2, 8
 _IN_PAGE = min(PAGE_SIZES) - 1
 _TRIPLES_MAX = 1024
 """A hostile guest has any number of them."""
@@ -114,14 +116,16 @@ class NotePointers:
         """Yield first gpa and end of what is populated around some, each part once."""
         seen: set[int] = set()
         places = sorted({gpa // _PIECE for gpa in gpas})
-        behind, before = _PIECES_BEHIND, _PIECES_BEFORE
+        behind, before, most = _PIECES_BEHIND, _PIECES_BEFORE, _PIECES_MAX
         if self._memory.is_slow:
-            behind = before = _PIECES_OF_SLOW
+            behind, before, most = _SLOW_PIECES, _SLOW_PIECES, _SLOW_PIECES_MAX
         for step in range(max(behind, before)):
             for place in places:
                 steps = {place + step} if step < behind else set()
                 steps |= {place - step} if step < before else set()
                 for piece in sorted(steps - seen):
+                    if len(seen) >= most:
+                        return
                     seen.add(piece)
                     block = block_at(self._blocks, piece * _PIECE)
                     if block is not None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures import AddressWindow, all_architectures
 from qemu_dump_ext.errors import PauseLimitError, RequestError
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.linux import vmcoreinfo_search
@@ -316,3 +316,15 @@ def test_a_vcpu_of_unknown_page_tables_is_in_code_of_the_kernel(
     chosen = NoteSearch(X86_64, "little", memory, memory.blocks, vcpus).find().chosen
     assert chosen is not None
     assert chosen.evidence is evidence
+
+
+@pytest.mark.parametrize(("is_slow", "most"), [(False, 128 * MIB), (True, 8 * MIB)])
+def test_vcpus_in_programs_all_over_memory_are_bounded(*, is_slow: bool, most: int):
+    memory = FlatMemory(512 * MIB)
+    memory.is_slow = is_slow
+    vcpus = [Vcpu(index, {"rip": 4 * index * MIB}) for index in range(128)]
+    found = NotePointers(X86_64, memory, memory.blocks, byte_order="little")
+    sizes: list[int] = []
+    everything = [AddressWindow(0, 512 * MIB, 0)]
+    assert not list(found.targets(vcpus, everything, lambda _gpa, size: bytes(size), sizes.append))
+    assert sum(sizes) == most
