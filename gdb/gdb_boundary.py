@@ -81,8 +81,10 @@ class QemuCommand:
             raise gdb.GdbError(said) from error
         _set_status(status)
 
-    def complete(self, text: str, word: str) -> Sequence[str]:
+    def complete(self, text: str, word: str | None) -> Sequence[str]:
         """Complete options and their values."""
+        if word is None:
+            return ()  # gdb asks where words end; newer ones print what is raised then
         words = text.split(" ")
         found = self._complete(words[:-1], words[-1])
         if found is None:

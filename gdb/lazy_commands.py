@@ -32,7 +32,7 @@ class _LazyCommand(gdb.Command):
         gdb.set_convenience_variable("_qemu_dump_status", _UNEXPECTED)
         self._imported().invoke(argument)
 
-    def complete(self, text: str, word: str) -> Sequence[str]:
+    def complete(self, text: str, word: str | None) -> Sequence[str]:
         found: Sequence[str] = self._imported().complete(text, word)
         return found
 

@@ -329,7 +329,8 @@ def test_no_gdbstub_there(tmp_path: Path):
 def test_a_stub_that_is_not_qemu(tmp_path: Path):
     with foreign_stub() as address, no_trace(tmp_path):
         result = run_cli("--gdb", address, tmp_path / "new")
-    refuse(result, 3, r"is no gdbstub of QEMU")
+    # gdbserver 16 ends itself when another client comes after the first, which has looked at it.
+    refuse(result, 3, r"is no gdbstub of QEMU|gdb cannot connect to")
 
 
 @contextmanager
