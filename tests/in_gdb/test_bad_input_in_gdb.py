@@ -338,13 +338,18 @@ def test_help_and_completion(stopped: QemuMachine, tmp_path: Path):
             assert sorted(found) == wanted
 
 
+def _gdb_version() -> int:
+    text = subprocess.run(["gdb", "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"(\d+)\.\d+", text)
+    assert found is not None
+    return int(found[1])
+
+
 def test_a_name_with_spaces_and_quotes(stopped: QemuMachine, tmp_path: Path):
     names = ["two words", "it's", 'say "x"', "back\\slash", "-z"]
-    # In gdb, unlike in a shell, a backslash counts inside quotes as well.
-    commands = [
-        f"{_DUMP} -z zlib {shlex.join([str(tmp_path / name)])}".replace("\\", "\\\\")
-        for name in names
-    ]
+    commands = [f"{_DUMP} -z zlib {shlex.join([str(tmp_path / name)])}" for name in names]
+    if _gdb_version() < 16:  # where, unlike in a shell, a backslash counts inside quotes as well
+        commands = [command.replace("\\", "\\\\") for command in commands]
     parts_of(stopped, [*commands, f"{_DUMP} -z zlib {tmp_path}/plain\\ space"])
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "plain space"])
 
