@@ -9,6 +9,7 @@ Source: makedumpfile's makedumpfile.c, __exclude_unnecessary_pages(); Linux page
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qemu_dump_ext.errors import SourceError
@@ -29,6 +30,8 @@ USER = 8
 FREE = 16
 _CHUNK = 1 << 14
 """Struct pages looked at together: 1 MiB of them, usually. A power of 2."""
+_PIECE = 1 << 18
+"""Pages whose ranges are found together."""
 _LARGEST_ORDER = 40
 _FIRST_TYPE = 0xF0
 _NO_TYPE = 0xFF
@@ -84,8 +87,13 @@ def find_excluded_pages(
         return PageSet(layout.page_size, ())
     map_ = _Map(numpy, rules, layout, runs)
     for run in runs:
-        for start in range(0, run.count, _CHUNK):
-            map_.add(kernel, run, start, min(_CHUNK, run.count - start))
+        start = 0
+        while start < run.count:
+            # Up to where blocks of so many pages begin.
+            count = min(_CHUNK - (run.first_pfn + start) % _CHUNK, run.count - start)
+            map_.add(kernel, run, start, count)
+            start += count
+        map_.end_run()
     if not map_.is_known:
         raise SourceError("the kernel's struct pages cannot be read where VMCOREINFO leads")
     return PageSet(layout.page_size, map_.ranges(kept))
@@ -101,8 +109,42 @@ def _does_anything(rules: FilterRules, layout: StructPage) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class _Blocks:
+    """Blocks of pages that begin in one chunk, by ascending start.
+
+    Attributes:
+        starts: First page of each, counted from the first of the chunk.
+        sizes: Pages of each, a power of 2.
+        compound: Whether each is a compound page, and no free block.
+    """
+
+    starts: Array
+    sizes: Array
+    compound: Array
+
+
+@dataclass(frozen=True)
+class _LargeBlock:
+    """A sound block that ends behind the chunk in which it begins: it fills chunks.
+
+    Attributes:
+        first: Page, counted from the first of all struct pages.
+        end: First page behind.
+        compound: As of `_Blocks`.
+        tails: Of the pages that were seen, how many are tails.
+    """
+
+    first: int
+    end: int
+    compound: bool
+    tails: int
+
+
 class _Map:
     """What has been found, for the pages from the first to the last struct page.
+
+    A byte for each page, and what one chunk takes; nothing else grows with the guest.
 
     Attributes:
         is_known: Some struct page was read.
@@ -118,13 +160,12 @@ class _Map:
         self._np = numpy
         self._rules = rules
         self._layout = layout
-        self._runs = runs
         self.is_known = False
         self._first = runs[0].first_pfn
         count = runs[-1].first_pfn + runs[-1].count - self._first
         self._out = numpy.zeros(count, dtype=bool)
-        self._tails = numpy.zeros(count + 1, dtype=bool)  # one more, which sums may end at
-        self._blocks: list[tuple[Array, Array, bool]] = []  # starts, sizes, whether compound
+        self._reached = 0  # first page behind all blocks so far
+        self._large: _LargeBlock | None = None
 
     def add(self, kernel: KernelMemory, run: MemMapRun, start: int, count: int) -> None:
         """Look at struct pages `start` to `start + count` of a run."""
@@ -136,39 +177,43 @@ class _Map:
             chunk.live[low // layout.size : -(-high // layout.size)] = False
         self.is_known |= sum(high - low for low, high in missing) < len(data)
         at = run.first_pfn + start - self._first
-        self._tails[at : at + count] = chunk.tail
-        free = self._free_blocks(chunk)
-        single = self._left_out(chunk) & ~free
-        order = chunk.orders
-        big = (single & (order > 0)).nonzero()[0]
+        begins, found = self._free_blocks(chunk)
+        single = self._left_out(chunk) & ~begins
+        big = (single & (chunk.orders > 0)).nonzero()[0]
         if len(big):
-            self._blocks.append((big + at, self._sizes(order[big]), True))
+            found.append((big, self._sizes(chunk.orders[big]), True))
             single[big] = False
-        self._out[at : at + count] = single
+        self._out[at : at + count] |= single
+        blocks = self._sorted(found)
+        if self._rules.exact:
+            self._take_as_a_walk(blocks, at, count)
+        else:
+            self._take_sound(blocks, chunk, at)
 
     def _sizes(self, orders: Array) -> Array:
         return self._np.left_shift(self._np.int64(1), orders.astype(self._np.int64))
 
-    def _free_blocks(self, chunk: _Chunk) -> Array:
-        """Take free blocks; return the pages with which they begin, for which no other rule is."""
-        layout, at = self._layout, chunk.first_pfn - self._first
+    def _free_blocks(self, chunk: _Chunk) -> tuple[Array, list[tuple[Array, Array, bool]]]:
+        """Return the pages with which free blocks begin, for which no other rule is, and blocks."""
+        layout = self._layout
         begins = self._np.zeros(chunk.count, dtype=bool)
+        found: list[tuple[Array, Array, bool]] = []
         if not self._rules.level & FREE:
-            return begins
+            return begins, found
         free = chunk.has_type(layout.buddy) & ~chunk.slab & chunk.live
         if layout.private is not None and free.any():
             places = free.nonzero()[0]
             orders = chunk.words(layout.private)[places].astype(self._np.uint64)
             good = orders < layout.free_orders
-            self._blocks.append((places[good] + at, self._sizes(orders[good]), False))
+            found.append((places[good], self._sizes(orders[good]), False))
             begins |= free  # one of an order that cannot be stays
         unaccepted = chunk.has_type(layout.unaccepted) & chunk.live
         if unaccepted.any():
             places = unaccepted.nonzero()[0]
             largest = self._np.full(len(places), max(layout.free_orders - 1, 0))
-            self._blocks.append((places + at, self._sizes(largest), False))
+            found.append((places, self._sizes(largest), False))
             begins |= unaccepted
-        return begins
+        return begins, found
 
     def _left_out(self, chunk: _Chunk) -> Array:
         """Return which pages are left out for what their own struct page says."""
@@ -188,79 +233,115 @@ class _Map:
         out |= chunk.has_type(layout.offline) & ~chunk.slab
         return out & chunk.live
 
+    def _sorted(self, found: Sequence[tuple[Array, Array, bool]]) -> _Blocks:
+        numpy = self._np
+        if not found:
+            nothing = numpy.zeros(0, dtype=numpy.int64)
+            return _Blocks(nothing, nothing, nothing)
+        starts = numpy.concatenate([one[0] for one in found])
+        sizes = numpy.concatenate([one[1] for one in found])
+        compound = numpy.repeat([one[2] for one in found], [len(one[0]) for one in found])
+        if len(found) == 1:
+            return _Blocks(starts, sizes, compound)
+        order = numpy.argsort(starts, kind="stable")
+        return _Blocks(starts[order], sizes[order], compound[order])
+
+    def _take_as_a_walk(self, blocks: _Blocks, at: int, count: int) -> None:
+        # What a walk in ascending order meets that skips what a block covers.
+        self._out[at : max(at, min(self._reached, at + count))] = True
+        starts, ends = blocks.starts + at, blocks.starts + blocks.sizes + at
+        if not len(starts):
+            return
+        good = self._np.ones(len(starts), dtype=bool)
+        reached = self._reached
+        if starts[0] < reached or (starts[1:] < self._np.maximum.accumulate(ends)[:-1]).any():
+            for index, (start, end) in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
+                good[index] = start >= reached
+                if good[index]:
+                    reached = end
+        self._leave_out(blocks.starts[good], blocks.sizes[good], at, count)
+        self._reached = max(reached, int(ends[good].max(initial=0)))
+
+    def _leave_out(self, starts: Array, sizes: Array, at: int, count: int) -> None:
+        # No two of them overlap: the sum is 0 or 1 everywhere, and only the last may reach the end.
+        covered = self._np.zeros(count + 1, dtype=self._np.int8)
+        covered[starts] += 1
+        covered[self._np.minimum(starts + sizes, count)] -= 1
+        self._np.cumsum(covered, dtype=self._np.int8, out=covered)
+        self._out[at : at + count] |= covered[:-1].view(bool)
+
+    def _take_sound(self, blocks: _Blocks, chunk: _Chunk, at: int) -> None:
+        # Aligned, in one run, overlapped by no other, and compound ones with all their tails.
+        numpy, count = self._np, chunk.count
+        starts, ends = blocks.starts, blocks.starts + blocks.sizes
+        self._continue_large(chunk, at, is_overlapped=len(starts) > 0)
+        if not len(starts):
+            return
+        good = (starts + chunk.first_pfn) & (blocks.sizes - 1) == 0
+        reached = numpy.maximum(numpy.maximum.accumulate(ends), self._reached - at)
+        good[0] &= starts[0] >= self._reached - at
+        good[1:] &= starts[1:] >= reached[:-1]
+        good[:-1] &= starts[1:] >= ends[:-1]
+        self._reached = int(reached[-1]) + at
+        crosses = good & (ends > count)
+        if crosses.any():
+            if count == _CHUNK:  # it is aligned: the only block of this chunk, which it fills
+                size, is_compound = int(blocks.sizes[0]), bool(blocks.compound[0])
+                self._large = _LargeBlock(at, at + size, is_compound, int(chunk.tail.sum()))
+                return
+            good &= ~crosses
+        places = (good & blocks.compound).nonzero()[0]
+        if len(places):
+            # Pages behind the first of each, and of what is between two of them.
+            borders = numpy.stack((starts[places] + 1, ends[places]), axis=1).ravel()
+            padded = numpy.append(chunk.tail, numpy.False_)  # one more, which sums may end at
+            tails = numpy.add.reduceat(padded, borders, dtype=numpy.int64)[::2]
+            good[places] = tails == blocks.sizes[places] - 1
+        self._leave_out(starts[good], blocks.sizes[good], at, count)
+
+    def _continue_large(self, chunk: _Chunk, at: int, *, is_overlapped: bool) -> None:
+        large = self._large
+        if large is None:
+            return
+        tails = large.tails + int(chunk.tail.sum())
+        is_last = at + chunk.count >= large.end
+        self._large = None if is_overlapped or is_last else replace(large, tails=tails)
+        has_all_tails = not large.compound or tails == large.end - large.first - 1
+        if is_last and has_all_tails and not is_overlapped:
+            self._out[large.first : large.end] = True
+
+    def end_run(self) -> None:
+        """Know that what is still to come is elsewhere: a sound block ends where its run does."""
+        self._large = None
+
     def ranges(self, kept: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """Return first pfn and first pfn behind of what is left out."""
-        numpy, out = self._np, self._out
-        self._add_blocks()
+        out = self._out
         for first, end in kept:
             out[max(first - self._first, 0) : max(end - self._first, 0)] = False
-        edges = numpy.diff(out.astype(numpy.int8), prepend=0, append=0)
-        starts, ends = (edges > 0).nonzero()[0], (edges < 0).nonzero()[0]
-        if len(starts) > _RANGES_MAX:
-            largest = numpy.sort(numpy.argsort(starts - ends, kind="stable")[:_RANGES_MAX])
-            starts, ends = starts[largest], ends[largest]
+        starts, ends = self._largest_ranges()
         return list(
             zip((starts + self._first).tolist(), (ends + self._first).tolist(), strict=True)
         )
 
-    def _add_blocks(self) -> None:
-        numpy = self._np
-        if not self._blocks:
-            return
-        starts = numpy.concatenate([block[0] for block in self._blocks])
-        sizes = numpy.concatenate([block[1] for block in self._blocks])
-        compound = numpy.concatenate(
-            [numpy.full(len(block[0]), block[2], dtype=bool) for block in self._blocks]
-        )
-        order = numpy.argsort(starts, kind="stable")
-        starts, sizes, compound = starts[order], sizes[order], compound[order]
-        if self._rules.exact:
-            good = self._as_a_walk(starts, sizes)
-        else:
-            good = self._sound(starts, sizes, compound)
-        starts, sizes = starts[good], sizes[good]
-        # No two of them overlap: the sum is 0 or 1 everywhere.
-        covered = numpy.zeros(len(self._out) + 1, dtype=numpy.int8)
-        numpy.add.at(covered, starts, 1)
-        numpy.add.at(covered, numpy.minimum(starts + sizes, len(self._out)), -1)
-        numpy.cumsum(covered, dtype=numpy.int8, out=covered)
-        self._out |= covered[:-1].view(bool)
-
-    def _as_a_walk(self, starts: Array, sizes: Array) -> Array:
-        # What a walk in ascending order meets that skips what a block covers.
-        numpy = self._np
-        ends = numpy.maximum.accumulate(starts + sizes)
-        good = numpy.ones(len(starts), dtype=bool)
-        if not (starts[1:] < ends[:-1]).any():
-            return good
-        reached = -1
-        for index, (start, size) in enumerate(zip(starts.tolist(), sizes.tolist(), strict=True)):
-            good[index] = start >= reached
-            if good[index]:
-                reached = start + size
-        return good
-
-    def _sound(self, starts: Array, sizes: Array, compound: Array) -> Array:
-        # Aligned, in one run, overlapped by no other, and compound ones with all their tails.
-        numpy = self._np
-        ends = starts + sizes
-        good = (starts + self._first) & (sizes - 1) == 0
-        run_starts = numpy.array([run.first_pfn - self._first for run in self._runs])
-        run_ends = run_starts + numpy.array([run.count for run in self._runs])
-        index = numpy.searchsorted(run_starts, starts, side="right") - 1
-        good &= ends <= run_ends[index]
-        reached = numpy.maximum.accumulate(ends)
-        overlapped = numpy.zeros(len(starts), dtype=bool)
-        overlapped[1:] |= starts[1:] < reached[:-1]
-        overlapped[:-1] |= starts[1:] < ends[:-1]
-        good &= ~overlapped
-        places = (good & compound).nonzero()[0]
-        if len(places):
-            # Pages behind the first of each, and of what is between two of them.
-            borders = numpy.stack((starts[places] + 1, ends[places]), axis=1).ravel()
-            tails = numpy.add.reduceat(self._tails, borders, dtype=numpy.int64)[::2]
-            good[places] = tails == sizes[places] - 1
-        return good
+    def _largest_ranges(self) -> tuple[Array, Array]:
+        numpy, out = self._np, self._out
+        starts = ends = numpy.zeros(0, dtype=numpy.int64)
+        for at in range(0, len(out), _PIECE):
+            piece = out[at : at + _PIECE].view(numpy.int8)
+            edges = numpy.diff(piece, prepend=0, append=0)
+            more_starts = (edges > 0).nonzero()[0] + at
+            more_ends = (edges < 0).nonzero()[0] + at
+            if len(ends) and len(more_starts) and ends[-1] == more_starts[0]:
+                ends, more_starts = ends[:-1], more_starts[1:]
+            starts = numpy.concatenate((starts, more_starts))
+            ends = numpy.concatenate((ends, more_ends))
+            is_last = at + _PIECE >= len(out)
+            if len(starts) > (1 if is_last else 2) * _RANGES_MAX:
+                largest = numpy.argpartition(starts - ends, _RANGES_MAX)[:_RANGES_MAX]
+                largest.sort()
+                starts, ends = starts[largest], ends[largest]
+        return starts, ends
 
 
 class _Chunk:

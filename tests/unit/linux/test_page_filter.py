@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import tracemalloc
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import cast
@@ -10,6 +11,7 @@ from typing import cast
 import pytest
 
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.linux import page_filter
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.mem_map import MemMapRun
 from qemu_dump_ext.linux.page_filter import FilterRules, find_excluded_pages
@@ -248,3 +250,80 @@ def test_what_a_level_needs_is_refused_by_its_name(missing: str, level: int, wor
     entries = {key: value for key, value in _V7_2.items() if key != missing}
     with pytest.raises(SourceError, match=words):
         parse_struct_page(_text(entries), "little", level)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_pieces_of_mem_map_make_no_difference(
+    seed: int, exact: bool, monkeypatch: pytest.MonkeyPatch
+):
+    map_ = _random_map(seed, _V7_2)
+    for pfn in range(1, 700, 2):  # no compound page begins at such a one
+        map_.put(pfn, _FLAGS, map_.get(pfn, _FLAGS) & ~0x40)
+    # Blocks that fill pieces, reach into later ones, or behind the end.
+    for pfn, order in ((128, 7), (320, 6), (384, 7), (640, 6)):
+        for page in range(pfn, min(pfn + (1 << order), 700)):
+            map_.put(page, _FLAGS, order if page == pfn + 1 else 0)
+            map_.put(page, _MAPCOUNT, 0xFFFFFFFF, 4)
+            map_.put(page, _HEAD, page > pfn)
+        map_.put(pfn, _FLAGS, 0x40)
+        map_.put(pfn, _MAPPING, 1)
+    map_.put(400 + 16 * seed, _HEAD, seed % 2)  # a tail that is none, or is one
+    whole = _excluded(map_, _V7_2, 31, exact=exact)
+    for size in (32, 64, 256):
+        monkeypatch.setattr(page_filter, "_CHUNK", size)
+        assert _excluded(map_, _V7_2, 31, exact=exact) == whole, size
+    monkeypatch.setattr(page_filter, "_PIECE", 64)
+    assert _excluded(map_, _V7_2, 31, exact=exact) == whole
+
+
+def test_of_very_many_ranges_the_largest_are_left_out(monkeypatch: pytest.MonkeyPatch):
+    map_ = _MemMap(bytearray(700 * _SIZE))
+    for pfn in range(700):
+        map_.put(pfn, _FLAGS, (1 << 5) * bool(pfn % (2 + pfn // 100)))
+        map_.put(pfn, _MAPCOUNT, 0xFFFFFFFF, 4)
+    whole = _excluded(map_, _V7_2, 31, exact=False)
+    monkeypatch.setattr(page_filter, "_RANGES_MAX", 20)
+    monkeypatch.setattr(page_filter, "_PIECE", 64)
+    largest = _excluded(map_, _V7_2, 31, exact=False)
+    assert largest < whole
+    sizes = [
+        next(size for size in range(1, 700) if first + size not in whole)
+        for first in whole
+        if first - 1 not in whole
+    ]
+    assert len(largest) == sum(sorted(sizes)[-20:])
+
+
+class _Repeated:
+    # Struct pages of a guest of any size, in which all kinds come in turn.
+    def __init__(self) -> None:
+        map_ = _MemMap(bytearray((1 << 14) * _SIZE))
+        for pfn in range(1 << 14):
+            map_.put(pfn, _MAPCOUNT, 0xFFFFFFFF, 4)
+            map_.put(pfn, _FLAGS, (1 << 5) * (pfn % 2))
+        for pfn in range(0, 1 << 13, 16):
+            map_.put(pfn, _MAPCOUNT, 0xF0000000, 4)
+            map_.put(pfn, _PRIVATE, 3)
+        for pfn in range(1 << 13, 3 << 12, 512):
+            _block(map_, pfn, 9)
+        self._content = bytes(map_.data)
+
+    def read_known(self, gva: int, view: memoryview) -> list[tuple[int, int]]:
+        at = gva % len(self._content)
+        view[:] = self._content[at : at + len(view)]
+        return []
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_memory_for_a_large_guest_is_bounded(exact: bool):
+    layout = parse_struct_page(_text(_V7_2), "little", 31)
+    kernel, runs = cast("KernelMemory", _Repeated()), [MemMapRun(0, (16 << 30) // 4096, 0)]
+    tracemalloc.start()
+    try:
+        found = find_excluded_pages(FilterRules(31, exact), layout, runs, kernel)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found.page_count > runs[0].count // 4
+    assert peak < (64 << 20) + 16 * (1 << 18)
