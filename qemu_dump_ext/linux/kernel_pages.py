@@ -147,6 +147,9 @@ def _outside(
     segments: Iterable[Segment], left_out: Sequence[AddressRange]
 ) -> Iterator[tuple[int, int]]:
     """Yield first gpa and end of what segments map at other addresses than these."""
+    if not left_out:
+        yield from ((segment.gpa, segment.gpa + segment.size) for segment in segments)
+        return
     gone = PageSet(1, tuple(sorted((gva, gva + size) for gva, size in left_out)))
     for segment in segments:
         inside = PageSet(1, ((segment.gva, segment.gva + segment.size),))

@@ -206,6 +206,10 @@ class _Walk:
         ((mask, left),) = level.leaf_masks
         present_mask, wanted = present.mask, present.wanted
         size, shift = 1 << level.shift, level.shift
+        if self._is_one_run(entries, size, left, mask) and entries[0] & present_mask == wanted:
+            self._page(level, entries[0], base)
+            self._grow(((entries[0] & mask) << left) + len(entries) * size)
+            return
         low, high = self._span
         next_gpa = next_index = -1
         for index, entry in enumerate(entries):
@@ -225,6 +229,16 @@ class _Walk:
             next_gpa, next_index = (gpa + size, index + 1) if follows else (-1, -1)
         if next_index >= 0:
             self._grow(next_gpa)
+
+    def _is_one_run(self, entries: Sequence[int], size: int, left: int, mask: int) -> bool:
+        """Tell whether a table maps memory that lies together, as a linear map by small pages."""
+        first, step, count = entries[0], size >> left, len(entries)
+        gpa, last = (first & mask) << left, first + (count - 1) * step
+        if not step or entries[-1] != last or (last & mask) << left != gpa + (count - 1) * size:
+            return False
+        low, high = self._walker.memory.span(gpa)
+        is_inside = low <= gpa and gpa + count * size <= high
+        return is_inside and entries == tuple(range(first, last + 1, step))
 
     def _grow(self, end: int) -> None:
         gva, gpa, _, page = self._run
