@@ -9,6 +9,7 @@ import base64
 import re
 import zlib
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +17,11 @@ import numpy.typing as npt
 from qemu_dump_ext.guest_images.machine import BootedGuest
 
 _IN_A_BLOCK = 4096 // 8
-_PRINT = """dd if=/proc/kpageflags bs=4096 skip={skip} | gzip >/dev/flags
-for turn in 1 2 3 4 5; do echo flags "begin"; base64 -w 16 /dev/flags; done
-for turn in 1 2 3; do echo flags "end"; done
+_SAVE = "dd if=/proc/kpageflags bs=4096 skip={skip} | gzip >/dev/flags\n"
+_PRINT = """for turn in 1 2 3; do echo flags "begin"; base64 -w 16 /dev/flags; done
+for turn in 1 2 3; do echo flags "end" {number}; done
 """
-_PRINTED = re.compile(r"^flags begin$(.*?)^flags end$", re.DOTALL | re.MULTILINE)
+_ATTEMPTS = 8
 _LINE = re.compile(r"^[A-Za-z0-9+/=]+$", re.MULTILINE)
 _SECONDS = 200
 _BIG_ENDIAN = frozenset(("s390x",))
@@ -44,10 +45,8 @@ class PageFlags:
             guest: Which.
             first: Pages below are of no interest; a multiple of 512.
         """
-        guest.send_console(_PRINT.format(skip=first // _IN_A_BLOCK))
-        found = _PRINTED.search(guest.wait_for_console(_PRINTED, timeout_seconds=_SECONDS))
-        assert found is not None
-        content = zlib.decompress(base64.b64decode(_sound(found[1])), wbits=31)
+        guest.send_console(_SAVE.format(skip=first // _IN_A_BLOCK))
+        content = _printed(guest)
         order = ">" if guest.image.target in _BIG_ENDIAN else "<"
         told = np.frombuffer(content, f"{order}u8").astype(np.uint64)
         below = np.full(first, 1 << _NOPAGE, np.uint64)
@@ -81,9 +80,19 @@ class PageFlags:
         return spread
 
 
-def _sound(printed: str) -> str:
-    # Where a console is slow, some characters come twice or not at all, but hardly in each print.
-    prints = [_LINE.findall(text) for text in printed.split("flags begin")]
+def _printed(guest: BootedGuest) -> bytes:
+    # Where a console is slow, some characters come twice or not at all, but not in each print.
+    for number in range(_ATTEMPTS):
+        guest.send_console(_PRINT.format(number=number))
+        end = re.compile(rf"^flags end {number}$", re.MULTILINE)
+        text = guest.wait_for_console(end, timeout_seconds=_SECONDS)
+        with suppress(ValueError, zlib.error):
+            return zlib.decompress(base64.b64decode(_most_common(text)), wbits=31)
+    raise AssertionError("the console cannot be read")
+
+
+def _most_common(text: str) -> str:
+    _, *prints = (_LINE.findall(one) for one in text.split("flags begin\n"))
     (count, _), *_ = Counter(map(len, prints)).most_common()
     lines = zip(*(one for one in prints if len(one) == count), strict=True)
     return "".join(Counter(variants).most_common(1)[0][0] for variants in lines)
