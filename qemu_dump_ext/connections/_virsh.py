@@ -43,12 +43,13 @@ def quoted(word: str) -> str:
     return "'" + word.replace("'", "'\\''") + "'"
 
 
-def ask_once(uri: str | None, *words: str) -> str:
+def ask_once(uri: str | None, *words: str, descriptor: int | None = None) -> str:
     """Return what a virsh of its own prints; a daemon of the session is started by it.
 
     Args:
         uri: Of the connection; None: virsh's own choice.
         words: The command.
+        descriptor: It inherits this one, under the same number; None: none.
 
     Raises:
         ConnectError: There is no virsh, no libvirt that answers, or it refuses; in its words.
@@ -64,6 +65,7 @@ def ask_once(uri: str | None, *words: str) -> str:
                 check=False,
                 env=os.environ | {"LC_ALL": "C"},
                 start_new_session=True,
+                pass_fds=() if descriptor is None else (descriptor,),
             )
         except subprocess.TimeoutExpired as error:
             raise ConnectError(

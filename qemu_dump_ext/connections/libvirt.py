@@ -44,11 +44,15 @@ from qemu_dump_ext.qemu.qmp_message import (
 
 _LOCAL = re.compile(r"^[a-z]+(?:\+unix)?:///")
 _FIELD = re.compile(r"^(?P<name>[A-Za-z ]+):[ \t]+(?P<value>\S.*?)[ \t]*$", re.MULTILINE)
-_EVENT = re.compile(r"^event (?P<name>[A-Z_]+) at [\d.]+ for domain .*?: (?P<data>\{.*\}|<null>)$")
+_EVENT = re.compile(
+    r"^event (?P<name>[A-Z_]+) at (?P<seconds>\d{1,12})\.(?P<microseconds>\d{6}) for domain .*?:"
+    r" (?P<data>\{.*\}|<null>)$"
+)
 _TAINTED = (
     "libvirt marks the domain as tainted (custom-monitor) until it is shut off, for its monitor"
     " was used"
 )
+_PASSES = "--pass-fds"
 _LOCKED = "state change lock"
 # What libvirt does by itself, so that its own idea of the domain is true afterwards.
 _OPERATIONS: Mapping[str, str] = {
@@ -76,11 +80,8 @@ class LibvirtMonitor:
         name: Of the domain.
         uuid: Of the domain.
         pid: Of QEMU's process, or None: it is not on this host, or not to be seen.
-        passes_descriptors: Always false: nothing of ours is handed to a QEMU of libvirt's.
         remarks: What is to be said of this way.
     """
-
-    passes_descriptors = False
 
     def __init__(self, uri: str, uuid: str) -> None:
         """Use a domain.
@@ -135,6 +136,15 @@ class LibvirtMonitor:
         except SourceError as error:
             remarks.append(f"{error}: memory comes by pmemsave, or not at all")
         self.remarks = tuple(remarks)
+
+    @property
+    def passes_descriptors(self) -> bool:
+        """Whether libvirt is on this host, and its virsh knows how: since 8.2."""
+        if not _LOCAL.match(self.uri):
+            return False
+        with contextlib.suppress(SourceError):
+            return _PASSES in ask_once(self.uri, "help", "qemu-monitor-command")
+        return False
 
     @property
     def hears_events(self) -> bool:
@@ -208,12 +218,15 @@ class LibvirtMonitor:
             return None
 
     def hand_over(self, descriptor: int, name: str) -> None:
-        """Refuse: nothing of ours is handed to a QEMU of libvirt's.
+        """Give QEMU a descriptor, which a command can ask for by `name`; ours stays open.
 
         Raises:
-            SourceError: Always.
+            SourceError: libvirt, or QEMU, does not take it.
         """
-        raise SourceError(f"descriptor {descriptor} ({name}) is not passed through libvirt")
+        # By a virsh of its own, which inherits it.
+        request = json.dumps({"execute": "getfd", "arguments": {"fdname": name}})
+        words = ("qemu-monitor-command", "--domain", self.uuid, _PASSES, str(descriptor), request)
+        self._result("getfd", ask_once(self.uri, *words, descriptor=descriptor))
 
     @contextmanager
     def listening(self, hear: Hearer) -> Iterator[None]:
@@ -285,7 +298,17 @@ class LibvirtMonitor:
         request = {"execute": command, **({"arguments": arguments} if arguments else {})}
         asked = str((arguments or {}).get("command-line", command))
         again = _REPEATABLE.match(asked) is not None
-        message = self._message(command, asked, json.dumps(request), again=again)
+        return self._returned(
+            command, self._message(command, asked, json.dumps(request), again=again)
+        )
+
+    def _result(self, command: str, answer: str) -> Any:
+        try:
+            return self._returned(command, parse_message(answer.encode()))
+        except ValueError as error:
+            raise nonsense(command, answer[:200]) from error
+
+    def _returned(self, command: str, message: Mapping[str, Any]) -> Any:
         if "return" in message:
             return message["return"]
         problem = message.get("error")
@@ -386,7 +409,8 @@ def parse_event(line: str) -> Mapping[str, Any] | None:
     match = _EVENT.match(line.rstrip("\r\n"))
     if match is None:
         return None
-    event: dict[str, Any] = {"event": match["name"]}
+    stamp = {name: int(match[name]) for name in ("seconds", "microseconds")}
+    event: dict[str, Any] = {"event": match["name"], "timestamp": stamp}
     with contextlib.suppress(ValueError):
         event["data"] = parse_message(match["data"].encode())
     return event

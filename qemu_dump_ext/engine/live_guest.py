@@ -5,7 +5,7 @@ What is done with it is done as with a guest that stands still, and the guest kn
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -107,18 +107,26 @@ class LiveGuest(CopiedGuest):
         protected_seconds: How long it was slow to write memory behind the pause.
     """
 
-    def __init__(self, probed: ProbedGuest, memory: StreamedMemory, live: LiveStream) -> None:
+    def __init__(
+        self,
+        probed: ProbedGuest,
+        memory: StreamedMemory,
+        live: LiveStream,
+        remarks: Sequence[str] = (),
+    ) -> None:
         """Use what was streamed.
 
         Args:
             probed: What the guest is, its vCPUs as they are in the stream.
             memory: Of the guest.
             live: What the stream tells.
+            remarks: What is to be said of the way to it.
         """
         super().__init__(probed, memory, live.pause_seconds)
         self.protected_seconds = live.protected_seconds
         times = f"{1e3 * live.pause_seconds:.1f} ms", f"{live.protected_seconds:.1f} s"
         self.remarks = (
+            *remarks,
             f"the guest stood still for {times[0]}, and was slow to write memory for {times[1]}",
             f"{memory.size >> 20} MiB of guest memory were copied {memory.where}",
         )
@@ -192,7 +200,7 @@ def live_guest(
         streamed = _as_streamed(probed, live.stream, memory)
         if (now := _memory_size(qmp)) != size:
             streamed = replace(streamed, doubts=(*streamed.doubts, _plugged(size, now)))
-        yield LiveGuest(streamed, memory, live)
+        yield LiveGuest(streamed, memory, live, access.remarks)
 
 
 def _memory_size(qmp: QmpMonitor) -> int:

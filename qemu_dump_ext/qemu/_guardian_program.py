@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import select
 import socket
 import stat
 import subprocess
@@ -26,6 +27,8 @@ _LINE_MAX = 1 << 20
 _ACKNOWLEDGEMENTS = (b"+", b"-")
 _RETRY_SECONDS = 0.3
 _COMES_BACK_SECONDS = 600.0
+STREAM_NAME = "qemu-dump-live"
+"""By which QEMU has the descriptor of a stream, until a migration takes it."""
 _STUB = "gdbstub:"
 _IN_PROCESS = "dump in process"
 _MIGRATION_ENDED = frozenset((None, "none", "cancelled", "completed", "failed"))
@@ -41,35 +44,21 @@ class _Qmp:
         self._connection = connection
         self._lines = connection.makefile("rb")
         self._message()  # the greeting: QEMU is there, and for us
-        self._execute("qmp_capabilities")
+        self.execute("qmp_capabilities")
 
     def is_paused(self) -> bool:
-        answer = self._execute("query-status").get("return")
+        answer = self.execute("query-status").get("return")
         return isinstance(answer, dict) and answer.get("status") == "paused"
 
     def resume(self) -> bool:
         """Tell whether QEMU has taken it: it does not while it dumps the guest itself."""
-        return _IN_PROCESS not in json.dumps(self._execute("cont").get("error"))
+        return _IN_PROCESS not in json.dumps(self.execute("cont").get("error"))
 
     def monitor(self, command: str) -> str:
         arguments = {"command-line": command}
-        return str(self._execute("human-monitor-command", arguments).get("return"))
+        return str(self.execute("human-monitor-command", arguments).get("return"))
 
-    def take_back(self, capability: str) -> bool:
-        """Tell whether a capability is off: QEMU changes none during a migration."""
-        answer = self._execute("query-migrate").get("return")
-        status = answer.get("status") if isinstance(answer, dict) else None
-        if status not in _MIGRATION_ENDED:
-            return False
-        # QEMU takes it once more only when it has let go of guest memory; taken away before, the
-        # guest would hang.
-        return self._set(capability, on=True) and self._set(capability, on=False)
-
-    def _set(self, capability: str, *, on: bool) -> bool:
-        wanted = {"capabilities": [{"capability": capability, "state": on}]}
-        return "return" in self._execute("migrate-set-capabilities", wanted)
-
-    def _execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
         request = {"execute": command} | ({"arguments": arguments} if arguments else {})
         self._connection.sendall(json.dumps(request).encode() + b"\n")
         while not {"return", "error"} & (answer := self._message()).keys():
@@ -80,8 +69,7 @@ class _Qmp:
         line = self._lines.readline(_LINE_MAX)
         if not line:
             raise GoneError
-        message = json.loads(line)
-        return message if isinstance(message, dict) else {}
+        return _object(line.decode("utf-8", "replace"))
 
 
 class StubPeer:
@@ -253,27 +241,90 @@ def release(kind: str, address: object) -> None:
         time.sleep(_RETRY_SECONDS)
 
 
-def take_back(address: object, capability: str) -> None:
-    """Take a capability back; waits until QEMU answers, or is gone."""
-    while True:
+def take_back(kind: str, address: Any, capability: str, stream: int | None) -> None:
+    """Take a capability back; waits until QEMU answers, or is gone.
+
+    Args:
+        kind: How QEMU is reached.
+        address: Where.
+        capability: Which; empty: none, but the stream is read all the same.
+        stream: What is to be read to its end before, or None.
+    """
+    if kind == "libvirt":
+        _take_back_by_libvirt(address, capability, stream)
+        return
+    while stream is not None and os.read(stream, _LINE_MAX):
+        pass
+    while capability:
         with _connect(address) as connection:
             # Whatever is no socket is a console, which is no QMP.
-            if not isinstance(connection, socket.socket) or _Qmp(connection).take_back(capability):
+            if not isinstance(connection, socket.socket):
+                return
+            if _takes_back(_Qmp(connection).execute, capability):
                 return
         time.sleep(_RETRY_SECONDS)
 
 
+def _take_back_by_libvirt(
+    where: tuple[str, str, str, int], capability: str, stream: int | None
+) -> None:
+    virsh, uri, domain, pid = where
+
+    def ask(command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        words = ("qemu-monitor-command", "--domain", domain, json.dumps(request))
+        answer = _virsh(virsh, uri, *words)
+        return None if answer is None else _object(answer)
+
+    deadline = time.monotonic() + _COMES_BACK_SECONDS
+    while Path(f"/proc/{pid}").exists() if pid else time.monotonic() < deadline:
+        if stream is not None and select.select([stream], [], [], _RETRY_SECONDS)[0]:
+            stream = stream if os.read(stream, _LINE_MAX) else None
+            continue
+        if _has_migrated(ask):
+            # What libvirt has handed over stays QEMU's where no migration took it.
+            ask("closefd", {"fdname": STREAM_NAME})
+            if stream is None and (not capability or _takes_back(ask, capability)):
+                return
+        time.sleep(_RETRY_SECONDS)
+
+
+def _has_migrated(ask: Callable[..., dict[str, Any] | None]) -> bool:
+    """Tell whether QEMU answers, and no migration is under way."""
+    answer = ask("query-migrate")
+    if answer is None:
+        return False
+    told = answer.get("return")
+    return (told.get("status") if isinstance(told, dict) else None) in _MIGRATION_ENDED
+
+
+def _takes_back(ask: Callable[..., dict[str, Any] | None], capability: str) -> bool:
+    """Tell whether a capability is off: QEMU changes none during a migration."""
+    if not _has_migrated(ask):
+        return False
+    # QEMU takes it once more only when it has let go of guest memory; taken away before, the
+    # guest would hang.
+    for on in (True, False):
+        wanted = {"capabilities": [{"capability": capability, "state": on}]}
+        if "return" not in (ask("migrate-set-capabilities", wanted) or {}):
+            return False
+    return True
+
+
+def _object(text: str) -> dict[str, Any]:
+    message = json.loads(text)
+    return message if isinstance(message, dict) else {}
+
+
 if __name__ == "__main__" and not sys.stdin.buffer.read(1):
     try:
-        if len(sys.argv) > 5:
-            while os.read(int(sys.argv[5]), _LINE_MAX):
-                pass
         if len(sys.argv) > 4:
             if sys.argv[4].startswith(_STUB):
                 where = json.loads(sys.argv[2])
                 _close_stub(sys.argv[1], where, sys.argv[4].removeprefix(_STUB))
-            elif sys.argv[4]:
-                take_back(json.loads(sys.argv[2]), sys.argv[4])
+            else:
+                descriptor = int(sys.argv[5]) if len(sys.argv) > 5 else None
+                take_back(sys.argv[1], json.loads(sys.argv[2]), sys.argv[4], descriptor)
         else:
             release(sys.argv[1], json.loads(sys.argv[2]))
         if sys.argv[3]:  # which says that it is still to be done

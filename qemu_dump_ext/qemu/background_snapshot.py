@@ -17,6 +17,7 @@ import contextlib
 import fcntl
 import os
 import select
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, QmpMonitor
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.qemu._guardian_program import STREAM_NAME
 from qemu_dump_ext.qemu.guardian import Guardian
 from qemu_dump_ext.qemu.monitor_queries import find_devices
 from qemu_dump_ext.qemu.monitor_text import RUNNING, parse_version
@@ -47,12 +49,12 @@ from qemu_dump_ext.structures.migration import (
 )
 
 CAPABILITY = "background-snapshot"
-_FD_NAME = "qemu-dump-live"
 _COMPLETED, _POSTMIGRATE = "completed", "postmigrate"
 _LETS_GO_SINCE: QemuVersion = (10, 0, 0)
 """From here on QEMU is known to let go of guest memory however a stream ends; 7.2 does not."""
 _PIPE_SIZE = 1 << 20
 _POLL_SECONDS = 0.01
+_EVENT_SECONDS = 5.0
 _END_SECONDS = 150.0
 _CANCEL_SECONDS = 10.0
 _UNSEEN_WRITERS = r"vfio-.*|vhost-(?:user|vdpa)-.*"
@@ -84,6 +86,7 @@ class _Events:
         self.stopped: float | None = None
         self.resumed: float | None = None
         self.heard_resume: float | None = None
+        self.known = threading.Event()
 
     def hear(self, event: Mapping[str, Any]) -> None:
         """Know an event; called in any thread."""
@@ -96,6 +99,7 @@ class _Events:
         elif name == "RESUME" and self.stopped is not None and self.resumed is None:
             self.resumed = at
             self.heard_resume = time.monotonic()
+            self.known.set()
 
     @property
     def left_stopped(self) -> bool:
@@ -159,7 +163,7 @@ def stream_running_guest(access: GuestAccess, pages: PageTaker) -> LiveStream:
         with contextlib.suppress(OSError):  # as large as the host allows
             fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, _PIPE_SIZE)
         must_end = hangs_when_ended(access)
-        with _capability(qmp, reader.fileno() if must_end else None):
+        with _capability(access, qmp, reader.fileno() if must_end else None):
             return _Streaming(access, qmp, reader, writer, must_end=must_end).run(pages)
 
 
@@ -173,15 +177,17 @@ def hangs_when_ended(access: GuestAccess) -> bool:
 
 
 @contextmanager
-def _capability(qmp: QmpMonitor, stream: int | None) -> Iterator[None]:
+def _capability(access: GuestAccess, qmp: QmpMonitor, stream: int | None) -> Iterator[None]:
     """Have the capability set in a `with` block, and as it was behind it.
 
     Args:
-        qmp: Of the guest.
+        access: The ways to the guest.
+        qmp: One of them.
         stream: What is read to its end if this process is killed; None: nothing.
     """
     ours = not _is_set(qmp)
-    guardian = Guardian("qmp", qmp.address, CAPABILITY if ours else "", stream)
+    kind, address = access.rescue or ("qmp", qmp.address)
+    guardian = Guardian(kind, address, CAPABILITY if ours else "", stream)
     try:
         if ours:
             _set(qmp, on=True)
@@ -288,12 +294,12 @@ class _Streaming:
         return LiveStream(stream, *_times(self._events))
 
     def _take(self, pages: PageTaker) -> MigrationStream:
-        self._qmp.hand_over(self._writer.fileno(), _FD_NAME)
+        self._qmp.hand_over(self._writer.fileno(), STREAM_NAME)
         self._writer.close()
         _require_running(self._access)
         self._begun = True
         try:
-            self._qmp.begin_qmp("migrate", {"uri": f"fd:{_FD_NAME}"})()
+            self._qmp.begin_qmp("migrate", {"uri": f"fd:{STREAM_NAME}"})()
         except MonitorAnswerError as error:
             self._begun = False
             raise NotLiveError(f"QEMU: {error.answer.strip()}") from error
@@ -318,7 +324,7 @@ class _Streaming:
         if not self._finished:
             # QEMU may have taken it; or else it would never be at its end.
             with contextlib.suppress(SourceError):
-                self._qmp.begin_qmp("closefd", {"fdname": _FD_NAME})()
+                self._qmp.begin_qmp("closefd", {"fdname": STREAM_NAME})()
         if not self._begun:
             return
         if self._must_end:
@@ -366,6 +372,7 @@ def _require_running(access: GuestAccess) -> None:
 
 
 def _times(events: _Events) -> tuple[float, float]:
+    events.known.wait(_EVENT_SECONDS)  # which may come behind answers, by libvirt
     if events.stopped is None or events.resumed is None or events.heard_resume is None:
         raise SourceError("QEMU does not tell how long the guest stood still: no STOP and RESUME")
     return events.resumed - events.stopped, time.monotonic() - events.heard_resume

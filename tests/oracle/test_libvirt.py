@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from qemu_dump_ext.dump_readers import open_dump
+from tests.support.blocked_target import blocked_target
 from tests.support.doors import GDB_SCRIPT, cli_argv, gdb_argv
 from tests.support.libvirt_host import (
     SESSION,
@@ -51,6 +52,7 @@ while [ "$1" != -- ]; do shift; done
 shift 2
 exec sh -c "$*"
 """
+_CAPABILITY_ON = "background-snapshot: on"
 _OF_SEGMENTS = {160 + 24 * place + 8 for place in range(8)} | {
     160 + 24 * place for place in range(8)
 }
@@ -340,6 +342,42 @@ def test_a_domain_of_a_users_own_session():
         assert done.returncode == 0, done.stderr
         assert "memory by process" in done.stderr
         assert domain.state() == _RUNS
+
+
+def test_a_domain_is_dumped_while_it_runs(domain: Domain):
+    target = domain.host.directory / "live.elf"
+    done = domain.host.cli(*_words(domain), "--live", target)
+    assert done.returncode == 0, done.stderr
+    assert "the guest stood still for" in done.stderr
+    assert "libvirt marks the domain as tainted" in done.stderr
+    with open_dump(target) as dump:
+        assert sum(size for _, size in dump.memory_ranges()) > 64 << 20
+    _assert_nothing_is_left(domain)
+
+
+def test_a_live_dump_that_is_killed_leaves_nothing_set(domain: Domain):
+    with blocked_target(domain.host.directory) as target:
+        words = cli_argv(*_words(domain), "--live", target.path)
+        with domain.host.popen(*words, stderr=subprocess.PIPE) as dump:
+            # As soon as QEMU has been told to stream.
+            wait_until(lambda: _CAPABILITY_ON in _capabilities(domain), "it is set")
+            send_signal(dump, signal.SIGKILL)
+    wait_until(lambda: _CAPABILITY_ON not in _capabilities(domain), "its guardian takes it back")
+    _assert_nothing_is_left(domain)
+
+
+def _capabilities(domain: Domain) -> str:
+    return domain.monitor("info migrate_capabilities")
+
+
+def _assert_nothing_is_left(domain: Domain) -> None:
+    assert _CAPABILITY_ON not in _capabilities(domain)
+    wait_until(lambda: domain.state() == _RUNS, "it runs")
+    domain.host.virsh("suspend", domain.name)
+    assert domain.state() == "paused (user)"
+    domain.host.virsh("resume", domain.name)
+    assert domain.state() == _RUNS
+    assert domain.host.daemon_runs()
 
 
 def test_a_domain_of_another_host(domain: Domain):

@@ -10,16 +10,19 @@ from qemu_dump_ext.errors import SourceError
 
 
 def test_events_are_read_as_virsh_prints_them():
-    assert parse_event("event STOP at 1796030757.170515 for domain 'web1': <null>\n") == {
-        "event": "STOP"
+    assert parse_event("event STOP at 1796030757.070515 for domain 'web1': <null>\n") == {
+        "event": "STOP",
+        "timestamp": {"seconds": 1796030757, "microseconds": 70515},
     }
     panicked = 'event GUEST_PANICKED at 1796030757.266250 for domain \'web1\': {"action":"pause"}'
-    assert parse_event(panicked) == {"event": "GUEST_PANICKED", "data": {"action": "pause"}}
+    event = parse_event(panicked)
+    assert event is not None
+    assert (event["event"], event["data"]) == ("GUEST_PANICKED", {"action": "pause"})
 
 
 def test_a_name_of_a_domain_is_no_data():
-    line = "event STOP at 1.5 for domain 'a: {\"x\":1}': <null>"
-    assert parse_event(line) == {"event": "STOP"}
+    event = parse_event("event STOP at 1.500000 for domain 'a: {\"x\":1}': <null>")
+    assert event == {"event": "STOP", "timestamp": {"seconds": 1, "microseconds": 500000}}
 
 
 @pytest.mark.parametrize("line", ["", "events received: 3", "event stop for domain", "error: no"])
