@@ -18,7 +18,7 @@ from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
 
 _MODULES = "modules"
-_MODULES_MAX = 4096
+_MODULES_MAX = 1024
 _TEXT_MAX = 1 << 30
 _SYMBOLS_MAX = 1 << 20
 """Of all modules in which vCPUs are."""
@@ -107,21 +107,24 @@ class Modules:
 
     @cached_property
     def _texts(self) -> Sequence[tuple[int, int, int]]:
-        """First address and end of the code of each module, and where its structure is."""
-        found = []
+        """First address and end of the code of each module, and where its structure is.
+
+        Those behind one that is damaged are not known.
+        """
+        found: list[tuple[int, int, int]] = []
         is_array = "mem" in self._layout.module
         text_name, size_name = ("mem", "size") if is_array else ("core_layout", "text_size")
-        entry = self._word(self._head)
-        for _ in range(_MODULES_MAX):
-            if entry == self._head:
-                break
-            module = entry - self._layout.module["list"]
-            text = module + self._layout.module[text_name]
-            first = self._word(text + self._layout.text["base"])
-            size = self._number(text + self._layout.text[size_name], 4)
-            if size <= _TEXT_MAX:
-                found.append((first, first + size, module))
-            entry = self._word(entry)
+        try:
+            entry = self._word(self._head)
+            while entry != self._head and len(found) < _MODULES_MAX:
+                module = entry - self._layout.module["list"]
+                text = module + self._layout.module[text_name]
+                first = self._word(text + self._layout.text["base"])
+                size = self._number(text + self._layout.text[size_name], 4)
+                found.append((first, first + min(size, _TEXT_MAX), module))
+                entry = self._word(entry)
+        except SourceError:
+            pass
         return found
 
     def _function(self, module: int, address: int) -> str | None:

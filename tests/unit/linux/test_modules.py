@@ -162,16 +162,21 @@ def _list_in_a_circle(guest: Guest) -> None:
     struct.pack_into("<Q", guest.parts[MODULE], 8, MODULE + 8)
 
 
-def _endless_code(guest: Guest) -> None:
+def _list_that_leads_nowhere(guest: Guest) -> None:
+    struct.pack_into("<Q", guest.parts[MODULE], 8, 0x1000)
+
+
+def _much_code(guest: Guest) -> None:
     struct.pack_into("<I", guest.parts[MODULE], 128 + 12, 0xFFFFFFFF)
 
 
-@pytest.mark.parametrize("damage", [_list_in_a_circle, _endless_code])
-def test_list_that_does_not_end_and_code_that_does_not_are_bounded(damage):
+@pytest.mark.parametrize("damage", [_list_in_a_circle, _list_that_leads_nowhere, _much_code])
+def test_list_that_is_damaged_has_an_end(damage):
     guest = Guest()
     damage(guest)
     modules = guest.modules()
-    assert modules.function_at(TEXT + 0x1000) is None
+    assert modules.function_at(TEXT + 20) == "first"
+    assert modules.function_at(TEXT + (1 << 30)) is None
 
 
 @pytest.mark.parametrize("count", [0xFFFFFFFF, 1 << 20 | 1, 5])
