@@ -141,7 +141,7 @@ def make_mapped(content: bytes, *, bitmap: bytes = b"", **told: int) -> bytes:
     pages = range(size // PAGE)
     stored = sum(any(content[page * PAGE :][:PAGE]) << page for page in pages)
     bitmap = bitmap or stored.to_bytes(-(-len(pages) // 64) * 8, "little")
-    head, tail = around_mapped(size, pages_place=2 * PAGE, **told)
+    head, tail = around_mapped(size, **{"pages_place": 2 * PAGE, **told})
     return (head + bitmap).ljust(2 * PAGE, b"\0") + content.ljust(size, b"\0") + tail
 
 
