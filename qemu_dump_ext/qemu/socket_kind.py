@@ -68,7 +68,11 @@ def find_way(address: str) -> tuple[QemuProcess, Way] | None:
         target = tcp_address(address)
         if target is not None and not _is_of_this_host(target[0]):
             return None
-        for process in find_qemu_processes():
+        # Where there are hundreds of QEMUs, most likely this is one that was started with it.
+        place = unix_path(address) if target is None else f":{target[1]}"
+        found = find_qemu_processes()
+        found.sort(key=lambda process: not any(place in word for word in process.words))
+        for process in found:
             for way in ways_of(process, tables):
                 if way.channel.listens and _is_at(process, way, address, target, tables):
                     return process, way

@@ -20,6 +20,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu import socket_kind
 from qemu_dump_ext.qemu.qmp import SharedQmp, connect_qmp
 from qemu_dump_ext.sinks import open_sink
 from tests.support.doors import guest_status
@@ -171,3 +172,20 @@ def test_nothing_is_imported_while_the_guest_stands_still(
     words = [sys.executable, "-c", script, running.qmp_sockets[0], tmp_path / "new"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+def test_other_qemus_of_the_host_are_not_looked_at(machine, monkeypatch):
+    looked_at = []
+    ways_of = vars(socket_kind)["ways_of"]
+
+    def noting(process, tables):
+        looked_at.append(process.pid)
+        return ways_of(process, tables)
+
+    monkeypatch.setattr(socket_kind, "ways_of", noting)
+    with stopped_machine(["qemu-system-x86_64"], ["-m", "16"]) as other:
+        for wanted in (machine, other):
+            found = socket_kind.find_way(str(wanted.qmp_sockets[0]))
+            assert found is not None
+            assert [found[0].pid] == looked_at == [wanted.pid]
+            looked_at.clear()
