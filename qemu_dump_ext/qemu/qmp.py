@@ -229,7 +229,10 @@ class QmpMonitor(SharedQmp):
 
     def __init__(self, address: str) -> None:
         import_package("qemu.qmp", "QMP")
-        super().__init__(new_client(), asyncio.new_event_loop(), address)
+        loop = asyncio.new_event_loop()
+        # What ends the connection is told to who asks; asyncio would write it to standard error.
+        loop.set_exception_handler(lambda _loop, _context: None)
+        super().__init__(new_client(), loop, address)
         self._thread = threading.Thread(target=self._serve, name="qmp", daemon=True)
 
     def connect(self) -> None:

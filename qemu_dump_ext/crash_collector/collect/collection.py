@@ -150,7 +150,7 @@ class CrashCollector:
         try:
             with suppress(RequestError):  # which is told when the dump is taken
                 prepare(self._requests(0)[0])
-            import_plug_ins(access_by(qmp), "linux.call_trace")
+            import_plug_ins(access_by(qmp), "linux.call_trace", "linux.kernel_pages")
             with ExitStack() as captured:
                 taken, guest = self._capture(captured, taken, qmp, files)
                 taken = evidence.kernel_log(taken, qmp, guest)
