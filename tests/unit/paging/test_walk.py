@@ -24,7 +24,7 @@ from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import TableReader, collect_mappings, roots_of_vcpus
-from qemu_dump_ext.paging.walk import WalkBudget, translate
+from qemu_dump_ext.paging.walk import WalkBudget, _Walk, translate
 from tests.support.fake_kernel import FlatMemory
 
 X86_64: Architecture = all_architectures()["x86_64"]
@@ -438,3 +438,34 @@ def test_pages_of_loongarch64():
             )
         ),
     ]
+
+
+# Entries of a whole table: in one run; with a fault at some place; of which some lead elsewhere.
+_FAULTS: dict[str, dict[int, int]] = {
+    "none": {},
+    "first is missing": {0: 0},
+    "last is missing": {511: 0},
+    "one is missing": {200: 0},
+    "one leads elsewhere": {200: 0x5000 | 1},
+    "one has other flags": {200: 0x200000 + 200 * 0x1000 | 0x21},
+    "one has a bit above": {511: 1 << 53 | 0x200000 + 511 * 0x1000 | 1},
+}
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("at", [0x200000, 0x500000, 0x700000], ids=hex)
+@pytest.mark.parametrize("fault", _FAULTS)
+def test_a_table_of_one_run_is_as_its_entries_one_by_one(
+    fault: str, at: int, native: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """From 0x700000 on, it leads out of memory."""
+    memory = FlatMemory(8 * MIB)
+    put_chain(memory, 256, 0)
+    memory.put_entries(3 << 12, {0: 4 << 12 | 1, 1: 5 << 12 | 1})
+    for table, gpa in ((4, at), (5, at + 2 * MIB)):  # the second one goes on where the first ends
+        memory.put_entries(table << 12, {index: gpa + (index << 12) | 1 for index in range(512)})
+    memory.put_entries(4 << 12, _FAULTS[fault])
+    found = collect(memory, FOUR_LEVELS, native=native)
+    assert found
+    monkeypatch.setattr(_Walk, "_is_one_run", lambda *_: False)
+    assert collect(memory, FOUR_LEVELS, native=native) == found
