@@ -81,7 +81,10 @@ class LibvirtMonitor:
         uuid: Of the domain.
         pid: Of QEMU's process, or None: it is not on this host, or not to be seen.
         remarks: What is to be said of this way.
+        asks_at_once: libvirt does one thing after the other, and each takes a virsh of its own.
     """
+
+    asks_at_once = 1
 
     def __init__(self, uri: str, uuid: str) -> None:
         """Use a domain.

@@ -34,7 +34,8 @@ class Monitor(Protocol):
 class AsyncMonitor(Monitor, Protocol):
     """A monitor that need not be waited for.
 
-    Optional: other work is done one after the other.
+    Optional: other work is done one after the other. So is what `execute_all` is given where a
+    monitor has `asks_at_once`, and it is 1.
     """
 
     def begin(self, command: str) -> Callable[[], str]:
@@ -253,10 +254,11 @@ def execute_all(monitor: Monitor, commands: Sequence[str]) -> list[str]:
     Raises:
         SourceError: The monitor cannot be reached.
     """
-    if not isinstance(monitor, AsyncMonitor):
+    at_once: int = getattr(monitor, "asks_at_once", _AT_ONCE)
+    if at_once == 1 or not isinstance(monitor, AsyncMonitor):
         return [monitor.execute(command) for command in commands]
     answers: list[str] = []
-    for first in range(0, len(commands), _AT_ONCE):
-        some = commands[first : first + _AT_ONCE]
+    for first in range(0, len(commands), at_once):
+        some = commands[first : first + at_once]
         answers += [answer() for answer in [monitor.begin(command) for command in some]]
     return answers
