@@ -86,7 +86,8 @@ def test_what_is_left_out_is_what_the_kernel_says_of_its_pages(case: Case, level
     told = flags.left_out(level) & flags.there()
     ours = case.left_out(level, exact=True) & flags.there()
     assert told.sum() > 10 * _ENDED_SINCE
-    assert (ours & ~told).sum() < _ENDED_SINCE
+    # What has ended since is free since; nothing else can have become one to be left out.
+    assert (ours & ~told).sum() < (_ENDED_SINCE if level & 16 else 30)
     assert (told & ~ours).sum() < _ENDED_SINCE
     safe = case.left_out(level, exact=False) & flags.there()
     assert not (safe & ~ours).any()
