@@ -64,7 +64,7 @@ PLUGGABLE = {
     ),
     "ppc64": Pluggable(
         "ppc64",
-        ("-M", _PSERIES, "-vga", "none", "-m", "256", "-smp", "1,maxcpus=4", "-cpu", "power9"),
+        ("-M", _PSERIES, "-vga", "none", "-m", "256", "-smp", "1,maxcpus=4", "-cpu", "power9_v2.0"),
         "power9_v2.0-spapr-cpu-core",
         "core-id",
         "r1",
