@@ -277,9 +277,14 @@ def _target(program: str) -> str | None:
 
 
 def _command_line(pid: int) -> list[str]:
+    text = command_line_text(pid)
+    return text.removesuffix("\0").split("\0") if text else []
+
+
+def command_line_text(pid: int) -> str:
+    """Return the words of a process, each with a zero behind it; empty where nobody may look."""
     try:
-        with Path(f"/proc/{pid}/cmdline").open("rb") as file:
-            text = file.read(_COMMAND_LINE_MAX)
+        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:  # noqa: PTH123 - of thousands
+            return os.fsdecode(file.read(_COMMAND_LINE_MAX))
     except OSError:
-        return []
-    return os.fsdecode(text).removesuffix("\0").split("\0") if text else []
+        return ""

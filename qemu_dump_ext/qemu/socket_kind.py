@@ -14,7 +14,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +23,12 @@ from qemu_dump_ext.qemu._guardian_program import GoneError, StubPeer
 from qemu_dump_ext.qemu.address import connectable, tcp_address, unix_path
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, OTHER, QMP
 from qemu_dump_ext.qemu.monitor_text import parse_version
-from qemu_dump_ext.qemu.qemu_processes import QemuProcess, find_qemu_processes
+from qemu_dump_ext.qemu.qemu_processes import (
+    QemuProcess,
+    all_pids,
+    command_line_text,
+    qemu_process,
+)
 from qemu_dump_ext.qemu.socket_tables import UnixSocket, file_number
 from qemu_dump_ext.qemu.ways import UNKNOWN, SocketTables, Way, ways_of
 from qemu_dump_ext.structures.dialect import QemuVersion
@@ -48,6 +53,8 @@ _NAMES: Mapping[str, tuple[str, str]] = {
     OTHER: ("this is a console or another device of the guest's", ""),
     UNKNOWN: ("QEMU has opened this for something else", ""),
 }
+_RECENT_SECONDS = 2.0
+_HINT_MAX = 64 << 10
 _WANTED: Mapping[str, tuple[str, str]] = {
     QMP: ("QMP socket", "it is the path behind -qmp unix:PATH,server=on,wait=off"),
     HMP: ("monitor", "it is the path behind -monitor unix:PATH,server=on,wait=off"),
@@ -68,15 +75,40 @@ def find_way(address: str) -> tuple[QemuProcess, Way] | None:
         target = tcp_address(address)
         if target is not None and not _is_of_this_host(target[0]):
             return None
-        # Where there are hundreds of QEMUs, most likely this is one that was started with it.
-        place = unix_path(address) if target is None else f":{target[1]}"
-        found = find_qemu_processes()
-        found.sort(key=lambda process: not any(place in word for word in process.words))
-        for process in found:
+        for process in _likely_first(address, target):
             for way in ways_of(process, tables):
                 if way.channel.listens and _is_at(process, way, address, target, tables):
                     return process, way
     return None
+
+
+def _likely_first(address: str, target: tuple[str, int] | None) -> Iterator[QemuProcess]:
+    """Yield the QEMUs of this host: before all others those whose command line has such a name.
+
+    To look at the sockets of one takes a hundred times as long as to read its command line.
+    """
+    name = Path(unix_path(address)).name if target is None else str(target[1])
+    likely = [pid for pid, text in _command_lines.recent().items() if name in text]
+    yield from filter(None, map(qemu_process, likely))
+    yield from filter(None, map(qemu_process, (pid for pid in all_pids() if pid not in likely)))
+
+
+class _CommandLines:
+    # As they were a moment ago, for who watches hundreds asks for each: they say where to look
+    # first, and nothing else.
+    def __init__(self) -> None:
+        self._texts: Mapping[int, str] = {}
+        self._taken = 0.0
+
+    def recent(self) -> Mapping[int, str]:
+        now = time.monotonic()
+        if not self._texts or now - self._taken > _RECENT_SECONDS:
+            self._texts = {pid: command_line_text(pid)[:_HINT_MAX] for pid in all_pids()}
+            self._taken = now
+        return self._texts
+
+
+_command_lines = _CommandLines()
 
 
 def require_kind(address: str, wanted: str, *, free: bool = False) -> Way | None:

@@ -1,0 +1,41 @@
+"""Which QEMU a socket is of is found without a look at the sockets of all others."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+
+from qemu_dump_ext.guest_images.machine import stopped_machine
+from qemu_dump_ext.qemu import socket_kind
+from qemu_dump_ext.qemu.qemu_processes import command_line_text
+from qemu_dump_ext.qemu.socket_kind import find_way
+from qemu_dump_ext.qemu.ways import ways_of
+
+pytestmark = pytest.mark.qemu
+
+
+def test_who_has_a_socket_is_looked_at_alone(monkeypatch):
+    looked: list[int] = []
+
+    def counted(process, tables):
+        looked.append(process.pid)
+        return ways_of(process, tables)
+
+    with ExitStack() as stack:
+        machines = [
+            stack.enter_context(stopped_machine(["qemu-system-x86_64"], ["-m", "16"]))
+            for _ in range(2)
+        ]
+        monkeypatch.setattr(socket_kind, "ways_of", counted)
+        # Remembered from before the machines, it says nothing of them; they are found all the same.
+        monkeypatch.setattr(socket_kind._command_lines, "_texts", {1: "init"})
+        monkeypatch.setattr(socket_kind._command_lines, "_taken", float("inf"))
+        found = [find_way(str(machine.qmp_sockets[0])) for machine in machines]
+        assert [one and one[0].pid for one in found] == [machine.pid for machine in machines]
+        monkeypatch.setattr(socket_kind._command_lines, "_texts", {})
+        looked.clear()
+        socket = machines[1].qmp_sockets[0]
+        find_way(str(socket))
+        assert looked[-1] == machines[1].pid
+        assert all(socket.name in command_line_text(pid) for pid in looked)
