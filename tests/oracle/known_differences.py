@@ -36,6 +36,6 @@ KDUMP_LINUX = {
     "domainname": _UTSNAME,
     "phys_base": "QEMU reads the decimal NUMBER(phys_base) of VMCOREINFO as hexadecimal",
 }
-KDUMP_LINUX_SINCE_9_2 = {
-    "machine": "QEMU says Unknown",
+KDUMP_LINUX_NEWER = {
+    "machine": "QEMU says Unknown since 9.2",
 }

@@ -153,7 +153,7 @@ def test_default_kdump_of_linux_differs_by_what_is_named(
         *known_differences.KDUMP,
         *known_differences.KDUMP_ZLIB,
         *known_differences.KDUMP_LINUX,
-        *(known_differences.KDUMP_LINUX_SINCE_9_2 if says_no_machine else ()),
+        *(known_differences.KDUMP_LINUX_NEWER if says_no_machine else ()),
     }
     text = facts["vmcoreinfo"].decode()
     phys_base = int(text.partition("NUMBER(phys_base)=")[2].partition("\n")[0])
