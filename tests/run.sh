@@ -7,6 +7,6 @@ cd "$(dirname "$0")/.."
 set_up "gcc python3-dev liblzo2-dev binutils cpio lzop socat util-linux gdb gdb-multiarch gdbserver crash \
     groff-base makedumpfile qemu-user-static chromium openssh-sftp-server qemu-system-x86 qemu-system-arm qemu-system-ppc \
     qemu-system-mips qemu-system-sparc qemu-system-misc qemu-guest-agent \
-    libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients" "dev"
+    systemd libvirt-daemon libvirt-daemon-driver-qemu libvirt-clients" "dev"
 # On all CPUs; what a module shares stays in one process.
 exec .venv/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"

@@ -119,7 +119,9 @@ class LibvirtHost:
         assert self.daemon_runs(), (self.directory / "libvirtd.log").read_text()
 
     def _answers(self) -> bool:
-        return self.run("virsh", "-q", "-c", self.uri, "uri").returncode == 0
+        # virsh would start a daemon of the session itself, which takes the place of this one.
+        words = ("env", "LIBVIRT_AUTOSTART=0", "virsh", "-q", "-c", self.uri, "uri")
+        return self.run(*words).returncode == 0
 
     def daemon_runs(self) -> bool:
         """Tell whether libvirtd has not ended."""
