@@ -22,8 +22,9 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can limit itself so"),
 ]
 
-_OTHER_USER = 23456
-"""Of nobody: a limit of processes does not hold for root, and counts all those of a user."""
+_OTHER_USER = 100_000 + os.getpid()
+"""Of nobody, nor of tests beside these: a limit of processes does not hold for root, and counts all
+those of a user."""
 _AS_OTHER_USER = (
     *("setpriv", f"--reuid={_OTHER_USER}", f"--regid={_OTHER_USER}", "--clear-groups"),
     *("--inh-caps=+dac_override", "--ambient-caps=+dac_override"),
