@@ -31,6 +31,8 @@ _ERROR = "error: "
 _OF_THE_CONNECTION = re.compile(r"error: (?:Disconnected from|Reconnected to) ")
 _ENVIRONMENT = {
     "LC_ALL": "C",
+    # Without one, as of a service, or by a dumb one, it echoes what was typed from the middle on.
+    "TERM": "xterm",
     # It keeps what it was asked as the history of its user, which is none of ours; where it is
     # kept must be no other place for a daemon of the session that virsh starts.
     "XDG_CACHE_HOME": os.devnull,

@@ -160,6 +160,12 @@ def test_info_and_dmesg_leave_the_domain_as_it_was(domain: Domain):
     assert domain.state() == _RUNS
 
 
+def test_a_service_without_a_terminal_reaches_a_domain(domain: Domain, monkeypatch):
+    monkeypatch.delenv("TERM", raising=False)
+    done = domain.host.cli(*_words(domain), "-z", domain.host.directory / "by-service")
+    assert done.returncode in {0, _INCOMPLETE}, done.stderr
+
+
 def test_python_reaches_a_domain(domain: Domain):
     script = "import qemu_dump_ext as qd; print(qd.connect('libvirt:web1').info().architecture)"
     argv = ["env", f"LIBVIRT_DEFAULT_URI={domain.host.uri}", sys.executable, "-c", script]
