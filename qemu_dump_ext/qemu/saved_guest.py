@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import LocatedGuest
-from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
+from qemu_dump_ext.qemu.qemu_processes import QemuProcess
 from qemu_dump_ext.qemu.runtime_folder import own_folder, runtime_folders, speaks_for
 
 _SUFFIX = ".guest"
@@ -97,12 +96,12 @@ def keep(saved: SavedGuest) -> None:
         OSError: It cannot be written.
     """
     folder = own_folder()
-    for path, old in _kept(folder):
-        process = qemu_process(old.pid)
-        if process is None or not old.is_of(process):
+    for path in folder.glob(f"*{_SUFFIX}"):
+        # By their names: an agent of hundreds of guests keeps each of them.
+        if not Path("/proc", path.stem).exists():
             with contextlib.suppress(OSError):
                 path.unlink()
-    path = folder / f"{saved.pid}{_SUFFIX}"
+    path = _place(folder, saved.pid)
     aside = folder / f".{saved.pid}.{os.getpid()}"
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     with open(descriptor, "w", encoding="ascii") as file:  # noqa: PTH123 - of a descriptor
@@ -113,7 +112,9 @@ def keep(saved: SavedGuest) -> None:
 def kept_of(process: QemuProcess) -> SavedGuest | None:
     """Return what was kept last of a QEMU that is there, or None."""
     found = [
-        saved for folder in runtime_folders() for _, saved in _kept(folder) if saved.is_of(process)
+        saved
+        for folder in runtime_folders()
+        if (saved := _kept(_place(folder, process.pid), process)) is not None
     ]
     return max(found, key=lambda saved: saved.saved, default=None)
 
@@ -215,14 +216,18 @@ def _read(path: Path) -> bytes:
     return text
 
 
-def _kept(folder: Path) -> Iterator[tuple[Path, SavedGuest]]:
-    with contextlib.suppress(OSError):
-        for path in sorted(folder.glob(f"*{_SUFFIX}")):
-            with contextlib.suppress(OSError, ValueError):
-                status = path.lstat()
-                saved = parse_saved_guest(_read(path)) if stat.S_ISREG(status.st_mode) else None
-                if saved is not None and speaks_for(status.st_uid, qemu_process(saved.pid)):
-                    yield path, saved
+def _place(folder: Path, pid: int) -> Path:
+    return folder / f"{pid}{_SUFFIX}"
+
+
+def _kept(path: Path, process: QemuProcess) -> SavedGuest | None:
+    """Return what is kept of a QEMU at a path, by somebody who may speak for it; or None."""
+    with contextlib.suppress(OSError, ValueError):
+        status = path.lstat()
+        if stat.S_ISREG(status.st_mode) and speaks_for(status.st_uid, process):
+            saved = parse_saved_guest(_read(path))
+            return saved if saved.is_of(process) else None
+    return None
 
 
 def _boot() -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,15 @@ import pytest
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import LocatedGuest
-from qemu_dump_ext.qemu.saved_guest import SavedGuest, load, parse_saved_guest
+from qemu_dump_ext.qemu.qemu_processes import QemuProcess
+from qemu_dump_ext.qemu.saved_guest import (
+    SavedGuest,
+    keep,
+    kept_of,
+    load,
+    parse_saved_guest,
+    saved_now,
+)
 
 _SAVED = SavedGuest(
     4711,
@@ -35,6 +45,24 @@ _SAVED = SavedGuest(
 
 def test_what_is_saved_is_read_back():
     assert parse_saved_guest(_SAVED.to_json().encode()) == _SAVED
+
+
+def test_of_each_process_the_last_is_kept_and_nothing_of_those_that_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    ours = QemuProcess(os.getpid(), (), "x86_64")
+    folder = tmp_path / "qemu-dump"
+    keep(saved_now(ours, _SAVED.located))
+    (folder / "4194305.guest").write_text(_SAVED.to_json())  # more than there can be
+    keep(replace(saved_now(ours, _SAVED.located), saved=2.0**31))
+    assert [path.name for path in folder.iterdir()] == [f"{os.getpid()}.guest"]
+    kept = kept_of(ours)
+    assert kept is not None
+    assert (kept.saved, kept.located) == (2.0**31, _SAVED.located)
+    keep(replace(kept, started=ours.started + 1))
+    assert kept_of(ours) is None, "that was another process with this number"
+    assert kept_of(QemuProcess(os.getppid(), (), "x86_64")) is None
 
 
 def _with(name: str, value: object) -> Callable[[dict[str, Any]], object]:
