@@ -8,11 +8,11 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.dump_formats import find_dump_format
 from qemu_dump_ext.errors import DumpWriteError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.sinks import Sink, open_sink
 from qemu_dump_ext.structures.dialect import QemuVersion

@@ -11,10 +11,10 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 from qemu_dump_ext.errors import MissingPackageError
-from qemu_dump_ext.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
-
-from qemu_dump_ext.frozen import dataclass
 
 _ENTRY = re.compile(r"^(?P<names>[\w?|.-]+) (?P<parameters>.*?) ?-- ", re.ASCII)
 _INFO_PREFIX = "info "

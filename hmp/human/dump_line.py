@@ -11,10 +11,9 @@ from __future__ import annotations
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.options.dump_options import (
     DEFAULT_CODEC,
     NO_DUMP_LEVEL,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.dump_formats import find_dump_format, format_by_words, format_words
@@ -17,7 +18,6 @@ from qemu_dump_ext.errors import (
     RequestError,
     UnsupportedTargetError,
 )
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import parse_expressions, registers_in, with_register
 from qemu_dump_ext.plan.request import WINDOWS_FORMAT, DumpRequest, MemoryRange

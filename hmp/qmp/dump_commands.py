@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format, format_by_words
 from qemu_dump_ext.engine.capabilities import query_capabilities
 from qemu_dump_ext.errors import CodecUnavailableError, RequestError, UnsupportedTargetError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.options.dump_options import DEFAULT_CODEC, parse_dump_level
 from qemu_dump_ext.plan.request import (
     DEFAULT_FORMAT,

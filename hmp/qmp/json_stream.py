@@ -11,9 +11,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, NoReturn
-
-from qemu_dump_ext.frozen import dataclass
 
 _SIZE_MAX = 16 << 20
 _NESTING_MAX = 1024

@@ -7,11 +7,10 @@ them. What only the running guest knows (is it in long mode?) selects among decl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._page_tables import Translation
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U64_MAX, Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.structures.dialect import Dialect, QemuVersion

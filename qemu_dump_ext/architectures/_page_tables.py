@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Literal
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
 
 

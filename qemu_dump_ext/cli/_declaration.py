@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.options.parsers import STATUSES
 
 

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -28,7 +28,6 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.options.dump_options import RESUME, words_of_options
 from qemu_dump_ext.qemu.address import connectable, unix_path

@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 from qemu_dump_ext.connections.guest_name import find_by_name, find_by_pid
 from qemu_dump_ext.errors import ConnectError, RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, Stub
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, QMP
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, process_at_terminal

@@ -13,12 +13,12 @@ Loaded in every pytest that has this package beside it: what it needs is importe
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.third_party import require_extra
 
 _OPTION = "--qemu-crash-dir"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -21,7 +21,6 @@ from qemu_dump_ext.crash_collector.forms import (
     check_moment,
 )
 from qemu_dump_ext.errors import DumpError
-from qemu_dump_ext.frozen import dataclass
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.pages.dedup import EqualPages, PageDeduplicator
 from qemu_dump_ext.pages.packing import Packer
 from qemu_dump_ext.pages.pipeline import Buffer, Piece, PieceWork

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
 from qemu_dump_ext.dump_formats._memory_image import Area, MemoryImage, places_of, write_image
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.plan.plan import DumpPlan

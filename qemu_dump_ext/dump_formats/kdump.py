@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
@@ -21,7 +22,6 @@ from qemu_dump_ext.dump_formats._kdump_pages import (
     WriteAt,
 )
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs

@@ -11,12 +11,12 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 
 from qemu_dump_ext.architectures import Architecture, Core, MachineRam, all_architectures
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError, DumpError, GuestMemoryFaultError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.linux.kernel_memory import read_utsname
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch

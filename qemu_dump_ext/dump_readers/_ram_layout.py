@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, MachineRam
 from qemu_dump_ext.errors import UnsupportedTargetError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.migration import MigrationStream, StreamBlock
 
 _NO_MAIN_MEMORY = re.compile(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.errors import CodecUnavailableError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.plan.request import DumpRequest
 
 

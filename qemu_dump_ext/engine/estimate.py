@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 from qemu_dump_ext.dump_formats import DumpFormat, find_dump_format
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import import_plug_ins, stopped_guest
 from qemu_dump_ext.errors import DumpTooLargeError, GuestMemoryFaultError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.packing import Compression, pack_pages

@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.linux.kernel_memory import KernelMemory, read_utsname

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, OTHER, QMP
 from qemu_dump_ext.qemu.debts import Debt, abandoned_debts
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, find_qemu_processes

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import SparseMemory
 from qemu_dump_ext.guest.model import RamBlock

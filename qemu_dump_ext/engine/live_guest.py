@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins
 from qemu_dump_ext.errors import GuestMemoryFaultError, NotLiveError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, QmpMonitor
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.pages.copied_memory import room_for_copy

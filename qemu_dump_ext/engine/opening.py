@@ -15,10 +15,10 @@ import struct
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 
 READERS = ("crash", "drgn", "gdb")
 VMLINUX_VARIABLE = "QEMU_DUMP_VMLINUX"

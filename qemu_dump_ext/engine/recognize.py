@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core, all_architectures
 from qemu_dump_ext.dump_readers import DumpFile
 from qemu_dump_ext.errors import CorruptDumpError, RequestError, UnsupportedTargetError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.linux.kernel_memory import read_utsname

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import field
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import NoMonitor, SilentGuest
 

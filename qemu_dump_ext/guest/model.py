@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-
-from qemu_dump_ext.frozen import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.frozen import dataclass
 
 _ROLLING_SUITES = frozenset(("stable", "testing", "unstable", "sid"))
 _KEYRINGS = Path("/usr/share/keyrings")

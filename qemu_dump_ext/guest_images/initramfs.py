@@ -11,10 +11,10 @@ import re
 import shlex
 import stat
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest_images.manifest import GuestImage
 from qemu_dump_ext.third_party import import_package
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.third_party import import_package
 
 _CHECKOUT_IMAGES = Path(__file__).parents[2] / "images"

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from qemu_dump_ext.architectures import Architecture, FrameRecord
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.linux.kallsyms import Kallsyms
 from qemu_dump_ext.linux.kernel_memory import KernelMemory

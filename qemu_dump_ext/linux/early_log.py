@@ -15,10 +15,10 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import product
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.linux.kernel_log import LogRecord

@@ -11,9 +11,9 @@ text of a line is that of makedumpfile --dump-dmesg.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 

@@ -6,10 +6,10 @@ Source: Linux mm/sparse.c, include/linux/mmzone.h; makedumpfile's makedumpfile.c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.struct_page import StructPage
 from qemu_dump_ext.structures.vmcoreinfo import VmcoreinfoNumbers

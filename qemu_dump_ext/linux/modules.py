@@ -8,10 +8,10 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.linux.btf import Btf
 from qemu_dump_ext.linux.kallsyms import TEXT_TYPES, Kallsyms
 from qemu_dump_ext.linux.kernel_memory import KernelMemory

@@ -9,11 +9,10 @@ Source: makedumpfile's makedumpfile.c, __exclude_unnecessary_pages(); Linux page
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.mem_map import MemMapRun
 from qemu_dump_ext.linux.struct_page import Field, StructPage

@@ -10,9 +10,9 @@ v6.9); makedumpfile's makedumpfile.c, __exclude_unnecessary_pages().
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.c_struct import U32_MAX, ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import (
     PAGE_SIZES,

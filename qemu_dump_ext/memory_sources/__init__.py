@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from types import MappingProxyType
 
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Monitor, SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory, PartialMemory
 from qemu_dump_ext.guest.model import RamBlock

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
 

@@ -10,11 +10,11 @@ import contextlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.interrupts import uninterrupted
 

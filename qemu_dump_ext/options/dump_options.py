@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from qemu_dump_ext.connections.target import add_target_arguments
 from qemu_dump_ext.dump_formats import (
@@ -15,7 +15,6 @@ from qemu_dump_ext.dump_formats import (
     format_words,
 )
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TypeVar
 
 from qemu_dump_ext.connections.target import add_target_arguments
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.options.dump_options import add_dump_arguments, add_file_arguments
 from qemu_dump_ext.options.estimate_options import add_estimate_arguments
 from qemu_dump_ext.options.parsers import OneLineParser

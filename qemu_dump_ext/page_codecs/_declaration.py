@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeAlias
 
@@ -13,7 +14,6 @@ from qemu_dump_ext.errors import (
     MissingPackageError,
     RequestError,
 )
-from qemu_dump_ext.frozen import dataclass
 
 Compress: TypeAlias = Callable[[bytes | memoryview], bytes]
 Decompress: TypeAlias = Callable[[bytes | memoryview, int], bytes]

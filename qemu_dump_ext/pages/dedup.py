@@ -8,11 +8,11 @@ memory at hand. What is remembered is bounded: a newer page takes the place of a
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory, is_at_hand
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, Piece

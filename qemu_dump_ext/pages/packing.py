@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Self
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.page_codecs import Compress, find_page_codec
 from qemu_dump_ext.pages.pipeline import Buffer
 

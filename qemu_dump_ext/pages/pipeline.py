@@ -11,11 +11,10 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.host_limits import Job, WorkerThreads

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures import Architecture, Core, phys_base
 from qemu_dump_ext.errors import NotDumpedByQemuError, RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.paging.segments import (

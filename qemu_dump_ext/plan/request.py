@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Literal, get_args
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 
 DEFAULT_FORMAT = "elf"
 """The format of QEMU, too, where none is asked for."""

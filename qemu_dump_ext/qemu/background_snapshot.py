@@ -21,11 +21,11 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
 from qemu_dump_ext.errors import CorruptDumpError, MonitorAnswerError, NotLiveError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, QmpMonitor
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.interrupts import uninterrupted

@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import format_tcp_address
 from qemu_dump_ext.untrusted import parse_unsigned
 

@@ -12,9 +12,9 @@ import json
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.qemu.runtime_folder import own_folder, runtime_folders, speaks_for
 from qemu_dump_ext.untrusted import parse_unsigned

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_queries import find_devices, read_number, read_property

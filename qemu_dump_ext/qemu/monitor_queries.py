@@ -11,9 +11,9 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import MonitorAnswerError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Monitor
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_text import (

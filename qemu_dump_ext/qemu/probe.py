@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from qemu_dump_ext.architectures import (
@@ -15,7 +15,6 @@ from qemu_dump_ext.architectures import (
     architectures_of_target,
 )
 from qemu_dump_ext.errors import GuestDisturbedError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import GuestAccess, Monitor, Stub
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.qemu.dump_listeners import why_dumps_are_forbidden

@@ -15,10 +15,10 @@ import re
 import socket
 import struct
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address, unix_path
 from qemu_dump_ext.qemu.socket_tables import file_number, unix_peer_inode, unix_socket_of

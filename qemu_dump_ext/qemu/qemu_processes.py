@@ -14,11 +14,11 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.command_line import CommandLine, parse_command_line
 from qemu_dump_ext.qemu.control_group import Belonging, belongings

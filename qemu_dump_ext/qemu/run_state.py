@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.errors import (
@@ -22,7 +23,6 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import AsyncMonitor, GuestAccess
 from qemu_dump_ext.host_limits import start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted

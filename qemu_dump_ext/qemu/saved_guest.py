@@ -11,11 +11,11 @@ import json
 import os
 import stat
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import LocatedGuest
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess

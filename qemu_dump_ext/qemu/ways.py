@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import format_tcp_address
 from qemu_dump_ext.qemu.command_line import HMP, PTY, QMP, Channel
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, all_pids, descriptors_of, socket_inode

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core, VcpuReadings
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.registers.merge import merge_readings
 from qemu_dump_ext.registers.notes import (

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.access import Stub
 from qemu_dump_ext.structures.c_struct import Abi, StructLayout
 from qemu_dump_ext.untrusted import parse_bytes, parse_unsigned

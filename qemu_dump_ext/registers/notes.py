@@ -6,9 +6,9 @@ Source: QEMU dump/dump.c write_elf_notes() for the order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, Core, NoteLayout
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, encode_note

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.sinks._sink import Sink
 
 

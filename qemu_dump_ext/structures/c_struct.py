@@ -7,10 +7,9 @@ One declaration serves 32 and 64 bit, both byte orders, and both alignments of 6
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
-
-from qemu_dump_ext.frozen import dataclass
 
 U32_MAX = (1 << 32) - 1
 U64_MAX = (1 << 64) - 1

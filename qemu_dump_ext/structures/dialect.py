@@ -7,11 +7,10 @@ attached QEMU reproduces its dumps byte for byte, known defects included.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.elf import PN_XNUM
 
 QemuVersion = tuple[int, int, int]

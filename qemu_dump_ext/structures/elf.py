@@ -6,9 +6,9 @@ Source: System V gABI (ELF header, program header, section header, note header);
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.c_struct import (
     Abi,
     BoundStruct,

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.c_struct import BoundStruct, ByteOrder
 from qemu_dump_ext.structures.elf import NHDR, NT_PRSTATUS, elf_abi
 

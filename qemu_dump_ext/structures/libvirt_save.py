@@ -9,10 +9,10 @@ Source: libvirt src/qemu/qemu_saveimage.h, struct _virQEMUSaveHeader and virQEMU
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from qemu_dump_ext.errors import CorruptDumpError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qemu_dump_ext.frozen import dataclass
+from dataclasses import dataclass
 
 UTSNAME_SIZE = 65
 """The size of each of the six strings of struct new_utsname, terminating NUL included."""

@@ -13,9 +13,8 @@ Sources:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import field
+from dataclasses import dataclass, field
 
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, Field, StructLayout, fields_of
 
 PAGE_SIZE = 4096

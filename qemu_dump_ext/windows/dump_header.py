@@ -10,9 +10,9 @@ Source: QEMU dump/win_dump.c create_win_dump() and what it calls; messages are Q
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX

@@ -20,13 +20,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import field
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice, pairwise
 from typing import Self
 
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX
 from qemu_dump_ext.structures.dialect import Dialect

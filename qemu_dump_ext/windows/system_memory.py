@@ -7,10 +7,9 @@ x86_cpu_get_phys_page_attrs_debug().
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from qemu_dump_ext.architectures import AddressWindow, Architecture, PageTableRoot, Translation
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at
 from qemu_dump_ext.pages.patched_memory import PatchedMemory

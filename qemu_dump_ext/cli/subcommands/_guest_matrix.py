@@ -7,13 +7,13 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.cli import dump_command
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, DumpError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import GuestImage
 from qemu_dump_ext.guest_images.store import ImageStore

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.crash_collector.agent.after_action import run_action, run_command
@@ -25,7 +26,6 @@ from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.crash_collector.watch.session import GuestSession
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, SourceError
-from qemu_dump_ext.frozen import dataclass
 
 _STOP_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,7 +21,6 @@ from qemu_dump_ext.crash_collector.forms import CRASH_ID
 from qemu_dump_ext.crash_collector.record import CrashCause, GuestName, Moment
 from qemu_dump_ext.crash_collector.store.files import set_aside
 from qemu_dump_ext.errors import DumpWriteError
-from qemu_dump_ext.frozen import dataclass
 
 _SIZE_MAX = 1 << 20
 _READ_MAX = 16 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 
 from qemu_dump_ext.crash_collector.agent.journal import Journal
@@ -11,7 +12,6 @@ from qemu_dump_ext.crash_collector.agent.slots import CollectionSlots
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.frozen import dataclass
 
 
 @dataclass(frozen=True)

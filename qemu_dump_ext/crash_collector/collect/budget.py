@@ -7,6 +7,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
@@ -14,7 +15,6 @@ from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.errors import NoRoomLeftError
-from qemu_dump_ext.frozen import dataclass
 
 _MIB = 1 << 20
 

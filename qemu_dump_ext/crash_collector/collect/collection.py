@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.collect.budget import (
@@ -51,7 +51,6 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.pages.zero_pages import load_before_stopping

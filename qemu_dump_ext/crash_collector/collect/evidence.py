@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +21,6 @@ from qemu_dump_ext.crash_collector.watch.console import read_tail
 from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.guest_view import GuestView
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.qmp_message import command_names
 
 _CONSOLE_FILE = "console.txt"

@@ -7,7 +7,7 @@ the `Settings`, and each entry of `guests`, too, beside what says which guests i
 from __future__ import annotations
 
 import re
-from dataclasses import field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -34,7 +34,6 @@ from qemu_dump_ext.crash_collector.config.quantities import (
 )
 from qemu_dump_ext.crash_collector.record import CauseKind
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, DumpRequest
 
 # What knows formats and memory sources is imported where a configuration names one: most commands

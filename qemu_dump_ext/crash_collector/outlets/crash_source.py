@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,6 @@ from qemu_dump_ext.crash_collector.store.states import (
 )
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
 from qemu_dump_ext.errors import RequestError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.third_party import import_package
 
 _RECORD_BYTES_MAX = 16 << 20

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from qemu_dump_ext.crash_collector.outlets.crash_source import SourcedCrash
 from qemu_dump_ext.crash_collector.record import CrashRecord
@@ -14,7 +15,6 @@ from qemu_dump_ext.crash_collector.store.states import (
     release_key,
 )
 from qemu_dump_ext.crash_collector.store.store import SignatureCount
-from qemu_dump_ext.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -20,7 +21,6 @@ from qemu_dump_ext.crash_collector.collect.budget import LIMITS
 from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.frozen import dataclass
 
 _LOOPBACK = "127.0.0.1"
 _FAILED = "failed"

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal, TypeAlias
@@ -27,7 +27,6 @@ from qemu_dump_ext.crash_collector.record import CrashRecord, reason_of
 from qemu_dump_ext.crash_collector.store.files import replace_file, set_aside
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.printable import printable
 
 _FILE = ".notifications.json"

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -22,7 +23,6 @@ from itertools import islice
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.record import CrashRecord
-from qemu_dump_ext.frozen import dataclass
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from qemu_dump_ext.crash_collector.forms import MOMENT_LENGTH_MAX, SIGNATURE_ID, check_moment
 from qemu_dump_ext.crash_collector.store.files import replace_file, set_aside
 from qemu_dump_ext.errors import DumpWriteError, RequestError
-from qemu_dump_ext.frozen import dataclass
 
 if TYPE_CHECKING:
     from qemu_dump_ext.crash_collector.record import CrashRecord

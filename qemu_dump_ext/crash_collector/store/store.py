@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -57,7 +57,6 @@ from qemu_dump_ext.crash_collector.store.states import (
 )
 from qemu_dump_ext.crash_collector.store.summary import crash_directories
 from qemu_dump_ext.errors import DumpWriteError, RequestError
-from qemu_dump_ext.frozen import dataclass
 
 _INCOMING = ".incoming"
 _SIGNATURES = ".signatures.json"

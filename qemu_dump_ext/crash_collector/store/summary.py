@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,6 @@ from qemu_dump_ext.crash_collector.forms import (
     check_moment,
 )
 from qemu_dump_ext.crash_collector.store.files import RECORD_BYTES_MAX, RECORD_FILE
-from qemu_dump_ext.frozen import dataclass
 
 _logger = logging.getLogger(__name__)
 

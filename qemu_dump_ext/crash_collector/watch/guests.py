@@ -8,6 +8,7 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from qemu_dump_ext.connections.target import GuestTarget, find_monitor, managed_
 from qemu_dump_ext.crash_collector.config.settings import Configuration, GuestEntry, Settings
 from qemu_dump_ext.crash_collector.forms import is_guest_name
 from qemu_dump_ext.errors import ConnectError, DumpError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
 from qemu_dump_ext.qemu.command_line import HMP
 from qemu_dump_ext.qemu.socket_kind import require_kind

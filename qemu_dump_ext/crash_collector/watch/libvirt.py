@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-
-from qemu_dump_ext.frozen import dataclass
 
 _MONITOR = re.compile(r"(?:^|,)chardev=charmonitor(?:,|$)")
 _NAME = re.compile(r"(?:^|,)guest=(?P<name>(?:[^,]|,,)+)")

@@ -9,6 +9,7 @@ import logging
 import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +22,6 @@ from qemu_dump_ext.crash_collector.watch.events import Event
 from qemu_dump_ext.crash_collector.watch.hmp_questions import HmpQuestions
 from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.errors import ConnectError, DumpError, MonitorAnswerError, SourceError
-from qemu_dump_ext.frozen import dataclass
 from qemu_dump_ext.qemu.address import connectable, tcp_address, unix_path
 from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.qemu.process import find_listeners, process_at_other_end
