@@ -14,7 +14,7 @@ import re
 import select
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -54,6 +54,7 @@ _NAMES: Mapping[str, tuple[str, str]] = {
     UNKNOWN: ("QEMU has opened this for something else", ""),
 }
 _RECENT_SECONDS = 2.0
+_MISSED_SECONDS = 0.1
 _HINT_MAX = 64 << 10
 _WANTED: Mapping[str, tuple[str, str]] = {
     QMP: ("QMP socket", "it is the path behind -qmp unix:PATH,server=on,wait=off"),
@@ -87,8 +88,9 @@ def _likely_first(address: str, target: tuple[str, int] | None) -> Iterator[Qemu
 
     To look at the sockets of one takes a hundred times as long as to read its command line.
     """
-    name = Path(unix_path(address)).name if target is None else str(target[1])
-    likely = [pid for pid, text in _command_lines.recent().items() if name in text]
+    path = Path(unix_path(address))
+    names = [str(path.absolute()), path.name] if target is None else [str(target[1])]
+    likely = _command_lines.pids_of(names)
     yield from filter(None, map(qemu_process, likely))
     yield from filter(None, map(qemu_process, (pid for pid in all_pids() if pid not in likely)))
 
@@ -98,14 +100,23 @@ class _CommandLines:
     # first, and nothing else.
     def __init__(self) -> None:
         self._texts: Mapping[int, str] = {}
-        self._taken = 0.0
+        self._taken = -_RECENT_SECONDS
 
-    def recent(self) -> Mapping[int, str]:
+    def pids_of(self, names: Sequence[str]) -> Sequence[int]:
+        """Return the processes whose command lines have one of some names, of the first first."""
+        self._take_after(_RECENT_SECONDS)
+        if not self._with(names[0]):
+            self._take_after(_MISSED_SECONDS)
+        return list(dict.fromkeys(pid for name in names for pid in self._with(name)))
+
+    def _with(self, name: str) -> Sequence[int]:
+        return [pid for pid, text in self._texts.items() if name in text]
+
+    def _take_after(self, seconds: float) -> None:
         now = time.monotonic()
-        if not self._texts or now - self._taken > _RECENT_SECONDS:
+        if now - self._taken > seconds:
             self._texts = {pid: command_line_text(pid)[:_HINT_MAX] for pid in all_pids()}
             self._taken = now
-        return self._texts
 
 
 _command_lines = _CommandLines()

@@ -36,7 +36,7 @@ def test_examples_of_the_page(linux_guest, directory, capsys):
         log = still.log()
     run_examples(linux_guest.qmp_sockets[0], of_linux=True, address=address[1].decode())
     shown = capsys.readouterr().out
-    assert log.rstrip().endswith(linux_guest.image.kernel_log)
+    assert linux_guest.image.kernel_log in log
     assert release[1].decode() == linux_guest.files.release
     assert shown.count(linux_guest.image.kernel_log) == 2
     assert f"{release[1]!r}" in shown
@@ -46,4 +46,4 @@ def test_examples_of_the_page(linux_guest, directory, capsys):
     assert guest_status(linux_guest) == "running"
     with qd.open_dump(directory / "linux.kdump") as dump:
         assert dump.vmcoreinfo.startswith(b"OSRELEASE=" + release[1])
-        assert dump.log().rstrip().endswith(linux_guest.image.kernel_log)
+        assert linux_guest.image.kernel_log in dump.log()

@@ -126,7 +126,7 @@ def test_drgn_opens_it(converted: tuple[str, Path], vmlinux: Path, paused_linux:
     program.load_debug_info([vmlinux])
     names = {task.comm.string_().decode() for task in for_each_task(program)}
     assert set(paused_linux.image.processes) <= names
-    assert get_dmesg(program).decode().rstrip().endswith(paused_linux.image.kernel_log)
+    assert paused_linux.image.kernel_log in get_dmesg(program).decode()
     if name in WITH_REGISTERS:
         assert len(program.stack_trace(cpu_curr(program, 0))) > 3
 
@@ -143,7 +143,7 @@ def test_makedumpfile_reads_and_filters_it(
 ):
     _, path = converted
     _makedumpfile("--dump-dmesg", path, tmp_path / "log")
-    assert (tmp_path / "log").read_text().rstrip().endswith(paused_linux.image.kernel_log)
+    assert paused_linux.image.kernel_log in (tmp_path / "log").read_text()
     _makedumpfile("-d", "31", "-c", path, tmp_path / "filtered")
 
 

@@ -119,16 +119,27 @@ def _estimate(capsys: pytest.CaptureFixture[str], *words: object) -> Any:
     return json.loads(capsys.readouterr().out)
 
 
+def _without_sizes(told: Any) -> Any:
+    # A packer does not always find the same.
+    return {
+        name: [{key: part[key] for key in part if not key.endswith("_bytes")} for part in parts]
+        for name, parts in told.items()
+        if name in {"classes", "dumps"}
+    }
+
+
 def test_what_dumps_will_take_is_told_before(
     paused_linux: BootedGuest, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     qmp = paused_linux.qmp_sockets[0]
     told = _estimate(capsys, "--qmp", qmp)
-    assert _estimate(capsys, "--guest", paused_linux.pid) == told
-    assert _estimate(capsys, "--gdb", paused_linux.gdb_socket, "--qmp", qmp) == told
+    pages = _without_sizes(told)
+    assert _without_sizes(_estimate(capsys, "--guest", paused_linux.pid)) == pages
+    by_gdb = _estimate(capsys, "--gdb", paused_linux.gdb_socket, "--qmp", qmp)
+    assert _without_sizes(by_gdb) == pages
     with Proxy(tmp_path, "--qmp", qmp) as proxy:
-        assert _estimate(capsys, "--hmp", proxy.socket) == told
-    assert _estimate(capsys, whole)["dumps"] == told["dumps"]
+        assert _without_sizes(_estimate(capsys, "--hmp", proxy.socket)) == pages
+    assert _without_sizes(_estimate(capsys, whole))["dumps"] == pages["dumps"]
     found = {one["words"]: one for one in told["dumps"]}
     assert [one["file_bytes"] for one in found.values()] == sorted(
         (one["file_bytes"] for one in found.values()), reverse=True

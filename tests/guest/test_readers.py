@@ -85,7 +85,7 @@ def test_drgn_knows_tasks_log_and_stacks(
     assert list(for_each_online_cpu(program)) == list(range(paused_linux.image.cpus))
     names = {task.comm.string_().decode() for task in for_each_task(program)}
     assert set(paused_linux.image.processes) <= names
-    assert get_dmesg(program).decode().rstrip().endswith(paused_linux.image.kernel_log)
+    assert paused_linux.image.kernel_log in get_dmesg(program).decode()
     assert len(program_counters) == paused_linux.image.cpus
     for cpu, counter in program_counters.items():
         trace = program.stack_trace(cpu_curr(program, cpu))
@@ -143,7 +143,7 @@ def test_makedumpfile_reads_the_log(
     subprocess.run(
         ["makedumpfile", "--dump-dmesg", dump_of(name), log], check=True, capture_output=True
     )
-    assert log.read_text().rstrip().endswith(paused_linux.image.kernel_log)
+    assert paused_linux.image.kernel_log in log.read_text()
 
 
 def test_makedumpfile_rearranges_the_flattened_dump_into_the_raw_one(
@@ -169,7 +169,7 @@ def test_makedumpfile_filters(
     program = drgn.Program()
     program.set_core_dump(filtered)
     program.load_debug_info([vmlinux])
-    assert get_dmesg(program).decode().rstrip().endswith(paused_linux.image.kernel_log)
+    assert paused_linux.image.kernel_log in get_dmesg(program).decode()
 
 
 def test_gdb_shows_every_vcpu_as_a_thread(dump_of: DumpOf, program_counters: dict[int, int]):
