@@ -439,9 +439,9 @@ def test_object_store_takes_a_crash_and_gives_it_back(tmp_path):
         host, port = server.get_host_and_port()
         options = {"key": "farm", "secret": "secret", "endpoint_url": f"http://{host}:{port}"}
         fsspec.filesystem("s3", **options).mkdir("crashes")
-        assert _uploader(store, "s3://crashes/farm", options=options).upload_due() is None
+        assert _uploader(store, "s3://crashes/nightly", options=options).upload_due() is None
         bucket = fsspec.filesystem("s3", **options, skip_instance_cache=True)
-        bucket.get(f"crashes/farm/{record.id}", str(tmp_path / "back"), recursive=True)
+        bucket.get(f"crashes/nightly/{record.id}", str(tmp_path / "back"), recursive=True)
     finally:
         server.stop()
     assert _accepted_by_sha256sum(tmp_path / "back")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from qemu_dump_ext.connections.libvirt import LibvirtMonitor, connect_libvirt
 from qemu_dump_ext.crash_collector.record import QemuFacts
@@ -20,6 +19,7 @@ from qemu_dump_ext.crash_collector.watch.session import (
     instance_of,
     read_command_line,
 )
+from qemu_dump_ext.crash_collector.watch.thread_link import ThreadLink
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.qemu.qmp_message import version_text
 
@@ -27,15 +27,10 @@ _LOOK_SECONDS = 1.0
 _SHUT_OFF = "shut off"
 
 
-class _LibvirtLink:
+class _LibvirtLink(ThreadLink):
     def __init__(self, monitor: LibvirtMonitor, opened: contextlib.ExitStack) -> None:
+        super().__init__("libvirt", monitor.qmp, opened)
         self._monitor = monitor
-        self._opened = opened
-        self._open = True
-
-    @property
-    def is_open(self) -> bool:
-        return self._open
 
     async def changed(self) -> None:
         await asyncio.sleep(_LOOK_SECONDS)
@@ -45,19 +40,6 @@ class _LibvirtLink:
             self._open = not state.startswith(_SHUT_OFF) and self._monitor.hears_events
         except SourceError:
             self._open = False
-
-    async def execute(
-        self, seconds: float, command: str, arguments: Mapping[str, object] | None = None
-    ) -> Any:
-        try:
-            async with asyncio.timeout(seconds):
-                return await asyncio.to_thread(self._monitor.qmp, command, arguments)
-        except TimeoutError as error:
-            raise SourceError(f"libvirt does not answer {command} in {seconds:.0f} s") from error
-
-    async def close(self) -> None:
-        self._open = False
-        await asyncio.to_thread(self._opened.close)
 
     def for_thread(self, _answer_seconds: float, patience: Patience) -> LibvirtMonitor:
         return self._monitor.asked_within(patience.asking)

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 from qemu_dump_ext.connections.target import GuestTarget, find_monitor, find_process, managed_by
 from qemu_dump_ext.crash_collector.record import QemuFacts
@@ -23,6 +22,7 @@ from qemu_dump_ext.crash_collector.watch.session import (
     instance_of,
     read_command_line,
 )
+from qemu_dump_ext.crash_collector.watch.thread_link import ThreadLink
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.qemu.hmp import HmpMonitor, connect_hmp
@@ -34,7 +34,7 @@ from qemu_dump_ext.qemu.socket_kind import find_way
 _LOOK_SECONDS = 1.0
 
 
-class _HmpLink:
+class _HmpLink(ThreadLink):
     def __init__(
         self,
         questions: HmpQuestions,
@@ -43,16 +43,11 @@ class _HmpLink:
         on_event: Callable[[Event], None],
         state: str,
     ) -> None:
+        super().__init__("QEMU", questions.qmp, opened)
         self._questions = questions
         self._monitor = monitor
-        self._opened = opened
         self._on_event = on_event
         self._state = state
-        self._open = True
-
-    @property
-    def is_open(self) -> bool:
-        return self._open
 
     async def changed(self) -> None:
         await asyncio.sleep(_LOOK_SECONDS)
@@ -64,19 +59,6 @@ class _HmpLink:
         before, self._state = self._state, str(answer["status"])
         if before != self._state:
             self._on_event({"event": "RESUME" if self._state == RUNNING else "STOP"})
-
-    async def execute(
-        self, seconds: float, command: str, arguments: Mapping[str, object] | None = None
-    ) -> Any:
-        try:
-            async with asyncio.timeout(seconds):
-                return await asyncio.to_thread(self._questions.qmp, command, arguments)
-        except TimeoutError as error:
-            raise SourceError(f"QEMU does not answer {command} in {seconds:.0f} s") from error
-
-    async def close(self) -> None:
-        self._open = False
-        await asyncio.to_thread(self._opened.close)
 
     def for_thread(self, _answer_seconds: float, patience: Patience) -> HmpQuestions:
         return HmpQuestions(self._monitor, self._questions.pid, patience)
