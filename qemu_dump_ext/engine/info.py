@@ -10,7 +10,7 @@ from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
-from qemu_dump_ext.guest.memory import SparseMemory
+from qemu_dump_ext.guest.memory import is_sparse
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.plan.plan import GuestSnapshot, make_plan
@@ -160,7 +160,7 @@ def _find_vmcoreinfo(guest: StoppedGuest) -> tuple[Vmcoreinfo, Sequence[str]]:
     """Return the note as a dump would have it, and where it is."""
     try:
         # Where it is not known what is populated, reading makes QEMU's memory grow.
-        found = guest.find_vmcoreinfo(everywhere=isinstance(guest.memory, SparseMemory))
+        found = guest.find_vmcoreinfo(everywhere=is_sparse(guest.memory))
     except SourceError as error:
         return Vmcoreinfo(), (f"VMCOREINFO was not looked for: {error}",)
     return found, found.remarks or ("VMCOREINFO is known to QEMU, by its vmcoreinfo device",)

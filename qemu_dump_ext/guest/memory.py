@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
 
@@ -30,11 +30,10 @@ class GuestMemory(Protocol):
         """Give back what the source holds; harmless when repeated."""
 
 
-@runtime_checkable
 class SparseMemory(GuestMemory, Protocol):
     """Guest memory of which it is known, without reading it, where nothing was ever stored.
 
-    Optional: of memory that is no SparseMemory everything is read.
+    Optional: of memory for which `is_sparse` does not hold everything is read.
     """
 
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
@@ -47,6 +46,15 @@ class SparseMemory(GuestMemory, Protocol):
         Raises:
             GuestMemoryFaultError: It cannot be told.
         """
+
+
+def is_sparse(memory: GuestMemory) -> TypeGuard[SparseMemory]:
+    """Return whether `memory` is a SparseMemory.
+
+    This is asked for single pages: a protocol that is checked takes longer to be looked for than a
+    page to be read.
+    """
+    return hasattr(memory, "populated")
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.paging.segments import Segment
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations, mapped_by
@@ -66,8 +66,7 @@ class KernelMemory:
             SourceError: It says too little, or this architecture's tables are unknown.
         """
         self._memory = memory
-        # Asked once: a protocol takes longer to be looked for than a page to be read.
-        self._sparse = memory if isinstance(memory, SparseMemory) else None
+        self._sparse = memory if is_sparse(memory) else None
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
         self._translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)

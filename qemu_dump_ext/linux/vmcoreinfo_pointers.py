@@ -10,7 +10,7 @@ vmcoreinfo_size, vmcoreinfo_note.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 
 from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
@@ -18,6 +18,7 @@ from qemu_dump_ext.errors import GuestMemoryFaultError
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at
 from qemu_dump_ext.pages.pipeline import populated_ranges
+from qemu_dump_ext.pages.zero_pages import numpy_if_loaded
 from qemu_dump_ext.paging.walk import ReadTable, translate_by
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import PAGE_SIZES
@@ -62,8 +63,10 @@ class NotePointers:
         translations: Sequence[Translation],
         read_table: ReadTable,
         advance: Callable[[int], None],
-    ) -> Iterator[int]:
-        """Yield where a page may be that is pointed to, what is near the vCPUs first.
+    ) -> Iterator[tuple[int, int]]:
+        """Yield where the pages of text and note may be, what is near the vCPUs first.
+
+        Not all of these places are memory, and of most nothing was ever stored there.
 
         Args:
             vcpus: The vCPUs of the guest.
@@ -85,9 +88,8 @@ class NotePointers:
         left = _TRIPLES_MAX
         for start, end in self._pieces(places):
             advance(end - start)
-            for pointers in self._triples(start, end, word_size):
-                for pointer in pointers:
-                    yield from self._mapped_at(pointer)
+            for text, note in self._triples(start, end, word_size):
+                yield from ((gpa, gpa + note - text) for gpa in self._mapped_at(text))
                 left -= 1
                 if not left:
                     return
@@ -107,10 +109,7 @@ class NotePointers:
                 block.gpa + (pointer - block.gpa) % _MAP_ALIGNMENT, block.end, _MAP_ALIGNMENT
             )
         )
-        yield from filter(self._is_populated, islice(places, _MAPS_MAX))
-
-    def _is_populated(self, gpa: int) -> bool:
-        return any(populated_ranges(self._memory, gpa, gpa + 1))
+        return islice(places, _MAPS_MAX)
 
     def _pieces(self, gpas: Collection[int]) -> Iterator[tuple[int, int]]:
         """Yield first gpa and end of what is populated around some, each part once."""
@@ -149,8 +148,19 @@ class NotePointers:
             if text and note and not (text | note) & _IN_PAGE and not (text ^ note) >> _MEMORY_BITS:
                 yield text, note
 
-    def _small_numbers(self, content: bytes, word_size: int) -> Iterator[int]:
-        """Yield the indexes of words of more than 8 bits and no more than 16, between others."""
+    def _small_numbers(self, content: bytes, word_size: int) -> Iterable[int]:
+        """Return the indexes of words of more than 8 bits and no more than 16, between others."""
+        numpy = numpy_if_loaded()
+        if numpy is None:
+            return self._small_numbers_by_bytes(content, word_size)
+        order = "<" if self._byte_order == "little" else ">"
+        words = numpy.frombuffer(content, dtype=f"{order}u{word_size}")[1:-1]
+        indexes: list[int] = (
+            numpy.flatnonzero((words >> 8 != 0) & (words >> 16 == 0)) + 1
+        ).tolist()
+        return indexes
+
+    def _small_numbers_by_bytes(self, content: bytes, word_size: int) -> Iterator[int]:
         # All words at once, byte by byte: looking at each by itself takes ten times as long.
         parts = [content[part::word_size] for part in range(word_size)]
         if self._byte_order == "big":

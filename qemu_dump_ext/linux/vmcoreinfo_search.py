@@ -240,10 +240,16 @@ class NoteSearch:
         targets = self._pointers.targets(
             self._vcpus, self._translations, self._tables, self._advance
         )
-        for gpa in targets:
+        for pages in targets:
             if self._is_late():
                 return
-            yield gpa
+            if all(map(self._is_populated, pages)):
+                yield from pages
+
+    def _is_populated(self, gpa: int) -> bool:
+        if block_at(self._blocks, gpa) is None:
+            return False
+        return any(populated_ranges(self._memory, gpa, gpa + 1))
 
     def _chunks(self) -> Iterator[tuple[int, int]]:
         for block in reversed(self._blocks):

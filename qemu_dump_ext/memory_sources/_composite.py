@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
-from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory, SparseMemory, is_at_hand
+from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory, is_at_hand, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
 
 
@@ -41,7 +41,7 @@ class CompositeMemory:
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return where there may be something else than zeros."""
         memory = self._memory_at(gpa)
-        if isinstance(memory, SparseMemory):
+        if is_sparse(memory):
             return memory.populated(gpa, size)
         return [(gpa, gpa + size)]
 

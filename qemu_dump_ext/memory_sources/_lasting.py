@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
-from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory, SparseMemory, is_at_hand
+from qemu_dump_ext.guest.memory import ForetoldMemory, GuestMemory, is_at_hand, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
 
 
@@ -78,7 +78,7 @@ class LastingSparseMemory(LastingMemory):
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return where there may be something else than zeros."""
         memory = self._memories[-1]
-        if isinstance(memory, SparseMemory):
+        if is_sparse(memory):
             return memory.populated(gpa, size)
         return [(gpa, gpa + size)]
 
@@ -87,5 +87,5 @@ def lasting(
     memory: GuestMemory, open_next: Callable[[str, SourceError], GuestMemory]
 ) -> LastingMemory:
     """Return memory that goes on when its source fails; see `LastingMemory`."""
-    kind = LastingSparseMemory if isinstance(memory, SparseMemory) else LastingMemory
+    kind = LastingSparseMemory if is_sparse(memory) else LastingMemory
     return kind(memory, open_next)

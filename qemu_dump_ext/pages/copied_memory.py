@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.pages._copy_store import CopyStore, open_copy_store
 from qemu_dump_ext.pages.pipeline import piece_size, populated_ranges
@@ -50,7 +50,7 @@ class CopiedMemory:
             GuestMemoryFaultError: It cannot be read.
             DumpWriteError: The copy cannot be written.
         """
-        may_be_zero = not isinstance(memory, SparseMemory)
+        may_be_zero = not is_sparse(memory)
         most = piece_size(memory)
         for block in blocks:
             for start, end in populated_ranges(memory, block.gpa, block.end):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 
 
 class PatchedMemory:
@@ -28,7 +28,7 @@ class PatchedMemory:
 
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return where there may be something else than zeros, as `SparseMemory` has it."""
-        if not isinstance(self._memory, SparseMemory):
+        if not is_sparse(self._memory):
             return [(gpa, gpa + size)]
         found = [*self._memory.populated(gpa, size), *self._patched(gpa, gpa + size)]
         merged: list[tuple[int, int]] = []

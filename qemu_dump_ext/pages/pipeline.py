@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Generic, TypeVar
 
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.host_limits import Job, WorkerThreads
 from qemu_dump_ext.interrupts import uninterrupted
@@ -99,7 +99,7 @@ class PieceWork(Generic[ResultT]):
 
 def populated_ranges(memory: GuestMemory, gpa: int, end: int) -> Iterator[tuple[int, int]]:
     """Yield where guest memory from `gpa` to `end`, in one RAM block, may not be zero."""
-    if not isinstance(memory, SparseMemory):
+    if not is_sparse(memory):
         yield gpa, end
         return
     size = max(_QUESTION_SIZE, -(-(end - gpa) // _QUESTIONS_MAX))

@@ -14,7 +14,7 @@ import pytest
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess, SourceContext
-from qemu_dump_ext.guest.memory import GuestMemory, SparseMemory
+from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.memory_sources import monitor_read, open_memory
 from qemu_dump_ext.memory_sources.process import ProcessMemory
@@ -186,7 +186,7 @@ def test_what_is_not_populated_is_zero(
     machine = request.getfixturevalue(kind)
     with opened(machine, source) as (memory, guest), opened_by_qmp2(machine) as other:
         assert memory.name.startswith(source)
-        assert isinstance(memory, SparseMemory)
+        assert is_sparse(memory)
         skipped = 0
         for block in guest.ram_blocks:
             position = block.gpa

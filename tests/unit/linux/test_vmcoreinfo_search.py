@@ -4,15 +4,18 @@ import random
 import struct
 from collections import deque
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
 from qemu_dump_ext.architectures import AddressWindow, all_architectures
 from qemu_dump_ext.errors import PauseLimitError, RequestError
 from qemu_dump_ext.guest.model import Vcpu
-from qemu_dump_ext.linux import vmcoreinfo_search
+from qemu_dump_ext.linux import vmcoreinfo_pointers, vmcoreinfo_search
 from qemu_dump_ext.linux.vmcoreinfo_pointers import NotePointers
 from qemu_dump_ext.linux.vmcoreinfo_search import Evidence, NoteSearch
+from qemu_dump_ext.pages import zero_pages
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
 from tests.support.fake_kernel import (
     KERNEL_MAP,
@@ -280,7 +283,7 @@ def test_where_no_page_tables_are_known_the_lowest_memory_is_looked_at(name: str
     byte_order = all_architectures()[name].cores[0].byte_order
     found = NotePointers(all_architectures()[name], memory, memory.blocks, byte_order=byte_order)
     targets = found.targets([Vcpu(0, {})], (), lambda _gpa, size: bytes(size), lambda _size: None)
-    assert list(targets) == [0x232000, 0x230000]
+    assert list(targets) == [(0x232000, 0x230000)]
 
 
 def test_pointers_of_a_hostile_kernel_are_bounded():
@@ -294,6 +297,51 @@ def test_pointers_of_a_hostile_kernel_are_bounded():
     chosen = NoteSearch(X86_64, "little", memory, memory.blocks, vcpus).find().chosen
     assert chosen is not None
     assert memory.reads - before < 5000
+
+
+@pytest.mark.parametrize(("name", "size"), [("x86_64", 8), ("arm", 4), ("s390x", 8), ("mips", 4)])
+def test_lengths_are_the_same_by_numpy_and_without(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+):
+    memory = FlatMemory(4096)
+    order = all_architectures()[name].cores[0].byte_order
+    found = NotePointers(all_architectures()[name], memory, memory.blocks, byte_order=order)
+    numbers = [0, 1, 255, 256, 4000, 65535, 65536, 1 << 8 * size - 1] * 2
+    content = b"".join(number.to_bytes(size, order) for number in [300, *numbers, 300])
+    zero_pages.numpy_or_none()
+    by_numpy = list(found._small_numbers(content, size))
+    monkeypatch.setattr(vmcoreinfo_pointers, "numpy_if_loaded", lambda: None)
+    assert by_numpy == list(found._small_numbers(content, size))
+    assert by_numpy == [4, 5, 6, 12, 13, 14]
+
+
+@pytest.mark.parametrize("ticks", [False, True])
+def test_pointers_into_memory_that_was_never_touched(
+    monkeypatch: pytest.MonkeyPatch, *, ticks: bool
+):
+    """Each may point to any GiB: none is looked for twice, and not when the time is over."""
+    memory = FlatMemory(16 * MIB)
+    live = plant_kernel(memory, 2 * MIB, "6.1.0-live")
+    _point(memory, 5 * MIB, 2 * MIB, 0xFF110000 << 32)
+    memory.put(4 * MIB, struct.pack("<3Q", 17 * MIB, 4000, 18 * MIB) * 100)
+    memory.blocks = [replace(memory.blocks[0], size=64 << 30)]
+    questions: list[int] = []
+
+    def populated(gpa: int, size: int) -> list[tuple[int, int]]:
+        questions.append(gpa)
+        low, high = gpa, min(gpa + size, len(memory.data))
+        return [(low, high)] if low < high else []
+
+    memory.populated = populated  # type: ignore[attr-defined]
+    vcpus = [
+        replace(vcpu, registers={**vcpu.registers, "rip": KERNEL_MAP}) for vcpu in vcpus_with(live)
+    ]
+    if ticks:
+        clock = SimpleNamespace(monotonic=count().__next__)
+        monkeypatch.setattr(vmcoreinfo_search, "time", clock)
+    found = NoteSearch(X86_64, "little", memory, memory.blocks, vcpus, seconds=50).find()
+    assert (found.chosen is None) == ticks
+    assert len(questions) <= (200 if ticks else 100 * 64 + 200)
 
 
 @pytest.mark.parametrize(
