@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +9,9 @@ from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock, block_at
-from qemu_dump_ext.paging.segments import Segment
-from qemu_dump_ext.paging.tables import TableReader, kernel_translations, mapped_by
-from qemu_dump_ext.paging.walk import MemoryMap, PageTableWalker, translate_by, translate_pages_by
+from qemu_dump_ext.paging.bulk_walk import BulkWalker, MappedRuns, joined
+from qemu_dump_ext.paging.tables import TableReader, kernel_translations
+from qemu_dump_ext.paging.walk import translate_by, translate_pages_by
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import (
@@ -20,6 +19,7 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
+from qemu_dump_ext.third_party import import_package
 
 _SMALLEST_PAGE = 4096
 _SCATTERED = 16
@@ -32,11 +32,11 @@ class KernelMappings:
     """What the page tables of a kernel map elsewhere than all memory is mapped.
 
     Attributes:
-        segments: In no order; may overlap.
-        tables: First gpa and end of each of these tables, in no order; there may be no memory.
+        runs: Where, by ascending virtual address for each of several tables.
+        tables: First gpa and end of these tables, in no order; there may be no memory.
     """
 
-    segments: Sequence[Segment]
+    runs: MappedRuns
     tables: Sequence[tuple[int, int]]
 
 
@@ -89,29 +89,27 @@ class KernelMemory:
 
         Raises:
             SourceError: The kernel's page tables are hostile.
+            MissingPackageError: numpy cannot be imported.
         """
+        numpy = import_package("numpy", "a dump level")
         ranges = [(block.gpa, block.end) for block in self._blocks]
-        tables: list[tuple[int, int]] = []
-
-        def read_table(gpa: int, size: int) -> bytes:
-            tables.append((gpa, gpa + size))
-            return self._tables(gpa, size)
-
-        walker = PageTableWalker(read_table, MemoryMap(ranges), whole_pages=False, repeat=False)
+        walker = BulkWalker(self._tables, ranges)
         try:
-            mapped = [segment for root in self._roots() for segment in mapped_by(walker, root)]
+            found = [walker.walk(root) for root in self._roots()]
             for root in others:
                 if isinstance(root, PageTableRoot):
-                    mapped_by(walker, root)
+                    walker.find_tables(root)
         except RequestError as error:
             raise SourceError(error.message) from error
-        sizes: Counter[int] = Counter()
-        for segment in mapped:
-            sizes[segment.gva - segment.gpa] += segment.size
-        most = sum(end - first for first, end in ranges) // 2
-        linear = next((distance for distance, size in sizes.items() if size > most), None)
-        special = [segment for segment in mapped if segment.gva - segment.gpa != linear]
-        return KernelMappings(special, tables)
+        mapped = joined(found)
+        distances, which = numpy.unique(mapped.gvas - mapped.gpas, return_inverse=True)
+        sizes = numpy.zeros(len(distances) + 1, numpy.uint64)
+        numpy.add.at(sizes, which, mapped.sizes)
+        most = int(sizes.argmax())
+        is_linear = which == most
+        if sizes[most] <= sum(end - first for first, end in ranges) // 2:
+            is_linear[:] = False
+        return KernelMappings(mapped[~is_linear], walker.tables)
 
     def _roots(self) -> Sequence[PageTableRoot]:
         return [root for root in self._translations if isinstance(root, PageTableRoot)]

@@ -15,9 +15,10 @@ from qemu_dump_ext.linux.needed_memory import AddressRange, needed_addresses
 from qemu_dump_ext.linux.page_filter import FilterRules, find_excluded_pages
 from qemu_dump_ext.linux.struct_page import StructPage, parse_struct_page
 from qemu_dump_ext.pages.page_set import PageSet
-from qemu_dump_ext.paging.segments import Segment
+from qemu_dump_ext.paging.bulk_walk import MappedRuns
 from qemu_dump_ext.paging.tables import roots_of_vcpus
 from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.third_party import import_package
 
 
 class KernelPages:
@@ -63,7 +64,7 @@ class KernelPages:
         self._also_kept = kept
         self._kernel = KernelMemory(architecture, memory, ram_blocks, vmcoreinfo)
         self._found: dict[tuple[int, bool], tuple[PageSet, StructPage, Sequence[MemMapRun]]] = {}
-        self._needed: tuple[list[Segment], list[tuple[int, int]]] | None = None
+        self._needed: tuple[MappedRuns, list[tuple[int, int]]] | None = None
 
     def excluded(self, rules: FilterRules) -> PageSet:
         """Return the pages that a dump leaves out.
@@ -119,17 +120,17 @@ class KernelPages:
         """Return what stays in every dump, but for what only these kernel addresses lead to."""
         if self._needed is None:
             self._needed = self._find_needed(layout)
-        segments, ranges = self._needed
-        outside = _outside(segments, left_out)
-        kept = PageSet.touched_by(layout.page_size, [*ranges, *outside])
+        runs, ranges = self._needed
+        gone = PageSet.touched_by(1, ((gva, gva + size) for gva, size in left_out))
+        kept = PageSet.touched_by(layout.page_size, [*ranges, *_memory_outside(runs, gone)])
         needed = needed_addresses(
             self._architecture, self._vcpus, self._vmcoreinfo, self._kernel, self._order
         )
-        addresses = _outside([Segment(gva, gva, size) for gva, size in needed], left_out)
-        physical = self._physical((gva, end - gva) for gva, end in addresses)
+        addresses = PageSet.touched_by(1, ((gva, gva + size) for gva, size in needed))
+        physical = self._physical((gva, end - gva) for gva, end in addresses.without(gone).ranges)
         return kept.union(PageSet.touched_by(layout.page_size, physical))
 
-    def _find_needed(self, layout: StructPage) -> tuple[list[Segment], list[tuple[int, int]]]:
+    def _find_needed(self, layout: StructPage) -> tuple[MappedRuns, list[tuple[int, int]]]:
         try:
             roots = roots_of_vcpus(self._architecture, self._vcpus, native=False)
         except SourceError:
@@ -140,18 +141,25 @@ class KernelPages:
             # By which readers know where the kernel was loaded.
             first = self._blocks[0].gpa
             ranges.append((first, first + layout.page_size))
-        return list(mappings.segments), ranges
+        return mappings.runs, ranges
 
 
-def _outside(
-    segments: Iterable[Segment], left_out: Sequence[AddressRange]
-) -> Iterator[tuple[int, int]]:
-    """Yield first gpa and end of what segments map at other addresses than these."""
-    if not left_out:
-        yield from ((segment.gpa, segment.gpa + segment.size) for segment in segments)
+def _memory_outside(runs: MappedRuns, gone: PageSet) -> Iterator[tuple[int, int]]:
+    """Yield first gpa and end of what runs map at other addresses than these."""
+    if not gone.ranges:
+        yield from runs.memory()
         return
-    gone = PageSet(1, tuple(sorted((gva, gva + size) for gva, size in left_out)))
-    for segment in segments:
-        inside = PageSet(1, ((segment.gva, segment.gva + segment.size),))
-        for first, end in inside.without(gone).ranges:
-            yield segment.gpa + first - segment.gva, segment.gpa + end - segment.gva
+    numpy = import_package("numpy", "a dump level")
+    firsts, ends = numpy.array(gone.ranges, object).T
+    firsts, lasts = firsts.astype(numpy.uint64), (ends - 1).astype(numpy.uint64)
+    # The last of the ranges that begin before a run ends, if there is one.
+    index = numpy.searchsorted(firsts, runs.lasts, side="right") - 1
+    is_touched = (index >= 0) & (lasts[index] >= runs.gvas)
+    is_inside = is_touched & (firsts[index] <= runs.gvas) & (lasts[index] >= runs.lasts)
+    yield from runs[~is_touched].memory()
+    rest = runs[is_touched & ~is_inside]
+    for gva, gpa, size in zip(
+        rest.gvas.tolist(), rest.gpas.tolist(), rest.sizes.tolist(), strict=True
+    ):
+        for first, end in PageSet(1, ((gva, gva + size),)).without(gone).ranges:
+            yield gpa + first - gva, gpa + end - gva

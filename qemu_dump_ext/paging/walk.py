@@ -45,19 +45,19 @@ class WalkBudget:
     tables: int = 1 << 19
     runs: int = 1 << 19
 
-    def take_table(self, geometry: PageTableGeometry) -> None:
-        """Count a table.
+    def take_table(self, geometry: PageTableGeometry, count: int = 1) -> None:
+        """Count a table, or several.
 
         Raises:
             RequestError: There were too many.
         """
-        self.tables -= 1
+        self.tables -= count
         if self.tables < 0:
             raise self._too_many(geometry, "tables")
 
-    def take_run(self, geometry: PageTableGeometry) -> None:
-        """Count a range."""
-        self.runs -= 1
+    def take_run(self, geometry: PageTableGeometry, count: int = 1) -> None:
+        """Count a range, or several."""
+        self.runs -= count
         if self.runs < 0:
             raise self._too_many(geometry, "ranges")
 

@@ -16,13 +16,18 @@ from qemu_dump_ext.cli import main
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import run_cli, run_gdb
 from tests.support.hmp_proxy import Proxy, QmpSocket
-from tests.support.pages_of_dumps import bitmaps_of, pages_of_elf
+from tests.support.levels_of_dumps import left_out_of
+from tests.support.pages_of_dumps import (
+    bitmaps_by_makedumpfile,
+    bitmaps_of,
+    pages_of_elf,
+    pages_of_zeros,
+)
 
 pytestmark = pytest.mark.guest
 
 _PAGE = 4096
 _ROM_PAGES = 64
-_LEVELS = (1, 2, 4, 8, 16, 27, 31)
 
 
 def _level_of(dump: Path) -> int:
@@ -44,8 +49,19 @@ def _take(guest: BootedGuest, path: Path, *words: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("level", _LEVELS)
-def test_exact_leaves_out_what_makedumpfile_leaves_out(
+def test_exact_leaves_out_what_makedumpfile_leaves_out_at_each_level(
+    paused_linux: BootedGuest, whole: Path
+):
+    everything = set(range(paused_linux.image.memory_mib * 256 + _ROM_PAGES))
+    for level, left_out in left_out_of(whole, range(32)).items():
+        covered, kept = bitmaps_by_makedumpfile(["makedumpfile"], whole, level)
+        assert everything >= covered, level
+        # It leaves out what lies behind the last section of memory, a ROM, at every level.
+        assert everything - left_out == kept | (everything - covered), level
+
+
+@pytest.mark.parametrize("level", [1, 31])
+def test_exact_makes_the_kdump_that_makedumpfile_makes(
     paused_linux: BootedGuest, whole: Path, tmp_path: Path, level: int
 ):
     ours = tmp_path / "ours"
@@ -55,10 +71,10 @@ def test_exact_leaves_out_what_makedumpfile_leaves_out(
     _take(paused_linux, ours, "-l", "-R", "--exact", "--dump-level", f"{level}!")
     covered, kept = bitmaps_of(ours)
     covered_by_makedumpfile, kept_by_makedumpfile = bitmaps_of(filtered)
-    assert covered >= covered_by_makedumpfile
-    # It leaves out what lies behind the last section of memory, a ROM, at every level.
-    assert kept == kept_by_makedumpfile | (covered - covered_by_makedumpfile)
+    behind = covered - covered_by_makedumpfile
+    assert kept == kept_by_makedumpfile | behind
     assert len(covered) == paused_linux.image.memory_mib * 256 + _ROM_PAGES
+    assert pages_of_zeros(ours) - behind == pages_of_zeros(filtered)
     assert _level_of(ours) == level
 
 

@@ -20,6 +20,7 @@ from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import child_environment, run_cli, run_gdb
 from tests.support.folders import folder_for
 from tests.support.foreign_makedumpfile import foreign_makedumpfile
+from tests.support.levels_of_dumps import left_out_of
 from tests.support.linux_guests import (
     BEFORE_CONNECTING,
     IMAGES,
@@ -31,7 +32,7 @@ from tests.support.linux_guests import (
 from tests.support.note_search import search_for_note
 from tests.support.oracle import OracleDumps
 from tests.support.page_flags import PageFlags
-from tests.support.pages_of_dumps import bitmaps_of, pages_of_elf
+from tests.support.pages_of_dumps import bitmaps_by_makedumpfile, pages_of_elf
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = [pytest.mark.guest, pytest.mark.qemu, pytest.mark.gdb]
@@ -47,6 +48,9 @@ ONLY_BY_STUB = {"mips64el": "badvaddr", "mipsel": "badvaddr"}
 
 # Where memory begins; that of arm is where makedumpfile counts pages of a kdump from.
 FIRST_PAGE = {"arm": 0x40000, "riscv64": 0x80000}
+
+_LEVELS = (0, 2, 4, 8, 16, 31)
+"""What other levels leave out is what these do, together."""
 
 of_all = of_guests(*IMAGES)
 of_those_dumped_by_qemu = of_guests(*DUMPED_BY_QEMU)
@@ -158,24 +162,18 @@ def test_a_dump_level_leaves_what_makedumpfile_leaves(guest: BootedGuest, tmp_pa
     name = guest.image.name
     # That of i386 wants virtual addresses in an ELF core. Pages of a kdump by QEMU may be larger.
     whole = _dump(guest, tmp_path / "whole", *(("-p",) if name == "i386" else ()))
+    filtered = _dump(guest, tmp_path / "filtered", "--exact", "--dump-level", "31!")
     page_size = 65536 if name == "ppc64le" else 4096
     everything = pages_of_elf(whole, page_size)
-    levels = {level: _left_by_ours(guest, tmp_path, level, page_size) for level in (8, 31)}
+    ours = {level: everything - pages for level, pages in left_out_of(whole, _LEVELS).items()}
+    assert pages_of_elf(filtered, page_size) & everything == ours[31]
     if name == "arm":
         _let_makedumpfile_find_the_linear_map(whole)
-    for level, ours in levels.items():
-        filtered = tmp_path / "filtered"
-        argv = [*foreign_makedumpfile(name), "-d", str(level)]
-        subprocess.run([*argv, whole, filtered], check=True, capture_output=True)
-        first = FIRST_PAGE.get(name, 0)
-        covered, kept = ({page + first for page in pages} for pages in bitmaps_of(filtered))
-        assert ours & everything == kept | (everything - covered), level
-        filtered.unlink()
-
-
-def _left_by_ours(guest: BootedGuest, folder: Path, level: int, page_size: int) -> set[int]:
-    path = _dump(guest, folder / "ours", "--exact", "--dump-level", f"{level}!", "--force")
-    return pages_of_elf(path, page_size)
+    first = FIRST_PAGE.get(name, 0)
+    for level in _LEVELS:
+        bitmaps = bitmaps_by_makedumpfile(foreign_makedumpfile(name), whole, level)
+        covered, kept = ({page + first for page in pages} for pages in bitmaps)
+        assert ours[level] == kept | (everything - covered), level
 
 
 def _let_makedumpfile_find_the_linear_map(dump: Path) -> None:
