@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 _NUMBERS = (
@@ -17,6 +18,11 @@ _WORDS = (
     *(b'<xi:include href="target.xml"/>', b"CPU#4294967296\n", b"CPU#0\n", b"Error: no\n"),
 )
 
+_TRIES = 8
+_NEAR = 1 << 14
+"""Bytes around a place in which lines are swapped, and a number is looked for."""
+_NUMBER = re.compile(rb"[0-9][0-9a-f]*")
+
 
 def mutate(data: bytes, others: Sequence[bytes], chance: random.Random, *, most: int) -> bytes:
     """Return `data` with one to eight changes.
@@ -29,7 +35,7 @@ def mutate(data: bytes, others: Sequence[bytes], chance: random.Random, *, most:
     """
     changed = bytearray(data)
     for _ in range(chance.choice((1, 1, 2, 3, 8))):
-        at = chance.randrange(len(changed) + 1)
+        at = _place(changed, chance)
         end = min(len(changed), at + chance.choice((1, 2, 4, 8, 16, 64, 1024)))
         match chance.randrange(9):
             case 0:
@@ -53,27 +59,33 @@ def mutate(data: bytes, others: Sequence[bytes], chance: random.Random, *, most:
             case 7:
                 del changed[at:]
             case _:
-                _swap_lines(changed, chance)
+                _swap_lines(changed, at, chance)
     return bytes(changed[:most])
+
+
+def _place(data: bytearray, chance: random.Random) -> int:
+    """Return where to change something; rarely among zeros, of which samples of RAM have most."""
+    for _ in range(_TRIES):
+        at = chance.randrange(len(data) + 1)
+        if any(data[at : at + 8]):
+            return at
+    return chance.randrange(len(data) + 1)
 
 
 def _replace_number(changed: bytearray, at: int, chance: random.Random) -> None:
     """Put another number in place of the next one that is written in letters."""
-    digits = b"0123456789abcdef"
-    while at < len(changed) and changed[at] not in digits[:10]:
-        at += 1
-    end = at
-    while end < len(changed) and changed[end] in digits:
-        end += 1
+    found = _NUMBER.search(changed, at, at + _NEAR)
+    at, end = found.span() if found else (at, at)
     value = chance.choice(_NUMBERS)
     changed[at:end] = chance.choice(
         (str(value), f"{value:x}", f"{value:016x}", f"-{value}")
     ).encode()
 
 
-def _swap_lines(changed: bytearray, chance: random.Random) -> None:
-    lines = bytes(changed).splitlines(keepends=True)
+def _swap_lines(changed: bytearray, at: int, chance: random.Random) -> None:
+    start = max(0, at - _NEAR)
+    lines = bytes(changed[start : at + _NEAR]).splitlines(keepends=True)
     if lines:
         one, other = chance.randrange(len(lines)), chance.randrange(len(lines))
         lines[one], lines[other] = lines[other], lines[one]
-        changed[:] = b"".join(lines)
+        changed[start : at + _NEAR] = b"".join(lines)

@@ -6,15 +6,13 @@ is a fault.
 
 from __future__ import annotations
 
-import atexit
 import json
-import tempfile
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
-from pathlib import Path
 
 from hmp.human.dump_line import parse_dump_line
 from hmp.qmp.json_stream import JsonStream
@@ -22,7 +20,7 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.crash_collector.agent.journal import replay
 from qemu_dump_ext.crash_collector.config.file import parse_configuration
 from qemu_dump_ext.crash_collector.record import parse_record
-from qemu_dump_ext.dump_readers import DumpFile, open_dump
+from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.convert import convert
 from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.inspect import describe
@@ -39,7 +37,7 @@ from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.probe import probe_guest
 from qemu_dump_ext.registers.from_native_notes import parse_native_notes
-from qemu_dump_ext.sinks import open_sink
+from qemu_dump_ext.sinks import Sink
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
 from tests.fuzz.recorded import Recorded, recorded_guests
@@ -137,38 +135,43 @@ def _of_guests(part: Callable[[Recorded], bytes]) -> Callable[[], Sequence[bytes
     ]
 
 
+class _Nowhere(Sink):
+    """Takes a dump as an empty file does, and keeps nothing of it."""
+
+    def _open(self) -> int:
+        return os.memfd_create(self.name, os.MFD_CLOEXEC)
+
+    def _place(self, offset: int, view: memoryview) -> None:
+        pass
+
+    def commit(self) -> None:
+        os.close(self._descriptor)
+
+    def abort(self) -> None:
+        os.close(self._descriptor)
+
+
 @cache
-def _scratch() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    atexit.register(folder.rmdir)
-    return folder / "dump"
+def _scratch() -> int:
+    """Return the descriptor of a file in memory."""
+    return os.memfd_create("dump", os.MFD_CLOEXEC)
 
 
 def _use_dump(data: bytes) -> None:
-    path = _scratch()
-    path.write_bytes(data)
-    try:
-        with open_dump(path) as dump:
-            verify_dump(dump, workers=1)
-            describe("dump", dump)
-            for gpa in (0, 0x1000, 0x100000, 70 * BLOCK, (1 << 64) - 1):
-                with suppress(DumpError):
-                    dump.read(gpa, 3 * BLOCK)
+    file = _scratch()
+    os.ftruncate(file, 0)
+    os.pwrite(file, data, 0)
+    with open_dump(f"/proc/self/fd/{file}") as dump:
+        verify_dump(dump, workers=1)
+        describe("dump", dump)
+        for gpa in (0, 0x1000, 0x100000, 70 * BLOCK, (1 << 64) - 1):
             with suppress(DumpError):
-                read_log(StoredGuest(dump, search_seconds=1))
-            _convert(dump, path.with_name("converted"))
-    finally:
-        path.unlink()
-
-
-def _convert(dump: DumpFile, target: Path) -> None:
-    sink = open_sink(f"file:{target}", force=True, standard_output=None)
-    try:
-        with suppress(DumpError), sink:
-            request = DumpRequest(format="kdump-raw-none", threads=1)
+                dump.read(gpa, 3 * BLOCK)
+        with suppress(DumpError):
+            read_log(StoredGuest(dump, search_seconds=1))
+        request = DumpRequest(format="kdump-raw-zlib", threads=1)
+        with suppress(DumpError), _Nowhere("converted") as sink:
             convert(request, dump, sink, progress=ProgressMeter(None), search_seconds=1)
-    finally:
-        target.unlink(missing_ok=True)
 
 
 _LOADS = [Load(0x1000, b"a" * 5000, memsz=9000), Load(0x100000, b"b" * 3000)]
