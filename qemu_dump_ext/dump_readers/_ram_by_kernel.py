@@ -81,11 +81,12 @@ class _Ram:
         return self._ram.place + offset + gpa - first
 
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
-        """Return what is no hole of the file."""
+        """Return what is in the file, and no hole of it: it may be cut, or lie of its size."""
         place = self._place(gpa, size)
+        there = max(0, min(size, self._image.size - place))
         return [
             (gpa + start - place, gpa + end - place)
-            for start, end in self._image.stored(place, size)
+            for start, end in self._image.stored(place, there)
         ]
 
     def close(self) -> None:

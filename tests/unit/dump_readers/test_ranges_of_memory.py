@@ -11,6 +11,7 @@ import pytest
 
 from qemu_dump_ext.cli import main
 from qemu_dump_ext.dump_readers import open_dump
+from qemu_dump_ext.dump_readers._image import PlainImage
 from qemu_dump_ext.dump_readers.raw import parse_layout
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.engine.verify import verify_dump
@@ -117,6 +118,27 @@ def test_of_a_core_that_is_cut_what_is_there_is_read(path: Path, monkeypatch: py
         assert list(dump.readable_ranges()) == [(0, 3 * MIB)]
         assert dump.read(0, 3 * MIB) == RAM[: 3 * MIB]
         assert verify_dump(dump).problems
+
+
+def test_a_mapping_that_claims_more_than_the_file_is_searched_where_it_is_there(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    core = bytearray(make_qemu_core(RAM))
+    (offset,) = struct.unpack_from("<Q", core, 32)
+    struct.pack_into("<Q", core, offset + 56 + 32, 1 << 47)  # p_filesz of QEMU's program
+    path.write_bytes(core)
+    reads: list[int] = []
+    read_into = PlainImage.read_into
+
+    def counted(image: PlainImage, offset: int, buffer: memoryview) -> None:
+        reads.append(offset)
+        assert len(reads) < 5000
+        read_into(image, offset, buffer)
+
+    monkeypatch.setattr(PlainImage, "read_into", counted)
+    with open_dump(path) as dump:
+        assert dump.reader == "qemu_core"
+        assert dump.read(0, len(RAM)) == RAM
 
 
 @pytest.mark.parametrize("make", [bytes, make_qemu_core])
