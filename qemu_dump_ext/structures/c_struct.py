@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import Literal
 
 U32_MAX = (1 << 32) - 1
@@ -154,12 +154,15 @@ class StructLayout:
 
     def bind(self, abi: Abi) -> BoundStruct:
         """Return the structure as laid out by `abi`."""
-        return _bind(self, abi)
+        structure = self._bound.get(abi)
+        if structure is None:
+            structure = self._bound[abi] = BoundStruct(self, abi)
+        return structure
 
-
-@cache
-def _bind(layout: StructLayout, abi: Abi) -> BoundStruct:
-    return BoundStruct(layout, abi)
+    @cached_property
+    def _bound(self) -> dict[Abi, BoundStruct]:
+        # Of each layout its own: to look one up would take a hash of all of its fields.
+        return {}
 
 
 def fields_of(kind: str, names: str) -> tuple[Field, ...]:
