@@ -5,7 +5,8 @@
 Makes an ELF core and a kdump of the dump first, and a machine that stands still and has its memory;
 and then, of each, what a row names, in a process of its own, all rows in turn. Prints a table in
 Markdown: the shortest time, seconds of CPU, how these compare with the dump from memory in the same
-format (more than 1: slower), and the most memory that the process and what it starts had.
+format (more than 1: slower), and the most memory that the process itself
+had.
 """
 
 from __future__ import annotations
@@ -42,6 +43,16 @@ _HOLE = 2 << 30
 """Where a q35 has no RAM but above 4 GiB."""
 
 
+_RUN = """
+from pathlib import Path
+from qemu_dump_ext.cli import main
+status = main()
+print(Path("/proc/self/status").read_text())
+raise SystemExit(status)
+"""
+"""The process tells itself: what `wait4` has is at least what this one had when it started it."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one dump took: seconds, seconds of CPU, KiB of memory at most."""
@@ -55,19 +66,20 @@ def run(*words: object) -> Cost:
     """Have `qemu-dump` do something."""
     started = time.monotonic()
     process = subprocess.Popen(
-        [sys.executable, "-c", "from qemu_dump_ext.cli import main; raise SystemExit(main())"]
-        + [str(word) for word in words],
-        stderr=subprocess.PIPE,
+        [sys.executable, "-c", _RUN, *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
     )
     with process:
-        told = process.stderr.read() if process.stderr else ""
+        told = process.stdout.read() if process.stdout else ""
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode not in {0, 6}:
         raise SystemExit(told)
     seconds = time.monotonic() - started
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss)
+    peak_kib = int(told.partition("VmHWM:")[2].split()[0])
+    return Cost(seconds, usage.ru_utime + usage.ru_stime, peak_kib)
 
 
 @contextmanager
