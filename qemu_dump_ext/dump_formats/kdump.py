@@ -22,11 +22,11 @@ from qemu_dump_ext.dump_formats._kdump_pages import (
     WriteAt,
 )
 from qemu_dump_ext.errors import RequestError
-from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.memory import GuestMemory, PackedMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs
 from qemu_dump_ext.pages.dedup import PageDeduplicator, deduplicator
-from qemu_dump_ext.pages.packing import Compression, Packer
+from qemu_dump_ext.pages.packing import Compression, CopyingPacker, Packer
 from qemu_dump_ext.pages.packing_processes import start_packer
 from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
 from qemu_dump_ext.plan.plan import DumpPlan
@@ -277,10 +277,14 @@ class _Kdump:
     def _compression(self, request: DumpRequest) -> Compression:
         return Compression(self.codec.name, request.exact, request.level)
 
-    def _packer(self, request: DumpRequest, page_size: int, memory_size: int) -> Packer:
-        workers = request.threads or worker_count()
+    def _packer(self, request: DumpRequest, plan: DumpPlan, memory: GuestMemory) -> Packer:
+        workers, page_size = request.threads or worker_count(), plan.page_size
         compression = self._compression(request)
-        if workers == 1 or self.codec == UNCOMPRESSED or memory_size < _WORTH_PROCESSES:
+        if isinstance(memory, PackedMemory) and request.level is None:
+            read_packed = memory.packed_pages(self.codec.name, page_size)
+            if read_packed is not None:
+                return CopyingPacker(page_size, compression, read_packed)
+        if workers == 1 or self.codec == UNCOMPRESSED or plan.memory_size < _WORTH_PROCESSES:
             return Packer(page_size, compression)
         return start_packer(page_size, compression, workers)
 
@@ -317,7 +321,7 @@ class _Kdump:
                 most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
                 data_offset = layout.descriptor_offset + most * form.descriptor.size
             make_writer = OrderedPageWriter if request.exact and not self.raw else BulkPageWriter
-            packer = stack.enter_context(self._packer(request, plan.page_size, plan.memory_size))
+            packer = stack.enter_context(self._packer(request, plan, memory))
             writer = make_writer(
                 form,
                 packer,

@@ -12,6 +12,7 @@ from typing import Self
 
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.errors import CorruptDumpError
+from qemu_dump_ext.guest.memory import ReadPacked
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
@@ -194,6 +195,10 @@ class DumpFile(ABC):
     def populated(self, gpa: int, size: int) -> Sequence[tuple[int, int]]:
         """Return (gpa, end) of what may not be zero in a part of one of `memory_ranges`."""
         return [(gpa, gpa + size)]
+
+    def packed_pages(self, codec: str, page_size: int) -> ReadPacked | None:  # noqa: ARG002
+        """Return what reads pages as they are packed, see `PackedMemory`; None: there are none."""
+        return None
 
     @abstractmethod
     def read_into(self, gpa: int, buffer: memoryview) -> None:

@@ -40,6 +40,20 @@ class PageUnpacker:
         Raises:
             CodecUnavailableError: A page is packed by a codec that cannot be imported.
         """
+        for descriptor, data in zip(descriptors, self.stored(descriptors), strict=True):
+            offset, _, flags, _ = descriptor
+            if isinstance(data, CorruptDumpError) or not flags:
+                yield data
+                continue
+            try:
+                yield self._decompress(flags, data)
+            except CorruptDumpError as error:
+                yield _at(offset, error)
+
+    def stored(
+        self, descriptors: Sequence[Descriptor]
+    ) -> Iterator[bytes | memoryview | CorruptDumpError]:
+        """Yield, for each descriptor, its page as it is in the file, or what is wrong with it."""
         dump = self._dump
         zero_page = dump.zero_page_descriptor
         faults = {
@@ -64,23 +78,25 @@ class PageUnpacker:
             if descriptor == zero_page:
                 yield dump.zero_page
                 continue
-            offset, size, flags, _ = descriptor
+            offset, size, _, _ = descriptor
+            if data is not None:
+                yield data[offset - low : offset - low + size]
+                continue
             try:
-                packed = (
-                    memoryview(dump.image.read(offset, size))
-                    if data is None
-                    else data[offset - low : offset - low + size]
-                )
-                yield self._decompress(flags, packed) if flags else packed
+                yield memoryview(dump.image.read(offset, size))
             except CorruptDumpError as error:
-                yield CorruptDumpError(f"page data at offset {offset:#x}: {error}")
+                yield _at(offset, error)
 
-    def _decompress(self, flags: int, packed: memoryview) -> bytes:
+    def _decompress(self, flags: int, packed: bytes | memoryview) -> bytes:
         decompress = self._decompressors.get(flags)
         if decompress is None:
             decompress = self._dump.codecs_by_flag[flags].decompressor()
             self._decompressors[flags] = decompress
         return decompress(packed, self._dump.page_size)
+
+
+def _at(offset: int, error: CorruptDumpError) -> CorruptDumpError:
+    return CorruptDumpError(f"page data at offset {offset:#x}: {error}")
 
 
 class UnpackingThreads:

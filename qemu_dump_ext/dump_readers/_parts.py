@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._extent_index import merged
 from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError
+from qemu_dump_ext.guest.memory import ReadPacked
 from qemu_dump_ext.structures.elf_notes import Note
 
 _HINT = "name all files that makedumpfile --split wrote, and no others"
@@ -99,6 +100,19 @@ class SplitKdump(DumpFile):
         """Fill `buffer` with guest memory from `gpa`."""
         for part, first, length in self._pieces(gpa, len(buffer)):
             part.read_into(first, buffer[first - gpa : first - gpa + length])
+
+    def packed_pages(self, codec: str, page_size: int) -> ReadPacked | None:
+        """Return what reads pages as they are packed, where all parts have such."""
+        found = [part.packed_pages(codec, page_size) for part in self.parts]
+        readers = [read for read in found if read is not None]
+        if len(readers) < len(found):
+            return None
+
+        def read_packed(gpas: Sequence[int]) -> Iterator[bytes | memoryview | None]:
+            for index, some in groupby(gpas, lambda gpa: bisect_right(self._starts, gpa) - 1):
+                yield from readers[index](list(some))
+
+        return read_packed
 
 
 def join_parts(files: Sequence[DumpFile]) -> DumpFile:

@@ -10,7 +10,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import groupby
 from operator import itemgetter
 from types import MappingProxyType
@@ -25,6 +25,7 @@ from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._kdump_verifier import verify_kdump
 from qemu_dump_ext.dump_readers._page_unpacker import Descriptor, PageUnpacker, UnpackingThreads
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
+from qemu_dump_ext.guest.memory import ReadPacked
 from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, ByteOrder
 from qemu_dump_ext.structures.kdump import (
@@ -137,8 +138,7 @@ class KdumpFile(DumpFile):
                 f"two bitmaps in {bitmap_blocks} blocks do not hold {self.max_mapnr:#x} bits"
             )
         self._unpacking = UnpackingThreads(self)
-        self._piece_number = -1
-        self._piece = b""
+        self._piece = -1, b""
 
     def _read_header(self) -> dict[str, int]:
         size = DISK_DUMP_HEADER.bind(Abi("little", 8, 8)).size
@@ -406,11 +406,13 @@ class KdumpFile(DumpFile):
         place = bisect_left(indexes, number)
         if place == len(indexes) or indexes[place] != number:
             return 0, 0
-        if number != self._piece_number:
-            self._piece, self._piece_number = self._bitmap_piece(1, number), number
+        known, piece = self._piece  # one after the other would not do: other threads ask, too
+        if number != known:
+            piece = self._bitmap_piece(1, number)
+            self._piece = number, piece
         byte, bit = divmod(bit, 8)
-        before = int.from_bytes(self._piece[:byte], "little").bit_count()
-        window = self._piece[byte : byte + limit // 8 + 2]
+        before = int.from_bytes(piece[:byte], "little").bit_count()
+        window = piece[byte : byte + limit // 8 + 2]
         bits = int.from_bytes(window, "little")
         rank = ranks[place] + before + (bits & (1 << bit) - 1).bit_count()
         return rank, min(length_of_run(bits >> bit), limit)
@@ -443,6 +445,42 @@ class KdumpFile(DumpFile):
             size = min(self.page_size - skip, len(buffer))
             buffer[:size] = page[skip : skip + size]
             buffer, gpa, skip = buffer[size:], gpa + size, 0
+
+    def packed_pages(self, codec: str, page_size: int) -> ReadPacked | None:
+        """Return what reads pages as they are packed, where the header names this codec.
+
+        Of pages that are stored as they are, it made none smaller.
+        """
+        known = all_page_codecs().get(codec)
+        if known is None or page_size != self.page_size:
+            return None
+        flag = known.page_flag
+        return partial(self._packed, flag) if self._integers["status"] & flag else None
+
+    def _packed(self, flag: int, gpas: Sequence[int]) -> Iterator[bytes | memoryview | None]:
+        unpacker = self.unpacker()
+        for first in range(0, len(gpas), PAGES_AT_ONCE):
+            pfns = [gpa // self.page_size for gpa in gpas[first : first + PAGES_AT_ONCE]]
+            descriptors = self._descriptors_of(pfns)
+            for (_, size, flags, _), data in zip(
+                descriptors, unpacker.stored(descriptors), strict=True
+            ):
+                as_it_is = not flags or (flags == flag and size < self.page_size)
+                yield data if as_it_is and not isinstance(data, CorruptDumpError) else None
+
+    def _descriptors_of(self, pfns: Sequence[int]) -> Sequence[Descriptor]:
+        """Return the descriptors of pages, ascending; empty ones of pages that are not there."""
+        found: list[Descriptor] = []
+        while len(found) < len(pfns):
+            pfn = pfns[len(found)]
+            rank, count = self._run_from(pfn, min(pfns[-1] + 1 - pfn, PAGES_AT_ONCE))
+            if not count:
+                found.append((0, 0, 0, 0))
+                continue
+            run = self.read_descriptors(rank, count)
+            inside = pfns[len(found) : bisect_left(pfns, pfn + count)]
+            found += (run[one - pfn] for one in inside)
+        return found
 
     def close(self) -> None:
         """End what unpacks, and close the file."""

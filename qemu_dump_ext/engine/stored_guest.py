@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import islice
 
 from qemu_dump_ext.architectures import Architecture, Core
@@ -13,7 +13,6 @@ from qemu_dump_ext.dump_readers import DumpFile
 from qemu_dump_ext.engine.differences import differences
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.recognize import (
-    MemoryOf,
     Recognized,
     notes_of,
     recognize,
@@ -25,7 +24,7 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
-from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.guest.memory import GuestMemory, ReadPacked
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.paging.segments import Segment
@@ -71,12 +70,12 @@ class _DumpMemory:
     is_slow = False
     is_at_hand = True
 
-    def __init__(self, dump: DumpFile, architecture: Architecture) -> None:
+    def __init__(self, dump: DumpFile, *, pfn_from_phys_base: bool) -> None:
         self._dump = dump
         self.first = 0
         ranges = _bounded(dump.readable_ranges())
         base = dump.phys_base
-        if architecture.pfn_from_phys_base and base is not None and ranges:
+        if pfn_from_phys_base and base is not None and ranges:
             # QEMU's own dumps count from 0 nevertheless.
             self.first = base if ranges[0][0] < base else 0
         self.blocks = self.blocks_of(ranges)
@@ -99,8 +98,22 @@ class _DumpMemory:
             (start + first, end + first) for start, end in self._dump.populated(gpa - first, size)
         ]
 
+    def packed_pages(self, codec: str, page_size: int) -> ReadPacked | None:
+        """Return what reads packed pages, where the dump has such."""
+        read, first = self._dump.packed_pages(codec, page_size), self.first
+        if read is None or first % page_size:
+            return None
+        return lambda gpas: read([gpa - first for gpa in gpas])
+
     def close(self) -> None:
         """Leave the dump to its owner."""
+
+
+def _memories_of(dump: DumpFile) -> Callable[[Architecture], _DumpMemory]:
+    """Return what gives a dump as the memory of a guest of some architecture."""
+    # Most are of the same memory, and where a large dump has pages takes long to find out.
+    make = cache(lambda *, from_base: _DumpMemory(dump, pfn_from_phys_base=from_base))
+    return lambda architecture: make(from_base=architecture.pfn_from_phys_base)
 
 
 class _NoPause:
@@ -148,11 +161,11 @@ class StoredGuest(GuestView):
         self.dump = dump
         self._keep = keep
         self._search_seconds = search_seconds
-        memory_of: MemoryOf = lambda architecture: _DumpMemory(dump, architecture)  # noqa: E731
+        memory_of = _memories_of(dump)
         self._notes, self._fault = notes_of(dump)
         self._recognized = found = recognize(dump, memory_of, target)
         self.architecture = found.architecture
-        self._memory = _DumpMemory(dump, found.architecture)
+        self._memory = memory_of(found.architecture)
         self.ram_blocks = self._memory.blocks
         self.core = _written_core(found, self.ram_blocks)
         self.vcpus = dump.vcpus or found.notes.vcpus or self._vcpus_of_windows()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeGuard, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, TypeAlias, TypeGuard, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
+
+ReadPacked: TypeAlias = Callable[[Sequence[int]], Iterator[bytes | memoryview | None]]
+"""Gets the gpas of pages, ascending, and yields each as it is packed; see `PackedMemory`."""
 
 
 class GuestMemory(Protocol):
@@ -72,6 +75,26 @@ class MemoryAtHand(GuestMemory, Protocol):
 def is_at_hand(memory: GuestMemory) -> bool:
     """Return whether reading a page of `memory` again costs next to nothing."""
     return isinstance(memory, MemoryAtHand) and memory.is_at_hand
+
+
+@runtime_checkable
+class PackedMemory(GuestMemory, Protocol):
+    """Guest memory whose pages are at hand as a codec has packed them, as those of a kdump are.
+
+    Optional: of memory that is no PackedMemory pages are read and packed.
+    """
+
+    def packed_pages(self, codec: str, page_size: int) -> ReadPacked | None:
+        """Return what reads packed pages, for any thread; None where they are packed otherwise.
+
+        It yields less than a page where the page is packed, the page itself where the codec would
+        not make it smaller, and None where that is not known. That a page unpacks, only reading it
+        tells.
+
+        Args:
+            codec: Name of it.
+            page_size: In bytes.
+        """
 
 
 @runtime_checkable

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from qemu_dump_ext.guest.memory import ReadPacked
 from qemu_dump_ext.page_codecs import Compress, find_page_codec
-from qemu_dump_ext.pages.pipeline import Buffer
+from qemu_dump_ext.pages.pipeline import Buffer, Piece
 
 PAGE_SIZES = "I"
 """Type code of the array of packed sizes."""
@@ -42,13 +43,15 @@ class Compression:
         return codec.tuned(self.level)
 
 
-def pack_pages(view: memoryview, page_size: int, compress: Compress) -> array[int]:
+def pack_pages(
+    view: memoryview, page_size: int, compress: Callable[[memoryview], bytes | memoryview]
+) -> array[int]:
     """Pack in place.
 
     Args:
         view: A whole number of pages; afterwards the packed ones, then what is left of others.
         page_size: The page size in bytes.
-        compress: Packs one page.
+        compress: Packs one page; is asked for each that is no zeros, in their order.
 
     Returns:
         For each page its packed size in bytes: 0 for one of zeros, which is left out, and
@@ -64,7 +67,7 @@ def pack_pages(view: memoryview, page_size: int, compress: Compress) -> array[in
             sizes.append(0)
             continue
         page = pages[start : start + page_size]
-        packed: bytes | memoryview = compress(page)
+        packed = compress(page)
         size = len(packed)
         if size >= page_size:
             packed, size = page, page_size
@@ -88,15 +91,23 @@ class Packer:
         self._compression = compression
         self._local = threading.local()
 
+    def pack_piece(self, piece: Piece, buffer: Buffer) -> array[int]:  # noqa: ARG002
+        """Pack what a buffer has of a piece; as `pack`."""
+        return self.pack(buffer)
+
     def pack(self, buffer: Buffer) -> array[int]:
         """Pack in place, as `pack_pages` does.
 
         Raises:
             DumpWriteError: What packs has gone.
         """
+        return pack_pages(buffer.view, self._page_size, self._compressor())
+
+    def _compressor(self) -> Compress:
         if not hasattr(self._local, "compress"):
             self._local.compress = self._compression.compressor()
-        return pack_pages(buffer.view, self._page_size, self._local.compress)
+        compress: Compress = self._local.compress
+        return compress
 
     def close(self) -> None:
         """End what packs."""
@@ -106,3 +117,20 @@ class Packer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class CopyingPacker(Packer):
+    """Takes pages as memory has them packed already, and packs the others."""
+
+    def __init__(self, page_size: int, compression: Compression, read_packed: ReadPacked) -> None:
+        super().__init__(page_size, compression)
+        self._read_packed = read_packed
+
+    def pack_piece(self, piece: Piece, buffer: Buffer) -> array[int]:
+        """Put packed pages in place of those that were read of the same memory."""
+        size, content = self._page_size, buffer.view.tobytes()
+        zeros = bytes(size)
+        starts = range(0, len(content), size)
+        wanted = [piece.gpa + start for start in starts if not content.startswith(zeros, start)]
+        packed, compress = self._read_packed(wanted), self._compressor()
+        return pack_pages(buffer.view, size, lambda page: next(packed) or compress(page))

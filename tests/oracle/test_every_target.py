@@ -408,10 +408,10 @@ def test_both_doors_say_the_same(dumps: Dumps):
     assert filecmp.cmp(dumps.path("gdb.mended"), dumps.path("qmp.mended"), shallow=False)
 
 
-def _converted(source: Path, target: Path, dump_format: str) -> Path:
+def _converted(source: Path, target: Path, dump_format: str, level: int | None = None) -> Path:
     with open_dump(source) as earlier:
         sink = open_sink(str(target), force=False, standard_output=None)
-        request = DumpRequest(format=dump_format)
+        request = DumpRequest(format=dump_format, level=level)
         with sink:
             convert(request, earlier, sink, progress=ProgressMeter(None))
     return target
@@ -430,7 +430,8 @@ def test_what_qemu_wrote_is_converted_into_what_we_write(dumps: Dumps, tmp_path:
         found = _converted(dumps.path(f"native.{form}"), tmp_path / form, "elf")
         assert _differences(_elf(ours)[1], _elf(found)[1]) == lost, form
         assert _elf_memory(found) == _elf_memory(ours), form
-    kdump = _converted(dumps.path("native.kdump"), tmp_path / "raw", "kdump-raw-zlib")
+    # With a level, pages are packed anew, and not as QEMU has packed them.
+    kdump = _converted(dumps.path("native.kdump"), tmp_path / "raw", "kdump-raw-zlib", level=1)
     if not lost:
         assert filecmp.cmp(kdump, dumps.path("gdb.mended.kdump"), shallow=False)
 
