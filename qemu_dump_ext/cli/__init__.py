@@ -67,6 +67,10 @@ def run_guarded(
             _tell_program(
                 f"this host refuses what is needed: {reason}", None, SourceError.exit_status
             )
+        if isinstance(error, MemoryError):
+            # Everything is undone by now. Python's own way out needs memory: where a thread is
+            # left, the C library ends the process by an abort, or waits for it.
+            os._exit(SourceError.exit_status)
         return SourceError.exit_status
 
 

@@ -83,7 +83,7 @@ class HmpMonitor:
         self._telnet: TelnetFilter | None = None
         self._questions: SimpleQueue[_Question | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._serve, name="hmp", daemon=True)
-        self._lost: SourceError | None = None
+        self._lost: SourceError | MemoryError | None = None
         self._closing = False
         self._is_terminal = False
 
@@ -166,7 +166,8 @@ class HmpMonitor:
         while (question := self._questions.get()) is not None:
             try:
                 answer = self._exchange(question.command)
-            except SourceError as error:
+            except (SourceError, MemoryError) as error:
+                # What has been read of an answer is lost with the memory for it.
                 self._lost = error
                 question.settle(self._raise_lost)
             else:

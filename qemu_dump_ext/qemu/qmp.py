@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 _ANSWER_SECONDS = 120.0
 _INTERRUPTED_ANSWER_SECONDS = 2.0
 _WAKE_SECONDS = 0.5
+_LATE_SECONDS = 10.0
 _CLOSED = "the QMP connection was closed"
 
 ResultT = TypeVar("ResultT")
@@ -46,6 +48,7 @@ class _Question(Generic[ResultT]):
         seconds: float,
     ) -> None:
         self._loop = loop
+        self._deadline = time.monotonic() + seconds + _LATE_SECONDS
         self._answered = threading.Lock()
         self._answered.acquire()
         self._answers: list[Callable[[], ResultT]] = []
@@ -71,13 +74,15 @@ class _Question(Generic[ResultT]):
             self._answers.append(partial(_raise, error))
         else:
             self._answers.append(lambda: result)
-        self._answered.release()
+        finally:
+            self._answered.release()
 
     def answer(self) -> ResultT:
         """Wait for it."""
         try:
             while not self._answers:
-                if self._loop.is_closed():
+                # The loop's own clock ends it before, unless the loop has no memory for that.
+                if self._loop.is_closed() or time.monotonic() > self._deadline:
                     raise SourceError(_CLOSED)
                 # Woken now and then: gdb's handler of SIGINT does not end a wait.
                 self._answered.acquire(timeout=_WAKE_SECONDS)
@@ -270,19 +275,25 @@ class QmpMonitor(SharedQmp):
             return
         with uninterrupted():
             if self._thread.is_alive():
-                with contextlib.suppress(
-                    self._qmp_error, OSError, EOFError, TimeoutError, SourceError
-                ):
-                    self._run(self._client.disconnect, GREETING_SECONDS)
-                self._loop.call_soon_threadsafe(self._loop.stop)
-                self._thread.join()
+                try:
+                    with contextlib.suppress(
+                        self._qmp_error, OSError, EOFError, TimeoutError, SourceError
+                    ):
+                        self._run(self._client.disconnect, GREETING_SECONDS)
+                finally:
+                    self._loop.call_soon_threadsafe(self._loop.stop)
+                    self._thread.join()
 
     def _serve(self) -> None:
         leave_signals_to_main_thread()
-        self._loop.run_forever()
-        # Whoever still waits in another thread is told; nobody can ask from here on.
-        self._loop.run_until_complete(_cancel_all())
-        self._loop.close()
+        try:
+            self._loop.run_forever()
+            # Whoever still waits in another thread is told; nobody can ask from here on.
+            self._loop.run_until_complete(_cancel_all())
+        except MemoryError:
+            pass  # who waits sees that it is closed
+        finally:
+            self._loop.close()
 
 
 async def _cancel_all() -> None:

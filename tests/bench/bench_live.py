@@ -34,6 +34,7 @@ from qemu_dump_ext.qemu.qmp import connect_qmp
 from tests.support.bare_guests import COUNTING, counting_arguments
 from tests.support.doors import child_environment, cli_argv
 from tests.support.newer_qemu import newer_qemu_command
+from tests.support.processes import Process
 from tests.support.raw_qmp import RawQmp
 from tests.support.waiting import wait_until
 
@@ -141,7 +142,7 @@ def by_command(machine: QemuMachine, folder: Path, option: str) -> tuple[float, 
         *("--qmp", machine.qmp_sockets[0], option, "--no-vmcoreinfo", "--json"), folder / "x"
     )
     begun, peak = time.monotonic(), 0
-    with subprocess.Popen(words, env=child_environment(), stdout=subprocess.DEVNULL) as process:
+    with Process(words, env=child_environment(), stdout=subprocess.DEVNULL) as process:
         while process.poll() is None:
             peak = peak_of(process.pid) or peak
             time.sleep(0.01)

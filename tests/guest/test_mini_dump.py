@@ -69,6 +69,8 @@ def _answers_of_drgn(dump: Path, vmlinux: Path) -> dict[str, object]:
 
 
 def _kernel_frames(program: drgn.Program, task: drgn.Object) -> list[str]:
+    if not task.stack:  # it has ended, and nobody has asked for its status yet
+        return []
     # Frames of programs lie on pages of theirs, which are gone.
     names = [str(frame.name) for frame in program.stack_trace(task) if frame.pc >> 63]
     return [name for name in names if name != "None"]

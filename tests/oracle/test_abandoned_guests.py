@@ -31,6 +31,7 @@ from tests.support.doors import (
     run_often,
 )
 from tests.support.newer_qemu import newer_qemu_command
+from tests.support.processes import Process
 from tests.support.raw_qmp import RawQmp
 from tests.support.relay import relay
 from tests.support.waiting import wait_until
@@ -89,7 +90,7 @@ def test_the_next_dump_lets_it_run(machine: QemuMachine, tmp_path: Path):
 def test_a_guardian_forgets_what_it_has_paid(machine: QemuMachine, tmp_path: Path):
     with blocked_target(tmp_path) as target:
         argv = cli_argv("--qmp", machine.qmp_sockets[0], target.path)
-        with subprocess.Popen(argv, env=child_environment(), stderr=subprocess.DEVNULL) as dump:
+        with Process(argv, env=child_environment(), stderr=subprocess.DEVNULL) as dump:
             wait_until(target.is_written_to, "the dump is being written")
             dump.kill()
     wait_until(lambda: guest_status(machine) == "running", "its guardian lets it run")
@@ -215,7 +216,7 @@ def test_a_guest_that_is_gone_is_forgotten(tmp_path: Path):
 def test_a_dump_that_lives_owes_nothing_to_others(machine: QemuMachine, tmp_path: Path):
     with blocked_target(tmp_path) as target:
         argv = cli_argv("--qmp", machine.qmp_sockets[0], target.path)
-        with subprocess.Popen(argv, env=child_environment(), stderr=subprocess.PIPE) as dump:
+        with Process(argv, env=child_environment(), stderr=subprocess.PIPE) as dump:
             wait_until(target.is_written_to, "the dump is being written")
             assert stopped_by(machine) is None
             target.drain()

@@ -21,6 +21,7 @@ import pytest
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.bad_input import BAD_INPUT, BadInput, strange_files
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli
+from tests.support.processes import Process
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 from tests.support.traces import no_trace, partial_size
 from tests.support.waiting import wait_until
@@ -188,7 +189,7 @@ def test_a_device_and_a_fifo_stay(stopped: QemuMachine, tmp_path: Path, door: st
     os.mkfifo(fifo)
     assert run_cli(*way_to(door, stopped), "-z", "--force", null).returncode == 0
     assert null.is_char_device()
-    with (tmp_path / "copy").open("wb") as copy, subprocess.Popen(["cat", fifo], stdout=copy):
+    with (tmp_path / "copy").open("wb") as copy, Process(["cat", fifo], stdout=copy):
         assert run_cli(*way_to(door, stopped), "-z", "--force", fifo).returncode == 0
     assert (tmp_path / "copy").read_bytes()[:12] == b"makedumpfile"
     assert fifo.is_fifo()

@@ -129,8 +129,10 @@ def test_a_guest_on_its_way_to_another_host_is_refused(tmp_path: Path):
         waits = {"capability": "pause-before-switchover", "state": True}
         qmp.execute("migrate-set-capabilities", capabilities=[waits])
         qmp.execute("migrate", uri=MIGRATED)
-        wait_until(lambda: status(qmp) == "finish-migrate")
+        # It is stopped first, and waits then.
+        wait_until(lambda: qmp.execute("query-migrate")["status"] == "pre-switchover")
         before = _facts(qmp)
+        assert status(qmp) == "finish-migrate"
         done = run_cli("--qmp", machine.qmp_sockets[0], tmp_path / "dump")
         assert done.returncode == 2
         assert REFUSED_BY_MIGRATION in done.stderr

@@ -32,6 +32,7 @@ from tests.support.doors import (
 )
 from tests.support.hmp_proxy import run_proxy
 from tests.support.newer_qemu import newer_qemu_command
+from tests.support.processes import Process
 from tests.support.raw_qmp import RawQmp
 from tests.support.waiting import wait_until
 
@@ -198,7 +199,7 @@ def test_other_doors(machine: QemuMachine):
 def test_a_killed_dump_by_hmp_lets_the_guest_run(machine: QemuMachine):
     for name in ("hmp", "telnet", "pty"):
         argv = [sys.executable, "-c", _DUMP_AND_WAIT, monitors(machine)[name][1]]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE, env=child_environment()) as dump:
+        with Process[bytes](argv, stdout=subprocess.PIPE, env=child_environment()) as dump:
             assert dump.stdout is not None
             assert dump.stdout.readline() == b"stopped\n"
             assert guest_status(machine) == "paused"

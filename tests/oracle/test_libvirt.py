@@ -25,9 +25,9 @@ from tests.support.libvirt_host import (
     Domain,
     LibvirtHost,
     missing_for_libvirt,
-    send_signal,
 )
 from tests.support.oracle import elf_facts
+from tests.support.processes import EnteredProcess
 from tests.support.waiting import SECONDS, wait_until
 
 pytestmark = pytest.mark.qemu
@@ -128,7 +128,7 @@ def test_a_stub_that_was_opened_through_libvirt_is_closed_when_its_owner_is_kill
         assert opener.stdout is not None
         assert opener.stdout.readline() == b"open\n"
         assert "gdb: " in domain.monitor("info chardev")
-        send_signal(opener, signal.SIGKILL)
+        opener.send_signal(signal.SIGKILL)
     wait_until(lambda: "gdb: " not in domain.monitor("info chardev"), "its guardian has closed it")
     wait_until(lambda: domain.state() == _RUNS, "it runs again")
 
@@ -175,7 +175,7 @@ def test_python_reaches_a_domain(domain: Domain):
 
 
 @contextmanager
-def _in_the_middle(domain: Domain) -> Iterator[subprocess.Popen[str]]:
+def _in_the_middle(domain: Domain) -> Iterator[EnteredProcess[str]]:
     """Yield a dump that waits for who reads it, while the domain stands still."""
     fifo, begun = (domain.host.directory / name for name in ("reader", "begun"))
     for path in (fifo, begun):
@@ -191,7 +191,7 @@ def _in_the_middle(domain: Domain) -> Iterator[subprocess.Popen[str]]:
             yield process
         finally:
             if process.poll() is None:
-                send_signal(process, signal.SIGKILL)
+                process.send_signal(signal.SIGKILL)
 
 
 def _go_on(domain: Domain) -> None:
@@ -202,14 +202,14 @@ def _go_on(domain: Domain) -> None:
 
 def test_who_is_killed_leaves_a_domain_that_runs(domain: Domain):
     with _in_the_middle(domain) as process:
-        send_signal(process, signal.SIGKILL)
+        process.send_signal(signal.SIGKILL)
         process.wait(SECONDS)
     wait_until(lambda: domain.state() == _RUNS, "the guardian has let it run")
 
 
 def test_who_is_interrupted_leaves_a_domain_that_runs(domain: Domain):
     with _in_the_middle(domain) as process:
-        send_signal(process, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, said
     assert domain.state() == _RUNS
@@ -367,7 +367,7 @@ def test_a_live_dump_that_is_killed_leaves_nothing_set(domain: Domain):
         with domain.host.popen(*words, stderr=subprocess.PIPE) as dump:
             # As soon as QEMU has been told to stream.
             wait_until(lambda: _CAPABILITY_ON in _capabilities(domain), "it is set")
-            send_signal(dump, signal.SIGKILL)
+            dump.send_signal(signal.SIGKILL)
     wait_until(lambda: _CAPABILITY_ON not in _capabilities(domain), "its guardian takes it back")
     _assert_nothing_is_left(domain)
 
@@ -464,7 +464,7 @@ def test_the_collector_watches_domains_that_come_and_go(host: LibvirtHost):
             wait_until(lambda: guests() == {"watched2": True}, "the first is gone")
             assert second.state().startswith("running")
         finally:
-            send_signal(agent, signal.SIGTERM)
+            agent.send_signal(signal.SIGTERM)
             agent.wait(SECONDS)
     [record] = [json.loads(path.read_text()) for path in found.glob("*/crash.json")]
     assert record["cause"]["kind"] == "guest-panicked"

@@ -8,13 +8,15 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from qemu_dump_ext.dump_readers import open_dump
 from tests.support.doors import GDB_SCRIPT, gdb_argv
-from tests.support.libvirt_host import SYSTEM, Domain, LibvirtHost, missing_for_libvirt, send_signal
+from tests.support.hmp_proxy import listens_at
+from tests.support.libvirt_host import SYSTEM, Domain, LibvirtHost, missing_for_libvirt
 from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.qemu
@@ -121,7 +123,7 @@ def _qmp_of_proxy(domain: Domain, target: Path) -> str:
     words = ["--qmp", domain.qmp, "--qmp-listen", listen]
     main = "import sys; from qemu_dump_ext.entry import qemu_hmp_proxy as run; sys.exit(run())"
     with domain.host.popen(sys.executable, "-c", main, *words) as proxy:
-        wait_until(listen.exists, "the proxy listens")
+        wait_until(partial(listens_at, listen), "the proxy listens")
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(listen))
             lines = client.makefile("rw")
@@ -134,7 +136,7 @@ def _qmp_of_proxy(domain: Domain, target: Path) -> str:
                 lines.write(json.dumps(command) + "\n")
                 lines.flush()
                 answer = lines.readline()
-        send_signal(proxy, signal.SIGTERM)
+        proxy.send_signal(signal.SIGTERM)
     return answer
 
 

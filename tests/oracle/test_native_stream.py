@@ -29,6 +29,7 @@ from tests.conftest import loaded_content
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli, run_gdb
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.oracle import OracleDumps
+from tests.support.processes import Process
 from tests.support.raw_qmp import RawQmp, tcp_address_of_qmp
 from tests.support.waiting import SECONDS, wait_until
 
@@ -167,7 +168,7 @@ def test_a_dump_that_is_killed_ends_qemus(
     with RawQmp(linux_guest.qmp_sockets[1]) as qmp:  # query-dump tells of this one until then
         arguments = {"paging": False, "protocol": "file:/dev/null", "begin": 0, "length": 1}
         qmp.execute("dump-guest-memory", **arguments)
-    with subprocess.Popen(
+    with Process(
         cli_argv(*words, "-z", "zlib", "--level", "9", tmp_path / "x"),
         env=child_environment(),
         stderr=subprocess.DEVNULL,

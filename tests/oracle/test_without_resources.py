@@ -91,7 +91,7 @@ def test_any_number_of_descriptors(machine: QemuMachine, tmp_path: Path, number:
     assert status == 0 or "Too many open files" in said
 
 
-@pytest.mark.parametrize("mib", [60, 110, 120, 250, 300])
+@pytest.mark.parametrize("mib", [48, 49, 56, 57, 60, 110, 120, 250, 300])
 def test_little_memory(machine: QemuMachine, tmp_path: Path, mib: int):
     """A library that ends the process, as it does where it gets no memory, does so before."""
     status, said = dump(["prlimit", f"--as={mib << 20}"], machine, tmp_path, "-z")

@@ -19,6 +19,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from tests.support.doors import REPOSITORY, child_environment, cli_argv
+from tests.support.processes import EnteredProcess, children_of
 from tests.support.waiting import SECONDS, wait_until
 
 _INIT = Path(__file__).with_name("libvirt_namespace.py")
@@ -47,7 +48,7 @@ class LibvirtHost:
     def __init__(self, directory: Path, uri: str = SYSTEM) -> None:
         self.directory = directory
         self.uri = uri
-        self._daemon: subprocess.Popen[bytes] | None = None
+        self._daemon: EnteredProcess[Any] | None = None
         self._init = subprocess.Popen(
             [
                 *("unshare", "--mount", "--pid", "--net", "--ipc", "--fork"),
@@ -59,7 +60,7 @@ class LibvirtHost:
         )
         assert self._init.stdout is not None
         assert self._init.stdout.readline() == b"ready\n"
-        self._inside = str(_children(self._init.pid)[0])
+        self._inside = str(children_of(self._init.pid)[0])
         if uri == SESSION:
             (directory / "runtime").mkdir(mode=0o700)
             os.chown(directory / "runtime", _SESSION_USER, _SESSION_USER)
@@ -83,9 +84,9 @@ class LibvirtHost:
             enter += [f"HOME={self.directory / 'runtime'}"]
         return [*enter, *map(str, words)]
 
-    def popen(self, *words: object, **options: Any) -> subprocess.Popen[Any]:
+    def popen(self, *words: object, **options: Any) -> EnteredProcess[Any]:
         """Start a program inside."""
-        return subprocess.Popen(self.argv(*words), **{"env": child_environment(), **options})
+        return EnteredProcess(self.argv(*words), **{"env": child_environment(), **options})
 
     def run(self, *words: object, **options: Any) -> subprocess.CompletedProcess[str]:
         """Run a program inside to its end."""
@@ -130,7 +131,7 @@ class LibvirtHost:
     def stop_daemon(self, number: int = signal.SIGTERM) -> None:
         """End libvirtd; its domains run on."""
         assert self._daemon is not None
-        send_signal(self._daemon, number)
+        self._daemon.send_signal(number)
         self._daemon.wait(SECONDS)
 
     def pids_of(self, program: str) -> list[int]:
@@ -176,17 +177,6 @@ class LibvirtHost:
             yield self
         finally:
             self.close()
-
-
-def send_signal(process: subprocess.Popen[Any], number: int) -> None:
-    """Send a signal to what `popen` started, which is a child of what entered the namespaces."""
-    for pid in _children(process.pid) or [process.pid]:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def _children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 class Domain:

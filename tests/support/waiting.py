@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-SECONDS = 60.0
+SECONDS = 240.0
+"""Far more than anything takes, on a busy machine as well; what does not come fails then."""
 _POLL_SECONDS = 0.005
 _T = TypeVar("_T")
 
