@@ -61,6 +61,9 @@ class _Question(Generic[ResultT]):
                 except RuntimeError as error:
                     question.close()
                     raise SourceError(_CLOSED) from error
+                except MemoryError:
+                    question.close()
+                    raise
                 asked = True
         except KeyboardInterrupt:
             if asked:
