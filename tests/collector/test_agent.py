@@ -160,8 +160,8 @@ def test_two_guests_of_one_name_are_told(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
     with (
-        bare_machine(tmp_path, "spin", qmp_socket=tmp_path / "a" / "qmp"),
-        bare_machine(tmp_path, "spin", qmp_socket=tmp_path / "b" / "qmp"),
+        bare_machine(tmp_path, "halt", qmp_socket=tmp_path / "a" / "qmp"),
+        bare_machine(tmp_path, "halt", qmp_socket=tmp_path / "b" / "qmp"),
     ):
         pattern = str(tmp_path / "*" / "qmp")
         agent = CrashAgent(tmp_path, guests=[{"glob": pattern}])
@@ -180,7 +180,7 @@ def test_two_guests_of_one_name_are_told(tmp_path):
 
 
 def test_wrong_configuration_is_refused_and_the_old_one_stays(tmp_path):
-    with bare_machine(tmp_path, "spin") as machine:
+    with bare_machine(tmp_path, "halt") as machine:
         agent = CrashAgent(tmp_path, guests=[guest_of(machine)])
         with agent.running():
             agent.wait_connected()
@@ -224,7 +224,7 @@ def test_one_store_has_one_agent_and_a_private_control_socket(tmp_path):
 
 
 def test_idle_connections_take_nothing_from_the_agent(tmp_path):
-    with bare_machine(tmp_path, "spin") as machine, ExitStack() as stack:
+    with bare_machine(tmp_path, "halt") as machine, ExitStack() as stack:
         agent = CrashAgent(tmp_path, guests=[guest_of(machine)])
         control = str(agent.store.path / ".control")
         with agent.running():
@@ -301,7 +301,7 @@ def test_service_manager_is_told(tmp_path):
 
 def test_idle_agent_leaves_idle_guests_alone(tmp_path):
     """Nothing is asked of a guest that nothing happens to."""
-    with bare_machine(tmp_path, "spin") as machine:
+    with bare_machine(tmp_path, "halt") as machine:
         cont(machine)
         with CrashAgent(tmp_path, guests=[guest_of(machine)]).running() as agent:
             agent.wait_connected()
@@ -331,7 +331,7 @@ def test_guest_whose_agent_answers_no_more_is_a_crash(tmp_path):
         "interval": "50ms",
         "after": "2s",  # a busy host is no dead guest
     }
-    with guest_agent(tmp_path) as in_guest, bare_machine(tmp_path, "spin") as machine:
+    with guest_agent(tmp_path) as in_guest, bare_machine(tmp_path, "halt") as machine:
         cont(machine)
         settings = guest_of(machine, heartbeat=heartbeat)
         with CrashAgent(tmp_path, guests=[settings]).running() as agent:
@@ -346,7 +346,7 @@ def test_guest_whose_agent_answers_no_more_is_a_crash(tmp_path):
 def test_store_is_looked_at_and_kept_by_commands(tmp_path):
     agent = CrashAgent(tmp_path, limits={"count": 1}, guests=[])
     config = ("--config", agent.config)
-    with bare_machine(tmp_path, "spin") as machine:
+    with bare_machine(tmp_path, "halt") as machine:
         agent.configure(store=str(agent.store.path), scan_interval=0.1, guests=[guest_of(machine)])
         with agent.running():
             agent.wait_connected()

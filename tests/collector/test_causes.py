@@ -126,7 +126,7 @@ def test_disk_error_that_stops_the_guest_is_a_crash(tmp_path):
 
 def test_memory_failure_is_a_crash(tmp_path):
     """A machine check that the guest cannot take resets it, says QEMU."""
-    with watched(tmp_path, "spin", "-cpu", "qemu64") as (agent, machine):
+    with watched(tmp_path, "halt", "-cpu", "qemu64") as (agent, machine):
         cont(machine)
         with RawQmp(machine.qmp_sockets[1]) as qmp:
             line = "mce 0 9 0xbd00000000000000 0x5 0x1000 0x8c"
@@ -138,7 +138,7 @@ def test_memory_failure_is_a_crash(tmp_path):
 
 def test_line_on_the_console_is_a_crash_unless_the_panic_follows(tmp_path):
     console = tmp_path / "console.log"
-    with watched(tmp_path, "spin", console=str(console)) as (agent, machine):
+    with watched(tmp_path, "halt", console=str(console)) as (agent, machine):
         cont(machine)
         console.write_text("all is well\n[   12.5] BUG: unable to handle page fault for 0xdead\n")
         (record,) = agent.wait_records()
@@ -179,7 +179,7 @@ def test_guest_whose_vcpus_run_is_none(tmp_path):
 
 
 def test_somebody_says_so(tmp_path):
-    with watched(tmp_path, "spin", labels={"team": "storage"}) as (agent, machine):
+    with watched(tmp_path, "halt", labels={"team": "storage"}) as (agent, machine):
         cont(machine)
         done = run_collector("trigger", "box", "--detail", "it smells", "--config", agent.config)
         (record,) = agent.records()
@@ -193,13 +193,13 @@ def test_somebody_says_so(tmp_path):
 
 
 def test_dead_qemu_is_a_crash_and_one_that_was_told_to_quit_is_none(tmp_path):
-    with watched(tmp_path, "spin") as (agent, machine):
+    with watched(tmp_path, "halt") as (agent, machine):
         cont(machine)
         with RawQmp(machine.qmp_sockets[1]) as qmp:
             qmp.execute("quit")
         agent.wait_logged("QEMU has ended")
         assert agent.records() == []
-    with watched(tmp_path, "spin") as (agent, machine):
+    with watched(tmp_path, "halt") as (agent, machine):
         cont(machine)
         machine._running().kill()
         (record,) = agent.wait_records()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +40,26 @@ REPLIES = {
 }
 
 
-@pytest.fixture(scope="module")
-def spinning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
-    with bare_machine(tmp_path_factory.mktemp("machine"), "spin", "-m", "64") as machine:
+@contextmanager
+def lying_about(directory: Path) -> Iterator[tuple[QemuMachine, LyingQmp]]:
+    """A guest that runs, and a peer that lies of it."""
+    with bare_machine(directory, "halt") as machine:
         with RawQmp(machine.qmp_sockets[1]) as qmp:
             qmp.execute("cont")
-        yield machine
+        with LyingQmp(machine.qmp_sockets[0], directory / "qmp").running() as peer:
+            yield machine, peer
 
 
-@pytest.fixture
-def liar(tmp_path: Path, spinning: QemuMachine) -> Iterator[LyingQmp]:
-    with LyingQmp(spinning.qmp_sockets[0], tmp_path / "qmp").running() as peer:
-        yield peer
+@pytest.fixture(scope="module")
+def watched(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[CrashAgent, LyingQmp, QemuMachine]]:
+    """One agent for all tests after which the next crash is collected."""
+    directory = tmp_path_factory.mktemp("watched")
+    with lying_about(directory) as (machine, peer):
+        agent = agent_of(directory, peer)
+        with agent.running():
+            yield agent, peer, machine
 
 
 def agent_of(directory: Path, liar: LyingQmp, **settings: Any) -> CrashAgent:
@@ -59,9 +67,9 @@ def agent_of(directory: Path, liar: LyingQmp, **settings: Any) -> CrashAgent:
         "socket": str(liar.path),
         "name": "box",
         "memory": "pmemsave",
-        "rate": {"dumps": 99},
+        "rate": {"dumps": 999},
     }
-    guest |= {"dumps_per_signature": 99, **settings}
+    guest |= {"dumps_per_signature": 999, **settings}
     return CrashAgent(directory, guests=[guest], answer_timeout="20s")
 
 
@@ -88,56 +96,65 @@ def check_next_crash(agent: CrashAgent, liar: LyingQmp, machine: QemuMachine) ->
     "command",
     ["query-status", "query-target", "query-commands", "set-action", "stop", "info mtree -f"],
 )
-def test_answer_of_the_wrong_kind_costs_that_question_alone(tmp_path, spinning, liar, command):
-    agent = agent_of(tmp_path, liar)
-    with agent.running():
-        is_used = command not in {"set-action", "stop"}  # or else only that it came counts
-        for kind in WRONG_KINDS if is_used else ("null", "deep"):
-            agent.wait_connected()
-            liar.lies, liar.told = {command: WRONG_KINDS[kind]}, {}
-            connections = liar.connections
-            liar.hang_up()
-            wait_until(lambda: liar.connections > connections, "a new connection")  # noqa: B023
-            agent.wait_connected()
-            record = trigger(agent)
-            assert liar.told[command] > 0, kind
-            if command == "info mtree -f":
-                assert record.dump.file is None
-                assert "mtree" in str(record.dump.reason)
-            if command == "query-commands":
-                assert any(text.startswith("queries: ") for text in record.remarks), kind
-            if command == "query-target":
-                assert record.qemu.target == "unknown"
-            wait_until(lambda: guest_status(spinning) == "running", "the guest runs")
-        check_next_crash(agent, liar, spinning)
-
-
-def test_reply_that_is_none_costs_that_question_alone(tmp_path, spinning, liar):
-    agent = agent_of(tmp_path, liar)
-    with agent.running():
+def test_answer_of_the_wrong_kind_costs_that_question_alone(watched, command):
+    agent, liar, machine = watched
+    is_used = command not in {"set-action", "stop"}  # or else only that it came counts
+    for kind in WRONG_KINDS if is_used else ("null", "deep"):
         agent.wait_connected()
-        for kind, reply in REPLIES.items():
-            liar.replies, liar.told = {"query-commands": reply, "stop": reply}, {}
-            trigger(agent)
-            assert liar.told["stop"] > 0, kind
-            wait_until(lambda: guest_status(spinning) == "running", kind)
-            assert (agent.guests() or [])[0]["connected"], kind
-        check_next_crash(agent, liar, spinning)
+        liar.lies, liar.told = {command: WRONG_KINDS[kind]}, {}
+        connections = liar.connections
+        liar.hang_up()
+        wait_until(lambda: liar.connections > connections, "a new connection")  # noqa: B023
+        agent.wait_connected()
+        record = trigger(agent)
+        assert liar.told[command] > 0, kind
+        if command == "info mtree -f":
+            assert record.dump.file is None
+            assert "mtree" in str(record.dump.reason)
+        if command == "query-commands":
+            assert any(text.startswith("queries: ") for text in record.remarks), kind
+        if command == "query-target":
+            assert record.qemu.target == "unknown"
+        wait_until(lambda: guest_status(machine) == "running", "the guest runs")
+    check_next_crash(agent, liar, machine)
 
 
-def test_guest_is_let_run_by_a_new_connection_where_the_one_that_stopped_it_is_lost(
-    tmp_path, spinning, liar
-):
-    agent = agent_of(tmp_path, liar)
+def test_guest_is_ready_once_qemu_was_told_to_keep_it_on_a_panic(watched):
+    agent, liar, _ = watched
+    agent.wait_connected()
+    liar.held = "set-action"
+    liar.hang_up()
+
+    def known() -> list[tuple[bool, bool]]:
+        return [(guest["connected"], guest["ready"]) for guest in agent.guests() or ()]
+
+    wait_until(lambda: known() == [(True, False)], "connected, but not ready")
+    liar.held = ""
+    agent.wait_connected()
+
+
+def test_reply_that_is_none_costs_that_question_alone(watched):
+    agent, liar, machine = watched
+    agent.wait_connected()
+    for kind, reply in REPLIES.items():
+        liar.replies, liar.told = {"query-commands": reply, "stop": reply}, {}
+        trigger(agent)
+        assert liar.told["stop"] > 0, kind
+        wait_until(lambda: guest_status(machine) == "running", kind)
+        assert (agent.guests() or [])[0]["connected"], kind
+    check_next_crash(agent, liar, machine)
+
+
+def test_guest_is_let_run_by_a_new_connection_where_the_one_that_stopped_it_is_lost(watched):
+    agent, liar, machine = watched
     journal = agent.store.path / ".journal"
-    with agent.running():
-        for command in ("stop", "query-commands", "info mtree -f", "cont"):
-            agent.wait_connected()
-            liar.replies = {command: b""}
-            trigger(agent)
-            liar.replies = {}
-            check_next_crash(agent, liar, spinning)
-            wait_until(lambda: not replay(journal.read_bytes().splitlines()), "nothing owed")
+    for command in ("stop", "query-commands", "info mtree -f", "cont"):
+        agent.wait_connected()
+        liar.replies = {command: b""}
+        trigger(agent)
+        liar.replies = {}
+        check_next_crash(agent, liar, machine)
+        wait_until(lambda: not replay(journal.read_bytes().splitlines()), "nothing owed")
 
 
 @pytest.mark.parametrize(
@@ -150,12 +167,13 @@ def test_guest_is_let_run_by_a_new_connection_where_the_one_that_stopped_it_is_l
     ],
     ids=["kinds", "deep", "lost at stop", "lost later"],
 )
-def test_crash_collected_once_is_stored_and_the_guest_runs(tmp_path, spinning, liar, lies, replies):
-    liar.lies, liar.replies = lies, replies
-    directory = collect_crash(liar.path, tmp_path / "store", name="box")
-    record = parse_record((directory / "crash.json").read_bytes())
-    assert record.cause.kind == "trigger"
-    assert guest_status(spinning) == "running"
+def test_crash_collected_once_is_stored_and_the_guest_runs(tmp_path, lies, replies):
+    with lying_about(tmp_path) as (machine, liar):
+        liar.lies, liar.replies = lies, replies
+        directory = collect_crash(liar.path, tmp_path / "store", name="box")
+        record = parse_record((directory / "crash.json").read_bytes())
+        assert record.cause.kind == "trigger"
+        assert guest_status(machine) == "running"
 
 
 def test_guests_whose_qemu_is_slow_keep_no_other_out_and_run_again_in_time(tmp_path):
@@ -163,7 +181,7 @@ def test_guests_whose_qemu_is_slow_keep_no_other_out_and_run_again_in_time(tmp_p
     with ExitStack() as stack:
         machines, peers = [], []
         for name in ("slow1", "slow2", "fast"):
-            machine = stack.enter_context(bare_machine(tmp_path, "spin", "-m", "64"))
+            machine = stack.enter_context(bare_machine(tmp_path, "halt"))
             with RawQmp(machine.qmp_sockets[1]) as qmp:
                 qmp.execute("cont")
             peer = LyingQmp(machine.qmp_sockets[0], tmp_path / f"{name}.qmp")

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import math
 import re
 import struct
-import subprocess
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import drgn
 import pytest
 from drgn.helpers.linux.printk import get_dmesg
 from drgn.helpers.linux.sched import cpu_curr
+from pydantic import TypeAdapter
 
-from qemu_dump_ext.crash_collector.record import CrashRecord
+from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
+from qemu_dump_ext.crash_collector.collect.collection import CrashCollector
+from qemu_dump_ext.crash_collector.collect.task import CrashTask
+from qemu_dump_ext.crash_collector.config.settings import GuestEntry, Limits
+from qemu_dump_ext.crash_collector.forms import utc_text
+from qemu_dump_ext.crash_collector.record import CauseKind, CrashCause, CrashRecord, QemuFacts
+from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.crash_collector.watch.guests import Guest
+from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.engine.dump import dump_stopped
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
 from qemu_dump_ext.guest.access import GuestAccess
@@ -82,6 +94,7 @@ def collected(request: pytest.FixtureRequest) -> Iterator[Collected]:
             "name": "linux",
             "console": str(guest.console_log),
             "after": "reset",
+            "dumps_per_signature": 1,
             "verify_with": ["crash", "drgn"],
             "symbols": {"vmlinux": str(files.vmlinux)},
         }
@@ -103,8 +116,11 @@ def test_panic_is_recorded_as_it_was(collected, name):
     record = collected.records[name]
     assert record.cause.kind == "guest-panicked"
     assert record.signature.message == CRASHES[name][1]
-    assert record.dump.complete
-    assert record.dump.verified_by == ("verify", "crash", "drgn"), record.dump.reason
+    if record.occurrence == 1:
+        assert record.dump.complete
+        assert record.dump.verified_by == ("verify", "crash", "drgn"), record.dump.reason
+    else:
+        assert record.dump.reason == "1 dumps of this signature are kept (dumps_per_signature)"
     assert record.after_action == "reset"
     log = (collected.agent.store.directory(record.id) / "dmesg.txt").read_text()
     assert "Kernel panic - not syncing: " in log
@@ -133,26 +149,21 @@ def test_drgn_knows_the_log_and_who_panicked(collected):
     assert "sysrq_handle_crash" in {frame.name for frame in trace}
 
 
+def opened(collected: Collected, reader: str, name: str, typed: str) -> str:
+    words = ("--config", collected.agent.config, collected.records[name].id)
+    done = run_collector("open", "--reader", reader, *words, input=typed, timeout=300)
+    return f"{done.stdout}{done.stderr}"
+
+
 def test_crash_shows_the_panic_task_and_its_message(collected):
-    done = subprocess.run(
-        ["crash", "-s", collected.vmlinux, collected.dump("init")],
-        input="sys\nbt\nquit\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert 'PANIC: "Kernel panic - not syncing: Attempted to kill init!' in done.stdout
-    assert re.search(r"PID: 1 .*COMMAND: \"init\"", done.stdout), done.stdout
-    assert "panic at" in done.stdout
+    said = opened(collected, "crash", "init", "sys\nbt\nquit\n")
+    assert 'PANIC: "Kernel panic - not syncing: Attempted to kill init!' in said
+    assert re.search(r"PID: 1 .*COMMAND: \"init\"", said), said
+    assert "panic at" in said
 
 
-def test_open_starts_the_reader_with_the_right_files(collected):
-    words = ("--config", collected.agent.config, collected.records["sysrq"].id)
-    done = run_collector("open", "--reader", "crash", *words, input="sys\nquit\n")
-    assert "sysrq triggered crash" in done.stdout, done.stderr
-    done = run_collector("open", "--reader", "drgn", *words, input="print(prog['jiffies'].type_)\n")
-    assert "unsigned long" in done.stdout, done.stderr
+def test_drgn_is_opened_with_the_right_files(collected):
+    assert "unsigned long" in opened(collected, "drgn", "sysrq", "print(prog['jiffies'].type_)\n")
 
 
 def drgn_trace(vmlinux: Path, dump: Path) -> tuple[drgn.Program, list[int]]:
@@ -181,24 +192,50 @@ def assert_named(program: drgn.Program, name: str, counter: int) -> None:
     assert any(counter in one for one in ranges), (name, hex(counter), ranges)
 
 
-def test_functions_without_any_symbols_are_those_that_drgn_names(linux_guest, tmp_path):
-    """By the tables in the memory of the guest."""
-    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
-    agent = CrashAgent(
-        tmp_path, guests=[{"socket": str(linux_guest.qmp_sockets[0]), "name": "linux"}]
+@pytest.fixture(scope="module")
+def reading(linux_guest: BootedGuest) -> Iterator[BootedGuest]:
+    """A guest whose kernel reads zeros all the time, into memory that was there before."""
+    linux_guest.send_console(
+        "dd if=/dev/zero of=/dev/null bs=16M & "
+        "until grep -q 'rchar: [0-9]\\{9\\}' /proc/$!/io; do :; done; echo 'dd' runs\n"
     )
-    linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
-    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
-    try:
-        with agent.running():
-            agent.wait_connected()
-            done = run_collector("trigger", "linux", "--config", agent.config)
-            assert done.returncode == 0, done.stderr
-    finally:
-        linux_guest.send_console("killall dd\n")
-    (record,) = agent.records()
+    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=120)
+    yield linux_guest
+    linux_guest.send_console("killall dd\n")
+
+
+def collect(
+    guest: BootedGuest, directory: Path, cause: CauseKind, **settings: Any
+) -> tuple[CrashRecord, Path]:
+    """Collect a crash as the agent does; returns what is stored, and where."""
+    address = str(guest.qmp_sockets[0])
+    store = CrashStore(directory / "store")
+    store.prepare()
+    entry = TypeAdapter(GuestEntry).validate_python({"socket": address, **settings})
+    with connect_qmp(address) as monitor:
+        task = CrashTask(
+            guest=Guest("linux", address, entry),
+            cause=CrashCause(cause, "it hangs"),
+            time=utc_text(datetime.now(UTC)),
+            facts=QemuFacts("unknown", "unknown", None, None),
+            qmp=monitor,
+            gone="",
+            also={},
+            patience=Patience(math.inf, math.inf),
+        )
+        budget = DumpBudget(store, Limits(free=0))
+        with ThreadPoolExecutor(1) as pool:  # which leaves signals to this thread
+            collector = CrashCollector(task, store, budget, set_stopped=lambda _stopped: None)
+            record = pool.submit(collector.collect).result().record
+    return record, store.directory(record.id)
+
+
+def test_functions_without_any_symbols_are_those_that_drgn_names(reading, tmp_path):
+    """By the tables in the memory of the guest."""
+    files = ImageStore(default_cache()).fetch(reading.image, debug_symbols=True)
+    record, directory = collect(reading, tmp_path, "trigger")
     assert {"read_zero", "vfs_read", "ksys_read"} <= set(record.signature.frames), record
-    dump = agent.store.directory(record.id) / "vmcore.kdump"
+    dump = directory / "vmcore.kdump"
     assert files.vmlinux is not None
     program, counters = drgn_trace(files.vmlinux, dump)
     for name, counter in zip(record.signature.frames, counters, strict=True):
@@ -246,35 +283,33 @@ def _dump_within(guest: BootedGuest, function: str, dump: Path) -> Sequence[str]
     pytest.fail(f"it never is in {function}")
 
 
-def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
+def test_dump_of_a_hang_tells_where_the_guest_is(reading, tmp_path):
     """By drgn, so that a second one is known for the same before its dump is kept."""
-    files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
+    files = ImageStore(default_cache()).fetch(reading.image, debug_symbols=True)
     entry = {
-        "socket": str(linux_guest.qmp_sockets[0]),
+        "socket": str(reading.qmp_sockets[0]),
         "name": "linux",
-        "console": str(linux_guest.console_log),
+        "console": str(reading.console_log),
         "console_patterns": ["^it hangs"],
         "dumps_per_signature": 1,
         "symbols": {"vmlinux": str(files.vmlinux)},
     }
     agent = CrashAgent(tmp_path, guests=[entry])
-    linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
-    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
-    try:
-        with agent.running():
-            agent.wait_connected()
-            for count in (1, 2):
-                linux_guest.send_console("printf 'it %s\\n' hangs\n")
-                agent.wait_records(count, seconds=120)
-            done = run_collector("trigger", "linux", "--config", agent.config)
-            assert done.returncode == 0, done.stderr
-    finally:
-        linux_guest.send_console("killall dd\n")
-    first, second, wanted = agent.records()
-    assert first.signature.message == "console: it hangs"
-    assert {"read_zero", "vfs_read", "ksys_read"} <= set(first.signature.frames), first
-    assert first.dump.verified_by == ("verify",)
-    assert second.signature == first.signature
+    with agent.running():
+        agent.wait_connected()
+        # What a busy host keeps a vCPU from ending is in a trace now and then.
+        for count in range(1, 9):
+            reading.send_console("printf 'it %s\\n' hangs\n")
+            if agent.wait_records(count)[-1].dump.file is None:
+                break
+        done = run_collector("trigger", "linux", "--config", agent.config)
+        assert done.returncode == 0, done.stderr
+    *first, second, wanted = agent.records()
+    for record in first:
+        assert record.signature.message == "console: it hangs"
+        assert {"read_zero", "vfs_read", "ksys_read"} <= set(record.signature.frames), record
+        assert record.dump.verified_by == ("verify",)
+    assert second.signature in [record.signature for record in first]
     assert second.dump.file is None
     assert second.dump.reason == "1 dumps of this signature are kept (dumps_per_signature)"
     assert wanted.dump.file is not None
@@ -286,34 +321,20 @@ def test_dump_of_a_hang_tells_where_the_guest_is(linux_guest, tmp_path):
         ({"dumps_per_signature": 0, "further_dumps": "smallest"}, "mini dump: "),
         ({"max_bytes": "30MiB", "dump_level": 0}, "--dump-level 17 was taken"),
         ({"max_bytes": "17MiB", "dump_level": 0}, "mini dump: "),
-        ({"keep": {"free": ["."]}}, "free pages are to stay in the dump: "),
+        (
+            {"keep": {"free": ["."], "cache": [], "user": []}},
+            "free pages are to stay in the dump: ",
+        ),
     ],
     ids=str,
 )
-def test_a_dump_is_as_small_as_it_has_to_be(linux_guest, tmp_path, settings, said):
-    entry = {
-        "socket": str(linux_guest.qmp_sockets[0]),
-        "name": "linux",
-        "console": str(linux_guest.console_log),
-        "console_patterns": ["^it hangs"],
-        **settings,
-    }
-    agent = CrashAgent(tmp_path, guests=[entry])
-    linux_guest.send_console("dd if=/dev/zero of=/dev/null bs=128M & sleep 1; echo dd runs\n")
-    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=60)
-    try:
-        with agent.running():
-            agent.wait_connected()
-            linux_guest.send_console("printf 'it %s\\n' hangs\n")
-            agent.wait_records(1, seconds=120)
-    finally:
-        linux_guest.send_console("killall dd\n")
-    (record,) = agent.records()
+def test_a_dump_is_as_small_as_it_has_to_be(reading, tmp_path, settings, said):
+    record, directory = collect(reading, tmp_path, "console", **settings)
     assert record.signature.frames
     assert record.dump.verified_by == ("verify",)
     assert any(remark.startswith(said) for remark in record.remarks), record.remarks
     if "keep" in settings:
-        dump = agent.store.directory(record.id) / str(record.dump.file)
+        dump = directory / str(record.dump.file)
         assert struct.unpack_from("<i", dump.read_bytes(), 4096 + 8) == (15,)
     if "max_bytes" in settings:
         assert record.dump.bytes <= parse_size(settings["max_bytes"])

@@ -45,6 +45,8 @@ class CrashAgent:
         self.log = directory / "agent.log"
         configuration.setdefault("store", str(directory / "store"))
         configuration.setdefault("scan_interval", 0.1)
+        # The disk of who runs the tests may be as full as it likes.
+        configuration["limits"] = {"free": 0, **configuration.get("limits", {})}
         self.store = CrashStore(Path(configuration["store"]))
         self.configure(**configuration)
         self._process: subprocess.Popen[bytes] | None = None
@@ -98,9 +100,9 @@ class CrashAgent:
         return guests
 
     def wait_connected(self, count: int = 1, seconds: float = SECONDS) -> None:
-        """Wait until so many guests are connected."""
+        """Wait until so many guests are connected, and paused by QEMU when they panic."""
         wait_until(
-            lambda: sum(guest["connected"] for guest in self.guests() or ()) == count,
+            lambda: sum(guest["ready"] for guest in self.guests() or ()) == count,
             f"{count} guests connected",
             seconds,
         )

@@ -31,6 +31,7 @@ class LyingQmp:
         replies: Whole lines instead of answers, likewise, in which `@ID@` is the id; empty: the
             connection is closed, though QEMU has done what it was told.
         delay: Seconds before each answer.
+        held: A command whose answer does not come as long as it stands here.
         told: How often each lie was told.
         connections: How many there were.
         asked: All that was asked.
@@ -41,6 +42,7 @@ class LyingQmp:
         self.lies: dict[str, bytes] = {}
         self.replies: dict[str, bytes] = {}
         self.delay = 0.0
+        self.held = ""
         self.told: dict[str, int] = {}
         self.connections = 0
         self.asked: set[str] = set()
@@ -58,6 +60,7 @@ class LyingQmp:
         try:
             yield self
         finally:
+            self.held = ""
             self._listening.shutdown(socket.SHUT_RDWR)
             thread.join()
             self._listening.close()
@@ -123,14 +126,18 @@ class _Conversation:
                     time.sleep(self._peer.delay)
                 if not said:
                     break
+                while self._peer.held and self._peer.held == self._asked_by(line):
+                    time.sleep(0.005)
                 self._client.sendall(said)
         with suppress(OSError):
             self._client.shutdown(socket.SHUT_RDWR)
 
+    def _asked_by(self, line: bytes) -> str:
+        return self._asked.get(str(json.loads(line).get("id")), "")
+
     def _instead_of(self, line: bytes) -> bytes:
         answer: dict[str, Any] = json.loads(line)
-        name = self._asked.get(str(answer.get("id")), "")
-        peer = self._peer
+        name, peer = self._asked_by(line), self._peer
         if "return" not in answer or name not in peer.lies | peer.replies:
             return line
         peer.told[name] = peer.told.get(name, 0) + 1

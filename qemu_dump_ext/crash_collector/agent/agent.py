@@ -279,6 +279,7 @@ def _describe(watched: WatchedGuest, state: str, last_crash: str | None) -> dict
         "state": state,
         "last_crash": last_crash,
         "connected": contact is not None,
+        "ready": watched.is_ready,
         "collecting": watched.is_collecting,
         "pid": contact.facts.pid if contact else None,
     }

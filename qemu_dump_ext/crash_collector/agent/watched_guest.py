@@ -81,6 +81,7 @@ class WatchedGuest:
         self._run: CollectionRun | None = None
         self._collection: asyncio.Task[CrashRecord] | None = None
         self._greeted: Contact | None = None
+        self._prepared: Contact | None = None
         self._ends_in_peace = False
         self._stillness: Stillness | None = None
 
@@ -93,6 +94,12 @@ class WatchedGuest:
     def stage(self) -> Stage:
         """Where the collection of the last crash is; `ENDED` too where there was none."""
         return Stage.ENDED if self._run is None else self._run.stage
+
+    @property
+    def is_ready(self) -> bool:
+        """Tell whether its QEMU is there, and has been told to keep the guest when it panics."""
+        contact = self.session.contact
+        return contact is not None and contact is self._prepared
 
     async def state(self) -> str:
         """Return how the guest is, in a word.
@@ -218,6 +225,7 @@ class WatchedGuest:
             self._greeted, self._ends_in_peace = contact, False
             _logger.info("connected: QEMU %s", contact.facts.version, extra=self._extra())
             await require_pause(self.session, contact.facts.command_line or (), self.guest.name)
+            self._prepared = contact
             self._spawn(self._keep(contact))
         status = await self.session.status()
         state = self._ledger.state
