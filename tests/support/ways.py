@@ -19,9 +19,9 @@ from tests.support.doors import child_environment, run_gdb
 
 FORMATS = {"elf": (), "kdump-zlib": ("-z",)}
 _IN_GDB = ("gdb", "gdb-with-qmp")
-_BY_GDB = "cli-by-gdb"
+BY_GDB = "cli-by-gdb"
 _BY_QMP = "cli-by-qmp"
-DOORS = (*_IN_GDB, _BY_GDB, _BY_QMP)
+DOORS = (*_IN_GDB, BY_GDB, _BY_QMP)
 _SECONDS = 400
 _RUN_OFTEN = """
 import contextlib, io, json, sys
@@ -70,6 +70,21 @@ def every_way(*, sources: Collection[str] = tuple(all_memory_sources())) -> tupl
     )
 
 
+def half_of(ways: Collection[Way], turn: int) -> tuple[Way, ...]:
+    """Return of each door and source the way to one format, the other one in the next turn.
+
+    All doors and all sources have both formats where there is more than one of the other.
+    """
+    sources = sorted({way.source for way in ways})
+    formats = tuple(FORMATS)
+    return tuple(
+        way
+        for way in ways
+        if (DOORS.index(way.door) + sources.index(way.source) + turn) % len(formats)
+        == formats.index(way.dump_format)
+    )
+
+
 def take_dumps(
     machine: QemuMachine,
     folder: Path,
@@ -90,7 +105,7 @@ def take_dumps(
     connections = {
         "gdb": [],
         "gdb-with-qmp": by_qmp,
-        _BY_GDB: ["--gdb", str(machine.gdb_socket), *by_qmp],
+        BY_GDB: ["--gdb", str(machine.gdb_socket), *by_qmp],
         _BY_QMP: by_qmp,
     }
     lines = {
