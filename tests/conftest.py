@@ -16,7 +16,12 @@ from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
 
-pytest_plugins = ["pytester", "tests.support.linux_guests", "tests.support.native_dumps"]
+pytest_plugins = [
+    "pytester",
+    "tests.support.linux_guests",
+    "tests.support.native_dumps",
+    "tests.support.scheduling",
+]
 
 
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -71,7 +71,8 @@ def test_log_is_the_consoles(
         assert capsys.readouterr().out == live, path
     lines = live.splitlines()
     assert guest.files.release in "".join(lines[:40])
-    assert any(guest.image.kernel_log in line for line in lines[-3:])
+    # What the kernel says of a host that is busy may follow.
+    assert any(guest.image.kernel_log in line for line in lines[-10:])
     assert len(lines) > 120
     console = guest.console_text()
     # The console has no more of a message than its line is long.
