@@ -296,7 +296,7 @@ def test_an_interrupt_leaves_gdb_usable(tmp_path: Path, memory: str, mode: str):
                 _STATUS,
                 *look,
                 f"echo {_MARK}\\n",
-                f"{_DUMP} --memory pmemsave -z none '|cat >/dev/null'",
+                f"{_DUMP} --memory pmemsave -z none --range 0 0x100000 '|cat >/dev/null'",
                 _STATUS,
             ],
         ) as gdb,

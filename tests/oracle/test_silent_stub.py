@@ -32,6 +32,19 @@ def spinning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QemuMac
         yield machine, qmp
 
 
+def _impatient_argv(module: str, patience: str, *words: object) -> list[str]:
+    """Return a command line that waits 4 s for gdb or QEMU where it usually waits longer.
+
+    Args:
+        module: Of `qemu_dump_ext`.
+        patience: The name of its constant.
+        words: Behind the command.
+    """
+    argv = cli_argv(*words)
+    argv[2] = f"import qemu_dump_ext.{module} as patient; patient.{patience} = 4; {argv[2]}"
+    return argv
+
+
 def _status(qmp: RawQmp) -> str:
     return str(qmp.execute("query-status")["status"])
 
@@ -43,7 +56,14 @@ def test_a_connection_that_was_never_answered_stops_nobody(
     qmp.events.clear()
     os.kill(machine.pid, signal.SIGSTOP)
     try:
-        done = run_cli("--gdb", machine.gdb_socket, tmp_path / "dump")
+        words = ("--gdb", machine.gdb_socket, tmp_path / "dump")
+        done = subprocess.run(
+            _impatient_argv("qemu.socket_kind", "GREETING_SECONDS", *words),
+            env=child_environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
     finally:
         os.kill(machine.pid, signal.SIGCONT)
     assert done.returncode == 3, done.stderr
@@ -59,7 +79,7 @@ def test_a_guest_whose_qemu_stood_still_in_the_middle_runs_again(
     machine, qmp = spinning
     with blocked_target(tmp_path) as target:
         words = ("--gdb", machine.gdb_socket, "--memory", "gdbstub", "--max-pause", "15")
-        argv = cli_argv(*words, target.path)
+        argv = _impatient_argv("cli.gdb_driver", "_CONNECT_SECONDS", *words, target.path)
         process = subprocess.Popen(argv, env=child_environment(), stderr=subprocess.PIPE, text=True)
         wait_until(target.is_written_to, "the dump is being written")
         os.kill(machine.pid, signal.SIGSTOP)
