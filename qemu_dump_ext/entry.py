@@ -5,6 +5,7 @@ The version is told without importing anything else.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import signal
 import sys
@@ -25,6 +26,8 @@ def _prepare(program: str) -> bool:
     if sys.argv[1:] != ["--version"]:
         # What is imported stays: to look through it again and again takes a tenth of a dump.
         gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS, 10, 10)
+        # Nor is it looked through in the end: it is given back with the process.
+        atexit.register(gc.freeze)
         return True
     try:
         print(program, __version__, flush=True)  # noqa: T201 - for a door

@@ -117,12 +117,11 @@ class PageMap:
         step = _ENTRIES_AT_ONCE * page
         for first in range(start, end, step):
             count = (min(first + step, end) - first) // page
-            entries = array("Q")
-            entries.frombytes(
-                os.pread(self._descriptor, count * _ENTRY_SIZE, first // page * _ENTRY_SIZE)
-            )
-            if not entries or max(entries) < _STORED:
-                continue
+            content = os.pread(self._descriptor, count * _ENTRY_SIZE, first // page * _ENTRY_SIZE)
+            entries = array("Q", content[:_ENTRY_SIZE])
+            if not entries or (entries[0] < _STORED and content == entries.tobytes() * count):
+                continue  # all are alike: none is looked at by itself
+            entries.frombytes(content[_ENTRY_SIZE:])
             pages = [index for index, entry in enumerate(entries) if entry >= _STORED]
             breaks = [-1, *(i for i, (a, b) in enumerate(pairwise(pages)) if b != a + 1)]
             ends = [*breaks[1:], len(pages) - 1]

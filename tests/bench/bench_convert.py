@@ -5,26 +5,22 @@
 Makes an ELF core and a kdump of the dump first, and a machine that stands still and has its memory;
 and then, of each, what a row names, in a process of its own, all rows in turn. Prints a table in
 Markdown: the shortest time, seconds of CPU, how these compare with the dump from memory in the same
-format (more than 1: slower), and the most memory that the process itself
-had.
+format (more than 1: slower), and the most memory that the process had.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.guest_images.machine import stopped_machine
+from tests.support.measured import Cost, run_measured
 
 _MEMORY = "memory"
 _ROWS = (
@@ -43,43 +39,17 @@ _HOLE = 2 << 30
 """Where a q35 has no RAM but above 4 GiB."""
 
 
-_RUN = """
-from pathlib import Path
-from qemu_dump_ext.cli import main
-status = main()
-print(Path("/proc/self/status").read_text())
-raise SystemExit(status)
-"""
-"""The process tells itself: what `wait4` has is at least what this one had when it started it."""
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one dump took: seconds, seconds of CPU, KiB of memory at most."""
-
-    seconds: float
-    cpu_seconds: float
-    peak_kib: int
+_MAIN = "from qemu_dump_ext.cli import main; raise SystemExit(main())"
 
 
 def run(*words: object) -> Cost:
     """Have `qemu-dump` do something."""
-    started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-c", _RUN, *map(str, words)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    with process:
-        told = process.stdout.read() if process.stdout else ""
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode not in {0, 6}:
-        raise SystemExit(told)
-    seconds = time.monotonic() - started
-    peak_kib = int(told.partition("VmHWM:")[2].split()[0])
-    return Cost(seconds, usage.ru_utime + usage.ru_stime, peak_kib)
+    with tempfile.TemporaryFile("w+") as told:
+        cost = run_measured([sys.executable, "-c", _MAIN, *words], stderr=told)
+        if cost.status not in {0, 6}:
+            told.seek(0)
+            raise SystemExit(told.read())
+    return cost
 
 
 @contextmanager
@@ -135,7 +105,7 @@ def _best(costs: list[Cost]) -> tuple[float, float, int]:
     return (
         min(cost.seconds for cost in costs),
         min(cost.cpu_seconds for cost in costs),
-        max(cost.peak_kib for cost in costs) >> 10,
+        max(cost.peak_rss for cost in costs) >> 20,
     )
 
 

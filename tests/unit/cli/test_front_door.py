@@ -6,6 +6,8 @@ import argparse
 import json
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -17,6 +19,7 @@ from qemu_dump_ext.cli.crash_collector_command import main as crash_collector
 from qemu_dump_ext.cli.dump_command import main as dump_guest_memory
 from qemu_dump_ext.cli.hmp_proxy_command import main as hmp_proxy
 from qemu_dump_ext.options.dump_options import parse_dump_arguments
+from tests.support.doors import child_environment
 
 PROGRAMS: dict[str, Callable[[list[str]], int]] = {
     "qemu-dump": qemu_dump,
@@ -113,3 +116,21 @@ def test_wrong_word_is_refused_in_one_line(capsys):
     told = capsys.readouterr()
     assert told.out == ""
     assert re.fullmatch(r"qemu-dump: .*invalid choice: 'nope'.*\n", told.err)
+
+
+def test_what_a_program_leaves_is_not_looked_through_when_it_ends():
+    """Which takes longer than a question to QEMU: a tenth of a small dump."""
+    script = (
+        "import atexit, gc, sys; atexit.register(lambda: print(gc.get_freeze_count() > 1000))\n"
+        "from qemu_dump_ext.entry import qemu_dump_guest_memory as run\n"
+        "sys.argv[1:] = ['--help']; run()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=child_environment(),
+        timeout=60,
+    )
+    assert done.stdout.endswith("\nTrue\n")

@@ -166,6 +166,9 @@ def test_the_page_map_tells_what_was_written_and_what_was_only_read():
             (20, 21),
             (63, 64),
         ]
+        for alike, found in (((0, 1), [(0, 1)]), ((24, 60), [])):
+            low, high = (start + number * page for number in alike)
+            assert relative(page_map._read(low, high)) == found
         try:
             scanned = page_map._scan(start, start + 64 * page)
         except OSError:
