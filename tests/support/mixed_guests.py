@@ -21,11 +21,9 @@ _BALLOONED_MIB = 32
 _SECTOR = 512
 _MODULES = ("virtio_pci", "virtio_blk", "virtio_balloon")
 _SOURCE = Path(__file__).parent / "guest_programs/mixer.c"
-_MIX = """offline() {
-    for n in 2 1 3; do echo offline >/sys/devices/system/memory/memory$n/state && return; done
-    return 1
-}
-for try in 1 2 3 4 5 6 7 8 9; do offline && break; sleep 1; done
+_OFFLINE = "echo offline >/sys/devices/system/memory/memory$n/state && break 2"
+# Each line by itself is a command of the guest's shell.
+_MIX = f"""while :; do for n in 2 1 3; do {_OFFLINE}; done; sleep 1; done
 dd if=/dev/vda of=/bin/mixer bs=512; chmod +x /bin/mixer
 mkswap /dev/vdb; swapon /dev/vdb
 echo 8 >/proc/sys/vm/nr_hugepages
