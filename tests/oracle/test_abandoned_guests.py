@@ -28,7 +28,7 @@ from tests.support.doors import (
     guest_status,
     run_cli,
     run_gdb,
-    run_often,
+    said_often,
 )
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.processes import Process
@@ -78,7 +78,7 @@ def stopped_by(machine: QemuMachine) -> int | None:
 def test_the_next_dump_lets_it_run(machine: QemuMachine, tmp_path: Path):
     killed = kill_dump_of(machine, tmp_path)
     assert stopped_by(machine) == killed
-    (shown,) = run_often("qemu_dump", [("guests",)])
+    (shown,) = said_often("qemu_dump", [("guests",)])
     assert f"a dump that was killed (PID {killed}) has left it stopped: " in shown
     done = run_cli("--pid", machine.pid, "--json", tmp_path / "dump")
     assert f"(PID {killed}) had left the guest stopped: it runs again" in done.stdout
@@ -100,10 +100,10 @@ def test_a_guardian_forgets_what_it_has_paid(machine: QemuMachine, tmp_path: Pat
 
 def test_resume(machine: QemuMachine, tmp_path: Path):
     words = ("resume", "--qmp", machine.qmp_sockets[0])
-    (said,) = run_often("qemu_dump", [words])
+    (said,) = said_often("qemu_dump", [words])
     assert "no dump has left this guest stopped: it is running" in said
     killed = kill_dump_of(machine, tmp_path)
-    said, again = run_often("qemu_dump", [words, words])
+    said, again = said_often("qemu_dump", [words, words])
     assert said == f"it runs again: a dump that was killed (PID {killed}) had stopped it\n"
     assert "no dump has left this guest stopped" in again
     assert guest_status(machine) == "running"
@@ -128,7 +128,7 @@ def test_a_guest_that_gdb_keeps_stopped_stays_so(machine: QemuMachine, tmp_path:
     done = run_gdb(machine, [f"qemu-dump-guest-memory {tmp_path / 'dump'}"])
     assert (tmp_path / "dump").exists(), done.stderr
     assert guest_status(machine) == "paused"
-    assert "it runs again" in run_often("qemu_dump", [("resume", "--pid", machine.pid)])[0]
+    assert "it runs again" in said_often("qemu_dump", [("resume", "--pid", machine.pid)])[0]
 
 
 def test_the_collector_pays_no_debts_of_others(machine: QemuMachine, tmp_path: Path):
@@ -275,25 +275,25 @@ def gdb_words(machine: QemuMachine, *more: object) -> tuple[object, ...]:
 
 def test_gdb_alone_leaves_a_guest_as_it_was(machine: QemuMachine):
     with RawQmp(machine.qmp_sockets[0]) as qmp:  # the other one is free, and knows
-        run_often("qemu_dump_guest_memory", [gdb_words(machine)])
+        said_often("qemu_dump_guest_memory", [gdb_words(machine)])
         assert qmp.execute("query-status")["status"] == "running"
         qmp.execute("stop")
-        run_often("qemu_dump_guest_memory", [gdb_words(machine)])
+        said_often("qemu_dump_guest_memory", [gdb_words(machine)])
         assert qmp.execute("query-status")["status"] == "paused"
         qmp.execute("cont")
 
 
 def test_gdb_where_no_monitor_can_be_asked(machine: QemuMachine):
     with RawQmp(machine.qmp_sockets[0]) as qmp, RawQmp(machine.qmp_sockets[1]):
-        (said,) = run_often("qemu_dump_guest_memory", [gdb_words(machine)])
+        (said,) = said_often("qemu_dump_guest_memory", [gdb_words(machine)])
         assert qmp.execute("query-status")["status"] == "running", said
         qmp.execute("stop")
         # A gdbstub of 7.2 says that it has stopped a guest, and says nothing of this one.
-        (said,) = run_often("qemu_dump_guest_memory", [gdb_words(machine)])
+        (said,) = said_often("qemu_dump_guest_memory", [gdb_words(machine)])
         assert qmp.execute("query-status")["status"] == "paused", said
-        run_often("qemu_dump_guest_memory", [gdb_words(machine, "--resume")])
+        said_often("qemu_dump_guest_memory", [gdb_words(machine, "--resume")])
         assert qmp.execute("query-status")["status"] == "running"
-        run_often("qemu_dump_guest_memory", [gdb_words(machine, "--stay-stopped")])
+        said_often("qemu_dump_guest_memory", [gdb_words(machine, "--stay-stopped")])
         assert qmp.execute("query-status")["status"] == "paused"
         qmp.execute("cont")
 

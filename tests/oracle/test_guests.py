@@ -28,7 +28,7 @@ from tests.support.doors import (
     guest_status,
     run_cli,
     run_gdb,
-    run_often,
+    said_often,
 )
 from tests.support.hmp_proxy import run_proxy
 from tests.support.newer_qemu import newer_qemu_command
@@ -161,7 +161,7 @@ def test_every_way_gives_the_dump_of_qmp(machine: QemuMachine, tmp_path: Path):
     with RawQmp(machine.qmp_sockets[1]) as qmp:
         qmp.execute("stop")
         try:
-            told = run_often("qemu_dump_guest_memory", lines)
+            told = said_often("qemu_dump_guest_memory", lines)
             assert "RESUME" not in [event["event"] for event in qmp.events]
             assert qmp.execute("query-status")["status"] == "paused"
         finally:
@@ -175,7 +175,7 @@ def test_a_guest_runs_again_whatever_carries_its_monitor(machine: QemuMachine, t
     ways = monitors(machine)
     lines = [(*ways[name], tmp_path / name) for name in ("pid", "hmp", "telnet", "pty")]
     with RawQmp(machine.qmp_sockets[1]) as qmp:
-        told = run_often("qemu_dump_guest_memory", lines)
+        told = said_often("qemu_dump_guest_memory", lines)
         assert qmp.execute("query-status")["status"] == "running", told
         assert [event["event"] for event in qmp.events].count("RESUME") == len(lines)
 
@@ -309,7 +309,7 @@ def test_names_that_are_no_guest_or_several(machine: QemuMachine, tmp_path: Path
         ("--pid", "x"): "'x' is no number of a process",
         ("--pid", "-1"): "'-1' is no number of a process",
     }
-    told = run_often("qemu_dump_guest_memory", [(*words, os.devnull) for words in bad])
+    told = said_often("qemu_dump_guest_memory", [(*words, os.devnull) for words in bad])
     for said, expected in zip(told, bad.values(), strict=True):
         assert expected in said
 

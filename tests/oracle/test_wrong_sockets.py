@@ -13,7 +13,7 @@ import pytest
 import qemu_dump_ext as qd
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from tests.support.crash_agent import CrashAgent
-from tests.support.doors import run_cli, run_gdb, run_often
+from tests.support.doors import run_cli, run_gdb, said_often
 from tests.support.hmp_proxy import HmpSocket
 from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_gdbstub import RawGdbstub
@@ -68,12 +68,12 @@ def by_api(addresses: Sequence[Path]) -> list[str]:
 
 
 QMP_DOORS: dict[str, Callable[[Sequence[Path]], list[str]]] = {
-    "dump": lambda them: run_often(
+    "dump": lambda them: said_often(
         "qemu_dump_guest_memory", [("--qmp", one, os.devnull) for one in them]
     ),
-    "info": lambda them: run_often("qemu_dump", [("info", "--qmp", one) for one in them]),
-    "dmesg": lambda them: run_often("qemu_dump", [("dmesg", "--qmp", one) for one in them]),
-    "proxy": lambda them: run_often("qemu_hmp_proxy", [("--qmp", one) for one in them]),
+    "info": lambda them: said_often("qemu_dump", [("info", "--qmp", one) for one in them]),
+    "dmesg": lambda them: said_often("qemu_dump", [("dmesg", "--qmp", one) for one in them]),
+    "proxy": lambda them: said_often("qemu_hmp_proxy", [("--qmp", one) for one in them]),
     "api": by_api,
 }
 WORDS = {
@@ -131,7 +131,7 @@ def test_no_human_monitor(machine: Machine):
     for kinds, never_stopped in ((("qmp", "gdb"), True), (("far qmp", "far gdb"), False)):
         with untouched(machine, never_stopped=never_stopped):
             lines = [("--hmp", machine.sockets[kind]) for kind in kinds]
-            told = run_often("qemu_hmp_proxy", lines)
+            told = said_often("qemu_hmp_proxy", lines)
         for kind, said in zip(kinds, told, strict=True):
             assert_told(said, machine.sockets[kind], kind[-3:], "monitor", None)
 
@@ -140,7 +140,7 @@ def test_no_gdbstub(machine: Machine):
     kinds = ("qmp", "hmp", "serial", "far qmp", "far hmp")
     with untouched(machine):
         lines = [("--gdb", machine.sockets[kind], os.devnull) for kind in kinds]
-        told = run_often("qemu_dump_guest_memory", lines)
+        told = said_often("qemu_dump_guest_memory", lines)
     for kind, said in zip(kinds, told, strict=True):
         word = kind.split()[-1]
         assert_told(said, machine.sockets[kind], word, "gdbstub", machine.sockets["gdb"])

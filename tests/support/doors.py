@@ -23,10 +23,13 @@ import contextlib, io, json, sys
 import qemu_dump_ext.entry as entries
 entry, lines = sys.argv[1], json.loads(sys.argv[2])
 for sys.argv[1:] in lines:
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            getattr(entries, entry)()
-    print(json.dumps(said.getvalue()))
+    said = [io.StringIO(), io.StringIO()]
+    with contextlib.redirect_stdout(said[0]), contextlib.redirect_stderr(said[1]):
+        try:
+            status = getattr(entries, entry)()
+        except SystemExit as end:
+            status = end.code
+    print(json.dumps([status, *(stream.getvalue() for stream in said)]))
 """
 
 
@@ -70,24 +73,28 @@ def run_cli(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     return _run(cli_argv(*words), options)
 
 
-def run_often(entry: str, lines: Sequence[Sequence[object]]) -> list[str]:
-    """Run a program once for each line, in one Python; return what each says.
+def run_often(
+    entry: str, lines: Sequence[Sequence[object]]
+) -> list[subprocess.CompletedProcess[str]]:
+    """Run a program once for each line, in one Python: to start it costs more than many a run.
 
     Args:
         entry: The name of its function in `qemu_dump_ext.entry`.
         lines: The words behind it.
     """
-    words = json.dumps([list(map(str, line)) for line in lines])
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN_OFTEN, entry, words],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env=child_environment(),
-    )
+    words = [list(map(str, line)) for line in lines]
+    argv = [sys.executable, "-c", _RUN_OFTEN, entry, json.dumps(words)]
+    done = _run(argv, {})
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [
+        subprocess.CompletedProcess([entry, *line], *json.loads(answer))
+        for line, answer in zip(words, done.stdout.splitlines(), strict=True)
+    ]
+
+
+def said_often(entry: str, lines: Sequence[Sequence[object]]) -> list[str]:
+    """Return what a program says to each line; as `run_often`."""
+    return [done.stdout + done.stderr for done in run_often(entry, lines)]
 
 
 def run_gdb(

@@ -5,17 +5,14 @@ Many dumps are taken by one gdb and by one Python: each start costs more than a 
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.guest_images.machine import QemuMachine
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
-from tests.support.doors import child_environment, run_gdb
+from tests.support.doors import run_gdb, run_often
 
 FORMATS = {"elf": (), "kdump-zlib": ("-z",)}
 _IN_GDB = ("gdb", "gdb-with-qmp")
@@ -23,14 +20,6 @@ BY_GDB = "cli-by-gdb"
 _BY_QMP = "cli-by-qmp"
 DOORS = (*_IN_GDB, BY_GDB, _BY_QMP)
 _SECONDS = 400
-_RUN_OFTEN = """
-import contextlib, io, json, sys
-from qemu_dump_ext.entry import qemu_dump_guest_memory
-for sys.argv[1:] in json.loads(sys.argv[1]):
-    with contextlib.redirect_stderr(io.StringIO()) as said:
-        status = qemu_dump_guest_memory()
-    print(json.dumps([status, said.getvalue()]))
-"""
 
 
 @dataclass(frozen=True)
@@ -143,15 +132,7 @@ def _take_in_gdb(
 
 
 def _take_on_the_command_line(lines: Mapping[Way, Sequence[str]]) -> dict[Way, Outcome]:
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN_OFTEN, json.dumps(list(lines.values()))],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        timeout=_SECONDS,
-        check=False,
-        env=child_environment(),
-    )
-    assert done.returncode == 0, done.stderr
-    answers = (Outcome(*json.loads(line)) for line in done.stdout.splitlines())
-    return dict(zip(lines, answers, strict=True))
+    told = run_often("qemu_dump_guest_memory", list(lines.values()))
+    return {
+        way: Outcome(done.returncode, done.stderr) for way, done in zip(lines, told, strict=True)
+    }
