@@ -1,7 +1,7 @@
 """x86-64, in every mode: long mode, and a guest still in real or 32-bit mode.
 
 Sources:
-    Linux arch/x86/include/asm/elf.h, user_64.h, user_32.h (elf_prstatus); QEMU
+    Linux arch/x86/include/asm/elf.h, user_64.h, user_32.h (elf_prstatus, user_fxsr_struct); QEMU
     target/i386/arch_dump.c (order and contents of the notes, struct QEMUCPUState);
     target/i386/cpu-dump.c (text of `info registers`), machine.c (migration stream). Page tables:
     Intel SDM volume 3A, chapter "Paging"; what QEMU makes of them:
@@ -37,7 +37,14 @@ from qemu_dump_ext.architectures._page_tables import (
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.dialect import Dialect
-from qemu_dump_ext.structures.elf import EM_386, EM_X86_64, NT_QEMU
+from qemu_dump_ext.structures.elf import (
+    EM_386,
+    EM_X86_64,
+    NT_PRFPREG,
+    NT_PRXFPREG,
+    NT_QEMU,
+)
+from qemu_dump_ext.structures.fxsave import FXSAVE_SIZE
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
 
 if TYPE_CHECKING:
@@ -116,13 +123,23 @@ _QEMU_NOTE = NoteLayout(
     after_all_vcpus=True,
     alternatives=(StructLayout("QEMUCPUState", _QEMU_STATE.fields[:-1]),),
 )
-_LEGACY_NOTES = (_PRSTATUS_32, _QEMU_NOTE)
+
+
+def _floating_point(owner: str, note_type: int) -> NoteLayout:
+    # Neither monitor nor stub has all of what FXSAVE stores, and QEMU has no such note.
+    area = StructLayout("fxsave", (Field("fxsave", "wide_le", FXSAVE_SIZE),))
+    return NoteLayout(
+        owner, note_type, area, 8, choose=lambda registers: area if "fxsave" in registers else None
+    )
+
+
+_LEGACY_NOTES = (_PRSTATUS_32, _floating_point("LINUX", NT_PRXFPREG), _QEMU_NOTE)
 
 LONG_MODE = Core(
     e_machine=EM_X86_64,
     byte_order="little",
     word_size=8,
-    notes=(_PRSTATUS_64, _QEMU_NOTE),
+    notes=(_PRSTATUS_64, _floating_point("CORE", NT_PRFPREG), _QEMU_NOTE),
     uname_machine="x86_64",
 )
 LEGACY_32 = Core(
@@ -430,6 +447,7 @@ ARCHITECTURE = Architecture(
         *(Register(name, monitor=(name.upper(),)) for name in _FLOATING_POINT_STATE.split()),
         *(Register(f"fpr{number}") for number in range(8)),
         *(Register(f"xmm{number}") for number in range(_XMM_COUNT)),
+        Register("fxsave"),
         Register("a20", monitor=("A20",)),
         Register("smm", monitor=("SMM",)),
     ),

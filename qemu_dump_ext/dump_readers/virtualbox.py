@@ -40,6 +40,13 @@ class VirtualBoxFile(MadeNotes, ElfCoreFile):
         """The vCPUs, in the order of the notes."""
         return self._vcpus
 
+    @property
+    def lacking(self) -> Sequence[str]:
+        """What of the guest is not in it, besides memory, in words."""
+        without = [vcpu.index for vcpu in self._vcpus if "fxsave" not in vcpu.registers]
+        words = (f"vCPU {index}: the core does not have its floating point" for index in without)
+        return (*super().lacking, *words)
+
 
 READER: DumpReader[VirtualBoxFile] = DumpReader(
     name="virtualbox",

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import Abi, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.elf_notes import Note
+from qemu_dump_ext.structures.fxsave import registers_of_fxsave
 
 _CORE, _CPU = ("VBCORE", 0xB00), ("VBCPU", 0xB01)
 _MAGIC = 0xC01AC0DE
@@ -57,7 +58,11 @@ _CPU_STATE = StructLayout(
         Field("kernel_gs_base", "u64"),
     ),
 ).bind(_ABI)
-"""Up to what is wanted of it; behind it are more of the model-specific registers, and XSAVE."""
+"""Up to what is wanted of it; behind it are more of the model-specific registers, and then what
+XSAVE stores, where it ends: how much of them there is depends on the version and on the host."""
+_XSAVE_UNIT = 4096
+"""Bytes; X86XSAVEAREA is one or several."""
+_XSAVE_OFFSETS = range(_CPU_STATE.size + 24, _CPU_STATE.size + 49, 8)
 _REGISTERS = frozenset(
     (
         *"rax rbx rcx rdx rsi rdi rsp rbp rip eflags r8 r9 r10 r11 r12 r13 r14 r15".split(),
@@ -110,4 +115,8 @@ def _registers(descriptor: bytes) -> Mapping[str, int]:
     }
     # What has no selector and no attributes.
     none = {f"{name}_{part}": 0 for name in ("gdt", "idt") for part in ("selector", "flags")}
-    return {**{name: values[name] for name in _REGISTERS & values.keys()}, **flags, **none}
+    found = {**{name: values[name] for name in _REGISTERS & values.keys()}, **flags, **none}
+    xsave = len(descriptor) % _XSAVE_UNIT
+    if xsave in _XSAVE_OFFSETS and len(descriptor) > xsave:
+        found |= registers_of_fxsave(descriptor[xsave:])
+    return found

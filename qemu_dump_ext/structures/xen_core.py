@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
+from qemu_dump_ext.structures.fxsave import FXSAVE_SIZE, registers_of_fxsave
 
 NOTE_SECTION, VCPU_SECTION = ".note.Xen", ".xen_prstatus"
 FRAMES_SECTION, PAGES_SECTION = ".xen_pfn", ".xen_pages"
@@ -40,7 +41,7 @@ def _segment(name: str, *behind: Field) -> tuple[Field, ...]:
 _CONTEXT_X86_64 = StructLayout(
     "vcpu_guest_context",
     (
-        Field("fpu_ctxt", "bytes", 512),
+        Field("fpu_ctxt", "bytes", FXSAVE_SIZE),
         Field("flags", "u64"),
         *fields_of("u64", "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi"),
         *fields_of("u32", "error_code entry_vector"),
@@ -62,6 +63,10 @@ _REGISTERS = (
     *"cr0 cr2 cr3 cr4 dr0 dr1 dr2 dr3 dr6 dr7 fs_base".split(),
     *(f"{name}_selector" for name in "cs ds es fs gs ss".split()),
 )
+
+
+_FPU_VALID = 1 << 0
+"""VGCF_i387_valid: the vCPU has used its floating point."""
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,15 @@ def xen_vcpus(contexts: bytes, count: int) -> Sequence[Mapping[str, int]]:
     size = _CONTEXT_X86_64.size
     if len(contexts) != count * size:
         return ()
-    return [_registers(_CONTEXT_X86_64.unpack_integers(contexts, n * size)) for n in range(count)]
+    return [_registers(contexts[at : at + size]) for at in range(0, count * size, size)]
 
 
-def _registers(values: Mapping[str, int]) -> Mapping[str, int]:
+def _registers(context: bytes) -> Mapping[str, int]:
+    values = _CONTEXT_X86_64.unpack_integers(context)
     bases = values["gs_base_kernel"], values["gs_base_user"]
     # The one that is in use depends on where the vCPU is.
     used, other = bases if not values["cs_selector"] & 3 else reversed(bases)
-    return {**{name: values[name] for name in _REGISTERS}, "gs_base": used, "kernel_gs_base": other}
+    found = {name: values[name] for name in _REGISTERS}
+    if values["flags"] & _FPU_VALID:
+        found |= registers_of_fxsave(context)
+    return {**found, "gs_base": used, "kernel_gs_base": other}

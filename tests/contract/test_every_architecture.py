@@ -135,7 +135,7 @@ def test_the_tables_name_every_file():
 def test_notes_have_the_sizes_that_were_measured(name: str, dialect: Dialect):
     architecture = all_architectures()[name]
     core = _core(architecture, dialect, efer=1 << 10 if name == "x86_64" else 0)
-    usual = [note for note in core.notes if note.type != 0x405]
+    usual = [note for note in core.notes if note.type != 0x405 and note.layout.name != "fxsave"]
     sizes = [(note.type, note.bind(core.byte_order).size) for note in usual]
     assert sizes == (BY_QEMU if dialect is _QEMU_7_2 else BY_LINUX)[name]
     assert core.e_machine == E_MACHINE[name]

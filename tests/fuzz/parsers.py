@@ -227,12 +227,12 @@ def _qcow2_seeds() -> list[bytes]:
 
 
 def _core_seeds() -> Mapping[str, Sequence[bytes]]:
-    state = virtualbox_state({"rip": 0x1234, "cr0": 1 << 31, "cr3": BLOCK})[:1000]
+    state = virtualbox_state({"rip": 0x1234, "cr0": 1 << 31, "cr3": BLOCK}, xsave_size=4096)
     context = xen_context({"rip": 0x1234, "cr0": 1 << 31, "cr3": BLOCK, "cr4": 32})
     frames = [(pfn, page[:BLOCK].ljust(BLOCK, b"\0")) for pfn, page in _PAGES.items()]
     blocks = {0x1000: b"a" * 5000, 0x100000: b"b" * 3000}
     return {
-        "virtualbox": [make_virtualbox(blocks, virtualbox_notes([state] * 2))],
+        "virtualbox": [make_virtualbox(blocks, virtualbox_notes([state, state[:1000]]))],
         "xen": [make_xen(frames, [context] * 2), make_xen(frames[::-1], machine=183)],
     }
 

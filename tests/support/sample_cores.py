@@ -31,7 +31,7 @@ _VIRTUALBOX_WORDS = {
 }
 _VIRTUALBOX_LIMITS = {f"{name}_limit": place + 8 for name, place in _VIRTUALBOX_SELECTORS.items()}
 _VIRTUALBOX_LIMITS |= {"gdt_limit": 392, "idt_limit": 408}
-_VIRTUALBOX_SIZE = 584 + 4096
+_VIRTUALBOX_XSAVE = 584
 _XEN_GPRS = "r15 r14 r13 r12 rbp rbx r11 r10 r9 r8 rax rcx rdx rsi rdi"
 _XEN_WORDS = {
     **{name: 520 + 8 * place for place, name in enumerate(_XEN_GPRS.split())},
@@ -51,9 +51,23 @@ _XEN_SELECTORS = {"cs": 656, "ss": 680, "es": 688, "ds": 696, "fs": 704, "gs": 7
 XEN_CONTEXT_SIZE = 5168
 
 
-def virtualbox_state(registers: Mapping[str, int], attributes: int = 0xA09B) -> bytes:
+def fxsave(*, fcw: int, fsw: int, ftw: int, mxcsr: int, st: bytes, xmm: bytes) -> bytes:
+    """Return what FXSAVE stores; `st` has the top of the stack, `xmm` the first registers."""
+    area = pack("<4H16xII", fcw, fsw, ftw, 0, mxcsr, 0xFFFF) + st.ljust(128, b"\0") + xmm
+    return area.ljust(512, b"\0")
+
+
+def virtualbox_state(
+    registers: Mapping[str, int],
+    attributes: int = 0xA09B,
+    *,
+    xsave: bytes = b"",
+    xsave_at: int = _VIRTUALBOX_XSAVE,
+    xsave_size: int = 8192,
+) -> bytes:
     """Return DBGFCORECPU of registers by our names; selectors have these attributes."""
-    data = bytearray(_VIRTUALBOX_SIZE)
+    data = bytearray(xsave_at + xsave_size)
+    data[xsave_at : xsave_at + len(xsave)] = xsave
     for name, place in _VIRTUALBOX_WORDS.items():
         pack_into("<Q", data, place, registers.get(name, 0))
     for name, place in _VIRTUALBOX_LIMITS.items():
@@ -79,9 +93,12 @@ def make_virtualbox(blocks: Mapping[int, bytes], notes: bytes) -> bytes:
     return bytes(make_elf(loads, notes=notes, sections_first=False))
 
 
-def xen_context(registers: Mapping[str, int]) -> bytes:
+def xen_context(registers: Mapping[str, int], fpu: bytes = b"") -> bytes:
     """Return vcpu_guest_context of x86_64; the kernel's and the program's base of gs by these."""
     data = bytearray(XEN_CONTEXT_SIZE)
+    if fpu:
+        data[:512] = fpu
+        pack_into("<Q", data, 512, 1)  # VGCF_i387_valid
     for name, place in _XEN_WORDS.items():
         pack_into("<Q", data, place, registers.get(name, 0))
     for name, place in _XEN_SELECTORS.items():

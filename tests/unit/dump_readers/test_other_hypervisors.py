@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import struct
+import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import CorruptDumpError, DumpError, UnsupportedTargetError
+from tests.support.doors import gdb_argv
 from tests.support.sample_cores import (
     PAGE,
+    fxsave,
     make_virtualbox,
     make_xen,
     virtualbox_notes,
@@ -103,6 +107,72 @@ def test_core_of_virtualbox_that_cannot_be_is_refused(path: Path, notes: bytes, 
         open_dump(path)
 
 
+def _xen_registers(vcpu: int, **values: int) -> Mapping[str, int]:
+    told = _registers(vcpu) | {"gs_base_kernel": 0xFFFF << 48 | vcpu, "gs_base_user": 0x7F << 40}
+    return told | values
+
+
+def _fxsave(vcpu: int) -> bytes:
+    """One and a half, plus the number of the vCPU, on top of the stack, which is register 5."""
+    st = struct.pack("<QH", (3 + 2 * vcpu) << 62 - vcpu, 0x3FFF + vcpu)
+    xmm = b"".join(bytes((16 * vcpu + n,)) * 16 for n in range(16))
+    return fxsave(fcw=0x37F, fsw=5 << 11, ftw=1 << 5, mxcsr=0x1F80 + vcpu, st=st, xmm=xmm)
+
+
+def _of_virtualbox(place: int) -> bytes:
+    states = [
+        virtualbox_state(_registers(number), xsave=_fxsave(number), xsave_at=place)
+        for number in range(2)
+    ]
+    return make_virtualbox({0: b"a" * PAGE}, virtualbox_notes(states))
+
+
+def _of_xen() -> bytes:
+    contexts = [xen_context(_xen_registers(number), _fxsave(number)) for number in range(2)]
+    return make_xen(_FRAMES, contexts)
+
+
+@pytest.mark.parametrize(
+    "core",
+    [*(_of_virtualbox(place) for place in (568, 576, 584, 592)), _of_xen()],
+    ids=["568", "576", "584", "592", "xen"],
+)
+def test_floating_point_is_kept_and_gdb_shows_it(core: bytes, path: Path, tmp_path: Path):
+    path.write_bytes(core)
+    status = main(["convert", str(path), str(tmp_path / "kdump"), "--format", "kdump-raw-zlib"])
+    assert status == (6 if b"VBCPU" not in core else 0)
+    assert main(["convert", str(tmp_path / "kdump"), str(tmp_path / "elf")]) == 0
+    for file in (path, tmp_path / "elf"):
+        with open_dump(file) as dump:
+            notes = [(note.name, note.type, note.descriptor) for note in dump.notes]
+            areas = [one for one in notes if one[:2] in {("CORE", 2), ("LINUX", 0x46E62B7F)}]
+            assert [one[2] for one in areas] == [_fxsave(0), _fxsave(1)]
+            assert [notes.index(one) for one in areas] == [1, 3]  # behind those of their vCPUs
+            first, second = (vcpu.registers for vcpu in StoredGuest(dump).vcpus)
+            assert first["fxsave"] == int.from_bytes(_fxsave(0), "little")
+    with open_dump(path) as dump:
+        first, second = (vcpu.registers for vcpu in dump.vcpus)
+    assert (first["fcw"], first["ftw"], second["mxcsr"]) == (0x37F, 1 << 5, 0x1F81)
+    assert first["fpr5"] == 0x3FFF << 64 | 3 << 62
+    assert second["xmm3"] == int.from_bytes(b"\x13" * 16, "big")
+    shown = ("p $st0", "p/x $xmm3.uint128", "p/x $mxcsr")
+    commands = [f"core-file {tmp_path / 'elf'}"]
+    for thread in (1, 2):
+        commands += [f"thread {thread}", *shown]
+    done = subprocess.run(gdb_argv(commands), capture_output=True, text=True, check=False)
+    told = re.findall(r"^\$\d+ = (.*)$", done.stdout, re.MULTILINE)
+    expected = [("1.5", "3" + "03" * 15, "1f80"), ("2.5", "13" * 16, "1f81")]
+    assert told == [word for st0, *more in expected for word in (st0, *(f"0x{n}" for n in more))]
+
+
+def test_floating_point_that_is_not_found_is_named(path: Path, tmp_path: Path):
+    states = [virtualbox_state(_registers(0), xsave_at=800)]
+    path.write_bytes(make_virtualbox({0: b"a" * PAGE}, virtualbox_notes(states)))
+    with open_dump(path) as dump:
+        assert list(dump.lacking) == ["vCPU 0: the core does not have its floating point"]
+    assert main(["convert", str(path), str(tmp_path / "out")]) == 6
+
+
 @pytest.mark.parametrize("version", [0x10000, 0x10003, 0x10007])
 def test_registers_of_another_version_of_virtualbox_are_none(path: Path, version: int):
     notes = virtualbox_notes([virtualbox_state(_registers(0))], version=version)
@@ -111,11 +181,6 @@ def test_registers_of_another_version_of_virtualbox_are_none(path: Path, version
         assert (dump.reader, dump.vcpus, dump.notes) == ("virtualbox", (), ())
         assert dump.read(0, PAGE) == b"a" * PAGE
         assert "the earlier dump has no registers" in StoredGuest(dump).lacking
-
-
-def _xen_registers(vcpu: int, **values: int) -> Mapping[str, int]:
-    told = _registers(vcpu) | {"gs_base_kernel": 0xFFFF << 48 | vcpu, "gs_base_user": 0x7F << 40}
-    return told | values
 
 
 def test_core_of_xen_has_its_pages_in_any_order(path: Path):
