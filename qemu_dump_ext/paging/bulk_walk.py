@@ -92,6 +92,13 @@ def _step(level: TableLevel) -> int | None:
     return step if is_one_number else None
 
 
+@cache
+def _tops(geometry: PageTableGeometry) -> Sequence[int]:
+    """Return the virtual address of each entry of a root."""
+    level = geometry.levels[0]
+    return [geometry.extended(index << level.shift) for index in range(level.entry_count)]
+
+
 class BulkWalker:
     """Walks tables of one guest.
 
@@ -206,8 +213,7 @@ class BulkWalker:
         if depth:
             gvas = bases[tables] | places.astype(numpy.uint64) << numpy.uint64(level.shift)
         else:
-            tops = [geometry.extended(index << level.shift) for index in range(level.entry_count)]
-            gvas = numpy.array(tops, numpy.uint64)[places]
+            gvas = numpy.array(_tops(geometry), numpy.uint64)[places]
         is_leaf = numpy.zeros(len(entries), bool)
         if level.leaf is not None:
             is_leaf = self._passes(entries, level.leaf.mask, level.leaf.wanted)
