@@ -21,6 +21,7 @@ from volatility3.plugins import banners
 from qemu_dump_ext.cli import main
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.convert_sources import ConvertSources
+from tests.support.crash_reader import ask_crash
 from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps, elf_facts
 from tests.support.volatility import volatility_layer
@@ -125,14 +126,7 @@ def test_crash_opens_a_kdump_without_registers(
 ):
     target = tmp_path / "kdump"
     assert main(["convert", str(sources.make("lime")), str(target), "-z", "-R"]) == 6
-    done = subprocess.run(
-        ["crash", "-s", vmlinux, target],
-        input="sys\nlog\nquit\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = ask_crash("sys\nlog\n", vmlinux, target)
     assert re.search(rf"CPUS: {paused_linux.image.cpus}$", done.stdout, re.MULTILINE), done.stderr
     assert f"RELEASE: {paused_linux.files.release}\n" in done.stdout
 

@@ -39,6 +39,7 @@ from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.sinks import open_sink
 from tests.support.crash_agent import CrashAgent, run_collector
+from tests.support.crash_reader import CRASH_SECONDS
 from tests.support.doors import guest_status
 from tests.support.folders import folder_for
 from tests.support.raw_qmp import RawQmp
@@ -105,7 +106,7 @@ def collected(request: pytest.FixtureRequest) -> Iterator[Collected]:
                 booted = re.compile(rf"(?s)({image.marker}.*){{{number}}}")
                 guest.wait_for_console(booted, timeout_seconds=image.timeout_seconds)
                 guest.send_console(keys)
-                agent.wait_records(number, seconds=120)
+                agent.wait_records(number, seconds=CRASH_SECONDS)
                 records[name] = agent.records()[-1]
             wait_until(lambda: guest_status(guest) == "running", "it is reset")
             yield Collected(agent, guest, files.vmlinux, records)
@@ -151,7 +152,7 @@ def test_drgn_knows_the_log_and_who_panicked(collected):
 
 def opened(collected: Collected, reader: str, name: str, typed: str) -> str:
     words = ("--config", collected.agent.config, collected.records[name].id)
-    done = run_collector("open", "--reader", reader, *words, input=typed, timeout=300)
+    done = run_collector("open", "--reader", reader, *words, input=typed, timeout=CRASH_SECONDS)
     return f"{done.stdout}{done.stderr}"
 
 
@@ -373,7 +374,7 @@ def other_target(request) -> Iterator[tuple[BootedGuest, CrashAgent]]:
 def test_event_of_pvpanic_pci_is_collected(other_target):
     guest, agent = other_target
     guest.send_console(WRITE_PVPANIC)
-    (record,) = agent.wait_records(seconds=120)
+    (record,) = agent.wait_records()
     assert record.cause.kind == "guest-panicked"
     assert record.cause.event is not None
     assert record.cause.event["event"] == "GUEST_PANICKED"
@@ -387,7 +388,7 @@ def test_panic_of_another_target_is_collected(other_target):
     guest, agent = other_target
     known = len(agent.records())
     guest.send_console("echo c >/proc/sysrq-trigger\n")
-    record = agent.wait_records(known + 1, seconds=120)[-1]
+    record = agent.wait_records(known + 1)[-1]
     assert record.cause.kind == OTHER_TARGETS[record.guest]
     assert record.signature.message == "sysrq triggered crash", record
     assert "__handle_sysrq" in record.signature.frames

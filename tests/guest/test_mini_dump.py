@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
@@ -17,6 +16,7 @@ from drgn.helpers.linux.printk import get_dmesg
 from drgn.helpers.linux.slab import for_each_slab_cache
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
+from tests.support.crash_reader import ask_crash
 from tests.support.doors import run_cli
 from tests.support.folders import folder_for
 
@@ -29,7 +29,7 @@ _DUMPS: Mapping[str, tuple[str, ...]] = {
     "smallest": ("-R", "--mini=smallest", "--dump-level", "31!"),
 }
 _SMALLER = tuple(_DUMPS)[1:]
-_CRASH_COMMANDS = "sys\nlog\nbt -a\nps\nmod\nnet\nirq\ndev\nrunq\nquit\n"
+_CRASH_COMMANDS = "sys\nlog\nbt -a\nps\nmod\nnet\nirq\ndev\nrunq\n"
 DumpOf = Callable[[str], Path]
 
 
@@ -98,14 +98,8 @@ def crash_on_the_whole(dump_of: DumpOf, vmlinux: Path) -> list[str]:
 
 
 def _lines_of_crash(*words: str | Path) -> list[str]:
-    done = subprocess.run(
-        ["crash", "-s", *words],
-        input=_CRASH_COMMANDS,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )
+    done = ask_crash(_CRASH_COMMANDS, *words)
+    assert done.returncode == 0, done.stderr
     # The name of the dump, and that it is a partial one; a warning without the kernel's code.
     others = re.compile(r"DUMPFILE:|^crash: cannot determine thread return address$")
     return [line for line in done.stdout.splitlines() if not others.search(line)]

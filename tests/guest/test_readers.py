@@ -17,6 +17,7 @@ from drgn.helpers.linux.printk import get_dmesg
 from drgn.helpers.linux.sched import cpu_curr
 
 from qemu_dump_ext.guest_images.machine import BootedGuest
+from tests.support.crash_reader import ask_crash
 from tests.support.doors import run_cli, run_gdb
 from tests.support.folders import folder_for
 
@@ -114,14 +115,7 @@ def test_crash_opens_a_dump_without_zeros_when_told_so(
 
 
 def _crash(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["crash", "-s", *words],
-        input="sys\nlog\nbt -a\nquit\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return ask_crash("sys\nlog\nbt -a\n", *words)
 
 
 def assert_crash_answered(

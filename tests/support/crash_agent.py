@@ -26,7 +26,7 @@ _SECONDS = 300.0
 
 def run_collector(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run `qemu-crash-collector` with `words` to its end."""
-    defaults: dict[str, Any] = {"timeout": 120, "env": child_environment(), "text": True}
+    defaults: dict[str, Any] = {"timeout": _SECONDS, "env": child_environment(), "text": True}
     argv = [sys.executable, "-c", _MAIN, *map(str, words)]
     return subprocess.run(argv, check=False, capture_output=True, **(defaults | options))
 
