@@ -65,6 +65,10 @@ KERNEL = range(KERNEL_IMAGE.start, 1 << 64)
 READ_BY_MODULE = "cat /sys/firmware/qemu_fw_cfg/by_name/etc/acpi/tables/raw >/dev/null"
 
 
+def wait_said(guest: BootedGuest, words: str) -> None:
+    guest.wait_for_console(re.compile(words), timeout_seconds=guest.image.timeout_seconds)
+
+
 @dataclass(frozen=True)
 class Collected:
     agent: CrashAgent
@@ -200,7 +204,7 @@ def reading(linux_guest: BootedGuest) -> Iterator[BootedGuest]:
         "dd if=/dev/zero of=/dev/null bs=16M & "
         "until grep -q 'rchar: [0-9]\\{9\\}' /proc/$!/io; do :; done; echo 'dd' runs\n"
     )
-    linux_guest.wait_for_console(re.compile("dd runs"), timeout_seconds=120)
+    wait_said(linux_guest, "dd runs")
     yield linux_guest
     linux_guest.send_console("killall dd\n")
 
@@ -251,7 +255,7 @@ def test_functions_of_modules_are_where_drgn_finds_them_and_named_as_the_kernel_
         "grep -h fw_cfg /proc/kallsyms; echo 'all' symbols; "
         f"while :; do {READ_BY_MODULE}; done & sleep 1; echo 'module' is read\n"
     )
-    linux_guest.wait_for_console(re.compile("module is read"), timeout_seconds=60)
+    wait_said(linux_guest, "module is read")
     listed = linux_guest.console_log.read_text("utf-8", "replace").partition("all symbols")[0]
     dump = tmp_path / "vm.elf"
     try:
