@@ -120,7 +120,7 @@ def select_sources(
         sources: All of the machine.
         codename: Suite of the machine; other suites that start with it and a dash belong to it.
         distribution: `ID` of os-release; names the keyring where a source names none.
-        suite: The other suite; None: those of the machine.
+        suite: The other suite; None or the codename: those of the machine.
 
     Raises:
         SourceError: No source is the distribution's own.
@@ -135,7 +135,7 @@ def select_sources(
         if suites and "main" in source.components:
             signed_by = source.signed_by or str(_KEYRINGS / f"{distribution}-archive-keyring.gpg")
             own.append(PackageSource(source.uris, suites, source.components, signed_by))
-    if suite is not None:
+    if suite is not None and suite != codename:
         base = suite.removesuffix("-backports")
         own = [
             PackageSource(source.uris, tuple(dict.fromkeys((base, suite))), ("main",), signed_by)

@@ -25,7 +25,7 @@ class PackageSpec:
         architecture: The architecture as the distribution spells it.
         kernel: A meta package, or any package that has the kernel.
         debug_symbols: Same for the kernel's `vmlinux` with DWARF; None: not in the archive.
-        suite: Another suite of the same archive; None: the suites of this machine.
+        suite: A suite of the same archive, also of another release; None: those of this machine.
     """
 
     architecture: str

@@ -110,8 +110,9 @@ def test_a_folder_of_both_styles(tmp_path: Path):
     ]
 
 
-def test_own_suites_leave_out_other_vendors_and_name_a_keyring():
-    chosen = select_sources(parse_one_line_sources(_ONE_LINE), "bookworm", "debian", None)
+@pytest.mark.parametrize("suite", [None, "bookworm"])
+def test_own_suites_leave_out_other_vendors_and_name_a_keyring(suite: str | None):
+    chosen = select_sources(parse_one_line_sources(_ONE_LINE), "bookworm", "debian", suite)
     assert [source.uris[0] for source in chosen] == [
         "http://mirror.example/debian",
         "http://mirror.example/debian-security",
