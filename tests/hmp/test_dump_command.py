@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -226,7 +227,7 @@ def test_detached_dump(slow: Bench, tmp_path: Path):
             assert other.command(refused) == IN_PROCESS
         assert other.command(f"dump-guest-memory --native {path}2") == IN_PROCESS
         _wait_for_pages(other)
-        assert other.command("info version").startswith("7.2")
+        assert re.match(r"\d+\.\d+\.\d+", other.command("info version"))
         told = slow.proxied.wait(b"is complete\r\n(qemu) ")
         assert told == f"\r\x1b[Kdump-guest-memory: {path} is complete\r\n(qemu) ".encode()
         assert other.command("info dump") == "Status: completed\n"

@@ -76,7 +76,7 @@ def test_a_session_at_the_terminal(machine: QemuMachine, tmp_path: Path):
     state = tmp_path / "state"
     argv = proxy_argv("--qmp", machine.qmp_sockets[0], "--memory", "pmemsave")
     terminal = _spawn(argv, TERM="xterm", XDG_STATE_HOME=str(state))
-    terminal.expect("QEMU 7.2.* monitor - type 'help' for more information")
+    terminal.expect(r"QEMU \d+\.\d+\.\d+ monitor - type 'help' for more information")
     terminal.expect(_PROMPT)
     # Completion: a command, a sub-command, a file name.
     terminal.send("info sta\t")
