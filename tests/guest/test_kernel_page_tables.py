@@ -45,9 +45,13 @@ def segments_of(path: Path) -> Sequence[Segment]:
 
 def assert_translated(guest: BootedGuest, loads: Iterable[Segment]) -> None:
     """First and last byte of segments of every size, asked of QEMU's own MMU."""
-    by_size = sorted(loads, key=lambda load: load.p_memsz)
-    sample = by_size[-10:] + by_size[:: max(1, len(by_size) // 60)]
     with RawQmp(guest.qmp_sockets[1]) as qmp:
+        if guest.image.name == "riscv64" and qmp.execute("query-version")["qemu"]["major"] > 7:
+            # It tells of no page of a program while the vCPU is in the kernel (mstatus.SUM).
+            loads = [load for load in loads if load.p_vaddr >= 1 << 63]
+        by_size = sorted(loads, key=lambda load: load.p_memsz)
+        sample = by_size[-10:] + by_size[:: max(1, len(by_size) // 60)]
+        assert sample
         for load in sample:
             for offset in (0, load.p_memsz - 1):
                 pages = gpas_of(qmp, guest, load.p_vaddr + offset)

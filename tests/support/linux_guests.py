@@ -26,8 +26,13 @@ BEFORE_CONNECTING = {
     "mips64el": ["set architecture mips:isa64r2", "set endian little"],
     "mipsel": ["set architecture mips:isa32r2", "set endian little"],
 }
-# The emulator translates what the running code may reach; the only vCPU must be in the kernel.
-KERNEL_ADDRESSES = {"mips64el": 0xFFFFFFFF80000000, "mipsel": 0x80000000}
+# The emulator translates what the running code may reach; the first vCPU must be in the kernel, and
+# not in firmware, for which an address is translated to itself.
+KERNEL_ADDRESSES = {
+    "mips64el": 0xFFFFFFFF80000000,
+    "mipsel": 0x80000000,
+    "riscv64": 0xFFFFFFFF80000000,
+}
 
 
 def of_guests(*names: str) -> pytest.MarkDecorator:
@@ -62,14 +67,15 @@ def gpas_of(qmp: RawQmp, guest: BootedGuest, gva: int) -> set[int]:
 
 
 def stop_in_kernel(qmp: RawQmp, address: int | None) -> None:
-    """Stop a guest where its only vCPU is in its kernel; with no address, wherever it is."""
+    """Stop a guest where its first vCPU is in its kernel; with no address, wherever it is."""
 
     def is_in_kernel() -> bool:
         qmp.execute("stop")
         if address is None:
             return True
         line = {"command-line": f"gva2gpa {address:#x}"}
-        if qmp.execute("human-monitor-command", **line).startswith("gpa: "):
+        answer = qmp.execute("human-monitor-command", **line)
+        if answer.startswith("gpa: ") and int(answer[5:], 16) != address:
             return True
         qmp.execute("cont")
         return False
