@@ -27,7 +27,7 @@ pytestmark = pytest.mark.qemu
 
 @pytest.fixture(scope="module")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[QemuMachine]:
-    with bare_machine(tmp_path_factory.mktemp("machine"), "spin") as machine:
+    with bare_machine(tmp_path_factory.mktemp("machine"), "halt") as machine:
         yield machine
 
 

@@ -22,10 +22,10 @@ pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
 
 @pytest.fixture(scope="module")
-def spinning(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QemuMachine, RawQmp]]:
-    folder = tmp_path_factory.mktemp("spinning")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[QemuMachine, RawQmp]]:
+    folder = tmp_path_factory.mktemp("running")
     with (
-        bare_machine(folder, "spin", "-m", "64") as machine,
+        bare_machine(folder, "halt", "-m", "64") as machine,
         RawQmp(machine.qmp_sockets[1]) as qmp,
     ):
         qmp.execute("cont")
@@ -50,9 +50,9 @@ def _status(qmp: RawQmp) -> str:
 
 
 def test_a_connection_that_was_never_answered_stops_nobody(
-    spinning: tuple[QemuMachine, RawQmp], tmp_path: Path
+    running: tuple[QemuMachine, RawQmp], tmp_path: Path
 ):
-    machine, qmp = spinning
+    machine, qmp = running
     qmp.events.clear()
     os.kill(machine.pid, signal.SIGSTOP)
     try:
@@ -74,9 +74,9 @@ def test_a_connection_that_was_never_answered_stops_nobody(
 
 
 def test_a_guest_whose_qemu_stood_still_in_the_middle_runs_again(
-    spinning: tuple[QemuMachine, RawQmp], tmp_path: Path
+    running: tuple[QemuMachine, RawQmp], tmp_path: Path
 ):
-    machine, qmp = spinning
+    machine, qmp = running
     with blocked_target(tmp_path) as target:
         words = ("--gdb", machine.gdb_socket, "--memory", "gdbstub", "--max-pause", "15")
         argv = _impatient_argv("cli.gdb_driver", "_CONNECT_SECONDS", *words, target.path)
@@ -94,9 +94,9 @@ def test_a_guest_whose_qemu_stood_still_in_the_middle_runs_again(
 
 @pytest.mark.parametrize("target", ["|sleep 60", "fifo"])
 def test_the_limit_of_the_pause_holds_behind_gdb(
-    spinning: tuple[QemuMachine, RawQmp], tmp_path: Path, target: str
+    running: tuple[QemuMachine, RawQmp], tmp_path: Path, target: str
 ):
-    machine, qmp = spinning
+    machine, qmp = running
     with blocked_target(tmp_path) as blocked:
         words = blocked.path if target == "fifo" else target
         done = run_cli("--gdb", machine.gdb_socket, "--max-pause", "2", words, timeout=200)
@@ -106,9 +106,9 @@ def test_the_limit_of_the_pause_holds_behind_gdb(
 
 
 def test_a_stub_that_serves_another_debugger_is_left_to_it(
-    spinning: tuple[QemuMachine, RawQmp], tmp_path: Path
+    running: tuple[QemuMachine, RawQmp], tmp_path: Path
 ):
-    machine, qmp = spinning
+    machine, qmp = running
     with RawGdbstub(machine.gdb_socket) as debugger:
         wait_until(lambda: _status(qmp) == "paused", "the debugger has stopped it")
         done = run_cli("--gdb", machine.gdb_socket, tmp_path / "dump")
