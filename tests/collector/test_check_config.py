@@ -82,6 +82,17 @@ def test_unit_starts_this_program(tmp_path, capsys, monkeypatch):
     assert unit.read_text() == "mine"
 
 
+def test_user_has_a_configuration_of_its_own(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    own = tmp_path / "qemu-crash-collector.yaml"
+    assert main(["install", "--user"]) == 0
+    assert f"still to be written: {own}" in capsys.readouterr().out
+    assert f"run --config {own}" in (tmp_path / "systemd/user" / UNIT).read_text()
+    own.write_text(f"store: {tmp_path}/store\nguests: [{{directory: {tmp_path}}}]\n")
+    assert main(["check-config"]) == 0
+    assert capsys.readouterr().out.startswith(f"{own}: ok; ")
+
+
 @pytest.mark.parametrize("user", [True, False])
 def test_systemd_understands_the_unit(tmp_path, user):
     program = tmp_path / "with space 100%" / "qemu-crash-collector"

@@ -10,7 +10,13 @@ from importlib.resources import files
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector._arguments import add_configuration
+from qemu_dump_ext.cli.collector._arguments import (
+    SYSTEM_CONFIGURATION,
+    add_configuration,
+    named_configuration,
+    user_configuration,
+    user_directory,
+)
 from qemu_dump_ext.errors import EXIT_SUCCESS, DumpWriteError, RequestError
 from qemu_dump_ext.printable import printable
 
@@ -24,6 +30,7 @@ _OF_SYSTEM = re.compile(
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_configuration(parser)
+    parser.set_defaults(config=None)
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--system", action="store_true", help=f"for all of the host: in {_SYSTEM_DIRECTORY}"
@@ -36,11 +43,13 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    text = unit_text(program_path(), arguments.config.resolve(), user=arguments.user)
+    usual = user_configuration() if arguments.user else SYSTEM_CONFIGURATION
+    configuration: Path = (arguments.config or named_configuration() or usual).resolve()
+    text = unit_text(program_path(), configuration, user=arguments.user)
     if arguments.print:
         print(text, end="")
         return EXIT_SUCCESS
-    path = (_user_directory() if arguments.user else _SYSTEM_DIRECTORY) / UNIT
+    path = (user_directory() / "systemd/user" if arguments.user else _SYSTEM_DIRECTORY) / UNIT
     if path.exists() and path.read_text("utf-8", "replace") != text and not arguments.force:
         raise RequestError(f"{path} is there, and is another", hint="--force replaces it")
     try:
@@ -50,8 +59,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise DumpWriteError(f"cannot write {path}: {error.strerror}") from error
     user = " --user" if arguments.user else ""
     print(printable(f"written: {path}"))
-    if not arguments.config.is_file():
-        print(printable(f"still to be written: {arguments.config}"))
+    if not configuration.is_file():
+        print(printable(f"still to be written: {configuration}"))
     print(f"start it: systemctl{user} daemon-reload && systemctl{user} enable --now {UNIT}")
     return EXIT_SUCCESS
 
@@ -96,15 +105,10 @@ def _quoted(path: Path) -> str:
     return f'"{text}"' if re.search(r"[\s\"']", text) else text
 
 
-def _user_directory() -> Path:
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
-    return Path(base) / "systemd/user"
-
-
 COMMAND = Subcommand(
     "install",
     "write the unit by which systemd starts the agent",
     _add_arguments,
     _run,
-    examples=("--system", "--user --config ~/.config/qemu-crash-collector.yaml", "--print"),
+    examples=("--system", "--user", "--print"),
 )
