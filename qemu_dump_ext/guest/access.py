@@ -156,10 +156,16 @@ class GuestAccess:
         return cls(monitor, None, None, (), pid=silent.pid, silent=silent)
 
     @classmethod
-    def by_qmp(cls, qmp: QmpMonitor, stub: Stub | None = None) -> Self:
-        """Reach a guest by its QMP socket, and by its gdbstub where there is a debugger."""
+    def by_qmp(cls, qmp: QmpMonitor, stub: Stub | None = None, pid: int | None = None) -> Self:
+        """Reach a guest by its QMP socket.
+
+        Args:
+            qmp: Connected.
+            stub: The gdbstub, where there is a debugger.
+            pid: Of QEMU's process, if it is known.
+        """
         addresses = (qmp.address, *(stub.addresses() if stub else ()))
-        return cls(qmp, stub, qmp, addresses, ("qmp", qmp.address))
+        return cls(qmp, stub, qmp, addresses, ("qmp", qmp.address), pid)
 
     @classmethod
     def by_monitor(

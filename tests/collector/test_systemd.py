@@ -17,6 +17,8 @@ import yaml
 from qemu_dump_ext.cli.collector.install import UNIT
 from qemu_dump_ext.guest_images.machine import stopped_machine
 from tests.support.doors import REPOSITORY, child_environment, guest_status
+from tests.support.processes import children_of
+from tests.support.systemd_namespace import COMMAND
 from tests.support.waiting import wait_until
 
 pytestmark = [
@@ -25,7 +27,6 @@ pytestmark = [
     pytest.mark.skipif(not Path("/lib/systemd/systemd").exists(), reason="needs systemd"),
 ]
 
-_INIT = Path(__file__).parents[1] / "support" / "systemd_namespace.py"
 _PROGRAM = Path(sys.executable).with_name("qemu-crash-collector")
 _WATCHDOG_SECONDS = 6
 
@@ -64,17 +65,17 @@ def _systemd(directory: Path, *others: Path) -> Iterator[_Systemd]:
     init = subprocess.Popen(
         [
             *("unshare", "--mount", "--pid", "--net", "--ipc", "--fork", "--kill-child=SIGKILL"),
-            *(sys.executable, "-I", str(_INIT), group, *shared, sys.prefix, sys.base_prefix),
+            *(*COMMAND, group, *shared, sys.prefix, sys.base_prefix),
         ],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
     )
     try:
         assert init.stdin is not None
         assert init.stdout is not None
         assert init.stdout.readline() == b"ready\n"
-        children = Path(f"/proc/{init.pid}/task/{init.pid}/children").read_text().split()
-        yield _Systemd(int(children[0]), directory)
+        yield _Systemd(children_of(init.pid)[0], directory)
     finally:
         init.communicate()
         _remove_group(group)

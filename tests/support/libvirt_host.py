@@ -19,10 +19,10 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 from tests.support.doors import REPOSITORY, child_environment, cli_argv
+from tests.support.libvirt_namespace import COMMAND
 from tests.support.processes import EnteredProcess, children_of
 from tests.support.waiting import SECONDS, wait_until
 
-_INIT = Path(__file__).with_name("libvirt_namespace.py")
 SYSTEM, SESSION = "qemu:///system", "qemu:///session"
 _SESSION_USER = 12345
 _MAIN = "import sys; from qemu_dump_ext.entry import {} as run; sys.exit(run())"
@@ -52,11 +52,12 @@ class LibvirtHost:
         self._init = subprocess.Popen(
             [
                 *("unshare", "--mount", "--pid", "--net", "--ipc", "--fork"),
-                *("--kill-child=SIGKILL", sys.executable, "-I", str(_INIT)),
+                *("--kill-child=SIGKILL", *COMMAND),
                 *(str(path) for path in (directory, REPOSITORY, Path(sys.prefix))),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            cwd=REPOSITORY,
         )
         assert self._init.stdout is not None
         assert self._init.stdout.readline() == b"ready\n"

@@ -1,4 +1,4 @@
-"""What the first process in the namespaces of a libvirtd runs: `PROGRAM DIRECTORY...`.
+"""What the first process in the namespaces of a libvirtd runs: `COMMAND DIRECTORY...`.
 
 It makes everything private that libvirtd writes to, but for the directories named; says so by a
 line; and then collects its dead, as the first process of a system does, until its standard input
@@ -14,7 +14,11 @@ import sys
 import threading
 from pathlib import Path
 
+from tests.support.private_mounts import make_private, mount
+
 _PRIVATE = ("/tmp", "/var/tmp", "/run", "/var/lib", "/var/cache", "/var/log", "/etc/libvirt")
+COMMAND = (sys.executable, "-E", "-s", "-m", "tests.support.libvirt_namespace")
+"""Runs this file, in the directory of the repository."""
 _USERS = {
     "passwd": "libvirt-qemu:x:64055:64055::/:/bin/false\nsomebody:x:12345:12345::/:/bin/sh\n",
     "group": "libvirt-qemu:x:64055:\nsomebody:x:12345:\n",
@@ -31,25 +35,14 @@ remember_owner = 0
 """Of a host that has no systemd, no udev, and no other daemon of libvirt's."""
 
 
-def _mount(*words: str) -> None:
-    subprocess.run(["mount", *words], check=True)
-
-
 def _set_up(shared: list[str]) -> None:
-    _mount("--make-rprivate", "/")
-    _mount("-t", "proc", "proc", "/proc")
-    kept = {path: os.open(path, os.O_PATH) for path in shared}
-    for path in filter(os.path.isdir, _PRIVATE):
-        _mount("-t", "tmpfs", "-o", "mode=1777", "tmpfs", path)
-    for path, descriptor in kept.items():
-        Path(path).mkdir(parents=True, exist_ok=True)
-        if not os.path.samestat(Path(path).stat(), os.fstat(descriptor)):
-            _mount("--no-canonicalize", "--bind", f"/proc/{os.getpid()}/fd/{descriptor}", path)
-        os.close(descriptor)
+    mount("--make-rprivate", "/")
+    mount("-t", "proc", "proc", "/proc")
+    make_private(_PRIVATE, shared)
     for name, line in _USERS.items():
         copy = Path("/run") / name
         copy.write_text(Path("/etc", name).read_text() + line)
-        _mount("--bind", str(copy), f"/etc/{name}")
+        mount("--bind", str(copy), f"/etc/{name}")
     for name in ("lib", "cache", "log"):
         Path("/var", name, "libvirt").mkdir(mode=0o755)
     Path("/etc/libvirt/qemu.conf").write_text(_QEMU_CONF)

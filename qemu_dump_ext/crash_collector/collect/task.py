@@ -9,7 +9,7 @@ from qemu_dump_ext.connections.libvirt import LibvirtMonitor
 from qemu_dump_ext.crash_collector.record import CrashCause, QemuFacts
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.hmp_questions import HmpQuestions
-from qemu_dump_ext.crash_collector.watch.patience import Patience
+from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.qmp import SharedQmp
 
@@ -23,7 +23,7 @@ def access_by(qmp: GuestQmp) -> GuestAccess:
         return GuestAccess.by_manager(qmp)
     if isinstance(qmp, HmpQuestions):
         return GuestAccess.by_hmp(qmp, pid=qmp.pid)
-    return GuestAccess.by_qmp(qmp)
+    return GuestAccess.by_qmp(qmp, pid=qmp.pid if isinstance(qmp, LimitedQmp) else None)
 
 
 @dataclass(frozen=True)

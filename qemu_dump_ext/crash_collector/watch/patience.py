@@ -99,9 +99,11 @@ class LimitedQmp(SharedQmp):
         *,
         answer_seconds: float,
         patience: Patience,
+        pid: int | None,
     ) -> None:
         super().__init__(client, loop, address, answer_seconds=answer_seconds)
         self.patience = patience
+        self.pid = pid
 
     def _begin(
         self, command: str, arguments: dict[str, object] | None, told: str

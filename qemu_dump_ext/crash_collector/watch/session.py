@@ -124,9 +124,10 @@ Connect = Callable[[Callable[[Event], None]], Awaitable[Contact]]
 
 class _QmpLink:
     # By a QMP socket of its own.
-    def __init__(self, client: QMPClient, address: str) -> None:
+    def __init__(self, client: QMPClient, address: str, pid: int | None) -> None:
         self._client = client
         self._address = address
+        self._pid = pid
 
     @property
     def is_open(self) -> bool:
@@ -150,6 +151,7 @@ class _QmpLink:
             self._address,
             answer_seconds=answer_seconds,
             patience=patience,
+            pid=self._pid,
         )
 
 
@@ -330,7 +332,7 @@ async def connect_by_qmp(
     except BaseException:
         await _disconnect(client)
         raise
-    return Contact(_QmpLink(client, address), facts, instance_of(pid) or address)
+    return Contact(_QmpLink(client, address, pid), facts, instance_of(pid) or address)
 
 
 async def _ask_facts(
