@@ -14,6 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import drgn
@@ -78,7 +79,9 @@ class _Readers:
             return _REFUSES
         if not set(self._image.processes) <= names:
             return _REFUSES
-        frames = len(program.stack_trace(cpu_curr(program, 0)))
+        frames = 0
+        with suppress(Exception):  # without registers, of a kdump by no kind of its own
+            frames = len(program.stack_trace(cpu_curr(program, 0)))
         return "opens" if frames >= _LEAST_FRAMES else "opens, no stacks of vCPUs"
 
     def makedumpfile(self, path: Path) -> str:
