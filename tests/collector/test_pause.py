@@ -29,6 +29,7 @@ from tests.support.bare_guests import counting_arguments
 from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.crashes import make_store
 from tests.support.doors import guest_status
+from tests.support.newer_qemu import own_qemu_is_newer
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = pytest.mark.qemu
@@ -58,6 +59,7 @@ def test_a_guest_that_runs_is_taken_and_runs_on(tmp_path: Path, newer: bool, rem
         assert record.dump.file is not None, record
         assert record.dump.complete
         told = [text for text in record.remarks if text.startswith("pause:")]
+        remark = None if own_qemu_is_newer() else remark
         assert [text.startswith(remark or "") for text in told] == [True] * (remark is not None)
         with open_dump(agent.store.directory(record.id) / record.dump.file) as dump:
             assert dump.read(_BIOS_AT, len(_BIOS)) == _BIOS
