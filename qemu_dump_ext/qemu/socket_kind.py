@@ -421,7 +421,7 @@ def _is_at(
 
 
 def _listener(process: QemuProcess, way: Way, tables: SocketTables) -> UnixSocket | None:
-    sockets = tables.unix(process)
+    sockets = tables.unix_of(process)
     mine = filter(None, map(sockets.get, process.socket_inodes))
     return next((one for one in mine if one.listens and one.name == way.channel.path), None)
 

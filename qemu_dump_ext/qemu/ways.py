@@ -7,6 +7,7 @@ of the process, where those can be seen, and by their paths otherwise. Nothing i
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,13 @@ from pathlib import Path
 from qemu_dump_ext.qemu.address import format_tcp_address
 from qemu_dump_ext.qemu.command_line import HMP, PTY, QMP, Channel
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, all_pids, descriptors_of, socket_inode
-from qemu_dump_ext.qemu.socket_tables import TcpSocket, UnixSocket, tcp_sockets, unix_sockets
+from qemu_dump_ext.qemu.socket_tables import (
+    TcpSocket,
+    UnixSocket,
+    tcp_sockets,
+    unix_socket_of,
+    unix_sockets,
+)
 
 UNKNOWN = "unknown"
 """Spoken at a socket of which the command line does not tell: it was opened later."""
@@ -76,11 +83,27 @@ class Way:
 
 
 class SocketTables:
-    """The sockets of this host, read once; of other network namespaces when they are asked for."""
+    """The sockets of this host, each table read once; no more of them than is asked for."""
 
     def __init__(self) -> None:
         self._unix: dict[int | None, dict[int, UnixSocket]] = {}
+        self._own: dict[int, dict[int, UnixSocket]] = {}
         self._tcp: dict[int | None, dict[int, TcpSocket]] = {}
+
+    def unix_of(self, process: QemuProcess) -> Mapping[int, UnixSocket]:
+        """Return those that a process may have, by inode: its own, where its descriptors are seen.
+
+        Where hundreds of guests are, the whole table has thousands, and takes as long.
+        """
+        if not process.shares_network or not process.socket_inodes:
+            return self.unix(process)
+        if process.pid not in self._own:
+            self._own[process.pid] = own = {}
+            for inode in process.socket_inodes:
+                with contextlib.suppress(OSError, struct.error):  # it is of another family
+                    if (entry := unix_socket_of(inode)) is not None:
+                        own[inode] = entry
+        return self._own[process.pid] or self.unix(process)
 
     def unix(self, process: QemuProcess) -> Mapping[int, UnixSocket]:
         """Return those of the network namespace of a process, by inode."""
@@ -171,7 +194,7 @@ def _way_from_qemu(process: QemuProcess, channel: Channel, tables: SocketTables)
 def _unix_way(
     process: QemuProcess, channel: Channel, tables: SocketTables, explained: set[int]
 ) -> Way:
-    sockets = tables.unix(process)
+    sockets = tables.unix_of(process)
     if channel.descriptor is not None:
         inode = socket_inode(process.descriptors.get(channel.descriptor, "")) or 0
         inherited = sockets.get(inode)
@@ -229,7 +252,7 @@ def _tcp_way(
 
 def _opened_later(process: QemuProcess, tables: SocketTables, explained: set[int]) -> Iterator[Way]:
     for inode in sorted(process.socket_inodes - explained):
-        if (unix := tables.unix(process).get(inode)) is not None and unix.listens and unix.name:
+        if (unix := tables.unix_of(process).get(inode)) is not None and unix.listens and unix.name:
             channel = Channel(UNKNOWN, "unix", unix.name, listens=True)
             yield Way(channel, process.path_from_here(unix.name))
         elif (tcp := tables.tcp(process).get(inode)) is not None and tcp.listens:

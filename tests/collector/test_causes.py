@@ -169,10 +169,10 @@ def test_guest_whose_vcpus_stand_still_is_a_crash_once(tmp_path):
 
 
 def test_guest_whose_vcpus_run_is_none(tmp_path):
-    heartbeat = {"by": "program-counters", "interval": "50ms", "after": "1s"}
+    heartbeat = {"by": "program-counters", "interval": "50ms", "after": "3s"}
     with watched(tmp_path, "spin", heartbeat=heartbeat) as (agent, machine):
         cont(machine)
-        time.sleep(2)  # longer than it may stand still
+        time.sleep(3.5)  # longer than it may stand still
         assert run_collector("trigger", "box", "--config", agent.config).returncode == 0
         agent.wait_records(1)
         assert agent.records()[0].cause.kind == "trigger"

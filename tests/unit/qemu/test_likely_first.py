@@ -1,4 +1,4 @@
-"""Which QEMU a socket is of is found without a look at the sockets of all others."""
+"""Which QEMU a socket is of is found without a look at all others, nor at their sockets."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import pytest
 
 from qemu_dump_ext.guest_images.machine import stopped_machine
-from qemu_dump_ext.qemu import socket_kind
+from qemu_dump_ext.qemu import socket_kind, ways
 from qemu_dump_ext.qemu.socket_kind import find_way
 from qemu_dump_ext.qemu.ways import ways_of
 
@@ -38,3 +38,13 @@ def test_who_has_a_socket_is_looked_at_alone(monkeypatch):
             looked.clear()
             find_way(str(machine.qmp_sockets[0]))
             assert looked == [machine.pid]
+
+
+def test_no_more_sockets_are_looked_at_than_its_own(monkeypatch):
+    with stopped_machine(["qemu-system-x86_64"], ["-m", "16"]) as machine:
+        path = str(machine.qmp_sockets[0])
+        expected = find_way(path)
+        assert expected is not None
+        assert expected[1].use == "qmp"
+        monkeypatch.setattr(ways, "unix_sockets", lambda _pid: pytest.fail("all are read"))
+        assert find_way(path) == expected
