@@ -4,6 +4,7 @@ import os
 import signal
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pluggy
@@ -15,6 +16,7 @@ from qemu_dump_ext.guest_images.store import ImageStore
 from tests.support.folders import folder_for
 from tests.support.oracle import OracleDumps
 from tests.support.raw_qmp import RawQmp
+from tests.support.waiting import wait_until
 
 pytest_plugins = [
     "pytester",
@@ -84,10 +86,20 @@ def linux_guest() -> Iterator[BootedGuest]:
 @contextmanager
 def _stopped(machine: QemuMachine) -> Iterator[None]:
     with RawQmp(machine.qmp_sockets[1]) as qmp:
-        qmp.execute("stop")
+        wait_until(partial(_stops_idle, qmp), "no vCPU has anything to do")
     yield
     with RawQmp(machine.qmp_sockets[1]) as qmp:
         qmp.execute("cont")
+
+
+def _stops_idle(qmp: RawQmp) -> bool:
+    """Stop a guest of x86_64; let it run on where another test has left it something to do."""
+    qmp.execute("stop")
+    registers = qmp.execute("human-monitor-command", **{"command-line": "info registers -a"})
+    if registers.count("HLT=1") == registers.count("HLT="):
+        return True
+    qmp.execute("cont")
+    return False
 
 
 @pytest.fixture(scope="module")

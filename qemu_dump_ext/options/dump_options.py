@@ -16,6 +16,7 @@ from qemu_dump_ext.dump_formats import (
 )
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.access import Monitor
+from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.options.expressions import (
     is_expression,
@@ -282,7 +283,8 @@ def parse_dump_arguments(
     Raises:
         RequestError: The options contradict each other or are unknown.
     """
-    return parser.parse_intermixed_args(with_explicit_codec(words))
+    with uninterrupted():  # in the middle of it, argparse cannot put right what it has changed
+        return parser.parse_intermixed_args(with_explicit_codec(words))
 
 
 def with_explicit_codec(words: Sequence[str], files: int = 1) -> list[str]:

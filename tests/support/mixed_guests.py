@@ -91,7 +91,8 @@ def mixed_guest(suite: str | None, folder: Path) -> Iterator[MixedGuest]:
         image,
         ImageStore(default_cache()).fetch(image),
         memory_mib=MEMORY_MIB,
-        kernel_arguments="movablecore=256M",
+        # Where the kernel itself lies, no memory can be taken offline.
+        kernel_arguments="movablecore=256M nokaslr",
         arguments=arguments,
     ) as guest:
         with RawQmp(guest.qmp_sockets[1]) as qmp:

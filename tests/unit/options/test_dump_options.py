@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from qemu_dump_ext.errors import RequestError
@@ -12,11 +14,15 @@ from qemu_dump_ext.options.dump_options import (
 from qemu_dump_ext.options.parsers import OneLineParser
 
 
-def parse(*words: str) -> tuple[str, str, str]:
+def _parser() -> OneLineParser:
     parser = OneLineParser(prog="dump")
     add_dump_arguments(parser)
     add_file_arguments(parser, "a file")
-    arguments = parse_dump_arguments(parser, words)
+    return parser
+
+
+def parse(*words: str) -> tuple[str, str, str]:
+    arguments = parse_dump_arguments(_parser(), words)
     return request_of(arguments).format, arguments.file, arguments.memory
 
 
@@ -57,3 +63,16 @@ def test_what_is_wrong_is_said_in_one_line(words: tuple[str, ...], message: str)
     with pytest.raises(RequestError, match=message) as caught:
         parse(*words)
     assert "\n" not in str(caught.value)
+
+
+def test_an_interrupt_waits_until_the_words_are_parsed(monkeypatch: pytest.MonkeyPatch):
+    """Argparse undoes on its way out what it has changed, and fails where that was not all yet."""
+    parser = _parser()
+
+    def interrupted() -> str:
+        signal.raise_signal(signal.SIGINT)
+        return "usage: "
+
+    monkeypatch.setattr(parser, "format_usage", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        parse_dump_arguments(parser, ["file"])
