@@ -11,7 +11,7 @@ from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.paging.bulk_walk import BulkWalker, MappedRuns, joined
 from qemu_dump_ext.paging.tables import TableReader, kernel_translations
-from qemu_dump_ext.paging.walk import translate_by, translate_pages_by
+from qemu_dump_ext.paging.walk import translate_by, translate_pages_by, unmapped_size
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.utsname import UTSNAME_TOTAL_SIZE, UtsName, parse_new_utsname
 from qemu_dump_ext.structures.vmcoreinfo import (
@@ -171,13 +171,18 @@ class KernelMemory:
             address = (gva + offset) & U64_MAX
             left = size - offset
             found = translate_pages_by(self._translations, self._tables, address, left)
-            hole = [(None, _SMALLEST_PAGE - address % _SMALLEST_PAGE)]
+            hole = [] if found else [(None, self._hole(address, left))]
             for gpa, run in found or hole:
                 step = min(run, size - offset)
                 if step <= 0:
                     break
                 yield offset, gpa, step
                 offset += step
+
+    def _hole(self, gva: int, size: int) -> int:
+        """Return how many bytes from an address on are not mapped: the rest of a page at least."""
+        known = (unmapped_size(one, self._tables, gva, size) for one in self._translations)
+        return max(min(known), _SMALLEST_PAGE - gva % _SMALLEST_PAGE)
 
     def _fill(self, gpa: int, view: memoryview) -> bool:
         block = block_at(self._blocks, gpa)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from struct import Struct
+from typing import NamedTuple
 
 from qemu_dump_ext.architectures import (
     ALWAYS_LEAF,
@@ -305,27 +306,81 @@ def translate_pages(
         offset = gva - translation.gva
         inside = 0 <= offset < translation.size
         return [(translation.gpa + offset, translation.size - offset)] if inside else []
+    if (way := _way_to(translation, read_table, gva)) is None or not way.is_present:
+        return []
+    start, wanted = way.entries_for(gva, size)
+    count = wanted if way.level.leaf is ALWAYS_LEAF else 1
+    entries = _read_entries(translation.geometry, read_table, way.place, count)
+    return _leaves(translation, way.level, entries, start, gva)
+
+
+def unmapped_size(translation: Translation, read_table: ReadTable, gva: int, size: int) -> int:
+    """Return how many bytes from a virtual address on one table says that it does not map.
+
+    Args:
+        translation: The tables, or what is mapped without any.
+        read_table: Reads guest memory.
+        gva: Where to begin.
+        size: Bytes that are looked for; more are told where an entry stands for more.
+
+    Returns:
+        0 if `gva` is mapped, and where no table tells of it.
+    """
+    if isinstance(translation, AddressWindow):
+        offset = gva - translation.gva
+        return 0 if 0 <= offset < translation.size else min(size, -offset) if offset < 0 else size
+    if (way := _way_to(translation, read_table, gva)) is None or way.is_present:
+        return 0
     geometry = translation.geometry
+    start, count = way.entries_for(gva, size)
+    entries = _read_entries(geometry, read_table, way.place, count)
+    end = next(
+        (at for at, entry in enumerate(entries) if _is_present(geometry, way.level, entry)), count
+    )
+    return start + (end << way.level.shift) - gva
+
+
+class _Way(NamedTuple):
+    """How far tables lead to a virtual address.
+
+    Attributes:
+        level: Of the last table that they lead to.
+        number: Of the entry there.
+        place: Its gpa.
+        is_present: It maps the address.
+    """
+
+    level: TableLevel
+    number: int
+    place: int
+    is_present: bool
+
+    def entries_for(self, gva: int, size: int) -> tuple[int, int]:
+        """Return the virtual address of the entry, and how many from it on `size` bytes take."""
+        start = gva & -1 << self.level.shift
+        wanted = -(-(gva + size - start) >> self.level.shift)
+        return start, min(wanted, self.level.entry_count - self.number)
+
+
+def _way_to(root: PageTableRoot, read_table: ReadTable, gva: int) -> _Way | None:
+    """Follow tables to a virtual address; None if it is none that they have."""
+    geometry = root.geometry
     inner = gva & (1 << geometry.address_bits) - 1
     if geometry.extended(inner) != gva:
-        return []
-    table = translation.gpa
+        return None
+    table = root.gpa
     for level in geometry.levels:
         index = inner >> level.shift & (1 << (level.entry_count - 1).bit_length()) - 1
         if index >= level.entry_count:
-            return []
-        place = (table & translation.address_mask) + index * geometry.entry_size
+            return None
+        place = (table & root.address_mask) + index * geometry.entry_size
         (entry,) = _read_entries(geometry, read_table, place, 1)
         if not _is_present(geometry, level, entry):
-            return []
+            return _Way(level, index, place, is_present=False)
         if level.leaf is not None and passes(entry, level.leaf.mask, level.leaf.wanted):
-            start = gva & -1 << level.shift
-            wanted = -(-(gva + size - start) >> level.shift)
-            count = min(wanted, level.entry_count - index) if level.leaf is ALWAYS_LEAF else 1
-            entries = _read_entries(geometry, read_table, place, count)
-            return _leaves(translation, level, entries, start, gva)
+            return _Way(level, index, place, is_present=True)
         table = (entry & level.table_mask) << level.address_shift
-    return []
+    return None
 
 
 def _read_entries(

@@ -15,7 +15,7 @@ from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.paging import bulk_walk
 from qemu_dump_ext.paging.bulk_walk import BulkWalker, MappedRuns
 from qemu_dump_ext.paging.tables import TableReader, collect_mappings, roots_of_vcpus
-from qemu_dump_ext.paging.walk import WalkBudget
+from qemu_dump_ext.paging.walk import WalkBudget, translate, unmapped_size
 from tests.support.fake_kernel import FlatMemory
 from tests.unit.paging.test_walk import FOUR_LEVELS, OTHERS, geometry_bits, pointing, put_words
 
@@ -159,3 +159,27 @@ def test_tables_of_another_root_that_are_known_are_not_looked_at_again():
     known = list(walker.tables)
     walker.find_tables(replace(root, gpa=0x200000))
     assert walker.tables[len(known) :] == [(0x200000, 0x201000), (0x201000, 0x202000)]
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_what_is_not_mapped_is_told_together(name: str):
+    root, memory = ROOTS[name], FlatMemory(8 * MIB)
+    fill(memory, root.geometry, 5, times=1)
+    reader = TableReader(memory, memory.blocks)
+    last = root.geometry.levels[-1]
+    page, size = 1 << last.shift, last.entry_count << last.shift
+    first, _, _ = rows_of(BulkWalker(reader, [(0, 1 << 40)]).walk(root))[0]
+    start, holes, pages = first & -size, 0, 0
+    for gva in range(start, start + size, page):
+        hole = unmapped_size(root, reader, gva + 8, start + size - gva)
+        if translate(root, reader, gva) is not None:
+            assert hole == 0
+            continue
+        assert hole % page == page - 8
+        inside = range(gva, gva + 8 + hole, page)
+        assert not any(translate(root, reader, one) for one in inside)
+        behind = gva + 8 + hole
+        assert behind == start + size or translate(root, reader, behind) is not None
+        holes, pages = holes + 1, pages + len(inside)
+    # There, an entry of zeros maps.
+    assert pages > holes > 0 or name.startswith("s390x")
