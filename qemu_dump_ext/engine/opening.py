@@ -13,12 +13,12 @@ import shlex
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.third_party import interpreter
 
 READERS = ("crash", "drgn", "gdb")
 VMLINUX_VARIABLE = "QEMU_DUMP_VMLINUX"
@@ -262,8 +262,8 @@ def _without_symbols(kernel: Kernel) -> str:
 def _drgn() -> Sequence[str] | None:
     if program := shutil.which("drgn"):
         return (Path(program).name,)
-    if importlib.util.find_spec("drgn") is not None:
-        return (sys.executable, "-m", "drgn")
+    if importlib.util.find_spec("drgn") is not None and (python := interpreter()) is not None:
+        return (python, "-m", "drgn")
     return None
 
 

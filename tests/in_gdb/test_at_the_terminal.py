@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 import qemu_dump_ext
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
-from tests.support.doors import GDB_SCRIPT, child_environment, guest_status
+from tests.support.doors import GDB_SCRIPT, child_environment, guest_status, run_gdb
 from tests.support.traces import no_trace
 from tests.support.waiting import SECONDS
 
@@ -150,3 +151,15 @@ def test_ctrl_c_ends_a_dump_and_leaves_gdb_and_guest_as_they_were(
     said = _answer(gdb, f"qemu-dump-guest-memory --memory process {tmp_path}/whole")
     assert f"{tmp_path}/whole: elf, 64." in said
     assert guest_status(machine) == "prelaunch"
+
+
+def test_drgn_is_started_by_a_python_that_is_there():
+    """sys.executable of gdb's own Python need not be."""
+    script = (
+        "import os; from qemu_dump_ext.engine.opening import _drgn; words = _drgn();"
+        " print(words[1:], os.access(words[0], os.X_OK))"
+    )
+    environment = child_environment(PYTHONPATH=None, PATH="/usr/bin:/bin", VIRTUAL_ENV=sys.prefix)
+    commands = ["qemu-info-guest --version", f"python {script}"]
+    done = run_gdb(None, commands, "/usr/bin/gdb", env=environment)
+    assert "('-m', 'drgn') True\n" in done.stdout, done.stdout + done.stderr
