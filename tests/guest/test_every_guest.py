@@ -200,7 +200,19 @@ def _let_makedumpfile_find_the_linear_map(dump: Path) -> None:
 def test_a_dump_level_leaves_out_what_the_kernel_says_of_its_pages(
     guest: BootedGuest, tmp_path: Path
 ):
-    """Debian has no makedumpfile for them, or one that leaves out other pages (1.7.8, riscv64)."""
+    """Debian has no makedumpfile for them, or one that leaves out other pages (1.7.8, riscv64).
+
+    Between what the kernel says and the dump, the guest runs on: now and then, so much changes that
+    it is asked again.
+    """
+    found: list[str] = []
+    for _ in range(3):
+        if not (found := _disagreements(guest, tmp_path / "ours")):
+            break
+    assert not found
+
+
+def _disagreements(guest: BootedGuest, path: Path) -> list[str]:
     with RawQmp(guest.qmp_sockets[1]) as qmp:
         qmp.execute("cont")
         flags = PageFlags(guest, FIRST_PAGE.get(guest.image.name, 0))
@@ -208,7 +220,6 @@ def test_a_dump_level_leaves_out_what_the_kernel_says_of_its_pages(
     page_size = 16384 if guest.image.name == "loongarch64" else 4096
 
     def pages_in(*words: str) -> npt.NDArray[np.bool_]:
-        path = tmp_path / "ours"
         done = run_cli("--qmp", guest.qmp_sockets[0], *words, "--force", path)
         assert done.returncode in {0, 6}, done.stderr
         pages = np.zeros(flags.count, bool)
@@ -217,12 +228,15 @@ def test_a_dump_level_leaves_out_what_the_kernel_says_of_its_pages(
 
     there = pages_in() & flags.there()
     exact = [] if guest.image.name in NOT_BY_QEMU else ["--exact"]
+    found = []
     for words, level in ((exact, 8), (exact, 31), ([], 31)):
         out = there & ~pages_in(*words, "--dump-level", f"{level}!")
         told = there & flags.left_out(level)
+        gone, left = int((out & ~told).sum()), int((told & ~out).sum())
         # Some of them were of what printed the flags, and are free since.
-        assert (out & ~told).sum() < (50 if level == 8 else 1500), level
-        assert (told & ~out).sum() < 0.02 * told.sum() + 250, level
+        if gone >= (50 if level == 8 else 1500) or left >= 0.02 * told.sum() + 250:
+            found.append(f"level {level}: {gone} are gone, {left} of {told.sum()} are left")
+    return found
 
 
 def _dump(guest: BootedGuest, path: Path, *words: str) -> Path:
