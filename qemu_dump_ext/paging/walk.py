@@ -328,7 +328,9 @@ def unmapped_size(translation: Translation, read_table: ReadTable, gva: int, siz
     """
     if isinstance(translation, AddressWindow):
         offset = gva - translation.gva
-        return 0 if 0 <= offset < translation.size else min(size, -offset) if offset < 0 else size
+        if offset < 0:
+            return min(size, -offset)
+        return 0 if offset < translation.size else size
     if (way := _way_to(translation, read_table, gva)) is None or way.is_present:
         return 0
     geometry = translation.geometry
