@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.architectures import AddressWindow, all_architectures
 from qemu_dump_ext.architectures._page_tables import PageTableGeometry, PageTableRoot
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import Vcpu
@@ -183,3 +183,10 @@ def test_what_is_not_mapped_is_told_together(name: str):
         holes, pages = holes + 1, pages + len(inside)
     # There, an entry of zeros maps.
     assert pages > holes > 0 or name.startswith("s390x")
+
+
+def test_what_a_window_does_not_map_is_told_together():
+    window = AddressWindow(gva=0x4000, gpa=0, size=0x2000)
+    asked = (0x1000, 0x3000, 0x4000, 0x5FFF, 0x6000)
+    nothing = [unmapped_size(window, lambda _gpa, size: bytes(size), gva, 0x2000) for gva in asked]
+    assert nothing == [0x2000, 0x1000, 0, 0, 0x2000]
