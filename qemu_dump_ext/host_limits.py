@@ -6,6 +6,7 @@ Where less of it does the same work more slowly, less is taken; where not, it is
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -19,6 +20,12 @@ from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 ParametersT = ParamSpec("ParametersT")
 ResultT = TypeVar("ResultT")
+
+_ROOM = 32 << 20
+"""Bytes that what is small takes, from the first module to the last word: with less, anything may
+fail anywhere, and libraries hang or abort then."""
+_STACK_MAX = 8 << 20
+"""Bytes of the stack of a thread, unless the host gives it more."""
 
 
 @contextmanager
@@ -34,13 +41,50 @@ def refused_as(failure: type[DumpError], what: str) -> Iterator[None]:
         raise failure(f"cannot {what}: {os.strerror(error.errno or errno.EIO)}") from error
 
 
+def require_room(size: int = 0) -> None:
+    """Make sure that memory is left for all that is small, besides `size` bytes.
+
+    Where memory is hardly enough, a large piece of it is refused then, in a thread that can say so,
+    and not a small one in the middle of something.
+
+    Raises:
+        MemoryError: It is not.
+    """
+    try:
+        mmap.mmap(-1, size + _ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError as error:
+        raise MemoryError from error
+
+
 def start_thread(thread: threading.Thread) -> bool:
     """Start a thread; returns False where the host does not allow one more."""
     try:
+        # Python waits for ever for a thread that has no memory to begin.
+        require_room(_STACK_MAX)
         thread.start()
-    except RuntimeError:  # which is all that Python says of it
+    except (MemoryError, RuntimeError):  # which is all that Python says of it
         return False
     return True
+
+
+def start_needed_thread(
+    thread: threading.Thread, failure: type[DumpError], *, what: str = "a thread"
+) -> None:
+    """Start a thread without which nothing can be done.
+
+    Args:
+        thread: To be started.
+        failure: What is raised otherwise.
+        what: It is called in the message.
+
+    Raises:
+        DumpError: Of the type `failure`: the host does not allow one more.
+    """
+    if not start_thread(thread):
+        raise failure(
+            f"cannot start {what}: the host allows no more",
+            hint="see 'ulimit -u' and 'ulimit -v'",
+        )
 
 
 class Job(Generic[ResultT]):
@@ -59,9 +103,9 @@ class Job(Generic[ResultT]):
 
     def run(self) -> None:
         """Do it, unless it was given up."""
-        if (work := self._take()) is None:
-            return
         try:
+            if (work := self._take()) is None:
+                return
             self._results.append(work())
         except BaseException as error:  # noqa: BLE001 - whoever asks for the result gets it
             self._error = error

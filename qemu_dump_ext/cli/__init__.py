@@ -19,6 +19,7 @@ from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Program, Subcommand
 from qemu_dump_ext.discovery import collect
 from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError, SourceError
+from qemu_dump_ext.host_limits import require_room
 from qemu_dump_ext.options.parsers import OneLineParser, PlainParser, epilog_of
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
@@ -43,6 +44,7 @@ def run_guarded(
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, partial(_interrupt, program))
     try:
+        require_room()
         return work()
     except DumpError as error:
         tell(printable(f"{program}: {error}"))

@@ -17,7 +17,7 @@ from typing import Generic, TypeVar
 
 from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.host_limits import Job, WorkerThreads
+from qemu_dump_ext.host_limits import Job, WorkerThreads, require_room
 from qemu_dump_ext.interrupts import uninterrupted
 
 PIECE_SIZE = 4 << 20
@@ -196,6 +196,7 @@ def read_through(
     free = list(buffers)
     if not free:
         free = [Buffer(memoryview(mmap.mmap(-1, PIECE_SIZE))) for _ in range(buffer_count(workers))]
+        require_room()
     most_pending = 4 * len(free)
     pending: deque[tuple[Job[ResultT], Buffer | None, int]] = deque()
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from qemu_dump_ext.errors import ConnectError, RequestError, SourceError
-from qemu_dump_ext.host_limits import start_thread
+from qemu_dump_ext.host_limits import start_needed_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.command_line import HMP
@@ -111,11 +111,7 @@ class HmpMonitor:
                 hint="QEMU serves one client on a monitor; end the other one or add a monitor",
             ) from error
         with uninterrupted():
-            started = start_thread(self._thread)
-        if not started:
-            raise ConnectError(
-                "cannot start a thread: the host allows no more", hint="see 'ulimit -u'"
-            )
+            start_needed_thread(self._thread, ConnectError)
 
     def _open_terminal(self) -> None:
         try:

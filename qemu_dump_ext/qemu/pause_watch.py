@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from qemu_dump_ext.errors import DumpError, SourceError
-from qemu_dump_ext.host_limits import start_thread
+from qemu_dump_ext.host_limits import start_needed_thread, start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 
 _LOOK_SECONDS = 0.5
@@ -63,28 +63,28 @@ class PauseWatch:
         """Begin to wait for the deadline; what ends `pause` is noted in it."""
         if self._on_limit is None or self._deadline is None:
             return
-        if not self._spawn(lambda: self._wait_for_limit(pause)):
-            raise SourceError(
-                "cannot start a thread that watches over the pause: the host allows no more",
-                hint="see 'ulimit -u'",
-            )
+        start_needed_thread(
+            self._thread(lambda: self._wait_for_limit(pause)),
+            SourceError,
+            what="a thread that watches over the pause",
+        )
 
     def start_looking(self, pause: Endable) -> None:
         """Begin to look, where QEMU can be asked; the guest stands still."""
         if self._is_patient:
-            self._spawn(lambda: self._look_out(pause))
+            start_thread(self._thread(lambda: self._look_out(pause)))
 
     def end(self) -> None:
         """Interrupt nobody from now on; harmless when repeated."""
         with self._interrupting:
             self._over.set()
 
-    def _spawn(self, work: Callable[[], None]) -> bool:
+    def _thread(self, work: Callable[[], None]) -> threading.Thread:
         def run() -> None:
             leave_signals_to_main_thread()
             work()
 
-        return start_thread(threading.Thread(target=run, name="pause", daemon=True))
+        return threading.Thread(target=run, name="pause", daemon=True)
 
     def _wait_for_limit(self, pause: Endable) -> None:
         if self._on_limit is None or self._deadline is None:

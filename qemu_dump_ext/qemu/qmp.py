@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
-from qemu_dump_ext.host_limits import start_thread
+from qemu_dump_ext.host_limits import start_needed_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.command_line import QMP
@@ -250,11 +250,7 @@ class QmpMonitor(SharedQmp):
             ConnectError: Nobody listens, or somebody else is connected: QEMU serves one client.
         """
         with uninterrupted():
-            started = start_thread(self._thread)
-        if not started:
-            raise ConnectError(
-                "cannot start a thread: the host allows no more", hint="see 'ulimit -u'"
-            )
+            start_needed_thread(self._thread, ConnectError)
         connection = open_socket(self.address, QMP)
         connection.setblocking(False)
         try:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.host_limits import start_thread
+from qemu_dump_ext.host_limits import start_needed_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 _READ_SIZE = 1 << 16
@@ -73,13 +73,13 @@ class _Relay:
         self._decided = threading.Event()
         self._may_end = False
         self._thread = threading.Thread(target=self._serve, name="relay", daemon=True)
-        if not start_thread(self._thread):
+        try:
+            start_needed_thread(self._thread, SourceError)
+        except SourceError:
             os.dup2(self._peer.fileno(), descriptor, inheritable=False)
             os.set_blocking(descriptor, self._was_blocking)
             self._close()
-            raise SourceError(
-                "cannot start a thread: the host allows no more", hint="see 'ulimit -u'"
-            )
+            raise
 
     def end(self) -> None:
         """Give the owner its connection back, once everything has been passed on."""

@@ -20,7 +20,8 @@ from prometheus_client.registry import Collector
 from qemu_dump_ext.crash_collector.collect.budget import LIMITS
 from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.host_limits import start_needed_thread
 
 _LOOPBACK = "127.0.0.1"
 _FAILED = "failed"
@@ -157,7 +158,7 @@ class Metrics:
                 f"cannot serve metrics at {_LOOPBACK}:{port}: {error.strerror}"
             ) from error
         thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
-        thread.start()
+        start_needed_thread(thread, SourceError)
         try:
             yield server.server_port
         finally:

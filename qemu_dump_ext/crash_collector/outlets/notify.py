@@ -26,7 +26,8 @@ from qemu_dump_ext.crash_collector.config.settings import Notification
 from qemu_dump_ext.crash_collector.record import CrashRecord, reason_of
 from qemu_dump_ext.crash_collector.store.files import replace_file, set_aside
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.errors import DumpError
+from qemu_dump_ext.errors import DumpError, SourceError
+from qemu_dump_ext.host_limits import start_needed_thread
 from qemu_dump_ext.printable import printable
 
 _FILE = ".notifications.json"
@@ -83,7 +84,7 @@ class Notifier:
 
     def start(self) -> None:
         """Begin with what an earlier agent left."""
-        self._thread.start()
+        start_needed_thread(self._thread, SourceError)
 
     def stop(self) -> None:
         """End; what is not told is told by the next agent."""

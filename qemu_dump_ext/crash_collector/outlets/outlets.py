@@ -21,7 +21,8 @@ from qemu_dump_ext.crash_collector.outlets.notify import Notifier
 from qemu_dump_ext.crash_collector.outlets.report import write_report
 from qemu_dump_ext.crash_collector.outlets.upload import Uploader
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.errors import DumpError
+from qemu_dump_ext.errors import DumpError, SourceError
+from qemu_dump_ext.host_limits import start_needed_thread
 
 _IDLE_SHARE = 20  # in a storm of crashes, most are in one report with others
 
@@ -107,7 +108,7 @@ class _ReportWriter:
 
     def start(self) -> None:
         self._woken.set()
-        self._thread.start()
+        start_needed_thread(self._thread, SourceError)
 
     def wake(self) -> None:
         self._woken.set()

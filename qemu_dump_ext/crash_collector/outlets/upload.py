@@ -24,7 +24,8 @@ from qemu_dump_ext.crash_collector.outlets.destination import Destination, check
 from qemu_dump_ext.crash_collector.record import CrashRecord
 from qemu_dump_ext.crash_collector.store.states import SignatureState, SignatureStates
 from qemu_dump_ext.crash_collector.store.store import CrashStore
-from qemu_dump_ext.errors import DumpError, DumpWriteError
+from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
+from qemu_dump_ext.host_limits import start_needed_thread
 
 _STOP_SECONDS = 2.0
 _LOOK_SECONDS = 20.0
@@ -90,7 +91,7 @@ class Uploader:
 
     def start(self) -> None:
         """Begin with what an earlier agent left."""
-        self._thread.start()
+        start_needed_thread(self._thread, SourceError)
 
     def wake(self) -> None:
         """Look at the store: there is a new crash."""
@@ -175,7 +176,7 @@ class Uploader:
 
         thread = threading.Thread(target=attempt, name="upload attempt", daemon=True)
         self._attempts.append(thread)
-        thread.start()
+        start_needed_thread(thread, DumpWriteError)
         try:
             return done.result(self._settings.timeout)
         except TimeoutError as error:
