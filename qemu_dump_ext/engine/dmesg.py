@@ -58,7 +58,8 @@ def _early_log(guest: GuestView, vmcoreinfo: Vmcoreinfo) -> GuestLog:
         late = "not all of memory was searched for the log of a kernel that is booting"
         reasons = (*vmcoreinfo.remarks, late) if search.gave_up else vmcoreinfo.remarks
         raise SourceError("; ".join(reasons), hint="is it a Linux guest?")
-    stamps = "" if found.has_stamps else ", without the times of its lines"
+    late = ", which were not found in time" if search.gave_up else ""
+    stamps = "" if found.has_stamps else f", without the times of its lines{late}"
     remark = (
         "the kernel is still booting, or was built without VMCOREINFO: its log was found by its"
         f" form at {found.gpa:#x}{stamps}"

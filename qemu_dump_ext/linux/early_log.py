@@ -79,7 +79,8 @@ class EarlyLogSearch:
     """A search through the memory of one guest.
 
     Attributes:
-        gave_up: Whether the time was over before all memory had been looked at.
+        gave_up: Whether the time was over before all memory had been looked at, or before the
+            times of what was found were.
     """
 
     def __init__(
@@ -174,20 +175,24 @@ class EarlyLogSearch:
             sizes: How many bytes each text may have.
             gpa: Of the first text.
         """
-        chosen = max(range(min(len(sizes), 16)), key=lambda index: sizes[index])
-        sequence = re.compile(re.escape(form.number(chosen, 8)), re.DOTALL)
+        chosen = max(range(min(len(sizes), 16)), key=lambda index: _has_no_zero(sizes[index]))
+        lengths = _length_field(form, chosen, sizes[chosen])
         low, high = max(0, gpa - _NEAR), gpa + _NEAR
-        for block in self._blocks:
-            for start in range(max(low, block.gpa), min(high, block.end), _PIECE):
-                if time.monotonic() > self._end:
-                    return None
-                content = self._read(start, min(_PIECE + (1 << 10), block.end - start))
-                for match in sequence.finditer(content):
-                    length = form.integer(content, match.start() + _LENGTH_AT, 2)
-                    if _fits(length, sizes[chosen]):
-                        infos = self._infos_at(form, sizes, chosen, start + match.start())
-                        if infos is not None:
-                            return infos
+        pieces = [
+            (start, min(_PIECE + (1 << 10), block.end - start))
+            for block in self._blocks
+            for start in range(max(low, block.gpa), min(high, block.end), _PIECE)
+        ]
+        # It is an array of the kernel's as the text is: near it, mostly.
+        for start, size in sorted(pieces, key=lambda piece: abs(piece[0] - gpa)):
+            if time.monotonic() > self._end:
+                self.gave_up = True
+                return None
+            for match in lengths.finditer(self._read(start, size)):
+                info = start + match.start() - _low_byte_at(form)
+                infos = self._infos_at(form, sizes, chosen, info)
+                if infos is not None:
+                    return infos
         return None
 
     def _infos_at(
@@ -216,8 +221,47 @@ class EarlyLogSearch:
 
 
 def _fits(length: int, size: int) -> bool:
+    return length in _lengths(size)
+
+
+def _lengths(size: int) -> range:
     # Behind a text there may be its newline, what its level was, and the end of a longer draft.
-    return max(0, size - _REST_MAX) <= length <= size
+    return range(max(0, size - _REST_MAX), size + 1)
+
+
+def _has_no_zero(size: int) -> tuple[bool, int]:
+    """Return how well a record is told from empty memory by its length; the longer the better."""
+    return all(length & 0xFF for length in _lengths(size)), size
+
+
+def _low_byte_at(form: _Form) -> int:
+    return _LENGTH_AT if form.byte_order == "little" else _LENGTH_AT + 1
+
+
+def _length_field(form: _Form, number: int, size: int) -> re.Pattern[bytes]:
+    """Return what the low byte of a record's length matches, with all that is known around it.
+
+    The first records have the number 0 and the time 0, as empty memory has it everywhere: what is
+    looked for first has to be something else.
+
+    Args:
+        form: Of the kernel.
+        number: Of the record.
+        size: How many bytes its text may have.
+    """
+    low = _one_of({length & 0xFF for length in _lengths(size)})
+    high = _one_of({length >> 8 for length in _lengths(size)})
+    before = re.escape(form.number(number, 8)) + b"." * (_LENGTH_AT - _STAMP_AT)
+    around = (
+        b"%b(?<=%b%b)(?=%b)" % (low, before, low, high)
+        if form.byte_order == "little"
+        else b"%b(?<=%b%b%b)" % (low, before, high, low)
+    )
+    return re.compile(around, re.DOTALL)
+
+
+def _one_of(values: set[int]) -> bytes:
+    return b"[%b]" % b"".join(b"\\x%02x" % value for value in sorted(values))
 
 
 def _without_rest(text: bytes) -> bytes:

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 
+from qemu_dump_ext.linux import early_log
 from qemu_dump_ext.linux.early_log import EarlyLog, EarlyLogSearch
 from tests.support.fake_kernel import FlatMemory
 
@@ -90,6 +91,39 @@ def test_a_ring_whose_times_are_nowhere():
     assert log is not None
     assert not log.has_stamps
     assert lines(log) == [(0, text) for _, text in TEXTS]
+
+
+def test_a_ring_whose_times_were_not_found_in_time(monkeypatch: pytest.MonkeyPatch):
+    memory = FlatMemory(8 * MIB)
+    plant_ring(memory, "<", 8)
+    # The time is over when the texts have been read.
+    monkeypatch.setattr("time.monotonic", lambda: float(memory.reads >= 2))
+    search = EarlyLogSearch(memory, memory.blocks, "little", seconds=0.5)
+    log = search.find()
+    assert log is not None
+    assert (log.has_stamps, search.gave_up) == (False, True)
+    assert lines(log) == [(0, text) for _, text in TEXTS]
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("size", [80, 170, 255])
+def test_the_first_record_is_not_looked_for_in_empty_memory(order: str, size: int):
+    """Its number and its time are 0, as nearly all of memory is while a kernel boots."""
+    form = early_log._Form("little" if order == "<" else "big", 8)
+    field = early_log._length_field(form, 0, size)
+    assert early_log._has_no_zero(size)[0]
+    assert not field.search(bytes(1 << 16))
+    info = struct.pack(f"{order}QQH", 0, 5, size - 4).ljust(88, b"\0")
+    places = [match.start() for match in field.finditer(bytes(64) + info * 2)]
+    assert places == [at + early_log._low_byte_at(form) for at in (64, 64 + 88)]
+
+
+def test_what_belongs_to_texts_is_looked_for_near_them_first():
+    memory = FlatMemory(64 * MIB)
+    plant_ring(memory, "<", 8, log=33 * MIB, infos=32 * MIB + 40)
+    assert lines(find(memory)) == list(TEXTS)
+    # 16 pieces for the banner, then the texts, their piece, and one array.
+    assert memory.reads <= 16 + 4
 
 
 def test_a_ring_that_counts_in_all_bits():
