@@ -47,6 +47,12 @@ from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text, vmcoreinfo_valu
 if TYPE_CHECKING:
     from qemu_dump_ext.pages.copied_memory import CopiedMemory
 
+_TAKES_LESS = {
+    None: f"level {DUMP_LEVEL_MAX} and --mini take less",
+    "usual": "--mini=smallest takes less",
+    "smallest": None,
+}
+
 
 def dump(
     request: DumpRequest,
@@ -267,7 +273,7 @@ class _Dump:
         if most is not None and self._sink.bytes_written > most:
             raise DumpTooLargeError(
                 f"given up: the dump takes more than {most} bytes",
-                hint=f"level {DUMP_LEVEL_MAX} and --mini take less",
+                hint=_TAKES_LESS[self._request.mini],
             )
         self._progress.advance(size)
 

@@ -19,7 +19,7 @@ import pytest
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import child_environment, run_cli, run_gdb
 from tests.support.folders import folder_for
-from tests.support.foreign_makedumpfile import NEWER, foreign_makedumpfile
+from tests.support.foreign_makedumpfile import makedumpfile_for
 from tests.support.levels_of_dumps import left_out_of
 from tests.support.linux_guests import (
     BEFORE_CONNECTING,
@@ -171,10 +171,8 @@ def test_a_dump_level_leaves_what_makedumpfile_leaves(guest: BootedGuest, tmp_pa
     if name == "arm":
         _let_makedumpfile_find_the_linear_map(whole)
     first = FIRST_PAGE.get(name, 0)
-    # That of Debian 13 (1.7.6) does not tell the pages of its own Linux 6.12 of arm apart.
-    suite = None if guest.files.release.startswith("6.1.") else NEWER
-    makedumpfile = foreign_makedumpfile(name, suite)
-    if name == "aarch64" and suite == NEWER:
+    makedumpfile = makedumpfile_for(name, guest.files.release)
+    if name == "aarch64" and not guest.files.release.startswith("6.1."):
         # Addresses of 52 bits with pages of 4 KiB, which the kernel has since, none (1.7.8) knows.
         with pytest.raises(AssertionError, match="VA Bits 52 not supported"):
             bitmaps_by_makedumpfile(makedumpfile, whole, 31)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -125,12 +126,22 @@ def test_a_kernel_that_is_not_there_is_refused(deviceless, tmp_path, capsys):
     assert f"found: {deviceless.files.release} at 0x" in capsys.readouterr().err
 
 
+def without_callers(log: str) -> str:
+    """Return a log of makedumpfile's as it was before it told who printed each message (1.7.6)."""
+    caller = r"\[ *[TC]\d+\] "
+    lines = log.splitlines(keepends=True)
+    if not re.match(rf"\[[ \d.]+\] {caller}", log):
+        return log
+    stamp = re.compile(rf"^(\[[ \d.]+\] ){caller}|^( {{15}}) {{11}}")
+    return "".join(stamp.sub(lambda found: found[1] or found[2], line) for line in lines)
+
+
 def test_log_is_makedumpfiles_and_the_consoles(deviceless, tmp_path, capsys):
     path = dump(deviceless, tmp_path / "dump")
     subprocess.run(
         ["makedumpfile", "--dump-dmesg", path, tmp_path / "log"], check=True, capture_output=True
     )
-    expected = (tmp_path / "log").read_text()
+    expected = without_callers((tmp_path / "log").read_text())
     kdump = dump(deviceless, tmp_path / "kdump", "-z")
     bare = dump(deviceless, tmp_path / "bare", "--no-vmcoreinfo")
     capsys.readouterr()

@@ -14,6 +14,8 @@ from tests.support.unpacked_package import fetch_unpacked
 
 NEWER = "sid"
 """A suite whose makedumpfile (1.7.8) tells pages of kernels up to 7.0 apart."""
+_OF_LINUX_6_1 = "bookworm"
+"""That of Debian 13 (1.7.6) does not tell pages of its own Linux 6.12 apart."""
 # By target: the architecture as Debian calls it, and QEMU's program for it.
 _ARCHITECTURES = {
     "aarch64": ("arm64", "qemu-aarch64-static"),
@@ -27,19 +29,19 @@ _ARCHITECTURES = {
 _SAME_LENGTH = b"OFFSET(page.compound_info)", b"OFFSET(page.compound_head)"
 
 
-def foreign_makedumpfile(image: str, suite: str | None = None) -> list[str]:
+def foreign_makedumpfile(image: str, suite: str) -> list[str]:
     """Return how the command line of makedumpfile for an image begins, after fetching it if needed.
 
     Args:
         image: Name of the image.
-        suite: Of Debian; None: that of this machine.
+        suite: Of Debian.
 
     Raises:
         DumpError: It cannot be had, or this is not Debian.
     """
     architecture, emulator = _ARCHITECTURES[image]
     cache = default_cache()
-    name = "-".join(filter(None, ("makedumpfile", architecture, suite)))
+    name = f"makedumpfile-{architecture}-{suite}"
     root = (cache / name).absolute()
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{name}.lock").open("w") as lock:
@@ -54,6 +56,18 @@ def foreign_makedumpfile(image: str, suite: str | None = None) -> list[str]:
     program = str(root / "usr/bin/makedumpfile")
     words = [str(loader), "--library-path", libraries, program]
     return words if emulator is None else [emulator, *words]
+
+
+def makedumpfile_for(image: str, release: str) -> list[str]:
+    """Return one that tells the pages of an image's kernel apart; as `foreign_makedumpfile`.
+
+    Args:
+        image: Name of the image.
+        release: Of its kernel.
+    """
+    if not release.startswith("6.1."):
+        return foreign_makedumpfile(image, NEWER)
+    return ["makedumpfile"] if image == "x86_64" else foreign_makedumpfile(image, _OF_LINUX_6_1)
 
 
 def make_known_to_released_ones(dump: Path) -> None:
