@@ -26,6 +26,10 @@ LEFT_OUT = {
     **dict.fromkeys(("arm", "aarch64"), "no source gives 'sctlr', which paging needs"),
     **dict.fromkeys(("ppc64le", "mips64el", "mipsel"), "only the kernel's own addresses are known"),
 }
+# In gdb: it is not asked how soon a busy host has searched all memory.
+SEARCH_AS_LONG_AS_IT_TAKES = (
+    "python from qemu_dump_ext.engine import stopped_guest; stopped_guest._SEARCH_SECONDS = 600.0"
+)
 # Those of which more than a few windows are mapped.
 WITH_TABLES = ("i386", "aarch64", "arm", "s390x", "riscv64", "loongarch64")
 
@@ -125,8 +129,8 @@ def test_segments_are_what_the_emulator_translates(
 @of_guests("arm", "aarch64")
 def test_the_stub_gives_the_tables_of_processes(guest: BootedGuest, tmp_path: Path):
     path = tmp_path / "paged"
-    command = f"qemu-dump-guest-memory -p {path}"
-    done = run_gdb(guest, [command], "gdb-multiarch")
+    commands = [SEARCH_AS_LONG_AS_IT_TAKES, f"qemu-dump-guest-memory -p {path}"]
+    done = run_gdb(guest, commands, "gdb-multiarch")
     assert "the page tables of a vCPU lead to the kernel's name" in done.stdout or (
         "VMCOREINFO" not in done.stdout  # by the device
     ), done.stdout + done.stderr

@@ -30,7 +30,11 @@ from tests.support.windows_guest import (
     windows_machine,
 )
 
-pytestmark = pytest.mark.qemu
+pytestmark = [
+    pytest.mark.qemu,
+    # Of the package that checks Volatility's own tables of symbols, once for each user.
+    pytest.mark.filterwarnings("ignore:The metaschema:DeprecationWarning"),
+]
 
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "full": (),
