@@ -70,6 +70,7 @@ class KernelMemory:
         self._blocks = ram_blocks
         self._tables = TableReader(memory, ram_blocks)
         self._translations = kernel_translations(architecture, vmcoreinfo, ram_blocks)
+        self._runs: MappedRuns | None = None
         if not self._translations:
             raise SourceError(
                 f"kernel addresses of {architecture.name} cannot be translated:"
@@ -101,6 +102,8 @@ class KernelMemory:
                     walker.find_tables(root)
         except RequestError as error:
             raise SourceError(error.message) from error
+        if isinstance(self._translations[0], PageTableRoot):
+            self._runs = found[0]  # by which addresses are translated many at a time
         mapped = joined(found)
         distances, which = numpy.unique(mapped.gvas - mapped.gpas, return_inverse=True)
         sizes = numpy.zeros(len(distances) + 1, numpy.uint64)
@@ -165,8 +168,31 @@ class KernelMemory:
             yield start, place, length
 
     def _pages(self, gva: int, size: int) -> Iterator[tuple[int, int | None, int]]:
-        """Yield offset, gpa or None, and size of each page, the first and last in part."""
-        offset = 0
+        """Yield offset, gpa or None, and size of pages, the first and last in part."""
+        end = 0
+        for offset, gpa, run in self._walked(gva, size):
+            yield from self._single_pages(gva, end, offset)
+            yield offset, gpa, run
+            end = offset + run
+        yield from self._single_pages(gva, end, size)
+
+    def _walked(self, gva: int, size: int) -> Iterator[tuple[int, int, int]]:
+        """Yield offset, gpa and size of what is known to be mapped since all was walked."""
+        runs, end = self._runs, gva + size
+        if runs is None or not 0 <= gva < end <= U64_MAX:
+            return
+        numpy = import_package("numpy", "a dump level")
+        first_and_last = numpy.array([gva, end - 1], numpy.uint64)
+        low, high = numpy.searchsorted(runs.gvas, first_and_last, side="right")
+        for first, gpa, length in runs[max(low - 1, 0) : high].rows():
+            start, behind = max(first, gva), min(first + length, end)
+            if start < behind:
+                yield start - gva, gpa + start - first, behind - start
+
+    def _single_pages(
+        self, gva: int, offset: int, size: int
+    ) -> Iterator[tuple[int, int | None, int]]:
+        """Yield offset, gpa or None, and size of each page from an offset on."""
         while offset < size:
             address = (gva + offset) & U64_MAX
             left = size - offset

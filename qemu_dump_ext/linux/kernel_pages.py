@@ -157,9 +157,6 @@ def _memory_outside(runs: MappedRuns, gone: PageSet) -> Iterator[tuple[int, int]
     is_touched = (index >= 0) & (lasts[index] >= runs.gvas)
     is_inside = is_touched & (firsts[index] <= runs.gvas) & (lasts[index] >= runs.lasts)
     yield from runs[~is_touched].memory()
-    rest = runs[is_touched & ~is_inside]
-    for gva, gpa, size in zip(
-        rest.gvas.tolist(), rest.gpas.tolist(), rest.sizes.tolist(), strict=True
-    ):
+    for gva, gpa, size in runs[is_touched & ~is_inside].rows():
         for first, end in PageSet(1, ((gva, gva + size),)).without(gone).ranges:
             yield gpa + first - gva, gpa + end - gva

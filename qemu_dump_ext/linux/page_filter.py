@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from qemu_dump_ext.errors import SourceError
@@ -27,13 +28,13 @@ CACHE = 2
 PRIVATE_CACHE = 4
 USER = 8
 FREE = 16
-_CHUNK = 1 << 14
-"""Struct pages looked at together: 1 MiB of them, usually. A power of 2."""
+_CHUNK = 1 << 15
+"""Struct pages looked at together: 2 MiB of them, usually. A power of 2."""
 _PIECE = 1 << 18
 """Pages whose ranges are found together."""
 _LARGEST_ORDER = 40
-_FIRST_TYPE = 0xF0
-_NO_TYPE = 0xFF
+_FIRST_TYPE, _NO_TYPE = 0xF0000000, 0xFF000000
+"""Page types are from the first on, where they are in the top byte, and below the second."""
 _RANGES_MAX = 1 << 17
 """Of pages that are left out: each end of one costs the dump something."""
 
@@ -163,25 +164,30 @@ class _Map:
         self._first = runs[0].first_pfn
         count = runs[-1].first_pfn + runs[-1].count - self._first
         self._out = numpy.zeros(count, dtype=bool)
+        self._room = bytearray(min(count, _CHUNK) * layout.size)
         self._reached = 0  # first page behind all blocks so far
         self._large: _LargeBlock | None = None
 
     def add(self, kernel: KernelMemory, run: MemMapRun, start: int, count: int) -> None:
         """Look at struct pages `start` to `start + count` of a run."""
         layout = self._layout
-        data = bytearray(count * layout.size)
-        missing = kernel.read_known(run.gva + start * layout.size, memoryview(data))
+        data = memoryview(self._room)[: count * layout.size]
+        missing = kernel.read_known(run.gva + start * layout.size, data)
+        for low, high in missing:
+            data[low:high] = bytes(high - low)  # and not what an earlier chunk had there
         chunk = _Chunk(self._np, layout, data, count, run.first_pfn + start)
         for low, high in missing:
             chunk.live[low // layout.size : -(-high // layout.size)] = False
         self.is_known |= sum(high - low for low, high in missing) < len(data)
         at = run.first_pfn + start - self._first
         begins, found = self._free_blocks(chunk)
-        single = self._left_out(chunk) & ~begins
-        big = (single & (chunk.orders > 0)).nonzero()[0]
-        if len(big):
-            found.append((big, self._sizes(chunk.orders[big]), True))
-            single[big] = False
+        single = self._left_out(chunk)
+        single[begins] = False
+        heads, orders = chunk.compounds
+        is_big = (orders > 0) & single[heads]
+        if is_big.any():
+            found.append((heads[is_big], self._sizes(orders[is_big]), True))
+            single[heads[is_big]] = False
         self._out[at : at + count] |= single
         blocks = self._sorted(found)
         if self._rules.exact:
@@ -195,42 +201,38 @@ class _Map:
     def _free_blocks(self, chunk: _Chunk) -> tuple[Array, list[tuple[Array, Array, bool]]]:
         """Return the pages with which free blocks begin, for which no other rule is, and blocks."""
         layout = self._layout
-        begins = self._np.zeros(chunk.count, dtype=bool)
         found: list[tuple[Array, Array, bool]] = []
-        if not self._rules.level & FREE:
-            return begins, found
-        free = chunk.has_type(layout.buddy) & ~chunk.slab & chunk.live
-        if layout.private is not None and free.any():
-            places = free.nonzero()[0]
-            orders = chunk.words(layout.private)[places].astype(self._np.uint64)
-            good = orders < layout.free_orders
-            found.append((places[good], self._sizes(orders[good]), False))
-            begins |= free  # one of an order that cannot be stays
-        unaccepted = chunk.has_type(layout.unaccepted) & chunk.live
-        if unaccepted.any():
-            places = unaccepted.nonzero()[0]
-            largest = self._np.full(len(places), max(layout.free_orders - 1, 0))
-            found.append((places, self._sizes(largest), False))
-            begins |= unaccepted
-        return begins, found
+        if not self._rules.level & FREE or layout.private is None:
+            return [], found
+        free = chunk.places_of_type(layout.buddy)
+        free = free[~chunk.slab[free]]
+        orders = chunk.view(layout.private)[free]
+        good = orders < layout.free_orders  # one of an order that cannot be stays
+        found.append((free[good], self._sizes(orders[good]), False))
+        unaccepted = chunk.places_of_type(layout.unaccepted)
+        largest = self._np.full(len(unaccepted), max(layout.free_orders - 1, 0))
+        found.append((unaccepted, self._sizes(largest), False))
+        return self._np.concatenate((free, unaccepted)), found
 
     def _left_out(self, chunk: _Chunk) -> Array:
         """Return which pages are left out for what their own struct page says."""
         layout, level, exact = self._layout, self._rules.level, self._rules.exact
-        anonymous = chunk.anonymous
         out = self._np.zeros(chunk.count, dtype=bool)
         if level & (CACHE | PRIVATE_CACHE):
-            cache = chunk.cache & ~anonymous
+            out |= chunk.cache & ~chunk.anonymous
             if not (level & PRIVATE_CACHE and exact):
-                cache &= ~chunk.has_all(layout.private_bit)
-            out |= cache
+                out &= ~chunk.has_all(layout.private_bit)
         if level & USER:
-            out |= anonymous | chunk.hugetlb
+            out |= chunk.anonymous
+            out[chunk.hugetlb] = True
         if not exact:
-            out &= ~chunk.of_unknown_type
-        out |= chunk.has_all(layout.hwpoison)
-        out |= chunk.has_type(layout.offline) & ~chunk.slab
-        return out & chunk.live
+            out[chunk.places_of_unknown_types] = False
+        if layout.hwpoison:
+            out |= chunk.has_all(layout.hwpoison)
+        offline = chunk.places_of_type(layout.offline)
+        out[offline[~chunk.slab[offline]]] = True
+        out &= chunk.live
+        return out
 
     def _sorted(self, found: Sequence[tuple[Array, Array, bool]]) -> _Blocks:
         numpy = self._np
@@ -327,10 +329,12 @@ class _Map:
         numpy, out = self._np, self._out
         starts = ends = numpy.zeros(0, dtype=numpy.int64)
         for at in range(0, len(out), _PIECE):
-            piece = out[at : at + _PIECE].view(numpy.int8)
-            edges = numpy.diff(piece, prepend=0, append=0)
-            more_starts = (edges > 0).nonzero()[0] + at
-            more_ends = (edges < 0).nonzero()[0] + at
+            piece = out[at : at + _PIECE]
+            edges = numpy.empty(len(piece) + 1, dtype=bool)
+            numpy.not_equal(piece[1:], piece[:-1], out=edges[1:-1])
+            edges[0], edges[-1] = piece[0], piece[-1]
+            places = edges.nonzero()[0] + at
+            more_starts, more_ends = places[::2], places[1::2]
             if len(ends) and len(more_starts) and ends[-1] == more_starts[0]:
                 ends, more_starts = ends[:-1], more_starts[1:]
             starts = numpy.concatenate((starts, more_starts))
@@ -353,52 +357,53 @@ class _Chunk:
         tail: Rows of pages of a compound page other than its first.
         slab: Rows of pages of the slab allocator.
         anonymous: Rows of anonymous memory.
-        orders: Of a compound page, in the row of its first page; 0 elsewhere.
-        hugetlb: Rows of the first pages of hugetlb.
     """
 
     def __init__(
-        self, numpy: ModuleType, layout: StructPage, data: bytearray, count: int, first_pfn: int
+        self, numpy: ModuleType, layout: StructPage, data: memoryview, count: int, first_pfn: int
     ) -> None:
         self._np = numpy
         self._layout = layout
         self._data = data
         self.count = count
         self.first_pfn = first_pfn
-        self._flags = self.words(layout.flags)
-        self._types = self.words(layout.mapcount)
-        self.tail = numpy.zeros(count, dtype=bool)
-        if layout.compound is not None:
-            self.tail = self.words(layout.compound) & 1 != 0
+        self._flags = self._words(layout.flags)
+        self._types = self._words(layout.mapcount)
+        self._none = numpy.zeros(count, dtype=bool)
+        self._none.flags.writeable = False
+        self.tail = self._none if layout.compound is None else self._has_bit_0(layout.compound)
         self.live = ~self.tail
-        self.slab = self.has_all(layout.slab_bit) | self.has_type(layout.slab_type)
-        self.anonymous = (self.words(layout.mapping) & 1 != 0) & ~self.slab
-        self.orders, self.hugetlb = self._compounds()
+        self.slab = self.has_all(layout.slab_bit)
+        if layout.slab_type is not None:
+            self.slab = self.slab | (self._types == layout.slab_type)
+        self.anonymous = self._has_bit_0(layout.mapping) & ~self.slab
 
-    def words(self, field: Field) -> Array:
-        """Return a field of all rows, in the byte order of this machine."""
-        numpy, layout = self._np, self._layout
-        order = "<" if layout.byte_order == "little" else ">"
-        values = numpy.ndarray(
+    def view(self, field: Field) -> Array:
+        """Return a field of all rows, where it lies."""
+        order = "<" if self._layout.byte_order == "little" else ">"
+        return self._np.ndarray(
             self.count,
             dtype=f"{order}u{field.size}",
             buffer=self._data,
             offset=field.offset,
-            strides=(layout.size,),
+            strides=(self._layout.size,),
         )
-        return values.astype(f"u{field.size}")
+
+    def _words(self, field: Field) -> Array:
+        """Return a field of all rows, in the byte order of this machine."""
+        return self.view(field).astype(f"u{field.size}")
+
+    def _has_bit_0(self, field: Field) -> Array:
+        return (self.view(field.lowest_byte(self._layout.byte_order)) & 1).view(bool)
 
     def has_all(self, mask: int) -> Array:
         """Return which rows have all bits of a mask of flags; none for mask 0."""
-        if not mask:
-            return self._np.zeros(self.count, dtype=bool)
-        return self._flags & mask == mask
+        return self._flags & mask == mask if mask else self._none
 
-    def has_type(self, value: int | None) -> Array:
-        """Return which rows have a page type."""
-        if value is None:
-            return self._np.zeros(self.count, dtype=bool)
-        return self._types == value
+    def places_of_type(self, value: int | None) -> Array:
+        """Return the live rows that have a page type, by number."""
+        places = (self._none if value is None else self._types == value).nonzero()[0]
+        return places[self.live[places]]
 
     @property
     def cache(self) -> Array:
@@ -406,32 +411,39 @@ class _Chunk:
         return self.has_all(self._layout.lru) | self.has_all(self._layout.swapcache)
 
     @property
-    def of_unknown_type(self) -> Array:
-        """Rows with a page type that VMCOREINFO does not tell of."""
+    def places_of_unknown_types(self) -> Array:
+        """Rows with a page type that VMCOREINFO does not tell of, by number."""
         if not self._layout.typed_by_top_byte:
-            return self._np.zeros(self.count, dtype=bool)
-        top = self._types >> 24
-        known = self._np.isin(self._types, self._layout.known_types)
-        return (top >= _FIRST_TYPE) & (top != _NO_TYPE) & ~known
+            return []
+        places = ((self._types >= _FIRST_TYPE) & (self._types < _NO_TYPE)).nonzero()[0]
+        return places[~self._np.isin(self._types[places], self._layout.known_types)]
 
-    def _compounds(self) -> tuple[Array, Array]:
-        """Return the order of each row, of compound pages, and rows of hugetlb."""
-        numpy, layout = self._np, self._layout
-        orders = numpy.zeros(self.count, dtype=numpy.int64)
-        hugetlb = numpy.zeros(self.count, dtype=bool)
-        heads = (self.has_all(layout.head) & self.live).nonzero()[0]
-        heads = heads[heads < self.count - 1]
-        if not len(heads):
-            return orders, hugetlb
-        if layout.order is not None:
-            told = (self.words(layout.order)[heads + 1] & 0xFF).astype(numpy.int64)
-            size = numpy.left_shift(numpy.int64(1), numpy.minimum(told, _LARGEST_ORDER))
-            fits = (told <= _LARGEST_ORDER) & ((heads + self.first_pfn) & (size - 1) == 0)
-            orders[heads] = numpy.where(fits, told, 0)
+    @cached_property
+    def _heads(self) -> Array:
+        heads = (self.has_all(self._layout.head) & self.live).nonzero()[0]
+        return heads[heads < self.count - 1]  # the next row tells
+
+    @cached_property
+    def compounds(self) -> tuple[Array, Array]:
+        """First rows of compound pages, by number, and the order of each; 0 where it cannot be."""
+        numpy, heads = self._np, self._heads
+        orders = numpy.zeros(len(heads), dtype=numpy.int64)
+        if self._layout.order is None:
+            return heads, orders
+        low = self._layout.order.lowest_byte(self._layout.byte_order)
+        told = self.view(low)[heads + 1].astype(numpy.int64)
+        size = numpy.left_shift(numpy.int64(1), numpy.minimum(told, _LARGEST_ORDER))
+        fits = (told <= _LARGEST_ORDER) & ((heads + self.first_pfn) & (size - 1) == 0)
+        return heads, numpy.where(fits, told, 0)
+
+    @property
+    def hugetlb(self) -> Array:
+        """Rows of the first pages of hugetlb, by number."""
+        layout, heads = self._layout, self._heads
         if layout.hugetlb_type is not None:
-            hugetlb[heads] = self._types[heads] == layout.hugetlb_type
-        elif layout.hugetlb_bit:
-            hugetlb[heads] = self._flags[heads + 1] & layout.hugetlb_bit != 0
-        elif layout.destructor is not None and layout.hugetlb_destructor is not None:
-            hugetlb[heads] = self.words(layout.destructor)[heads + 1] == layout.hugetlb_destructor
-        return orders, hugetlb
+            return heads[self._types[heads] == layout.hugetlb_type]
+        if layout.hugetlb_bit:
+            return heads[self._flags[heads + 1] & layout.hugetlb_bit != 0]
+        if layout.destructor is None or layout.hugetlb_destructor is None:
+            return heads[:0]
+        return heads[self.view(layout.destructor)[heads + 1] == layout.hugetlb_destructor]

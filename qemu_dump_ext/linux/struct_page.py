@@ -40,6 +40,10 @@ class Field:
     offset: int
     size: int
 
+    def lowest_byte(self, byte_order: ByteOrder) -> Field:
+        """Return the byte of it that has its lowest bits."""
+        return Field(self.offset + (0 if byte_order == "little" else self.size - 1), 1)
+
 
 @dataclass(frozen=True)
 class StructPage:

@@ -8,7 +8,7 @@ bounded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -23,8 +23,8 @@ from qemu_dump_ext.paging.walk import ReadTable, WalkBudget
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.third_party import import_package
 
-_BATCH = 256
-"""Tables looked at together: half a MiB to a MiB of them, usually."""
+_BATCH_SIZE = 1 << 18
+"""Bytes of tables that are looked at together: for more, the kernel would be asked for memory."""
 
 Array = Any
 """An array of numpy, which is imported where it is needed and not before."""
@@ -56,6 +56,10 @@ class MappedRuns:
     def lasts(self) -> Array:
         """The last virtual address of each."""
         return self.gvas + (self.sizes - 1)
+
+    def rows(self) -> Iterator[tuple[int, int, int]]:
+        """Return gva, gpa and size of each."""
+        return zip(self.gvas.tolist(), self.gpas.tolist(), self.sizes.tolist(), strict=True)
 
     def memory(self) -> list[tuple[int, int]]:
         """Return first gpa and end of the memory behind them, ascending, with some between two."""
@@ -90,13 +94,6 @@ def _step(level: TableLevel) -> int | None:
     step = 1 << level.shift >> left
     is_one_number = step > 0 and mask % step == 0 and (mask // step + 1) & (mask // step) == 0
     return step if is_one_number else None
-
-
-@cache
-def _tops(geometry: PageTableGeometry) -> Sequence[int]:
-    """Return the virtual address of each entry of a root."""
-    level = geometry.levels[0]
-    return [geometry.extended(index << level.shift) for index in range(level.entry_count)]
 
 
 class BulkWalker:
@@ -168,8 +165,9 @@ class BulkWalker:
         size = self._np.uint64(level.entry_count * geometry.entry_size)
         rows = self._in_memory(gpas, size).nonzero()[0]
         rows = rows[self._seldom_walked(geometry, depth, gpas[rows], 1 if found is None else 2)]
-        for first in range(0, len(rows), _BATCH):
-            batch = rows[first : first + _BATCH]
+        count = max(_BATCH_SIZE // int(size), 1)
+        for first in range(0, len(rows), count):
+            batch = rows[first : first + count]
             self._budget.take_table(geometry, len(batch))
             entries = self._entries(geometry, level, gpas[batch])
             if found is not None or level.leaf is not ALWAYS_LEAF:
@@ -213,7 +211,8 @@ class BulkWalker:
         if depth:
             gvas = bases[tables] | places.astype(numpy.uint64) << numpy.uint64(level.shift)
         else:
-            gvas = numpy.array(_tops(geometry), numpy.uint64)[places]
+            tops = [geometry.extended(place << level.shift) for place in places.tolist()]
+            gvas = numpy.array(tops, numpy.uint64)
         is_leaf = numpy.zeros(len(entries), bool)
         if level.leaf is not None:
             is_leaf = self._passes(entries, level.leaf.mask, level.leaf.wanted)
@@ -254,14 +253,17 @@ class BulkWalker:
         size = level.entry_count * geometry.entry_size
         places, rows = numpy.unique(gpas, return_inverse=True)
         breaks = (numpy.diff(places) != size).nonzero()[0] + 1
-        parts = []
+        order = "<" if geometry.byte_order == "little" else ">"
+        shape = (-1, level.entry_count)
+        entries = numpy.empty((len(places), level.entry_count), f"{order}u{geometry.entry_size}")
+        at = 0
         for part in numpy.split(places, breaks):
             first, end = int(part[0]), int(part[-1]) + size
             self.tables.append((first, end))
-            parts.append(self._read_table(first, end - first))
-        order = "<" if geometry.byte_order == "little" else ">"
-        entries = numpy.frombuffer(b"".join(parts), f"{order}u{geometry.entry_size}")
-        return entries.astype(numpy.uint64).reshape(-1, level.entry_count)[rows]
+            content = numpy.frombuffer(self._read_table(first, end - first), entries.dtype)
+            entries[at : at + len(part)] = content.reshape(shape)
+            at += len(part)
+        return entries.astype(numpy.uint64, copy=False)[rows]
 
     def _passes(self, entries: Array, mask: int, wanted: int | None) -> Array:
         masked = entries & self._np.uint64(mask)
@@ -305,6 +307,5 @@ class BulkWalker:
         )
 
     def _of_parts(self, root: PageTableRoot, runs: MappedRuns) -> MappedRuns:
-        columns = zip(runs.gvas.tolist(), runs.gpas.tolist(), runs.sizes.tolist(), strict=True)
-        parts = [part for run in columns for part in root.parts(*run)]
+        parts = [part for run in runs.rows() for part in root.parts(*run)]
         return MappedRuns(*self._np.array(parts, self._np.uint64).reshape(-1, 3).T)

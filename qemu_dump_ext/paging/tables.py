@@ -15,7 +15,7 @@ from qemu_dump_ext.architectures import (
 )
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.memory import GuestMemory
-from qemu_dump_ext.guest.model import RamBlock, Vcpu
+from qemu_dump_ext.guest.model import RamBlock, Vcpu, block_at
 from qemu_dump_ext.paging.segments import NativeMappingList, Segment
 from qemu_dump_ext.paging.walk import MemoryMap, PageTableWalker, WalkBudget
 
@@ -34,8 +34,10 @@ class TableReader:
 
     def __call__(self, gpa: int, size: int) -> bytes:
         """Return guest memory; what is in no RAM block, and what cannot be read, is zero."""
-        parts = []
         end = gpa + size
+        if size >= _CHUNK and (many := self._read_at_once(gpa, end)) is not None:
+            return many
+        parts = []
         while gpa < end:
             index = bisect_right(self._ends, gpa)
             block = self._blocks[index] if index < len(self._blocks) else None
@@ -51,6 +53,18 @@ class TableReader:
             parts.append(part)
             gpa += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _read_at_once(self, gpa: int, end: int) -> bytes | None:
+        """Return what is read once only; None where that is not all memory that can be read."""
+        block = block_at(self._blocks, gpa)
+        if block is None or end > block.end:
+            return None
+        buffer = bytearray(end - gpa)
+        try:
+            self._memory.read_into(gpa, memoryview(buffer))
+        except GuestMemoryFaultError:
+            return None
+        return bytes(buffer)
 
     def _chunk(self, start: int, end: int) -> bytes:
         found = self._chunks.get((start, end))

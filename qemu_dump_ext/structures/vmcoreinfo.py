@@ -6,8 +6,6 @@ vmcoreinfo.rst. It is guest memory and therefore untrusted.
 
 from __future__ import annotations
 
-import re
-
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.untrusted import parse_unsigned
@@ -23,8 +21,12 @@ _NOTE_NAME_FIELD = VMCOREINFO_NOTE_NAME.encode() + b"\0\0"
 
 def vmcoreinfo_value(text: bytes, key: str) -> str | None:
     """Return what stands behind `KEY=`, or None."""
-    match = re.search(rb"^" + re.escape(key.encode()) + rb"=(.*)$", text, re.MULTILINE)
-    return match[1].decode("ascii", "replace") if match else None
+    begin = key.encode() + b"="
+    at = 0 if text.startswith(begin) else text.find(b"\n" + begin) + 1
+    if not text.startswith(begin, at):
+        return None
+    end = text.find(b"\n", at)
+    return text[at + len(begin) : end if end >= 0 else None].decode("ascii", "replace")
 
 
 def vmcoreinfo_number(text: bytes, key: str, base: int = 0) -> int | None:

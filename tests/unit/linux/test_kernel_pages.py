@@ -6,9 +6,13 @@ import random
 
 import pytest
 
+from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.pages.page_set import PageSet
+from qemu_dump_ext.structures.c_struct import U64_MAX
+from tests.support.fake_kernel import KERNEL_MAP
 from tests.support.fake_pages import (
     FLAGS,
     HEAD,
@@ -25,6 +29,7 @@ from tests.support.fake_pages import (
     SIZE,
     STRUCT_PAGE,
     TABLES,
+    VMALLOC,
     VMEMMAP,
     GuestWithPages,
 )
@@ -88,6 +93,26 @@ def test_a_page_of_struct_pages_that_is_mapped_twice_stays_for_either(guest: Gue
     excluded = _pages(guest.pages().excluded(_MINI))
     assert of_image // PAGE not in excluded
     assert {(MEM_MAP + MEM_MAP_SIZE) // PAGE - 2, _ALL - 1} <= excluded
+
+
+def test_addresses_lead_where_they_led_before_all_tables_were_walked(guest: GuestWithPages):
+    dice = random.Random(5)  # noqa: S311
+    for _ in range(40):
+        guest.map_page(VMALLOC + dice.randrange(16, 64) * PAGE, dice.randrange(_ALL + 9) * PAGE)
+    by_page, by_run = (
+        KernelMemory(
+            all_architectures()["x86_64"], guest.memory, guest.memory.blocks, guest.vmcoreinfo
+        )
+        for _ in range(2)
+    )
+    by_run.mappings()
+    for area in (LINEAR_MAP, VMALLOC, VMEMMAP, KERNEL_MAP, U64_MAX - 9 * PAGE):
+        for _ in range(40):
+            gva, size = area + dice.randrange(-9, 64) * PAGE + dice.choice((0, 5)), 9 * PAGE + 7
+            assert by_run.physical_ranges(gva, size) == by_page.physical_ranges(gva, size)
+            known, told = memoryview(bytearray(size)), memoryview(bytearray(size))
+            assert by_run.read_known(gva, told) == by_page.read_known(gva, known)
+            assert told == known
 
 
 def test_struct_pages_are_found_page_by_page(guest: GuestWithPages):

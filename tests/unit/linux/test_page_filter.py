@@ -75,9 +75,13 @@ class _MemMap:
     holes: tuple[tuple[int, int], ...] = ()
 
     def read_known(self, gva: int, view: memoryview) -> list[tuple[int, int]]:
-        view[:] = self.data[gva : gva + len(view)]
         cut = ((max(low - gva, 0), min(high - gva, len(view))) for low, high in self.holes)
-        return [(low, high) for low, high in cut if low < high]
+        missing = [(low, high) for low, high in cut if low < high]
+        before = bytes(view)
+        view[:] = self.data[gva : gva + len(view)]
+        for low, high in missing:
+            view[low:high] = before[low:high]
+        return missing
 
     def put(self, pfn: int, offset: int, value: int, size: int = 8) -> None:
         at = pfn * _SIZE + offset
@@ -224,6 +228,15 @@ def test_a_block_that_contradicts_others_stays(fault: str):
     assert left_out <= {*range(32, 36)}
 
 
+def test_what_cannot_be_read_is_not_what_was_read_before(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(page_filter, "_CHUNK", 64)
+    map_ = _MemMap(bytearray(128 * _SIZE))
+    _block(map_, 16, 3)
+    _block(map_, 80, 3)
+    map_.holes = ((82 * _SIZE, 88 * _SIZE),)
+    assert _excluded(map_, _V7_2, 31, exact=False) == set(range(16, 24))
+
+
 def test_private_cache_and_pages_of_unknown_types_stay():
     map_ = _MemMap(bytearray(8 * _SIZE))
     for pfn in range(4):
@@ -307,7 +320,7 @@ class _Repeated:
             map_.put(pfn, _PRIVATE, 3)
         for pfn in range(1 << 13, 3 << 12, 512):
             _block(map_, pfn, 9)
-        self._content = bytes(map_.data)
+        self._content = bytes(map_.data) * (page_filter._CHUNK >> 14)
 
     def read_known(self, gva: int, view: memoryview) -> list[tuple[int, int]]:
         at = gva % len(self._content)

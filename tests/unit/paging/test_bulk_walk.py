@@ -96,12 +96,12 @@ def by_both(name: str, seed: int, times: int) -> tuple[set[tuple[int, int]], set
     return pages_of(rows, size), expected
 
 
-@pytest.mark.parametrize("batch", [1, 256])
+@pytest.mark.parametrize("batch", [1, 1 << 18])
 @pytest.mark.parametrize("name", ROOTS)
 def test_it_finds_what_the_walk_entry_by_entry_finds(
     name: str, batch: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(bulk_walk, "_BATCH", batch)
+    monkeypatch.setattr(bulk_walk, "_BATCH_SIZE", batch)
     found, expected = by_both(name, 3, times=1)
     assert found == expected
 

@@ -23,6 +23,10 @@ def note(text: bytes = TEXT, **changes: int) -> bytes:
 def test_values_and_numbers():
     assert vmcoreinfo_value(TEXT, "OSRELEASE") == "6.1.0"
     assert vmcoreinfo_value(TEXT, "RELEASE") is None
+    assert vmcoreinfo_value(b"A=1\nBA=2\nA=3", "A") == "1"
+    assert vmcoreinfo_value(b"BA=2\nA=3=4\r", "A") == "3=4\r"
+    assert vmcoreinfo_value(b"A=", "A") == ""
+    assert vmcoreinfo_value(b"B=\nA", "A") is None
     assert vmcoreinfo_number(TEXT, "NUMBER(phys_base)") == -442499072
     assert vmcoreinfo_number(TEXT, "NUMBER(phys_base)", 16) == -0x442499072
     assert vmcoreinfo_number(TEXT, "SYMBOL(x)", 16) == 0xFFFF
