@@ -253,7 +253,7 @@ def test_functions_of_modules_are_where_drgn_finds_them_and_named_as_the_kernel_
     files = ImageStore(default_cache()).fetch(linux_guest.image, debug_symbols=True)
     linux_guest.send_console(
         "grep -h fw_cfg /proc/kallsyms; echo 'all' symbols; "
-        f"while :; do {READ_BY_MODULE}; done & sleep 1; echo 'module' is read\n"
+        f"while :; do {READ_BY_MODULE}; done & echo $! >/reader; sleep 1; echo 'module' is read\n"
     )
     wait_said(linux_guest, "module is read")
     listed = linux_guest.console_log.read_text("utf-8", "replace").partition("all symbols")[0]
@@ -261,7 +261,9 @@ def test_functions_of_modules_are_where_drgn_finds_them_and_named_as_the_kernel_
     try:
         names = _dump_within(linux_guest, "fw_cfg_read_blob", dump)
     finally:
-        linux_guest.send_console("kill %1\n")
+        # Each line is a shell's own, which has none of another one's jobs.
+        linux_guest.send_console("kill $(cat /reader) && echo 'reader' is gone\n")
+        wait_said(linux_guest, "reader is gone")
     assert files.vmlinux is not None
     program, counters = drgn_trace(files.vmlinux, dump)
     of_module = [
