@@ -6,7 +6,12 @@ import sys
 from functools import cache
 
 from qemu_dump_ext.discovery import collect
-from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
+from qemu_dump_ext.dump_formats._declaration import (
+    DumpFormat,
+    FormatFamily,
+    ProgressCallback,
+    WriteDump,
+)
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.plan.request import DEFAULT_FORMAT
 
@@ -14,6 +19,7 @@ __all__ = [
     "DumpFormat",
     "FormatFamily",
     "ProgressCallback",
+    "WriteDump",
     "all_dump_formats",
     "find_dump_format",
     "format_by_words",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from qemu_dump_ext.guest.memory import GuestMemory
@@ -12,6 +13,9 @@ from qemu_dump_ext.sinks import Sink
 
 ProgressCallback = Callable[[int], None]
 """Gets the bytes of guest memory that have been added to the dump since the last call."""
+
+WriteDump = Callable[[DumpRequest, DumpPlan, GuestMemory, Sink, ProgressCallback], None]
+"""Writes a whole dump."""
 
 
 def _accept(_: object) -> None:
@@ -32,6 +36,9 @@ class DumpFormat:
         extension: How the names of its files end, without the dot.
         write: Writes a whole dump. Everything that it can refuse, it refuses before it reads
             guest memory or writes the first byte.
+        start: Starts what takes long to come up, while no guest stands still for it: gets, with the
+            request, how many bytes of guest memory the dump is expected to have, and has in a
+            `with` block another `write`, which starts nothing; None: `write` starts nothing.
         check: Refuses what a request asks of it and it does not have, or what excludes each other,
             by RequestError; in QEMU's words where QEMU has them.
         require: Refuses what cannot be written here and now: by CodecUnavailableError where a
@@ -48,7 +55,8 @@ class DumpFormat:
 
     name: str
     extension: str
-    write: Callable[[DumpRequest, DumpPlan, GuestMemory, Sink, ProgressCallback], None]
+    write: WriteDump
+    start: Callable[[DumpRequest, int], AbstractContextManager[WriteDump]] | None = None
     check: Callable[[DumpRequest], None] = _accept
     require: Callable[[DumpRequest], None] = _accept
     check_sink: Callable[[Sink], None] = _accept

@@ -103,7 +103,7 @@ class _PageWriter:
         )
 
     def _pack(self, piece: Piece, buffer: Buffer) -> PackedPiece:
-        sizes = self._packer.pack_piece(piece, buffer)
+        sizes = self._packer.pack_piece(piece, buffer, self._form.page_size)
         return PackedPiece(piece, sizes, buffer.view[: sum(sizes)])
 
     def _page_count(self, piece: Piece) -> int:

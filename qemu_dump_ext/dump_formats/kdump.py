@@ -9,11 +9,16 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
+from qemu_dump_ext.dump_formats._declaration import (
+    DumpFormat,
+    FormatFamily,
+    ProgressCallback,
+    WriteDump,
+)
 from qemu_dump_ext.dump_formats._flattened_stream import FlattenedStream
 from qemu_dump_ext.dump_formats._kdump_pages import (
     BulkPageWriter,
@@ -234,15 +239,17 @@ def bitmap_block(runs: Sequence[PageRun], first_pfn: int, size: int) -> bytes:
 
 @dataclass(frozen=True)
 class _Kdump:
-    # One format: the codec of its pages, and whether it is a stream.
+    # One format: the codec of its pages, whether it is a stream, and what packs if it was started.
     codec: PageCodec
     raw: bool
+    packer: Packer | None = None
 
     def declare(self) -> DumpFormat:
         return DumpFormat(
             name=f"kdump-raw-{self.codec.name}" if self.raw else f"kdump-{self.codec.name}",
             extension="kdump",
             write=self.write,
+            start=self.start,
             check=self.check,
             require=self.require,
             check_sink=self.check_sink,
@@ -277,16 +284,27 @@ class _Kdump:
     def _compression(self, request: DumpRequest) -> Compression:
         return Compression(self.codec.name, request.exact, request.level)
 
-    def _packer(self, request: DumpRequest, plan: DumpPlan, memory: GuestMemory) -> Packer:
-        workers, page_size = request.threads or worker_count(), plan.page_size
-        compression = self._compression(request)
+    @contextmanager
+    def start(self, request: DumpRequest, memory_size: int) -> Iterator[WriteDump]:
+        with self._start_packer(request, memory_size) as packer:
+            yield replace(self, packer=packer).write
+
+    def _start_packer(self, request: DumpRequest, memory_size: int) -> Packer:
+        workers, compression = request.threads or worker_count(), self._compression(request)
+        if workers == 1 or self.codec == UNCOMPRESSED or memory_size < _WORTH_PROCESSES:
+            return Packer(compression)
+        return start_packer(compression, workers)
+
+    def _packer(
+        self, request: DumpRequest, plan: DumpPlan, memory: GuestMemory
+    ) -> AbstractContextManager[Packer]:
         if isinstance(memory, PackedMemory) and request.level is None:
-            read_packed = memory.packed_pages(self.codec.name, page_size)
+            read_packed = memory.packed_pages(self.codec.name, plan.page_size)
             if read_packed is not None:
-                return CopyingPacker(page_size, compression, read_packed)
-        if workers == 1 or self.codec == UNCOMPRESSED or plan.memory_size < _WORTH_PROCESSES:
-            return Packer(page_size, compression)
-        return start_packer(page_size, compression, workers)
+                return CopyingPacker(self._compression(request), read_packed)
+        if self.packer is not None:
+            return nullcontext(self.packer)
+        return self._start_packer(request, plan.memory_size)
 
     def write(
         self,
@@ -305,8 +323,10 @@ class _Kdump:
             pfn_base=plan.pfn_base,
         )
         holes = self.raw and not request.exact and sink.can_leave_holes()
-        with ExitStack() as stack:
-            write_at = stack.enter_context(_container(sink, raw=self.raw))
+        with (
+            self._packer(request, plan, memory) as packer,
+            _container(sink, raw=self.raw) as write_at,
+        ):
             write_at(0, layout.header)
             write_at(layout.sub_header_offset, layout.sub_header)
             write_at(layout.notes_offset, plan.notes)
@@ -321,7 +341,6 @@ class _Kdump:
                 most = sum(piece.size // plan.page_size for piece in pieces if piece.extents)
                 data_offset = layout.descriptor_offset + most * form.descriptor.size
             make_writer = OrderedPageWriter if request.exact and not self.raw else BulkPageWriter
-            packer = stack.enter_context(self._packer(request, plan, memory))
             writer = make_writer(
                 form,
                 packer,

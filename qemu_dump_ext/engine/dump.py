@@ -5,12 +5,12 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures import Translation
-from qemu_dump_ext.dump_formats import ProgressCallback, find_dump_format
+from qemu_dump_ext.dump_formats import ProgressCallback, WriteDump, find_dump_format
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.opening import Kernel
 from qemu_dump_ext.engine.report import DumpReport
@@ -38,6 +38,7 @@ from qemu_dump_ext.paging.tables import (
 from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot, make_plan, select_blocks
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest, Live
 from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.monitor_queries import read_memory_size
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.qemu.run_state import PauseLimit
 from qemu_dump_ext.sinks import Sink, all_sinks
@@ -52,6 +53,9 @@ _TAKES_LESS = {
     "usual": "--mini=smallest takes less",
     "smallest": None,
 }
+
+_LEFT_AT_LEVELS = 16
+"""No more than this part of a large guest is expected in a dump without cache and free pages."""
 
 
 def dump(
@@ -90,10 +94,35 @@ def dump(
         raise SourceError(f"{asked} needs QEMU: {access.silent.reason}")
     prepare(request)
     started = time.monotonic()
+    with _writing(request, access) as write:
+        output = _Output(write, sink, progress, started)
+        return _dump(request, access, output, memory, mend_refused=mend_refused)
+
+
+def _writing(request: DumpRequest, access: GuestAccess) -> AbstractContextManager[WriteDump]:
+    """Start, while the guest still runs, what writes a dump of it.
+
+    Processes that pack come up while the rest is imported and QEMU is asked. How many pages will be
+    in the dump is known only when none is started any more.
+    """
+    dump_format = find_dump_format(request.format)
+    if dump_format.start is None or access.silent is not None:
+        return nullcontext(dump_format.write)
+    size = read_memory_size(access.monitor) or 0
+    if request.memory_range is not None:
+        size = min(size, request.memory_range.length)
+    if request.level_of_pages:
+        size //= _LEFT_AT_LEVELS
+    return dump_format.start(request, size)
+
+
+def _dump(
+    request: DumpRequest, access: GuestAccess, output: _Output, memory: str, *, mend_refused: bool
+) -> DumpReport:
     fallback: list[str] = []
     if request.live is not None and access.silent is None:
         try:
-            return _dump_live(request, access, sink, progress, started, mend_refused=mend_refused)
+            return _dump_live(request, access, output, mend_refused=mend_refused)
         except NotLiveError as error:
             if request.live is Live.REQUIRE and not error.stands_still:
                 raise
@@ -101,7 +130,7 @@ def dump(
             request = replace(request, live=None, snapshot=True)
     with ExitStack() as copies:
         with stopped_guest(access, memory, _pause_limit(request)) as guest:
-            job = _Dump(request, guest, sink, progress, started)
+            job = _Dump(request, guest, output)
             job.remarks += fallback
             job.plan(mend_refused=mend_refused)
             if request.snapshot:
@@ -117,25 +146,19 @@ def dump(
 
 
 def _dump_live(
-    request: DumpRequest,
-    access: GuestAccess,
-    sink: Sink,
-    progress: ProgressMeter,
-    started: float,
-    *,
-    mend_refused: bool,
+    request: DumpRequest, access: GuestAccess, output: _Output, *, mend_refused: bool
 ) -> DumpReport:
     from qemu_dump_ext.engine.live_guest import live_guest  # noqa: PLC0415 - see `prepare`
 
     limit = _pause_limit(request)
     with live_guest(
         access,
-        sink.directory,
-        advance=lambda _size: progress.advance(0),
+        output.sink.directory,
+        advance=lambda _size: output.progress.advance(0),
         limit=limit,
         gently=request.live is Live.PREFER,
     ) as guest:
-        job = _Dump(request, guest, sink, progress, started)
+        job = _Dump(request, guest, output)
         job.plan(mend_refused=mend_refused)
         job.write_from_guest()
         return job.report(guest.pause.seconds())
@@ -149,7 +172,7 @@ def dump_stopped(
         raise RequestError("a guest that stays stopped needs no snapshot")
     _check(request, sink)
     prepare(request)
-    job = _Dump(request, guest, sink, progress, time.monotonic())
+    job = _Dump(request, guest, _unprepared(request, sink, progress))
     job.plan()
     job.write_from_guest()
     guest.check_undisturbed()
@@ -162,7 +185,7 @@ def dump_stored(
     """Write a dump of a guest that is in another dump; errors as those of `dump`."""
     _check(request, sink)
     find_dump_format(request.format).require(request)
-    job = _Dump(request, guest, sink, progress, time.monotonic())
+    job = _Dump(request, guest, _unprepared(request, sink, progress))
     job.plan()
     job.write_from_guest()
     return job.report(guest.pause.seconds())
@@ -203,22 +226,28 @@ def _check(request: DumpRequest, sink: Sink) -> None:
     dump_format.check_sink(sink)
 
 
+@dataclass(frozen=True)
+class _Output:
+    # What writes a dump, and where; since when, by the monotonic clock.
+    write: WriteDump
+    sink: Sink
+    progress: ProgressMeter
+    started: float
+
+
+def _unprepared(request: DumpRequest, sink: Sink, progress: ProgressMeter) -> _Output:
+    return _Output(find_dump_format(request.format).write, sink, progress, time.monotonic())
+
+
 class _Dump:
     # One dump, step by step: some while the guest stands still, some afterwards.
-    def __init__(
-        self,
-        request: DumpRequest,
-        guest: GuestView,
-        sink: Sink,
-        progress: ProgressMeter,
-        started: float,
-    ) -> None:
+    def __init__(self, request: DumpRequest, guest: GuestView, output: _Output) -> None:
         self._request = request
         self._format = find_dump_format(request.format)
         self._guest = guest
-        self._sink = sink
-        self._progress = progress
-        self._started = started
+        self._output = output
+        self._sink = output.sink
+        self._progress = output.progress
         self.remarks: list[str] = []
         self._copy: CopiedMemory | None = None
 
@@ -278,7 +307,7 @@ class _Dump:
         self._progress.advance(size)
 
     def _write(self, memory: GuestMemory, advance: ProgressCallback) -> None:
-        self._format.write(self._request, self._plan, memory, self._sink, advance)
+        self._output.write(self._request, self._plan, memory, self._sink, advance)
 
     def _searched(self, size: int) -> None:
         self._check_pause(size)
@@ -297,7 +326,7 @@ class _Dump:
             format=self._format.name,
             memory_size=self._plan.memory_size,
             bytes_written=self._sink.bytes_written,
-            seconds=time.monotonic() - self._started,
+            seconds=time.monotonic() - self._output.started,
             stopped_seconds=stopped_seconds,
             memory_source=self._memory.name,
             passed_over=tuple(self._passed_over),

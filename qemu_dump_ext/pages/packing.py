@@ -86,22 +86,21 @@ class Packer:
 
     buffers: Sequence[Buffer] = ()
 
-    def __init__(self, page_size: int, compression: Compression) -> None:
-        self._page_size = page_size
+    def __init__(self, compression: Compression) -> None:
         self._compression = compression
         self._local = threading.local()
 
-    def pack_piece(self, piece: Piece, buffer: Buffer) -> array[int]:  # noqa: ARG002
+    def pack_piece(self, piece: Piece, buffer: Buffer, page_size: int) -> array[int]:  # noqa: ARG002
         """Pack what a buffer has of a piece; as `pack`."""
-        return self.pack(buffer)
+        return self.pack(buffer, page_size)
 
-    def pack(self, buffer: Buffer) -> array[int]:
+    def pack(self, buffer: Buffer, page_size: int) -> array[int]:
         """Pack in place, as `pack_pages` does.
 
         Raises:
             DumpWriteError: What packs has gone.
         """
-        return pack_pages(buffer.view, self._page_size, self._compressor())
+        return pack_pages(buffer.view, page_size, self._compressor())
 
     def _compressor(self) -> Compress:
         if not hasattr(self._local, "compress"):
@@ -122,15 +121,14 @@ class Packer:
 class CopyingPacker(Packer):
     """Takes pages as memory has them packed already, and packs the others."""
 
-    def __init__(self, page_size: int, compression: Compression, read_packed: ReadPacked) -> None:
-        super().__init__(page_size, compression)
+    def __init__(self, compression: Compression, read_packed: ReadPacked) -> None:
+        super().__init__(compression)
         self._read_packed = read_packed
 
-    def pack_piece(self, piece: Piece, buffer: Buffer) -> array[int]:
+    def pack_piece(self, piece: Piece, buffer: Buffer, page_size: int) -> array[int]:
         """Put packed pages in place of those that were read of the same memory."""
-        size, content = self._page_size, buffer.view.tobytes()
-        zeros = bytes(size)
-        starts = range(0, len(content), size)
+        content, zeros = buffer.view.tobytes(), bytes(page_size)
+        starts = range(0, len(content), page_size)
         wanted = [piece.gpa + start for start in starts if not content.startswith(zeros, start)]
         packed, compress = self._read_packed(wanted), self._compressor()
-        return pack_pages(buffer.view, size, lambda page: next(packed) or compress(page))
+        return pack_pages(buffer.view, page_size, lambda page: next(packed) or compress(page))

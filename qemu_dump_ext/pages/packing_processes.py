@@ -1,7 +1,8 @@
 """Pack pages in processes of our own, which no interpreter's lock makes wait for each other.
 
 A process shares the buffers of guest memory with us, and packs in place. Through its connection
-go numbers only: which bytes, and back the packed size of each page.
+go numbers only: which bytes of pages of which size, and back the packed size of each page. It knows
+nothing of the guest, and so is there before anybody knows which guest it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ _PROGRAM = (
 )
 _NO_INTERPRETER = "false"
 """Ends at once, so that pages are packed here."""
-_ORDER = struct.Struct("=QQ")
+_ORDER = struct.Struct("=QQQ")
 _READY = b"ready"
 _ANSWER_MAX = 1 << 16
 """Bytes: more than the sizes of the pages of a piece take."""
@@ -45,7 +46,7 @@ class _PackingProcess:
         OSError: The host allows no more processes, or descriptors.
     """
 
-    def __init__(self, memory: int, page_size: int, compression: Compression) -> None:
+    def __init__(self, memory: int, compression: Compression) -> None:
         # A message each: an order is a few bytes, its answer four for each page.
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
@@ -53,7 +54,6 @@ class _PackingProcess:
                 "path": [str(Path(__file__).parents[2]), *sys.path],
                 "connection": theirs.fileno(),
                 "memory": memory,
-                "page_size": page_size,
                 "compression": asdict(compression),
             }
             self._process = subprocess.Popen(
@@ -75,10 +75,11 @@ class _PackingProcess:
                 self._is_ready = False
         return self._is_ready
 
-    def pack(self, offset: int, size: int) -> array[int]:
+    def pack(self, offset: int, size: int, page_size: int) -> array[int]:
         sizes = array(PAGE_SIZES)
         try:
-            self._connection.send(_ORDER.pack(offset, size), socket.MSG_NOSIGNAL)
+            order = _ORDER.pack(offset, size, page_size)
+            self._connection.send(order, socket.MSG_NOSIGNAL)
             sizes.frombytes(self._connection.recv(_ANSWER_MAX))
         except OSError as error:
             raise self._has_ended() from error
@@ -104,8 +105,8 @@ class PackingProcesses(Packer):
         OSError: The host has no memory to share with them.
     """
 
-    def __init__(self, page_size: int, compression: Compression, count: int) -> None:
-        super().__init__(page_size, compression)
+    def __init__(self, compression: Compression, count: int) -> None:
+        super().__init__(compression)
         self._processes: list[_PackingProcess] = []
         self._idle: SimpleQueue[_PackingProcess | None] = SimpleQueue()
         self._memory = os.memfd_create("guest-pages", os.MFD_CLOEXEC)
@@ -119,20 +120,20 @@ class PackingProcesses(Packer):
             for _ in range(count):
                 process = None
                 with uninterrupted(), suppress(OSError):
-                    process = _PackingProcess(self._memory, page_size, compression)
+                    process = _PackingProcess(self._memory, compression)
                     self._processes.append(process)
                 self._idle.put(process)
         except BaseException:
             self.close()
             raise
 
-    def pack(self, buffer: Buffer) -> array[int]:
+    def pack(self, buffer: Buffer, page_size: int) -> array[int]:
         """Have a process pack it; where none came up, pack it here."""
         process = self._idle.get()
         try:
             if process is not None and process.is_ready():
-                return process.pack(buffer.offset, len(buffer.view))
-            return super().pack(buffer)
+                return process.pack(buffer.offset, len(buffer.view), page_size)
+            return super().pack(buffer, page_size)
         finally:
             self._idle.put(process)
 
@@ -142,27 +143,27 @@ class PackingProcesses(Packer):
             for process in self._processes:
                 process.end()
             self._processes.clear()
+            self.buffers = ()  # whose memory has a descriptor of its own
             os.close(self._memory)
 
 
-def start_packer(page_size: int, compression: Compression, count: int) -> Packer:
+def start_packer(compression: Compression, count: int) -> Packer:
     """Return a pool of `count` packing processes, or what packs without them, for a `with` block.
 
     A process costs memory that the host may not give.
     """
     try:
-        return PackingProcesses(page_size, compression, count)
+        return PackingProcesses(compression, count)
     except OSError:
-        return Packer(page_size, compression)
+        return Packer(compression)
 
 
-def serve(connection: int, memory: int, page_size: int, compression: dict[str, Any]) -> None:
+def serve(connection: int, memory: int, compression: dict[str, Any]) -> None:
     """Pack what is ordered until the other side goes: what a packing process does.
 
     Args:
         connection: Descriptor of the connection.
         memory: Descriptor of the buffers.
-        page_size: In bytes.
         compression: Fields of `Compression`.
     """
     compress = Compression(**compression).compressor()
@@ -170,6 +171,6 @@ def serve(connection: int, memory: int, page_size: int, compression: dict[str, A
     with socket.socket(fileno=connection) as orders, suppress(ConnectionError):
         orders.send(_READY)
         while order := orders.recv(_ORDER.size):
-            offset, size = _ORDER.unpack(order)
+            offset, size, page_size = _ORDER.unpack(order)
             view = whole[offset : offset + size]
             orders.send(pack_pages(view, page_size, compress))

@@ -55,6 +55,7 @@ from tests.support.measured import run_measured
 from tests.support.raw_qmp import RawQmp
 
 MIB = 1 << 20
+_PAGE = 4096
 _MANY_WORKERS, _PACKING_SECONDS = 16, 0.001
 """As on a machine with many CPUs, which pack a piece in no time."""
 
@@ -415,9 +416,9 @@ def _codecs_alone(pieces: Sequence[bytes]) -> dict[str, float]:
     choices += [Compression("zlib", level=0), Compression("zlib", exact=True)]
     seconds = {}
     for choice in choices:
-        with PackingProcesses(4096, choice, worker_count()) as packer:
+        with PackingProcesses(choice, worker_count()) as packer:
             for buffer in packer.buffers:
-                packer.pack(buffer)  # has come up
+                packer.pack(buffer, _PAGE)  # has come up
             free = queue.SimpleQueue[Buffer]()
             for buffer in packer.buffers:
                 free.put(buffer)
@@ -434,7 +435,7 @@ def _codecs_alone(pieces: Sequence[bytes]) -> dict[str, float]:
 def _pack_piece(packer: PackingProcesses, free: queue.SimpleQueue[Buffer], content: bytes) -> None:
     buffer = free.get()
     buffer.view[:] = content
-    packer.pack(buffer)
+    packer.pack(buffer, _PAGE)
     free.put(buffer)
 
 

@@ -165,6 +165,22 @@ def test_the_same_guest_is_the_same_dump_however_it_is_read(name: str, tmp_path:
     assert len({_digest(path) for path in tmp_path.iterdir()}) == 1
 
 
+@pytest.mark.parametrize("name", [name for name in FORMATS if find_dump_format(name).start])
+def test_what_was_started_before_writes_the_same_and_starts_nothing(name: str, tmp_path: Path):
+    request = DumpRequest(format=name, threads=2)
+    plan, _ = _write(request, tmp_path / "at once", PlainMemory())
+    start = find_dump_format(name).start
+    assert start is not None
+    with (
+        nothing_left(),
+        start(request, 1 << 40) as write,
+        nothing_left(),
+        _sink(tmp_path / "prepared") as sink,
+    ):
+        write(request, plan, PlainMemory(), sink, lambda _: None)
+    assert _digest(tmp_path / "prepared") == _digest(tmp_path / "at once")
+
+
 @EVERY_FORMAT
 def test_a_pipe_gets_a_whole_dump_or_is_refused_before_the_first_byte(name: str, tmp_path: Path):
     request = DumpRequest(format=name)

@@ -1,4 +1,4 @@
-"""What is imported for a dump, and when: importing takes longer than all else in a small one."""
+"""What is imported and started for a dump, and when: it takes longer than to read a small guest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,16 @@ from typing import Any
 
 import pytest
 
+from qemu_dump_ext.engine.dump import dump
+from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
+from qemu_dump_ext.plan.request import DumpRequest, Live
+from qemu_dump_ext.progress import ProgressMeter
+from qemu_dump_ext.qemu.qmp import connect_qmp
+from qemu_dump_ext.sinks import open_sink
 from tests.support.doors import child_environment
+from tests.support.leftovers import nothing_left
 
 pytestmark = pytest.mark.qemu
 
@@ -22,18 +30,31 @@ from contextlib import contextmanager
 from qemu_dump_ext.cli.dump_command import main
 from qemu_dump_ext.engine import stopped_guest as module
 
-stop, imported = module.stopped, []
+stop, imported, started = module.stopped, [], []
+stands_still = False
+
+def note(event, arguments):
+    if event == "subprocess.Popen":
+        started.append(stands_still)
 
 @contextmanager
 def stopped(*arguments, **options):
+    global stands_still
     with stop(*arguments, **options) as pause:
-        before = set(sys.modules)
+        before, stands_still = set(sys.modules), True
         yield pause
         imported.extend(sorted(set(sys.modules) - before))
+        stands_still = False
 
 module.stopped = stopped
+sys.addaudithook(note)
 status = main(sys.argv[1:])
-print(json.dumps({"status": status, "imported": imported, "all": sorted(sys.modules)}))
+print(json.dumps({
+    "status": status,
+    "imported": imported,
+    "all": sorted(sys.modules),
+    "started": started,
+}))
 """
 _PACKAGE = "qemu_dump_ext"
 # Each costs a tenth of a small dump or more, and what it is for is done otherwise.
@@ -80,7 +101,7 @@ def _dump(machine: QemuMachine, file: Path, *words: str) -> Any:
 )
 def test_nothing_is_imported_while_the_guest_stands_still(machine, tmp_path, words):
     done = _dump(machine, tmp_path / "dump", *words)
-    assert (done["status"], done["imported"]) == (0, [])
+    assert (done["status"], done["imported"], done["started"]) == (0, [], [])
     # Nothing is left out of this guest, for nothing tells of a kernel; it would be by numpy.
     tells_pages_apart = bool({"--dump-level", "--max-bytes"} & set(words))
     assert ("numpy" in done["all"]) == tells_pages_apart
@@ -91,6 +112,47 @@ def test_nor_while_a_guest_stands_still_whose_memory_is_worth_numpy(tmp_path):
         done = _dump(larger, tmp_path / "dump", "-z")
     assert (done["status"], done["imported"]) == (0, [])
     assert "numpy" in done["all"]
+
+
+@pytest.fixture(scope="module")
+def larger() -> Iterator[QemuMachine]:
+    with stopped_machine(["qemu-system-x86_64"], ["-m", "257"]) as machine:
+        yield machine
+
+
+@pytest.mark.parametrize(
+    ("words", "count"),
+    [
+        (("-z", "--threads", "3"), 3),
+        (("-z", "zstd", "-R", "--threads", "2", "--snapshot"), 2),
+        (("-z", "--threads", "1"), 0),
+        (("--threads", "2"), 0),
+        (("-z", "--threads", "2", "--range", "0", "0x1000000"), 0),
+        (("-z", "--threads", "2", "--dump-level", "31"), 0),
+    ],
+    ids=str,
+)
+def test_what_packs_is_started_before_the_guest_stands_still(larger, tmp_path, words, count):
+    done = _dump(larger, tmp_path / "dump", *words)
+    assert (done["status"], done["imported"]) == (0, [])
+    assert done["started"] == [False] * count
+
+
+def test_what_packs_ends_where_the_guest_is_not_even_stopped(tmp_path):
+    arguments = ["-m", "257", "-incoming", "defer"]
+    with (
+        stopped_machine(["qemu-system-x86_64"], arguments) as machine,
+        connect_qmp(str(machine.qmp_sockets[0])) as monitor,
+    ):
+        access, quiet = GuestAccess.by_qmp(monitor), ProgressMeter(None)
+        for live in (None, *Live):
+            request = DumpRequest(format="kdump-zlib", threads=2, live=live)
+            with (
+                nothing_left(),
+                open_sink(str(tmp_path / str(live)), force=False, standard_output=None) as sink,
+                pytest.raises(RequestError, match="incoming"),
+            ):
+                dump(request, access, sink, memory="auto", progress=quiet)
 
 
 def test_a_small_guest_is_dumped_with_little(machine, tmp_path):

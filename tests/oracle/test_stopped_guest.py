@@ -133,17 +133,24 @@ def test_a_guest_that_stays_stopped_needs_no_snapshot(still, tmp_path):
         dump_stopped(DumpRequest(snapshot=True), still, sink, progress=ProgressMeter(None))
 
 
+_WHICH = "sys.argv[1], sys.argv[2]"
 WATCHED = """
 import contextlib, sys
 from pathlib import Path
 from qemu_dump_ext.{module} import {use}
 from qemu_dump_ext.qemu import qmp
 
-modules = {{}}
+modules, started = {{}}, []
 
 def note(command):
     if command in ("stop", "cont"):
         modules[command] = set(sys.modules)
+
+def note_process(event, arguments):
+    if event == "subprocess.Popen" and "stop" in modules and "cont" not in modules:
+        started.append(arguments[0])
+
+sys.addaudithook(note_process)
 
 begin = qmp.SharedQmp._begin
 
@@ -154,24 +161,29 @@ def noting(self, command, arguments, told):
 qmp.SharedQmp._begin = noting
 {use}({arguments})
 print(*sorted(modules["cont"] - modules["stop"]))
+print(len(started))
 """
 
 
 @pytest.mark.parametrize(
-    ("module", "use", "arguments"),
+    ("module", "use", "arguments", "decides_late"),
     [
-        ("cli.dump_command", "main", "['--qmp', sys.argv[1], '-z', sys.argv[2]]"),
-        ("api.guests", "dump", "sys.argv[1], sys.argv[2]"),
-        ("crash_collector.collect_now", "collect_crash", "sys.argv[1], sys.argv[2]"),
+        ("cli.dump_command", "main", f"['-z', '--threads', '2', '--qmp', {_WHICH}]", False),
+        ("api.guests", "dump", f"{_WHICH}, format='kdump-zlib'", False),
+        # Whether there is a dump, and which, depends on what is found.
+        ("crash_collector.collect_now", "collect_crash", _WHICH, True),
     ],
+    ids=["command line", "API", "crash collector"],
 )
-def test_nothing_is_imported_while_the_guest_stands_still(
-    running, tmp_path, module, use, arguments
+def test_nothing_is_imported_or_started_while_the_guest_stands_still(
+    running, tmp_path, module, use, arguments, decides_late
 ):
     script = WATCHED.format(module=module, use=use, arguments=arguments)
     words = [sys.executable, "-c", script, running.qmp_sockets[0], tmp_path / "new"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+    imported, started = done.stdout.splitlines()
+    assert not imported
+    assert int(started) == 0 or decides_late
 
 
 def test_other_qemus_of_the_host_are_not_looked_at(machine, monkeypatch):

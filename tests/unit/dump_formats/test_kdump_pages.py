@@ -38,7 +38,7 @@ def _written(
         file[offset : offset + len(data)] = data
 
     form = PageForm(_PAGE, _DESCRIPTOR, 1, keep_zero_pages=keep_zero_pages)
-    packer = Packer(_PAGE, Compression("zlib"))
+    packer = Packer(Compression("zlib"))
     writer = BulkPageWriter(
         form,
         packer,

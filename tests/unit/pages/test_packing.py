@@ -82,13 +82,13 @@ def children(pid: int) -> set[int]:
 
 def test_processes_pack_what_this_one_would_and_end_with_their_pool():
     before = children(os.getpid())
-    with PackingProcesses(PAGE, ZLIB, 2) as packer:
+    with PackingProcesses(ZLIB, 2) as packer:
         assert len(children(os.getpid()) - before) == 2
         for room in packer.buffers:
             buffer = fill(room)
             twin = Buffer(memoryview(bytearray(buffer.view)))
-            sizes = packer.pack(buffer)
-            assert sizes == Packer(PAGE, ZLIB).pack(twin)
+            sizes = packer.pack(buffer, PAGE)
+            assert sizes == Packer(ZLIB).pack(twin, PAGE)
             assert sizes.tolist().count(0) == 2
             assert buffer.view[: sum(sizes)] == twin.view[: sum(sizes)]
     assert not children(os.getpid()) - before
@@ -96,13 +96,13 @@ def test_processes_pack_what_this_one_would_and_end_with_their_pool():
 
 def test_a_killed_process_is_an_error():
     before = children(os.getpid())
-    with PackingProcesses(PAGE, ZLIB, 2) as packer:
+    with PackingProcesses(ZLIB, 2) as packer:
         for room in packer.buffers[:2]:
-            packer.pack(fill(room))  # both have come up
+            packer.pack(fill(room), PAGE)  # both have come up
         for pid in children(os.getpid()) - before:
             os.kill(pid, signal.SIGKILL)
         with pytest.raises(DumpWriteError, match="packed pages has ended with status -9"):
-            packer.pack(fill(packer.buffers[0]))
+            packer.pack(fill(packer.buffers[0]), PAGE)
 
 
 def test_an_interpreter_is_found_where_its_name_is_wrong(monkeypatch: pytest.MonkeyPatch):
@@ -117,8 +117,8 @@ def test_without_processes_pages_are_packed_here(
     monkeypatch: pytest.MonkeyPatch, program: str | None
 ):
     monkeypatch.setattr(packing_processes, "interpreter", lambda: program)
-    with PackingProcesses(PAGE, ZLIB, 1) as packer:
-        assert packer.pack(fill(packer.buffers[0])).tolist().count(0) == 2
+    with PackingProcesses(ZLIB, 1) as packer:
+        assert packer.pack(fill(packer.buffers[0]), PAGE).tolist().count(0) == 2
 
 
 def test_no_process_outlives_a_killed_program():
@@ -126,8 +126,9 @@ def test_no_process_outlives_a_killed_program():
         "import os, time;"
         " from qemu_dump_ext.pages.packing import Compression;"
         " from qemu_dump_ext.pages.packing_processes import PackingProcesses;"
-        " packer = PackingProcesses(4096, Compression('zlib'), 2);"
-        " print(packer.pack(packer.buffers[0]).tolist().count(0), flush=True); time.sleep(600)"
+        " packer = PackingProcesses(Compression('zlib'), 2);"
+        " print(packer.pack(packer.buffers[0], 4096).tolist().count(0), flush=True);"
+        " time.sleep(600)"
     )
     parent = subprocess.Popen(
         [sys.executable, "-c", program], env=child_environment(), stdout=subprocess.PIPE
