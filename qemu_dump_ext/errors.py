@@ -21,6 +21,7 @@
      |   +- DumpTooLargeError           it would take more than it may
      +- CorruptDumpError             5  an existing dump is damaged
      |   +- NotADumpError               it is no dump that we know
+     |       +- AnothersDumpError           it is one for another reader
 
 Each carries one line that says what was wrong, and optionally a `hint`: one thing that the user
 can do. A front end shows both and ends with `exit_status`. Where a room has an error that nobody
@@ -161,3 +162,7 @@ class CorruptDumpError(DumpError):
 
 class NotADumpError(CorruptDumpError):
     """The file is of no format that we read."""
+
+
+class AnothersDumpError(NotADumpError):
+    """The file is for another reader than that which was asked."""

@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 
 from qemu_dump_ext.dump_readers import DumpFile, open_dump
+from qemu_dump_ext.errors import RequestError
+
+ANY_DUMP = "a dump of any format that is read; told by what is in it"
+"""Help of the word that names one."""
 
 
 def add_source_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,6 +36,8 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_source(path: str, arguments: argparse.Namespace) -> DumpFile:
     """Open the dump that a command line names; errors as `open_dump`."""
+    if path == "-":
+        raise RequestError("a dump is read from a file, and not from standard input")
     return open_dump(
         path,
         *arguments.parts,

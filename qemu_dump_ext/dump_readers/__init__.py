@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,7 +17,12 @@ from qemu_dump_ext.dump_readers._parts import is_part, join_parts
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
 from qemu_dump_ext.dump_readers.qcow2 import open_snapshot
 from qemu_dump_ext.dump_readers.raw import open_by_kernel, open_by_layout
-from qemu_dump_ext.errors import CorruptDumpError, NotADumpError, RequestError
+from qemu_dump_ext.errors import (
+    AnothersDumpError,
+    CorruptDumpError,
+    NotADumpError,
+    RequestError,
+)
 
 __all__ = [
     "LISTED_MAX",
@@ -61,7 +66,7 @@ def open_dump(
 
     Raises:
         RequestError: The file cannot be opened, or is one part of a split dump without the others.
-        NotADumpError: It is of no format that we read; says why, for each of them.
+        NotADumpError: It is of no format that we read; says why, as far as it looks like one.
         CorruptDumpError: It is, but its headers contradict the format or are cut off.
     """
     if layout is not None:
@@ -89,44 +94,60 @@ def _open_file(
 ) -> DumpFile:
     file = PlainImage(path)
     try:
-        return open_image(file) if open_image else _open_image(file, os.fspath(path))
+        return open_image(file) if open_image else _open_image(file)
+    except CorruptDumpError as error:
+        file.close()
+        raise type(error)(f"{os.fspath(path)}: {error.message}", hint=error.hint) from error
     except BaseException:
         file.close()
         raise
 
 
-def _open_image(file: DumpImage, path: str) -> DumpFile:
+def _open_image(file: DumpImage) -> DumpFile:
+    if not file.size:
+        raise NotADumpError("an empty file is no dump")
     image, suffix = file, ""
     head = file.read(0, min(HEAD_SIZE, file.size))
     if is_flattened(head):
         image, suffix = FlattenedImage(file), "-flattened"
         head = image.read(0, min(HEAD_SIZE, image.size))
-    reasons: dict[str, str] = {}
-    for reader, fit in _candidates(head, reasons):
+    reasons: list[NotADumpError] = []
+    damage: CorruptDumpError | None = None
+    for reader, fit in _candidates(head):
         try:
             dump: DumpFile = reader.open(image, suffix)
+        except NotADumpError as error:
+            reasons.append(error)
         except CorruptDumpError as error:
-            if fit is Fit.SURE and not isinstance(error, NotADumpError):
+            if fit is Fit.SURE:
                 raise
-            reasons[reader.name] = error.message
+            damage = damage or error
         else:
             dump.reader = reader.name
             return dump
-    if all(reader.probe(head) is Fit.NO for reader in all_dump_readers().values()):
-        try:
-            return open_by_kernel(file)
-        except NotADumpError as error:
-            reasons["raw"] = error.message
+    if damage is not None:
+        raise damage
     inside = " inside its flattened stream" if suffix else ""
-    why = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
-    raise NotADumpError(f"{path} is no dump of a format that is read{inside}: {why}")
+    if reasons:
+        raise NotADumpError(f"no dump of a format that is read{inside}: {_in_words(reasons)}")
+    try:
+        return open_by_kernel(file)
+    except NotADumpError as error:
+        raise NotADumpError(
+            f"it begins like no format that is read{inside}, and {error.message}",
+            hint=f"read are {', '.join(all_dump_readers())}; RAM without headers by --layout",
+        ) from error
 
 
-def _candidates(head: bytes, reasons: dict[str, str]) -> Iterator[tuple[DumpReader[Any], Fit]]:
-    """Yield who may read a dump, the surest first; add why others cannot."""
+def _candidates(head: bytes) -> Iterator[tuple[DumpReader[Any], Fit]]:
+    """Yield who may read a dump, the surest first."""
     fits = [(reader, reader.probe(head)) for reader in all_dump_readers().values()]
     for reader, fit in sorted(fits, key=lambda one: -one[1]):
-        if fit is Fit.NO:
-            reasons[reader.name] = "it does not begin like one"
-        else:
+        if fit is not Fit.NO:
             yield reader, fit
+
+
+def _in_words(reasons: Sequence[NotADumpError]) -> str:
+    """Say why a file is no dump: what readers say of it, but for those who leave it to others."""
+    own = [error for error in reasons if not isinstance(error, AnothersDumpError)]
+    return "; ".join(dict.fromkeys(error.message for error in own or reasons))

@@ -16,6 +16,7 @@ from qemu_dump_ext.guest.memory import ReadPacked
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
+from qemu_dump_ext.structures.utsname import UTSNAME_FIELDS, UtsName
 
 _NOTES_SIZE_MAX = 64 << 20
 """More bytes of notes than thousands of vCPUs need; a larger number in a header is damage."""
@@ -150,6 +151,11 @@ class DumpFile(ABC):
     def machine(self) -> int | str | None:
         """What the dump says of the machine: EM_* or utsname.machine; None: nothing."""
         return self.header.get("e_machine", self.header.get("machine"))
+
+    @property
+    def utsname(self) -> UtsName:
+        """What the header says that the kernel calls itself; empty where it does not."""
+        return UtsName(**{name: str(self.header.get(name, "")) for name in UTSNAME_FIELDS})
 
     @property
     def windows_header(self) -> bytes | None:

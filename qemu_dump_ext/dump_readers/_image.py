@@ -76,7 +76,10 @@ class PlainImage(DumpImage):
             # A pipe must not make us wait; for a regular file the flag means nothing.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            raise RequestError(f"cannot open {os.fspath(path)}: {error.strerror}") from error
+            if error.errno == errno.ENXIO:  # a socket, or a terminal without one
+                raise NotADumpError(f"{os.fspath(path)} is not a regular file") from error
+            name = os.fspath(path) or "''"
+            raise RequestError(f"cannot open {name}: {error.strerror}") from error
         status = os.fstat(self._fd)
         if not stat.S_ISREG(status.st_mode):
             os.close(self._fd)

@@ -19,7 +19,7 @@ from qemu_dump_ext.dump_readers._elf_verifier import verify_elf_core
 from qemu_dump_ext.dump_readers._extent_dump import ZEROES, ExtentDump
 from qemu_dump_ext.dump_readers._extent_index import ExtentIndex
 from qemu_dump_ext.dump_readers._image import DumpImage
-from qemu_dump_ext.errors import CorruptDumpError, NotADumpError
+from qemu_dump_ext.errors import AnothersDumpError, CorruptDumpError, NotADumpError
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import (
@@ -114,7 +114,9 @@ class ElfCoreFile(ExtentDump):
         self._read_program_headers()
         found = self._find_kind()
         if found is not self.core_of:
-            raise NotADumpError(f"it is the core of {found.value}, and not of {self.core_of.value}")
+            raise AnothersDumpError(
+                f"it is the core of {found.value}, and not of {self.core_of.value}"
+            )
         self.index = self._index_memory()
 
     def _read_program_headers(self) -> None:

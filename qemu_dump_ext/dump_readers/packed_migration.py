@@ -63,7 +63,7 @@ def _packing(image: DumpImage) -> str:
             f"it is packed by {_packing_of(head, _REFUSED_MAGICS)}: unpack it first"
         )
     if not next(unpacked_pieces(image, 0, packing), b"").startswith(MIGRATION_MAGIC):
-        raise NotADumpError(f"what {packing} has packed is no migration stream")
+        raise NotADumpError(f"what {packing} has packed is no migration stream: unpack it first")
     return packing
 
 

@@ -142,8 +142,8 @@ READER = DumpReader(
     open=XenFile,
     describe=lambda dump: {
         "vcpus": lambda: dump.xen_header.vcpus,
-        "pages": lambda: dump.xen_header.pages,
-        "sections": lambda: " ".join(dump.sections),
+        "page_count": lambda: dump.xen_header.pages,
+        "sections": lambda: " ".join(filter(None, dump.sections)),
     },
     verify=verify_registers_and_memory,
 )

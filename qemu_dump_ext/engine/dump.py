@@ -349,6 +349,7 @@ class _Dump:
             memory_is_slow=self._memory.is_slow,
             architecture=guest.architecture.name,
             zeros_left_out=self._request.omit_zero,
+            names_kernel=self._plan.utsname.names_linux,
             kernel=_kernel_in(self._plan),
         )
 

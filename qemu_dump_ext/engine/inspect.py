@@ -38,7 +38,21 @@ def describe(file: str, dump: DumpFile) -> dict[str, Any]:
         except CorruptDumpError as error:
             facts[key] = None
             problems.append(f"{key}: {error}")
+    if facts["memory"] is not None and (lost := _lost_bytes(dump)):
+        problems.append(f"{lost} bytes of memory are not in the file: cut off or lost")
     return {**facts, "problems": problems}
+
+
+def _lost_bytes(dump: DumpFile) -> int:
+    """Return how much the dump says to have data of, and has not."""
+    try:
+        said, there = (
+            sum(size for _, size in ranges)
+            for ranges in (dump.stored_ranges(), dump.readable_ranges())
+        )
+    except CorruptDumpError:  # is told with the part that it is in
+        return 0
+    return said - there
 
 
 def _describe_note(dump: DumpFile, note: Note) -> dict[str, Any]:

@@ -150,23 +150,29 @@ def opening(
     reader: str | None = None,
     vmlinux: Path | None = None,
     zeros_left_out: bool = False,
+    names_kernel: bool = True,
 ) -> Opening | None:
     """Return how a dump is opened on this host; None: by nothing that is known.
 
     Args:
         dump: The file.
-        dump_format: By its name in QMP.
+        dump_format: By its name in QMP, or by that of what reads it.
         kernel: The kernel in it.
         target: QEMU's name of the architecture; None: that of this host.
         reader: `crash`, `drgn` or `gdb`; None: the first that is there and can.
         vmlinux: The kernel's symbols; None: looked for.
         zeros_left_out: The dump has no pages of zeros, which crash must be told.
+        names_kernel: Its header, if it is a kdump, has the names of the kernel; QEMU's has not.
 
     Raises:
         RequestError: The reader cannot open it, or is not there.
     """
     vmlinux = vmlinux or find_vmlinux(kernel)
-    problems = {name: _problem(name, dump_format, kernel, target, vmlinux) for name in READERS}
+    problems = {
+        name: _problem_of_format(name, dump_format, names_kernel=names_kernel)
+        or _problem(name, kernel, target, vmlinux)
+        for name in READERS
+    }
     if reader is None:
         reader = next((name for name in READERS if problems[name] is None), None)
     elif (problem := problems[reader]) is not None:
@@ -234,13 +240,26 @@ def _candidates(kernel: Kernel, template: str | None) -> Iterator[Path]:
             yield Path(place.format(root=_DEBUG_ROOT, release=release))
 
 
-def _problem(  # noqa: PLR0911 - one for each reason
-    reader: str, dump_format: str, kernel: Kernel, target: str | None, vmlinux: Path | None
-) -> str | None:
-    """Return why a reader does not open such a dump here, or None."""
+def is_read_by_readers(dump_format: str) -> bool:
+    """Tell whether any reader opens dumps of a format, named as for `opening`."""
+    return any(_problem_of_format(reader, dump_format) is None for reader in READERS)
+
+
+def _problem_of_format(reader: str, dump_format: str, *, names_kernel: bool = True) -> str | None:
+    """Return why a reader opens no dumps of a format, or None."""
+    is_kdump = dump_format.partition("-")[0] == "kdump"
     if reader == "gdb":
-        if dump_format != "elf":
-            return "it reads ELF cores alone"
+        return None if dump_format == "elf" else "it reads ELF cores alone"
+    if reader == "drgn" and is_kdump and not names_kernel:
+        return "its header does not name the kernel, as it is where QEMU writes it"
+    if is_kdump or dump_format == "elf" or (reader, dump_format) == ("crash", "xen"):
+        return None
+    return "it reads ELF cores and kdumps"
+
+
+def _problem(reader: str, kernel: Kernel, target: str | None, vmlinux: Path | None) -> str | None:
+    """Return why a reader opens no such dump here, or None."""
+    if reader == "gdb":
         return None if shutil.which("gdb") else _NOT_INSTALLED
     if kernel.release is None:
         return "nothing in it tells of a Linux kernel (VMCOREINFO)"

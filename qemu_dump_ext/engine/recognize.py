@@ -113,13 +113,19 @@ def recognize(dump: DumpFile, memory_of: MemoryOf, target: str | None = None) ->
     if found is None and forms and (machine is not None or target is not None):
         found = _of(dump, *forms[0])
     if found is None:
-        raise UnsupportedTargetError(
-            "nothing tells of what target the dump is"
-            if machine is None
-            else f"a guest of machine {machine!r} is none that we know",
-            hint="--target NAME" if machine is None else None,
-        )
+        raise _unknown(dump, machine, target)
     return found
+
+
+def _unknown(
+    dump: DumpFile, machine: int | str | None, target: str | None
+) -> UnsupportedTargetError:
+    if machine is None:
+        words = ("nothing tells of what target the dump is", *dump.image.problems)
+        return UnsupportedTargetError("; ".join(words), hint="--target NAME")
+    if target is not None:
+        return UnsupportedTargetError(f"the dump is of machine {machine!r}, and not of {target}")
+    return UnsupportedTargetError(f"a guest of machine {machine!r} is none that we know")
 
 
 def _of(dump: DumpFile, architecture: Architecture, core: Core) -> Recognized:

@@ -36,6 +36,7 @@ class DumpReport:
         memory_is_slow: A faster memory source would have made the dump much shorter.
         architecture: QEMU's name of the target.
         zeros_left_out: There are no pages of zeros in the dump.
+        names_kernel: The header of a kdump has the names of the kernel.
         kernel: What the kernel in the dump calls itself, as far as it tells.
     """
 
@@ -58,6 +59,7 @@ class DumpReport:
     memory_is_slow: bool = False
     architecture: str | None = None
     zeros_left_out: bool = False
+    names_kernel: bool = True
     kernel: Kernel = NO_KERNEL
 
     @property
@@ -82,6 +84,7 @@ class DumpReport:
             self.kernel,
             target=self.architecture,
             zeros_left_out=self.zeros_left_out,
+            names_kernel=self.names_kernel,
         )
         return [f"open it: {found.line()}"] if found else []
 

@@ -276,8 +276,7 @@ class StoredGuest(GuestView):
 
     def read_utsname(self, vmcoreinfo: Vmcoreinfo) -> UtsName:
         """Return what the kernel calls itself, in its memory or else in the dump's header."""
-        told = {name: self.dump.header.get(name, "") for name in UTSNAME_FIELDS}
-        stored = UtsName(**{name: str(value) for name, value in told.items()})
+        stored = self.dump.utsname
         if self._keep:
             return stored
         found = super().read_utsname(vmcoreinfo)
@@ -291,6 +290,9 @@ class StoredGuest(GuestView):
     def complete(self, snapshot: GuestSnapshot) -> GuestSnapshot:
         """Return what a dump is planned from, with what the dump says besides."""
         notes, dump = self._recognized.notes, self.dump
+        if not self.ram_blocks and (self.lost or not self.left_out):
+            why = ": cut off or lost" if self.lost else ""
+            raise CorruptDumpError(f"nothing of the guest's memory is in the earlier dump{why}")
         of_vcpus = notes.as_they_are
         if dump.windows_header is not None and self.vcpus:
             of_vcpus = None
@@ -367,4 +369,5 @@ def _in_words(ranges: Sequence[tuple[int, int]]) -> str:
     shown = ", ".join(f"{start:#x}-{end - 1:#x}" for start, end in ranges[:_SHOWN_RANGES])
     more = f" and {len(ranges) - _SHOWN_RANGES} more" if len(ranges) > _SHOWN_RANGES else ""
     size = sum(end - start for start, end in ranges)
-    return f"{size / (1 << 20):.1f} MiB of guest memory ({shown}{more})"
+    in_words = f"{size / (1 << 20):.1f} MiB" if size >= 1 << 20 else f"{size / 1024:g} KiB"
+    return f"{in_words} of guest memory ({shown}{more})"

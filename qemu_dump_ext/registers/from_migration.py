@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from qemu_dump_ext.architectures import Architecture, VcpuReadings, all_architectures
-from qemu_dump_ext.errors import UnsupportedTargetError
+from qemu_dump_ext.errors import CorruptDumpError, UnsupportedTargetError
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.registers.merge import merge_readings
 from qemu_dump_ext.structures.migration import MigrationStream
@@ -19,16 +19,21 @@ def architecture_of_stream(stream: MigrationStream) -> Architecture:
 
     Raises:
         UnsupportedTargetError: None knows its vCPUs.
-        CorruptDumpError: The description of a vCPU does not fit.
+        CorruptDumpError: The description of a vCPU does not fit, or the stream is damaged or cut
+            before its vCPUs.
     """
     for device in stream.find(_SECTION)[:1]:
         for architecture in all_architectures().values():
             if architecture.migrated and architecture.migrated.recognize(device.fields):
                 return architecture
-    reason = stream.problem or stream.undescribed or "unknown vCPUs"
+    machine = f"machine {stream.machine or 'of no name'}"
+    if stream.problem is not None:
+        raise CorruptDumpError(
+            f"{machine}: {stream.problem}; what is before it does not tell of what target it is"
+        )
     known = ", ".join(one.name for one in all_architectures().values() if one.migrated)
     raise UnsupportedTargetError(
-        f"machine {stream.machine or 'of no name'}: {reason}",
+        f"{machine}: {stream.undescribed or 'unknown vCPUs'}",
         hint=f"known in a migration stream: {known}",
     )
 

@@ -23,6 +23,11 @@ class UtsName:
     machine: str = ""
     domainname: str = ""
 
+    @property
+    def names_linux(self) -> bool:
+        """Whether libkdumpfile, and with it drgn, takes a header with these for that of Linux."""
+        return bool(self.sysname and self.release and self.version)
+
     def encode(self) -> dict[str, bytes]:
         """Return the members as a kdump header holds them, by name."""
         return {name: getattr(self, name).encode()[: UTSNAME_SIZE - 1] for name in UTSNAME_FIELDS}

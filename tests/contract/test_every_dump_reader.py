@@ -12,6 +12,7 @@ import pytest
 
 import qemu_dump_ext.dump_readers as package
 from qemu_dump_ext.architectures import all_architectures
+from qemu_dump_ext.cli import main
 from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
 from qemu_dump_ext.dump_readers import DumpFile, Fit, all_dump_readers, open_dump, reader_of
 from qemu_dump_ext.engine.verify import verify_dump
@@ -69,6 +70,10 @@ EVERY_WRITTEN = pytest.mark.parametrize(
 )
 _HEAD = 16
 _CUTS = 60
+_SHOWN_AT_THE_TOP = {
+    *("file", "format", "size_bytes", "byte_order", "word_bits", "segment_count"),
+    *("sub_header", "vmcoreinfo", "problems"),
+}
 _DAMAGES = 150
 
 
@@ -189,6 +194,16 @@ def test_its_description_can_be_sent(dump: DumpFile):
     assert json.dumps({name: describe() for name, describe in parts.items()})
 
 
+@pytest.mark.parametrize("written", [written for _, written in _CASES])
+def test_its_description_can_be_read(written: str, dumps: dict[str, Path], capsys):
+    assert main(["inspect", str(dumps[written])]) == 0
+    shown = capsys.readouterr().out
+    assert not set("{}[]") & set(shown)
+    assert main(["inspect", "--json", str(dumps[written])]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert all(f"{key.replace('_', ' ')}:" in shown for key in facts.keys() - _SHOWN_AT_THE_TOP)
+
+
 @EVERY_DUMP
 def test_a_good_dump_has_no_damage(dump: DumpFile):
     report = verify_dump(dump)
@@ -227,6 +242,8 @@ def test_a_dump_that_is_cut_is_told(written: str, dumps: dict[str, Path], tmp_pa
             found = _damage_found(path)
             assert found, f"{size} of {len(content)} bytes"
             assert not any("\n" in line for line in found)
+    path.write_bytes(content[: len(content) // 2])
+    assert main(["inspect", str(path)]) == CorruptDumpError.exit_status
 
 
 @EVERY_WRITTEN
@@ -245,7 +262,7 @@ def test_a_damaged_dump_is_an_error_of_ours_at_worst(
             content[position] = before
 
 
-def test_what_is_no_dump_is_told_with_the_reason_of_each(tmp_path: Path):
+def test_what_is_no_dump_is_told_with_what_is_read(tmp_path: Path):
     path = tmp_path / "text"
     path.write_text("no dump at all\n")
     with nothing_left(), pytest.raises(NotADumpError) as caught:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping
+from functools import lru_cache
 
 import snappy
 
@@ -24,13 +25,21 @@ def make_lime(blocks: Mapping[int, bytes], *, reserved: bytes = bytes(8)) -> byt
     )
 
 
+def _remainder(byte: int) -> int:
+    for _ in range(8):
+        byte = byte >> 1 ^ (_CASTAGNOLI if byte & 1 else 0)
+    return byte
+
+
+_REMAINDERS = tuple(map(_remainder, range(256)))
+
+
+@lru_cache(maxsize=4)
 def _checksum(data: bytes) -> int:
-    """CRC-32C, masked as snappy's framing has it."""
+    """CRC-32C, masked as snappy's framing has it; most of a guest's memory is the same zeros."""
     value = 0xFFFFFFFF
     for byte in data:
-        value ^= byte
-        for _ in range(8):
-            value = value >> 1 ^ (_CASTAGNOLI if value & 1 else 0)
+        value = value >> 8 ^ _REMAINDERS[(value ^ byte) & 0xFF]
     value ^= 0xFFFFFFFF
     return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
@@ -43,7 +52,7 @@ def make_avml(blocks: Mapping[int, bytes], *, checksums: bool = True) -> bytes:
     """Return a file of AVML, version 2, of content by gpa."""
     parts = []
     for gpa, content in sorted(blocks.items()):
-        frames = _chunk(0xFF, b"sNaPpY")
+        frames = bytearray(_chunk(0xFF, b"sNaPpY"))
         for start in range(0, len(content), _FRAME):
             plain = content[start : start + _FRAME]
             packed = snappy.compress(plain)

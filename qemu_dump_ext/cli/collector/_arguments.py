@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.cli._declaration import Subcommand
+from qemu_dump_ext.crash_collector.config.places import (
+    CONFIGURATION_VARIABLE,
+    SYSTEM_CONFIGURATION,
+    default_configuration,
+)
 from qemu_dump_ext.crash_collector.store.lookup import find_crash
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.printable import printable
@@ -18,9 +22,6 @@ if TYPE_CHECKING:
     from qemu_dump_ext.crash_collector.config.settings import Configuration
     from qemu_dump_ext.crash_collector.store.store import CrashStore
 
-_ENVIRONMENT = "QEMU_CRASH_COLLECTOR_CONFIG"
-_NAME = "qemu-crash-collector.yaml"
-SYSTEM_CONFIGURATION = Path("/etc") / _NAME
 # A value of YAML that is what it looks like.
 _PLAIN_STORE = re.compile(r"^store: +(/[\w./+-]+) *(?: #.*)?$", re.MULTILINE)
 CRASH_HELP = "the crash: its ID or the beginning of it, 'latest', or a guest's name for its latest"
@@ -33,33 +34,11 @@ def add_configuration(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE",
         type=Path,
-        default=_default_configuration(),
-        help=f"the configuration; default: ${_ENVIRONMENT}; or ~/.config/{_NAME}, if there is one;"
+        default=default_configuration(),
+        help=f"the configuration; default: ${CONFIGURATION_VARIABLE}; or"
+        f" ~/.config/{SYSTEM_CONFIGURATION.name}, if there is one;"
         f" or {SYSTEM_CONFIGURATION}",
     )
-
-
-def _default_configuration() -> Path:
-    own = user_configuration()
-    is_there = os.path.isfile(own)  # noqa: PTH113 - nor where a directory may not be searched
-    return named_configuration() or (own if is_there else SYSTEM_CONFIGURATION)
-
-
-def named_configuration() -> Path | None:
-    """Return the configuration that the environment names, or None."""
-    named = os.environ.get(_ENVIRONMENT)
-    return None if named is None else Path(named)
-
-
-def user_configuration() -> Path:
-    """Return where a user has a configuration; it need not be there."""
-    return user_directory() / _NAME
-
-
-def user_directory() -> Path:
-    """Return where a user's configurations are."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.expanduser("~/.config")  # noqa: PTH111
-    return Path(base)
 
 
 def add_store(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli.collector._arguments import (
+from qemu_dump_ext.cli.collector._arguments import add_configuration
+from qemu_dump_ext.crash_collector.config.places import (
     SYSTEM_CONFIGURATION,
-    add_configuration,
     named_configuration,
     user_configuration,
     user_directory,

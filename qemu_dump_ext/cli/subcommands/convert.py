@@ -7,7 +7,7 @@ from functools import partial
 
 from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
 from qemu_dump_ext.cli.dump_command import (
     STANDARD_OUTPUT,
     check_outputs,
@@ -23,9 +23,15 @@ from qemu_dump_ext.options.dump_options import (
 )
 from qemu_dump_ext.sinks import open_sink, target_forms
 
+_STATUSES = (
+    "0 complete; 2 impossible request; 3 nothing in IN tells what is asked for; 4 the dump cannot"
+    " be written; 5 IN is damaged beyond use; 6 written, but something that IN is to have is not in"
+    " it; 130 interrupted"
+)
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="IN", help="a dump; told by what is in it")
+    parser.add_argument("source", metavar="IN", help=ANY_DUMP)
     parser.add_argument("file", metavar="FILE", help=f"{target_forms()}, or - for standard output")
     add_source_arguments(parser)
     parser.add_argument(
@@ -82,4 +88,5 @@ COMMAND = Subcommand(
         "vm.lime vm.elf",
         "vm.elf small.kdump --dump-level 31",
     ),
+    statuses=_STATUSES,
 )

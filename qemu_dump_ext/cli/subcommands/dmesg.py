@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli._description import add_description_argument
-from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
 from qemu_dump_ext.connections.silent import open_guest_or_memory
 from qemu_dump_ext.connections.target import add_target_arguments, target_of_arguments
+from qemu_dump_ext.engine.convert import SEARCH_SECONDS
 from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest, read_log
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
+from qemu_dump_ext.options.dump_options import positive_seconds
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
 
-_SEARCH_SECONDS = 60.0
-
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
+    parser.add_argument("file", metavar="FILE", nargs="?", help=ANY_DUMP)
     add_source_arguments(parser)
     add_target_arguments(parser)
     parser.add_argument(
@@ -38,22 +37,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of this kernel (as 'uname -r' prints it, or its note's address as 0x...) where"
         " memory has several",
     )
-
     parser.add_argument(
         "--search-seconds",
-        type=_seconds,
-        default=_SEARCH_SECONDS,
+        type=positive_seconds,
+        default=SEARCH_SECONDS,
         metavar="N",
         help="with FILE: how long to search a dump that has no VMCOREINFO for one in guest memory;"
-        f" default: {_SEARCH_SECONDS:g}",
+        f" default: {SEARCH_SECONDS:g}",
     )
-
-
-def _seconds(word: str) -> float:
-    seconds = float(word)
-    if not 0 < seconds < math.inf:
-        raise argparse.ArgumentTypeError("must be more than 0")
-    return seconds
 
 
 def _run(arguments: argparse.Namespace) -> int:

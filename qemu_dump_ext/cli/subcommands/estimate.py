@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
 from qemu_dump_ext.cli.gdb_driver import quote_for_gdb, run_through_gdb
 from qemu_dump_ext.connections.target import GuestTarget, open_guest, target_of_arguments
 from qemu_dump_ext.engine.estimate import Estimate, estimate, estimate_running
@@ -19,7 +19,7 @@ from qemu_dump_ext.standard_error import tell
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", nargs="?", help="a dump: ELF or kdump")
+    parser.add_argument("file", metavar="FILE", nargs="?", help=ANY_DUMP)
     parser.add_argument(
         "--gdb",
         metavar="ADDRESS",

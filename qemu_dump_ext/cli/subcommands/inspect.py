@@ -2,8 +2,9 @@
 
 With `--json` one object is printed. Numbers are numbers, sizes are bytes:
 
-- `file`, `format` (elf, kdump, elf-flattened, kdump-flattened, migration), `size_bytes` (of the
-  dump itself, rearranged if flattened), `byte_order`, `word_bits`;
+- `file`, `format` (name of what reads it: elf, kdump, migration, ...; with `-flattened` where it
+  is inside makedumpfile's stream), `size_bytes` (of the dump itself, rearranged if flattened),
+  `byte_order`, `word_bits`;
 - `header`: the main header's members by their names in C; kdump also has `sub_header`;
 - `notes`: of each `name`, `type`, `type_name` (NT_..., or null), `size_bytes`, `offset`, and where
   it applies `pid` (NT_PRSTATUS), `version` and `declared_bytes` (QEMU);
@@ -15,7 +16,8 @@ With `--json` one object is printed. Numbers are numbers, sizes are bytes:
   `zero`, `raw`, `packed` (by codec), `lost`, `bad`; `stored_bytes`, and `ratio` (memory to stored
   bytes, null if nothing is stored);
 - other parts that the format's reader describes;
-- `problems`: what could not be shown, because the dump is damaged there.
+- `problems`: what could not be shown, because the dump is damaged there, and how much memory is
+  not in the file, because it is cut or was lost.
 
 The exit status is 5 if there are problems; `qemu-dump verify` looks at every page.
 """
@@ -28,7 +30,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
 from qemu_dump_ext.dump_readers import LISTED_MAX
 from qemu_dump_ext.engine.inspect import describe
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
@@ -61,14 +63,13 @@ _IN_HEX = frozenset(
     (
         *("e_phoff", "e_shoff", "e_entry", "e_flags", "status", "max_mapnr", "max_mapnr_64"),
         *("phys_base", "offset_vmcoreinfo", "offset_note", "offset_eraseinfo"),
+        *("gpa", "offset", "first"),
     )
 )
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "file", metavar="FILE", help="ELF, kdump, also flattened, or a migration stream"
-    )
+    parser.add_argument("file", metavar="FILE", help=ANY_DUMP)
     add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -133,13 +134,27 @@ def _in_words(facts: dict[str, Any]) -> Iterator[str]:
 
 def _part_in_words(key: str, part: object) -> Iterator[str]:
     # Of a format that is described here by nothing else.
-    if isinstance(part, dict):
-        yield ""
-        yield f"{key.replace('_', ' ')}:"
-        yield from _aligned(part)
+    name = key.replace("_", " ")
+    yield ""
+    if isinstance(part, dict | list) and part:
+        yield f"{name}:"
+        if isinstance(part, dict):
+            yield from _aligned(part)
+        else:
+            yield from (f"  {_item_in_words(item)}" for item in part[:_LISTED_WORDS])
+            yield from _rest(len(part))
     else:
-        yield ""
-        yield f"{key.replace('_', ' ')}: {part}"
+        yield f"{name}: {'none' if part in (None, '', [], {}) else part}"
+
+
+def _item_in_words(item: object) -> str:
+    if not isinstance(item, dict):
+        return str(item)
+    return "  ".join(f"{key} {_value_in_words(key, value)}" for key, value in item.items())
+
+
+def _value_in_words(key: str, value: object) -> str:
+    return hex(value) if key in _IN_HEX and isinstance(value, int) else str(value)
 
 
 def _rest(count: int) -> Iterator[str]:
@@ -151,7 +166,7 @@ def _aligned(facts: dict[str, Any]) -> Iterator[str]:
     width = max(map(len, facts), default=0)
     for key, value in facts.items():
         if value != "":
-            yield f"  {key:{width}}  {hex(value) if key in _IN_HEX else value}"
+            yield f"  {key:{width}}  {_value_in_words(key, value)}"
 
 
 def _note_in_words(note: dict[str, Any]) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from pathlib import Path
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli._start_reader import start_reader
+from qemu_dump_ext.crash_collector.config.places import default_configuration
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers.kdump import KdumpFile
 from qemu_dump_ext.engine.opening import (
@@ -15,6 +18,8 @@ from qemu_dump_ext.engine.opening import (
     Kernel,
     fetch_vmlinux,
     find_vmlinux,
+    is_file,
+    is_read_by_readers,
     opening,
     symbols_command,
 )
@@ -51,11 +56,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
-    if not path.is_file():
+    if not os.path.lexists(path):
         return _open_crash(arguments)
     with open_dump(path) as dump:
         facts, dump_format = dump.vmcoreinfo_facts, dump.format
         zeros_left_out = isinstance(dump, KdumpFile) and bool(dump.sub_header["dump_level"] & 1)
+        names_kernel = dump.utsname.names_linux
         try:
             target = StoredGuest(dump).architecture.name
         except DumpError:
@@ -70,9 +76,15 @@ def _run(arguments: argparse.Namespace) -> int:
         reader=arguments.reader,
         vmlinux=vmlinux,
         zeros_left_out=zeros_left_out,
+        names_kernel=names_kernel,
     )
     if found is None:
-        raise RequestError(f"nothing on this host opens {path}", hint=_advice(kernel))
+        raise RequestError(
+            f"nothing on this host opens {path}",
+            hint=_advice(kernel)
+            if is_read_by_readers(dump_format)
+            else f"'qemu-dump convert {shlex.quote(str(path))} vm.elf' makes what they open",
+        )
     if arguments.print:
         print(printable(found.line()))
         return EXIT_SUCCESS
@@ -88,9 +100,16 @@ def _advice(kernel: Kernel) -> str:
 
 def _open_crash(arguments: argparse.Namespace) -> int:
     """Leave it to the collector's own command, which knows the store."""
+    if os.sep in arguments.file:
+        raise RequestError(f"cannot open {arguments.file}: there is no such file")
     require_extra("collector", "a crash of the collector's store")
     from qemu_dump_ext.cli.crash_collector_command import main  # noqa: PLC0415 - needs pydantic
 
+    if not is_file(default_configuration()):
+        raise RequestError(
+            f"there is no file {arguments.file or repr('')}, and no crash collector that could have"
+            f" a crash of that name: {default_configuration()} is not there"
+        )
     words = ["open", arguments.file]
     words += ["--reader", arguments.reader] if arguments.reader else []
     words += ["--vmlinux", str(arguments.vmlinux)] if arguments.vmlinux else []

@@ -13,7 +13,7 @@ import os
 import time
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli._source_arguments import add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
 from qemu_dump_ext.dump_readers import VerifyReport
 from qemu_dump_ext.engine.verify import verify_dump
 from qemu_dump_ext.errors import EXIT_SUCCESS, CorruptDumpError
@@ -43,7 +43,7 @@ class _ProgressLine:
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="ELF or kdump, also flattened")
+    parser.add_argument("file", metavar="FILE", help=ANY_DUMP)
     add_source_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -14,7 +14,7 @@ from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.dump_readers._ram_layout import possible_layouts
 from qemu_dump_ext.dump_readers.migration import MigrationFile
 from qemu_dump_ext.engine.verify import verify_dump
-from qemu_dump_ext.errors import UnsupportedTargetError
+from qemu_dump_ext.errors import CorruptDumpError, UnsupportedTargetError
 from qemu_dump_ext.structures.migration import MigrationStream, StreamBlock
 from tests.support.sample_migration import (
     CONTINUE,
@@ -107,7 +107,7 @@ def test_a_stream_without_vcpus_is_refused_with_the_reason(tmp_path: Path):
     whole = make_migration(b"\1" * PAGE + b"\2" * PAGE)
     path = tmp_path / "s"
     path.write_bytes(whole[: whole.index(b"\2" * PAGE) + 9])
-    with pytest.raises(UnsupportedTargetError, match="machine virt: the stream ends at offset"):
+    with pytest.raises(CorruptDumpError, match="machine virt: the stream ends at offset"):
         open_dump(path)
 
 

@@ -1,0 +1,79 @@
+"""`qemu-dump open`: what no reader opens is not given to one."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from qemu_dump_ext.cli import main
+from qemu_dump_ext.crash_collector.config.places import CONFIGURATION_VARIABLE
+from qemu_dump_ext.engine import opening
+from tests.support.sample_kdump import make_kdump
+from tests.support.sample_migration import PAGE, make_migration
+
+VMCOREINFO = b"OSRELEASE=6.1.0\nPAGESIZE=4096\n"
+NAMES = slice(12, 12 + 4 * 65)
+"""sysname, nodename, release and version in the header of a kdump."""
+
+
+@pytest.fixture
+def drgn_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "bin/drgn"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.delenv(opening.VMLINUX_VARIABLE, raising=False)
+
+
+@pytest.mark.usefixtures("drgn_alone")
+def test_a_kdump_that_does_not_name_the_kernel_is_not_for_drgn(tmp_path, capsys):
+    path = tmp_path / "vm.kdump"
+    data = make_kdump({0: b"text" * 1024}, vmcoreinfo=VMCOREINFO).data
+    for number, name in enumerate((b"Linux", b"host", b"6.1.0", b"#1 SMP")):
+        start = 12 + 65 * number
+        data[start : start + len(name)] = name
+    path.write_bytes(data)
+    assert main(["open", "--print", str(path)]) == 0
+    assert capsys.readouterr().out.startswith(f"drgn -c {path}")
+    data[NAMES] = bytes(4 * 65)  # as QEMU has it
+    path.write_bytes(data)
+    assert main(["open", "--print", str(path)]) == 2
+    assert "nothing on this host opens" in capsys.readouterr().err
+    assert main(["open", "--print", "--reader", "drgn", str(path)]) == 2
+    assert "its header does not name the kernel" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("drgn_alone")
+def test_what_no_reader_knows_is_to_be_converted(tmp_path, capsys):
+    path = tmp_path / "of test"
+    path.write_bytes(make_migration(b"\1" * PAGE))
+    assert main(["open", "--print", str(path)]) == 2
+    assert f"('qemu-dump convert '{path}' vm.elf' makes what they open)" in capsys.readouterr().err
+    assert main(["open", "--print", "--reader", "drgn", str(path)]) == 2
+    assert "drgn cannot open" in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_no_crash_either(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv(CONFIGURATION_VARIABLE, str(tmp_path / "none.yaml"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["open", "web1"]) == 2
+    assert "there is no file web1, and no crash collector that" in capsys.readouterr().err
+    assert main(["open", "crashes/web1"]) == 2
+    assert "cannot open crashes/web1: there is no such file" in capsys.readouterr().err
+
+
+def test_what_is_there_and_no_file_is_told_as_such(tmp_path, capsys):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+    for name in ("fifo", "folder", "socket"):
+        assert main(["open", str(tmp_path / name)]) == 5
+        assert f"{tmp_path / name} is not a regular file" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to("nowhere")
+    assert main(["open", str(tmp_path / "link")]) == 2
+    assert f"cannot open {tmp_path / 'link'}: No such file" in capsys.readouterr().err
