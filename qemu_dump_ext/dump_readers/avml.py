@@ -26,7 +26,7 @@ from qemu_dump_ext.dump_readers._range_headers import (
     verify_memory,
 )
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
-from qemu_dump_ext.page_codecs import Decompress, all_page_codecs
+from qemu_dump_ext.third_party import import_package
 
 _MAGIC = b"AVML"
 _VERSION = 2
@@ -43,6 +43,7 @@ _CHUNKS_MAX = 1 << 26
 """Of a terabyte and more."""
 _CHUNKS_KEPT = 64
 _STREAM_NAME_TEXT = b"sNaPpY"
+_STREAM_HEAD = bytes((_STREAM_NAME, len(_STREAM_NAME_TEXT), 0, 0)) + _STREAM_NAME_TEXT
 
 
 class AvmlFile(DumpFile):
@@ -161,13 +162,18 @@ class AvmlFile(DumpFile):
         position, count = self._places[index], self._sizes[index]
         head = self.image.read(position, _CHUNK_HEADER_SIZE)
         size = int.from_bytes(head[1:], "little")
-        data = self.image.read(position + _CHUNK_HEADER_SIZE, size)[_CHECKSUM_SIZE:]
-        if head[0] == _PLAIN:
-            return data
+        chunk = self.image.read(position, _CHUNK_HEADER_SIZE + size)
+        snappy = import_package("snappy", "what AVML has packed")
         try:
-            return _decompressor()(data, count)
-        except CorruptDumpError as error:
+            # As a stream of its own, so that its checksum is looked at.
+            data: bytes = snappy.StreamDecompressor().decompress(_STREAM_HEAD + chunk)
+        except (OSError, snappy.UncompressError) as error:
             raise CorruptDumpError(f"chunk at offset {position:#x}: {error}") from error
+        if len(data) != count:
+            raise CorruptDumpError(
+                f"chunk at offset {position:#x} has {len(data)} bytes, not {count}"
+            )
+        return data
 
 
 def _unpacked_size(preamble: bytes) -> int:
@@ -177,10 +183,6 @@ def _unpacked_size(preamble: bytes) -> int:
         if byte < 0x80:
             return size
     return 0
-
-
-def _decompressor() -> Decompress:
-    return all_page_codecs()["snappy"].decompressor()
 
 
 def _describe(dump: AvmlFile) -> Mapping[str, Callable[[], Any]]:

@@ -48,7 +48,7 @@ def _chunk(kind: int, data: bytes) -> bytes:
     return bytes([kind]) + len(data).to_bytes(3, "little") + data
 
 
-def make_avml(blocks: Mapping[int, bytes], *, checksums: bool = True) -> bytes:
+def make_avml(blocks: Mapping[int, bytes]) -> bytes:
     """Return a file of AVML, version 2, of content by gpa."""
     parts = []
     for gpa, content in sorted(blocks.items()):
@@ -57,7 +57,7 @@ def make_avml(blocks: Mapping[int, bytes], *, checksums: bool = True) -> bytes:
             plain = content[start : start + _FRAME]
             packed = snappy.compress(plain)
             small = len(packed) < len(plain)
-            check = struct.pack("<I", _checksum(plain) if checksums else 0)
+            check = struct.pack("<I", _checksum(plain))
             frames += _chunk(0x00 if small else 0x01, check + (packed if small else plain))
         header = struct.pack("<IIQQQ", 0x4C4D5641, 2, gpa, gpa + len(content) - 1, 0)
         parts.append(header + frames + struct.pack("<Q", len(frames)))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -81,13 +80,28 @@ def test_a_damaged_chunk_is_told(path: Path):
         assert verify_dump(dump).problems
 
 
+@pytest.mark.parametrize("content", [b"text " * 4000, hashlib.shake_128(b"").digest(20_000)])
+@pytest.mark.parametrize("place", [4, 5000])
+def test_a_chunk_of_another_checksum_is_damaged(path: Path, content: bytes, place: int):
+    """Packed, and stored as it is where it cannot be made smaller."""
+    whole = bytearray(make_avml({0x1000: content}))
+    chunk = 32 + 10
+    place = min(place, len(whole) - chunk - 9)
+    whole[chunk + place] ^= 1
+    path.write_bytes(whole)
+    with open_dump(path) as dump:
+        assert f"chunk at offset {chunk:#x}: " in verify_dump(dump).problems[0]
+        with pytest.raises(CorruptDumpError, match="chunk at offset 0x2a"):
+            dump.read(0x1000, 20_000)
+
+
 def test_a_range_of_no_size_is_none(path: Path):
     path.write_bytes(struct.pack("<IIQQQ", 0x4C694D45, 1, 0x2000, 0x1000, 0) + bytes(5000))
     with pytest.raises(CorruptDumpError, match="offset 0x0"):
         open_dump(path)
 
 
-@pytest.mark.parametrize("make", [make_lime, partial(make_avml, checksums=False)])
+@pytest.mark.parametrize("make", [make_lime, make_avml])
 def test_the_kernel_tells_of_what_target_it_is(path: Path, make):
     path.write_bytes(make(_GUEST_BLOCKS))
     with open_dump(path) as dump:
