@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.dump_readers import DumpFile, open_dump
+from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.printable import printable
+from qemu_dump_ext.standard_error import tell
 
 ANY_DUMP = "a dump of any format that is read; told by what is in it"
 """Help of the word that names one."""
@@ -32,6 +39,45 @@ def add_source_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="of a qcow2 image with several snapshots: that with the guest's state; or its ID",
     )
+
+
+def add_target_argument(parser: argparse.ArgumentParser) -> None:
+    """Declare what may be said of the guest in a dump."""
+    parser.add_argument(
+        "--target",
+        choices=tuple(all_architectures()),
+        metavar="NAME",
+        help="the guest's target by its name in QEMU, where nothing in the dump tells it",
+    )
+
+
+def refuse_source_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what is said of a dump where there is none.
+
+    Raises:
+        RequestError: It is said.
+    """
+    for name in ("part", "layout", "snapshot_name", "target"):
+        if getattr(arguments, "parts" if name == "part" else name):
+            word = name.replace("_", "-")
+            raise RequestError(f"--{word} is for dumps, and not for guests that are there")
+
+
+@contextmanager
+def open_guest_of(
+    path: str, arguments: argparse.Namespace, *, search_seconds: float = math.inf
+) -> Iterator[StoredGuest]:
+    """Open the guest in the dump that a command line names; tell what memory of it was lost.
+
+    Raises:
+        UnsupportedTargetError: Nothing tells of what guest it is.
+        CorruptDumpError: The dump's headers or notes are damaged.
+    """
+    with open_source(path, arguments) as dump:
+        guest = StoredGuest(dump, search_seconds=search_seconds, target=arguments.target)
+        if guest.lost_in_words is not None:
+            tell(printable(f"incomplete: {guest.lost_in_words}"))
+        yield guest
 
 
 def open_source(path: str, arguments: argparse.Namespace) -> DumpFile:

@@ -60,6 +60,19 @@ def _bounded(ranges: Iterator[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
+def _check_memory(dump: DumpFile) -> None:
+    """Refuse a dump that has nothing of the guest's memory.
+
+    Raises:
+        CorruptDumpError: It has not.
+    """
+    if next(dump.readable_ranges(), None) is None:
+        lost = next(dump.stored_ranges(), None)
+        left_out = next(dump.covered_ranges(), None)
+        why = ": cut off or lost" if lost else ": all was left out" if left_out else ""
+        raise CorruptDumpError(f"nothing of the guest's memory is in the dump{why}")
+
+
 class _DumpMemory:
     """A dump as guest memory; it begins at the gpa that the dump counts as 0.
 
@@ -155,9 +168,11 @@ class StoredGuest(GuestView):
         Raises:
             UnsupportedTargetError: Nothing tells.
             RequestError: There is no such architecture.
-            CorruptDumpError: The dump's headers or notes are damaged.
+            CorruptDumpError: The dump's headers or notes are damaged, or nothing of the guest's
+                memory is in it.
         """
         super().__init__()
+        _check_memory(dump)
         self.dump = dump
         self._keep = keep
         self._search_seconds = search_seconds
@@ -217,6 +232,13 @@ class StoredGuest(GuestView):
         """First gpa and end of what the dump is to have, and has not."""
         return self._in_guest(_without(self._stored, _bounded(self.dump.readable_ranges())))
 
+    @property
+    def lost_in_words(self) -> str | None:
+        """What was lost, in words; None: nothing."""
+        if not self.lost:
+            return None
+        return f"{_in_words(self.lost)} are not in the earlier dump: cut off or lost"
+
     def _in_guest(self, ranges: Iterable[tuple[int, int]]) -> Sequence[tuple[int, int]]:
         first = self._memory.first
         return [(first + start, first + end) for start, end in ranges]
@@ -226,8 +248,8 @@ class StoredGuest(GuestView):
         words = list(self.dump.lacking)
         if self._fault is not None:
             words.append(f"the notes of the earlier dump are damaged: {self._fault}")
-        if self.lost:
-            words.append(f"{_in_words(self.lost)} are not in the earlier dump: cut off or lost")
+        if self.lost_in_words is not None:
+            words.append(self.lost_in_words)
         if not self.vcpus and self._recognized.notes.as_they_are in {None, b""}:
             words.append("the earlier dump has no registers")
         return words
@@ -290,9 +312,6 @@ class StoredGuest(GuestView):
     def complete(self, snapshot: GuestSnapshot) -> GuestSnapshot:
         """Return what a dump is planned from, with what the dump says besides."""
         notes, dump = self._recognized.notes, self.dump
-        if not self.ram_blocks and (self.lost or not self.left_out):
-            why = ": cut off or lost" if self.lost else ""
-            raise CorruptDumpError(f"nothing of the guest's memory is in the earlier dump{why}")
         of_vcpus = notes.as_they_are
         if dump.windows_header is not None and self.vcpus:
             of_vcpus = None

@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import (
+    ANY_DUMP,
+    add_source_arguments,
+    add_target_argument,
+    open_source,
+)
 from qemu_dump_ext.cli.dump_command import (
     STANDARD_OUTPUT,
     check_outputs,
@@ -39,12 +43,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="mend nothing: notes, names and addresses are as the earlier dump has them",
     )
-    parser.add_argument(
-        "--target",
-        choices=tuple(all_architectures()),
-        metavar="NAME",
-        help="the guest's target by its name in QEMU, where nothing in the dump tells it",
-    )
+    add_target_argument(parser)
     parser.add_argument(
         "--search-seconds",
         type=positive_seconds,

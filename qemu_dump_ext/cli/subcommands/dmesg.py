@@ -6,12 +6,17 @@ import argparse
 
 from qemu_dump_ext.cli._declaration import Subcommand
 from qemu_dump_ext.cli._description import add_description_argument
-from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import (
+    ANY_DUMP,
+    add_source_arguments,
+    add_target_argument,
+    open_guest_of,
+    refuse_source_arguments,
+)
 from qemu_dump_ext.connections.silent import open_guest_or_memory
 from qemu_dump_ext.connections.target import add_target_arguments, target_of_arguments
 from qemu_dump_ext.engine.convert import SEARCH_SECONDS
 from qemu_dump_ext.engine.dmesg import GuestLog, log_of_guest, read_log
-from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
 from qemu_dump_ext.memory_sources.process import SOURCE as PROCESS
@@ -23,6 +28,7 @@ from qemu_dump_ext.standard_error import tell
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help=ANY_DUMP)
     add_source_arguments(parser)
+    add_target_argument(parser)
     add_target_arguments(parser)
     parser.add_argument(
         "--memory",
@@ -61,9 +67,10 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
     if (arguments.file is None) != target.is_told:
         raise RequestError("whose log?", hint="name a dump, or a live guest, as by --guest NAME")
     if arguments.file is not None:
-        with open_source(arguments.file, arguments) as dump:
-            stored = StoredGuest(dump, search_seconds=arguments.search_seconds)
+        seconds = arguments.search_seconds
+        with open_guest_of(arguments.file, arguments, search_seconds=seconds) as stored:
             return read_log(stored, kernel=arguments.kernel)
+    refuse_source_arguments(arguments)
     alone = arguments.memory == PROCESS.name
     with open_guest_or_memory(
         target, memory_alone=alone, description=arguments.description

@@ -6,11 +6,16 @@ import argparse
 import sys
 
 from qemu_dump_ext.cli._declaration import Subcommand
-from qemu_dump_ext.cli._source_arguments import ANY_DUMP, add_source_arguments, open_source
+from qemu_dump_ext.cli._source_arguments import (
+    ANY_DUMP,
+    add_source_arguments,
+    add_target_argument,
+    open_guest_of,
+    refuse_source_arguments,
+)
 from qemu_dump_ext.cli.gdb_driver import quote_for_gdb, run_through_gdb
 from qemu_dump_ext.connections.target import GuestTarget, open_guest, target_of_arguments
 from qemu_dump_ext.engine.estimate import Estimate, estimate, estimate_running
-from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import EXIT_SUCCESS, RequestError
 from qemu_dump_ext.options.dump_options import words_of_options
 from qemu_dump_ext.options.estimate_options import add_estimate_arguments, request_of_estimate
@@ -27,6 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         " with --qmp, the run state before gdb stopped it is known",
     )
     add_source_arguments(parser)
+    add_target_argument(parser)
     add_estimate_arguments(parser)
 
 
@@ -36,6 +42,8 @@ def _run(arguments: argparse.Namespace) -> int:
         raise RequestError(
             "of which guest?", hint="name a dump, or a live guest, as by --guest NAME"
         )
+    if arguments.file is None:
+        refuse_source_arguments(arguments)
     if arguments.gdb is not None:
         words = words_of_options(arguments, add_estimate_arguments)
         command = " ".join(["qemu-estimate-dump", *map(quote_for_gdb, words)])
@@ -50,8 +58,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def _estimate(arguments: argparse.Namespace, target: GuestTarget) -> Estimate:
     request = request_of_estimate(arguments)
     if arguments.file is not None:
-        with open_source(arguments.file, arguments) as dump:
-            guest = StoredGuest(dump)
+        with open_guest_of(arguments.file, arguments) as guest:
             return estimate(guest, guest.find_vmcoreinfo(arguments.kernel), request)
     with open_guest(target) as access:
         return estimate_running(access, request, arguments.memory, kernel=arguments.kernel)
