@@ -25,6 +25,8 @@ _WORD = 8
 _SLOTS_MAX = 1 << 20
 """Contents that are remembered, for 16 bytes each here, and what the caller knows of them."""
 _SLOTS_MIN = 1 << 10
+_COMPARED_SIZE = 1 << 17
+"""Bytes of pages that are compared together: they stay in the processor's cache."""
 _SAMPLES = 16
 """Words of a page that are weighted; the others are added up."""
 _ODD = 0x9E3779B97F4A7C15
@@ -113,7 +115,7 @@ class PageDeduplicator:
         of_leader = leaders[group]
         follows = pages != of_leader
         copies, originals = pages[follows], of_leader[follows]
-        same = (rows[copies] == rows[originals]).all(axis=1)
+        same = self._are_equal(rows, copies, rows, originals)
         copies, originals = copies[same], originals[same]
 
         slots = self._slots_of(unique)
@@ -167,7 +169,22 @@ class PageDeduplicator:
             if end > begin:
                 self._memory.read_into(int(wanted[begin]), again[begin * size : end * size])
         earlier = numpy.frombuffer(again, dtype=numpy.uint64).reshape(-1, rows.shape[1])
-        same: NDArray[Any] = (rows[pages] == earlier[which]).all(axis=1)
+        return self._are_equal(rows, pages, earlier, which)
+
+    def _are_equal(
+        self,
+        rows: NDArray[Any],
+        numbers: NDArray[Any],
+        others: NDArray[Any],
+        other_numbers: NDArray[Any],
+    ) -> NDArray[Any]:
+        """Return which pages have the content of others, by the numbers of the rows of each."""
+        same: NDArray[Any] = self._numpy.empty(len(numbers), dtype=bool)
+        count = max(_COMPARED_SIZE // self._page_size, 1)
+        for first in range(0, len(numbers), count):
+            some = slice(first, first + count)
+            equal = rows[numbers[some]] == others[other_numbers[some]]
+            equal.all(axis=1, out=same[some])
         return same
 
     def _can_be_read_again(self, piece: Piece, pages: NDArray[Any]) -> NDArray[Any]:

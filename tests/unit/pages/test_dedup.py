@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.pages import dedup
 from qemu_dump_ext.pages.dedup import PageDeduplicator, deduplicator
 from qemu_dump_ext.pages.pipeline import Buffer, Extent, Piece
 from tests.support.plain_memory import PlainMemory
@@ -99,9 +100,11 @@ def test_all_but_the_first_are_left_out():
     assert _blanked(PageDeduplicator(np, memory, blocks, _PAGE, 12), content) == 7
 
 
+@pytest.mark.parametrize("together", [1, 3, 100])
 @pytest.mark.parametrize("fingerprint", [1, 1 << 63])
-def test_a_forged_fingerprint_makes_no_pages_equal(monkeypatch, fingerprint):
+def test_a_forged_fingerprint_makes_no_pages_equal(monkeypatch, fingerprint, together):
     """All pages have the same one."""
+    monkeypatch.setattr(dedup, "_COMPARED_SIZE", together * _PAGE)
     monkeypatch.setattr(
         PageDeduplicator,
         "_fingerprints_of",
