@@ -31,8 +31,9 @@ from qemu_dump_ext.guest.memory import GuestMemory, PackedMemory
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.page_codecs import UNCOMPRESSED, PageCodec, all_page_codecs
 from qemu_dump_ext.pages.dedup import PageDeduplicator, deduplicator
-from qemu_dump_ext.pages.packing import Compression, CopyingPacker, Packer
+from qemu_dump_ext.pages.packing import CopyingPacker, Packer
 from qemu_dump_ext.pages.packing_processes import start_packer
+from qemu_dump_ext.pages.page_packing import Compression
 from qemu_dump_ext.pages.pipeline import Piece, cut, read_through, worker_count
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest

@@ -14,7 +14,7 @@ from qemu_dump_ext.engine.stopped_guest import import_plug_ins, stopped_guest
 from qemu_dump_ext.errors import DumpTooLargeError, GuestMemoryFaultError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.linux.page_filter import FilterRules
-from qemu_dump_ext.pages.packing import Compression, pack_pages
+from qemu_dump_ext.pages.page_packing import Compression, pack_pages
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.zero_pages import numpy_or_none
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest

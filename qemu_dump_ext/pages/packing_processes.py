@@ -7,11 +7,9 @@ nothing of the guest, and so is there before anybody knows which guest it is.
 
 from __future__ import annotations
 
-import json
 import mmap
 import os
 import socket
-import struct
 import subprocess
 import sys
 from array import array
@@ -19,22 +17,21 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
 
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.interrupts import uninterrupted
-from qemu_dump_ext.pages.packing import PAGE_SIZES, Compression, Packer, pack_pages
+from qemu_dump_ext.pages.packing import Packer
+from qemu_dump_ext.pages.page_packing import ORDER, PAGE_SIZES, READY, Compression
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, buffer_count
 from qemu_dump_ext.third_party import interpreter
 
 _PROGRAM = (
-    "import json, sys; job = json.loads(sys.argv[1]); sys.path[:] = job.pop('path');"
-    " from qemu_dump_ext.pages.packing_processes import serve; serve(**job)"
+    "import sys; sys.path[:] = {path!r};"
+    " from qemu_dump_ext.pages.page_packing import serve; serve(**{job!r})"
 )
+"""With its words in it: to import what reads them takes as long as all that packs."""
 _NO_INTERPRETER = "false"
 """Ends at once, so that pages are packed here."""
-_ORDER = struct.Struct("=QQQ")
-_READY = b"ready"
 _ANSWER_MAX = 1 << 16
 """Bytes: more than the sizes of the pages of a piece take."""
 
@@ -50,14 +47,12 @@ class _PackingProcess:
         # A message each: an order is a few bytes, its answer four for each page.
         self._connection, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            job = {
-                "path": [str(Path(__file__).parents[2]), *sys.path],
-                "connection": theirs.fileno(),
-                "memory": memory,
-                "compression": asdict(compression),
-            }
+            program = _PROGRAM.format(
+                path=[str(Path(__file__).parents[2]), *sys.path],
+                job={"connection": theirs.fileno(), "memory": memory, **asdict(compression)},
+            )
             self._process = subprocess.Popen(
-                (interpreter() or _NO_INTERPRETER, "-S", "-c", _PROGRAM, json.dumps(job)),
+                (interpreter() or _NO_INTERPRETER, "-S", "-c", program),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -70,7 +65,7 @@ class _PackingProcess:
         """Tell, once that is known, whether the process has all that it needs."""
         if self._is_ready is None:
             try:
-                self._is_ready = self._connection.recv(_ANSWER_MAX) == _READY
+                self._is_ready = self._connection.recv(_ANSWER_MAX) == READY
             except OSError:
                 self._is_ready = False
         return self._is_ready
@@ -78,7 +73,7 @@ class _PackingProcess:
     def pack(self, offset: int, size: int, page_size: int) -> array[int]:
         sizes = array(PAGE_SIZES)
         try:
-            order = _ORDER.pack(offset, size, page_size)
+            order = ORDER.pack(offset, size, page_size)
             self._connection.send(order, socket.MSG_NOSIGNAL)
             sizes.frombytes(self._connection.recv(_ANSWER_MAX))
         except OSError as error:
@@ -156,21 +151,3 @@ def start_packer(compression: Compression, count: int) -> Packer:
         return PackingProcesses(compression, count)
     except OSError:
         return Packer(compression)
-
-
-def serve(connection: int, memory: int, compression: dict[str, Any]) -> None:
-    """Pack what is ordered until the other side goes: what a packing process does.
-
-    Args:
-        connection: Descriptor of the connection.
-        memory: Descriptor of the buffers.
-        compression: Fields of `Compression`.
-    """
-    compress = Compression(**compression).compressor()
-    whole = memoryview(mmap.mmap(memory, 0))
-    with socket.socket(fileno=connection) as orders, suppress(ConnectionError):
-        orders.send(_READY)
-        while order := orders.recv(_ORDER.size):
-            offset, size, page_size = _ORDER.unpack(order)
-            view = whole[offset : offset + size]
-            orders.send(pack_pages(view, page_size, compress))

@@ -37,8 +37,8 @@ from qemu_dump_ext.guest_images.store import ImageStore
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.pages.dedup import deduplicator
-from qemu_dump_ext.pages.packing import Compression
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
+from qemu_dump_ext.pages.page_packing import Compression
 from qemu_dump_ext.pages.pipeline import (
     PIECE_SIZE,
     Buffer,

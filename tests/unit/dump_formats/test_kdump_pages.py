@@ -10,7 +10,8 @@ import pytest
 
 from qemu_dump_ext.dump_formats import _kdump_pages, kdump
 from qemu_dump_ext.dump_formats._kdump_pages import BulkPageWriter, PageForm
-from qemu_dump_ext.pages.packing import Compression, Packer
+from qemu_dump_ext.pages.packing import Packer
+from qemu_dump_ext.pages.page_packing import Compression
 from qemu_dump_ext.pages.pipeline import Buffer, Extent, Piece
 from qemu_dump_ext.structures.c_struct import Abi
 from qemu_dump_ext.structures.kdump import PAGE_DESCRIPTOR

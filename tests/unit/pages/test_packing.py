@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from qemu_dump_ext import third_party
 from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.pages import packing_processes
-from qemu_dump_ext.pages.packing import Compression, Packer, pack_pages
+from qemu_dump_ext.pages.packing import Packer
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
+from qemu_dump_ext.pages.page_packing import Compression, pack_pages
 from qemu_dump_ext.pages.pipeline import Buffer
 from tests.support.doors import child_environment
 from tests.support.waiting import wait_until
@@ -121,10 +122,23 @@ def test_without_processes_pages_are_packed_here(
         assert packer.pack(fill(packer.buffers[0]), PAGE).tolist().count(0) == 2
 
 
+def test_a_process_that_packs_imports_little():
+    # Each would take a tenth of what it takes one to come up, for each CPU.
+    others = {"json", "pathlib", "socket", "subprocess", "qemu_dump_ext.pages.pipeline"}
+    program = (
+        f"import sys; sys.path[:] = {sys.path!r};"
+        " from qemu_dump_ext.pages.page_packing import Compression;"
+        f" Compression('zlib').compressor(); print(*{others} & set(sys.modules))"
+    )
+    argv = [sys.executable, "-S", "-c", program]
+    done = subprocess.run(argv, env=child_environment(), capture_output=True, check=True)
+    assert not done.stdout.split()
+
+
 def test_no_process_outlives_a_killed_program():
     program = (
         "import os, time;"
-        " from qemu_dump_ext.pages.packing import Compression;"
+        " from qemu_dump_ext.pages.page_packing import Compression;"
         " from qemu_dump_ext.pages.packing_processes import PackingProcesses;"
         " packer = PackingProcesses(Compression('zlib'), 2);"
         " print(packer.pack(packer.buffers[0], 4096).tolist().count(0), flush=True);"

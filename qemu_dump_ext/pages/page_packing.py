@@ -1,0 +1,103 @@
+"""Pack the pages of a buffer in place: one behind the other, compressed, without those of zeros.
+
+All that a packing process needs: it imports nothing else, for each CPU has one that is to come up.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+
+from qemu_dump_ext.page_codecs import Compress, find_page_codec
+
+PAGE_SIZES = "I"
+"""Type code of the array of packed sizes."""
+ORDER = struct.Struct("=QQQ")
+"""Of a packing process: offset and size of what it is to pack, and the page size."""
+READY = b"ready"
+"""What a packing process says before its first order."""
+
+
+@dataclass(frozen=True)
+class Compression:
+    """How the pages of a kdump are compressed.
+
+    Attributes:
+        codec: Name of it.
+        exact: As QEMU does it.
+        level: The level of the codec; None: the best trade of time and size.
+    """
+
+    codec: str
+    exact: bool = False
+    level: int | None = None
+
+    def compressor(self) -> Compress:
+        """Return a compressor for one thread.
+
+        Raises:
+            CodecUnavailableError: A package cannot be imported.
+            RequestError: The codec has no such level.
+        """
+        codec = find_page_codec(self.codec)
+        if self.exact or codec.tuned is None:
+            return codec.compressor()
+        return codec.tuned(self.level)
+
+
+def pack_pages(
+    view: memoryview, page_size: int, compress: Callable[[memoryview], bytes | memoryview]
+) -> array[int]:
+    """Pack in place.
+
+    Args:
+        view: A whole number of pages; afterwards the packed ones, then what is left of others.
+        page_size: The page size in bytes.
+        compress: Packs one page; is asked for each that is no zeros, in their order.
+
+    Returns:
+        For each page its packed size in bytes: 0 for one of zeros, which is left out, and
+        `page_size` for one that compression would not make smaller, which stays as it is.
+    """
+    zeros = bytes(page_size)
+    content = view.tobytes()
+    pages = memoryview(content)  # of which a slice is no copy
+    sizes = array(PAGE_SIZES)
+    end = 0
+    for start in range(0, len(content), page_size):
+        if content.startswith(zeros, start):
+            sizes.append(0)
+            continue
+        page = pages[start : start + page_size]
+        packed = compress(page)
+        size = len(packed)
+        if size >= page_size:
+            packed, size = page, page_size
+        view[end : end + size] = packed
+        end += size
+        sizes.append(size)
+    return sizes
+
+
+def serve(connection: int, memory: int, codec: str, *, exact: bool, level: int | None) -> None:
+    """Pack what is ordered until the other side goes: what a packing process does.
+
+    Args:
+        connection: Descriptor of the connection, a socket that keeps messages apart.
+        memory: Descriptor of the buffers.
+        codec: As all behind it, a field of `Compression`.
+        exact: Likewise.
+        level: Likewise.
+    """
+    compress = Compression(codec, exact=exact, level=level).compressor()
+    whole = memoryview(mmap.mmap(memory, 0))
+    with suppress(ConnectionError):
+        os.write(connection, READY)
+        while order := os.read(connection, ORDER.size):
+            offset, size, page_size = ORDER.unpack(order)
+            os.write(connection, pack_pages(whole[offset : offset + size], page_size, compress))
