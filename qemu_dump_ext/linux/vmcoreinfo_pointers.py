@@ -10,6 +10,7 @@ vmcoreinfo_size, vmcoreinfo_note.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 
@@ -56,6 +57,8 @@ class NotePointers:
         self._byte_order = byte_order
         self._memory = memory
         self._blocks = ram_blocks
+        # Kept: the kernel would have to find memory anew for each piece.
+        self._buffer, self._room = (memoryview(mmap.mmap(-1, _PIECE)) for _ in range(2))
 
     def targets(
         self,
@@ -133,12 +136,11 @@ class NotePointers:
 
     def _triples(self, start: int, end: int, word_size: int) -> Iterator[tuple[int, int]]:
         """Yield two pointers to pages that have what may be a size between them."""
-        buffer = bytearray((end - start) // word_size * word_size)
+        content = self._buffer[: (end - start) // word_size * word_size]
         try:
-            self._memory.read_into(start, memoryview(buffer))
+            self._memory.read_into(start, content)
         except GuestMemoryFaultError:
             return
-        content = bytes(buffer)
         for index in self._small_numbers(content, word_size):
             first = (index - 1) * word_size
             text, note = (
@@ -148,16 +150,17 @@ class NotePointers:
             if text and note and not (text | note) & _IN_PAGE and not (text ^ note) >> _MEMORY_BITS:
                 yield text, note
 
-    def _small_numbers(self, content: bytes, word_size: int) -> Iterable[int]:
+    def _small_numbers(self, content: memoryview, word_size: int) -> Iterable[int]:
         """Return the indexes of words of more than 8 bits and no more than 16, between others."""
         numpy = numpy_if_loaded()
         if numpy is None:
-            return self._small_numbers_by_bytes(content, word_size)
+            return self._small_numbers_by_bytes(bytes(content), word_size)
         order = "<" if self._byte_order == "little" else ">"
         words = numpy.frombuffer(content, dtype=f"{order}u{word_size}")[1:-1]
-        indexes: list[int] = (
-            numpy.flatnonzero((words >> 8 != 0) & (words >> 16 == 0)) + 1
-        ).tolist()
+        # Smaller numbers become the largest ones.
+        above = numpy.frombuffer(self._room, dtype=f"u{word_size}")[: len(words)]
+        numpy.subtract(words, words.dtype.type(1 << 8), out=above)
+        indexes: list[int] = (numpy.flatnonzero(above < (1 << 16) - (1 << 8)) + 1).tolist()
         return indexes
 
     def _small_numbers_by_bytes(self, content: bytes, word_size: int) -> Iterator[int]:

@@ -309,9 +309,9 @@ def test_lengths_are_the_same_by_numpy_and_without(
     numbers = [0, 1, 255, 256, 4000, 65535, 65536, 1 << 8 * size - 1] * 2
     content = b"".join(number.to_bytes(size, order) for number in [300, *numbers, 300])
     zero_pages.numpy_or_none()
-    by_numpy = list(found._small_numbers(content, size))
+    by_numpy = list(found._small_numbers(memoryview(content), size))
     monkeypatch.setattr(vmcoreinfo_pointers, "numpy_if_loaded", lambda: None)
-    assert by_numpy == list(found._small_numbers(content, size))
+    assert by_numpy == list(found._small_numbers(memoryview(content), size))
     assert by_numpy == [4, 5, 6, 12, 13, 14]
 
 
