@@ -65,6 +65,9 @@ def _begins(process: QemuProcess, word: str) -> bool:
 
 
 def _listed(processes: Sequence[QemuProcess]) -> str:
-    names = [f"{one.command_line.name or 'no name'} (PID {one.pid})" for one in processes]
+    names = [
+        f"{one.command_line.name} (PID {one.pid})" if one.command_line.name else f"PID {one.pid}"
+        for one in processes
+    ]
     more = len(names) - _LISTED_MAX
     return ", ".join(names[:_LISTED_MAX]) + (f" and {more} more" if more > 0 else "")

@@ -50,6 +50,8 @@ BITMAP_PIECE = 1 << 14
 PAGES_AT_ONCE = 256
 """Pages read and unpacked as one piece of work."""
 _NO_RUN = (1 << 64, 1 << 64)
+_ZEROS = 1
+"""Of a dump level: pages of zeros."""
 
 
 @dataclass
@@ -234,6 +236,17 @@ class KdumpFile(DumpFile):
         """Return the number of pages in the first (0) or second (1) bitmap."""
         pieces = self.bitmap_pieces(number)
         return sum(int.from_bytes(piece, "little").bit_count() for _, piece in pieces)
+
+    @property
+    def may_leave_zeros_out(self) -> bool:
+        """Whether pages were left out, and pages of zeros may be among them.
+
+        QEMU, and who writes like it, says so of every dump: there they share one page.
+        """
+        return bool(self.sub_header["dump_level"] & _ZEROS) and any(
+            int.from_bytes(first, "little") & ~int.from_bytes(second, "little")
+            for _, first, second in self.bitmap_pairs()
+        )
 
     @cached_property
     def _ranks(self) -> tuple[array[int], array[int]]:

@@ -160,17 +160,19 @@ def opening(
         kernel: The kernel in it.
         target: QEMU's name of the architecture; None: that of this host.
         reader: `crash`, `drgn` or `gdb`; None: the first that is there and can.
-        vmlinux: The kernel's symbols; None: looked for.
+        vmlinux: The kernel's symbols, in whatever is named by its user: crash needs no
+            VMCOREINFO besides. None: looked for.
         zeros_left_out: The dump has no pages of zeros, which crash must be told.
         names_kernel: Its header, if it is a kdump, has the names of the kernel; QEMU's has not.
 
     Raises:
         RequestError: The reader cannot open it, or is not there.
     """
+    is_linux = kernel.release is not None or vmlinux is not None
     vmlinux = vmlinux or find_vmlinux(kernel)
     problems = {
         name: _problem_of_format(name, dump_format, names_kernel=names_kernel)
-        or _problem(name, kernel, target, vmlinux)
+        or _problem(name, kernel, target, vmlinux, is_linux=is_linux)
         for name in READERS
     }
     if reader is None:
@@ -240,9 +242,13 @@ def _candidates(kernel: Kernel, template: str | None) -> Iterator[Path]:
             yield Path(place.format(root=_DEBUG_ROOT, release=release))
 
 
-def is_read_by_readers(dump_format: str) -> bool:
-    """Tell whether any reader opens dumps of a format, named as for `opening`."""
-    return any(_problem_of_format(reader, dump_format) is None for reader in READERS)
+def is_for_crash_alone(dump_format: str, *, names_kernel: bool) -> bool:
+    """Tell whether no reader but crash, if any, opens a dump; arguments as of `opening`."""
+    return all(
+        _problem_of_format(reader, dump_format, names_kernel=names_kernel) is not None
+        for reader in READERS
+        if reader != "crash"
+    )
 
 
 def _problem_of_format(reader: str, dump_format: str, *, names_kernel: bool = True) -> str | None:
@@ -257,11 +263,13 @@ def _problem_of_format(reader: str, dump_format: str, *, names_kernel: bool = Tr
     return "it reads ELF cores and kdumps"
 
 
-def _problem(reader: str, kernel: Kernel, target: str | None, vmlinux: Path | None) -> str | None:
+def _problem(
+    reader: str, kernel: Kernel, target: str | None, vmlinux: Path | None, *, is_linux: bool
+) -> str | None:
     """Return why a reader opens no such dump here, or None."""
     if reader == "gdb":
         return None if shutil.which("gdb") else _NOT_INSTALLED
-    if kernel.release is None:
+    if kernel.release is None and (reader == "drgn" or not is_linux):
         return "nothing in it tells of a Linux kernel (VMCOREINFO)"
     if reader == "drgn":
         return None if _drgn() else f"{_NOT_INSTALLED} (pip install 'qemu_dump_ext[drgn]')"

@@ -23,7 +23,7 @@ from qemu_dump_ext.qemu.address import tcp_address
 from qemu_dump_ext.qemu.command_line import QMP
 from qemu_dump_ext.qemu.qmp_client import new_client, new_listener
 from qemu_dump_ext.qemu.qmp_message import bad_reply, monitor_text, target_of
-from qemu_dump_ext.qemu.socket_kind import GREETING_SECONDS, open_socket
+from qemu_dump_ext.qemu.socket_kind import GREETING_SECONDS, QMP_HINT, open_socket
 from qemu_dump_ext.third_party import import_package
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ class QmpMonitor(SharedQmp):
             connection.close()
             raise ConnectError(
                 f"cannot connect to QMP socket {self.address}: {_reason(error)}",
-                hint="it is the path behind -qmp unix:PATH,server=on,wait=off",
+                hint=QMP_HINT,
             ) from error
 
     def close(self) -> None:

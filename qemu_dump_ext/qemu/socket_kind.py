@@ -9,6 +9,7 @@ that was touched by mistake lets the guest run again.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import select
@@ -56,10 +57,15 @@ _NAMES: Mapping[str, tuple[str, str]] = {
 _RECENT_SECONDS = 2.0
 _MISSED_SECONDS = 0.1
 _HINT_MAX = 64 << 10
+QMP_HINT = "it is the path behind -qmp unix:PATH,server=on,wait=off"
 _WANTED: Mapping[str, tuple[str, str]] = {
-    QMP: ("QMP socket", "it is the path behind -qmp unix:PATH,server=on,wait=off"),
+    QMP: ("QMP socket", QMP_HINT),
     HMP: ("monitor", "it is the path behind -monitor unix:PATH,server=on,wait=off"),
     GDBSTUB: ("gdbstub", "it is the ADDRESS behind QEMU's -gdb"),
+}
+_AT_PORT: Mapping[str, str] = {
+    QMP: "it is HOST:PORT behind -qmp tcp:HOST:PORT,server=on,wait=off",
+    HMP: "it is HOST:PORT behind -monitor tcp:HOST:PORT,server=on,wait=off",
 }
 
 
@@ -372,6 +378,13 @@ def _connect(address: str, wanted: str) -> socket.socket:
 def _not_connected(address: str, wanted: str, error: OSError) -> ConnectError:
     name, hint = _WANTED[wanted]
     reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+    target = tcp_address(address)
+    if target is not None:
+        hint = _AT_PORT.get(wanted, hint)
+    elif error.errno in {errno.EACCES, errno.EPERM}:
+        hint = "root may, and the user that QEMU runs as"
+    elif error.errno == errno.ECONNREFUSED and not Path(unix_path(address)).is_socket():
+        reason = "it is no socket"
     return ConnectError(f"cannot connect to {name} {address}: {reason or error}", hint=hint)
 
 

@@ -261,16 +261,18 @@ def finish(dump: subprocess.Popen[bytes]) -> tuple[int, str]:
 
 
 def test_what_is_no_qmp_socket(stopped: QemuMachine, folder: Path):
-    for address, reason in (
-        (folder / "none", "No such file or directory"),
-        (folder / "existing", "Connection refused"),
-        (stopped.console_log.parent / "stderr", "Connection refused"),
-        ("127.0.0.1:1", r"[Cc]onnect|refused"),
-        ("no-host.invalid:4444", r"."),
+    by_path, by_port = "unix:PATH", "tcp:HOST:PORT"
+    for address, reason, hint in (
+        (folder / "none", "No such file or directory", by_path),
+        (folder / "existing", "it is no socket", by_path),
+        (stopped.console_log.parent / "stderr", "it is no socket", by_path),
+        (folder, "it is no socket", by_path),
+        ("127.0.0.1:1", r"[Cc]onnect|refused", by_port),
+        ("no-host.invalid:4444", r".", by_port),
     ):
         with no_trace(folder):
             result = run_cli("--qmp", address, folder / "new")
-        refuse(result, 3, rf"cannot connect to QMP socket {address}: .*{reason}.*-qmp unix:PATH")
+        refuse(result, 3, rf"cannot connect to QMP socket {address}: .*{reason}.*-qmp {hint}")
 
 
 def test_sockets_that_speak_something_else(tmp_path: Path):

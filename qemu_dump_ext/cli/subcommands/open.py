@@ -19,7 +19,7 @@ from qemu_dump_ext.engine.opening import (
     fetch_vmlinux,
     find_vmlinux,
     is_file,
-    is_read_by_readers,
+    is_for_crash_alone,
     opening,
     symbols_command,
 )
@@ -56,18 +56,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
-    if not os.path.lexists(path):
+    if not os.path.lexists(arguments.file) and os.sep not in arguments.file:
         return _open_crash(arguments)
     with open_dump(path) as dump:
         facts, dump_format = dump.vmcoreinfo_facts, dump.format
-        zeros_left_out = isinstance(dump, KdumpFile) and bool(dump.sub_header["dump_level"] & 1)
+        zeros_left_out = isinstance(dump, KdumpFile) and dump.may_leave_zeros_out
         names_kernel = dump.utsname.names_linux
         try:
             target = StoredGuest(dump).architecture.name
         except DumpError:
             target = None
     kernel = Kernel(facts.get("OSRELEASE"), facts.get("BUILD-ID"))
-    vmlinux = arguments.vmlinux or find_vmlinux(kernel) or fetch_vmlinux(kernel)
+    vmlinux = arguments.vmlinux
+    if vmlinux is not None and not is_file(vmlinux):
+        raise RequestError(f"--vmlinux: there is no file {vmlinux}")
+    if vmlinux is None and kernel.release is not None:
+        vmlinux = find_vmlinux(kernel) or fetch_vmlinux(kernel)
     found = opening(
         path,
         dump_format,
@@ -81,9 +85,9 @@ def _run(arguments: argparse.Namespace) -> int:
     if found is None:
         raise RequestError(
             f"nothing on this host opens {path}",
-            hint=_advice(kernel)
-            if is_read_by_readers(dump_format)
-            else f"'qemu-dump convert {shlex.quote(str(path))} vm.elf' makes what they open",
+            hint=f"'qemu-dump convert {shlex.quote(str(path))} vm.elf' makes what readers open"
+            if is_for_crash_alone(dump_format, names_kernel=names_kernel)
+            else _advice(kernel),
         )
     if arguments.print:
         print(printable(found.line()))
@@ -100,8 +104,6 @@ def _advice(kernel: Kernel) -> str:
 
 def _open_crash(arguments: argparse.Namespace) -> int:
     """Leave it to the collector's own command, which knows the store."""
-    if os.sep in arguments.file:
-        raise RequestError(f"cannot open {arguments.file}: there is no such file")
     require_extra("collector", "a crash of the collector's store")
     from qemu_dump_ext.cli.crash_collector_command import main  # noqa: PLC0415 - needs pydantic
 
