@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from qemu_dump_ext.structures.dialect import QemuVersion
 
-_INCOMING_WORDS_SINCE: QemuVersion = (8, 0, 0)  # 7.2 says `incoming`, 11.1 does not
+_INCOMING_WORDS_SINCE: QemuVersion = (11, 0, 0)  # 10.2 says `incoming`, 11.1 does not
 PAUSED = "paused"
 """What `stop`, and a debugger that connects, make of a running guest."""
 RESET = "prelaunch"
