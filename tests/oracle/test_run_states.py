@@ -22,7 +22,7 @@ from tests.support.blocked_target import BlockedTarget, blocked_target
 from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import child_environment, cli_argv, guest_status, run_cli, run_gdb
 from tests.support.hmp_proxy import HmpSocket, Proxy, QmpSocket, monitor_arguments
-from tests.support.newer_qemu import newer_qemu_command
+from tests.support.newer_qemu import newer_qemu_command, own_qemu_version
 from tests.support.raw_qmp import RawQmp
 from tests.support.waiting import wait_until
 
@@ -396,9 +396,10 @@ def test_a_killed_dump_lets_the_guest_run(spinning: tuple[QemuMachine, RawQmp], 
         wait_until(lambda: status(qmp) == "running", "the guest runs")
 
 
-@pytest.mark.parametrize("option", ["-singlestep"])
-def test_a_guest_that_runs_in_single_steps_is_stopped(tmp_path: Path, option: str):
-    with running_machine(tmp_path, option) as (machine, qmp):
+def test_a_guest_that_runs_in_single_steps_is_stopped(tmp_path: Path):
+    newer = ("-accel", "tcg,one-insn-per-tb=on")
+    words = newer if own_qemu_version() >= (8, 1, 0) else ("-singlestep",)
+    with running_machine(tmp_path, *words) as (machine, qmp):
         with dump_under_way(machine, qmp, tmp_path) as (process, target):
             target.drain()
             code, said = ended(process)
