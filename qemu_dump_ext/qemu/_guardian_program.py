@@ -40,8 +40,11 @@ class GoneError(Exception):
 
 
 class _Qmp:
+    """QMP; QEMU answers there, too, what it still did for who was connected before."""
+
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
+        self._count = 0
         self._lines = connection.makefile("rb")
         self._message()  # the greeting: QEMU is there, and for us
         self.execute("qmp_capabilities")
@@ -59,9 +62,11 @@ class _Qmp:
         return str(self.execute("human-monitor-command", arguments).get("return"))
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> dict[str, Any]:
-        request = {"execute": command} | ({"arguments": arguments} if arguments else {})
+        self._count += 1
+        mine = f"guardian {os.getpid()} {self._count}"
+        request = {"execute": command, "id": mine} | ({"arguments": arguments} if arguments else {})
         self._connection.sendall(json.dumps(request).encode() + b"\n")
-        while not {"return", "error"} & (answer := self._message()).keys():
+        while (answer := self._message()).get("id") != mine:
             pass
         return answer
 

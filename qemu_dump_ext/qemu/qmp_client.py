@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
@@ -78,6 +79,12 @@ def client_class() -> type[Any]:
         def __init__(self, on_unreadable: Callable[[str], None] | None = None) -> None:
             super().__init__(readbuflen=LINE_MAX)
             self._on_unreadable = on_unreadable
+            self._own_ids = os.urandom(4).hex()
+
+        def _get_exec_id(self) -> str:
+            # QEMU answers here, too, what it still did for who was connected before: who counts
+            # as we do would be answered for us.
+            return f"{super()._get_exec_id()} {self._own_ids}"
 
         def waiting_ids(self) -> Iterable[str]:
             # Of questions without an answer, in the order in which they were asked.
@@ -101,8 +108,8 @@ def client_class() -> type[Any]:
                     if self._reader_task is None:  # the greeting, or what follows it
                         raise ProtocolError(f"the message makes no sense: {error}") from error
                     content = self._refusal(line or _end_of(error), str(error))
-                if content is None:
-                    continue
+                if content is None or (self._reader_task is None and "id" in content):
+                    continue  # the negotiation is without one
                 message = Message(content, eager=False)
                 if self._reader_task is not None or "event" not in content:
                     return message
