@@ -18,7 +18,13 @@ from qemu_dump_ext import __version__
 from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Program, Subcommand
 from qemu_dump_ext.discovery import collect
-from qemu_dump_ext.errors import EXIT_INTERRUPTED, EXIT_SUCCESS, DumpError, SourceError
+from qemu_dump_ext.errors import (
+    EXIT_INTERRUPTED,
+    EXIT_SUCCESS,
+    DumpError,
+    RequestError,
+    SourceError,
+)
 from qemu_dump_ext.host_limits import require_room
 from qemu_dump_ext.options.parsers import OneLineParser, PlainParser, epilog_of
 from qemu_dump_ext.printable import printable
@@ -124,6 +130,16 @@ class _ProgramParser(OneLineParser):
         if isinstance(command, Subcommand):
             words[1:] = command.spell_out(words[1:])
         return super().parse_known_args(words, namespace)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse words; what nobody knows is told of the subcommand that it was said to."""
+        found, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise RequestError(
+                f"unrecognized arguments: {' '.join(unknown)}",
+                hint=f"'{self.prog} {found.subcommand} --help' shows the options",
+            )
+        return found
 
 
 def subcommand_parser(

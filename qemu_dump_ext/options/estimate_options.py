@@ -25,7 +25,7 @@ def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default=_DEFAULT_FORMAT,
         metavar="NAME",
-        choices=all_dump_formats(),
+        choices=[name for name, one in all_dump_formats().items() if not one.of_windows],
         help=f"format of the dumps by its name in QMP; default: {_DEFAULT_FORMAT}",
     )
     parser.add_argument(

@@ -134,3 +134,17 @@ def test_what_a_program_leaves_is_not_looked_through_when_it_ends():
         timeout=60,
     )
     assert done.stdout.endswith("\nTrue\n")
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "prog"),
+    [
+        (qemu_dump, ["convert", "in", "out", "--exact"], "qemu-dump convert"),
+        (qemu_dump, ["guests", "web1"], "qemu-dump guests"),
+        (crash_collector, ["list", "--frob"], "qemu-crash-collector list"),
+    ],
+)
+def test_what_a_subcommand_does_not_know_is_told_with_its_help(program, words, prog, capsys):
+    assert program(words) == 2
+    said = f"{prog}: unrecognized arguments: {words[-1]} ('{prog} --help' shows the options)\n"
+    assert capsys.readouterr().err == said

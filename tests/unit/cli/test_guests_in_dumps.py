@@ -92,6 +92,13 @@ def test_what_is_said_of_a_dump_is_not_for_live_guests(capsys, command, word):
     assert capsys.readouterr().err == said
 
 
+def test_dumps_of_windows_have_no_levels_to_estimate(tmp_path, capsys):
+    path = tmp_path / "in"
+    path.write_bytes(ELF)
+    assert main(["estimate", "--format", "win-dmp", str(path)]) == 2
+    assert "--format: invalid choice: 'win-dmp'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", ["convert", "dmesg", "estimate", "inspect", "verify"])
 def test_a_dump_is_read_from_a_file(capsys, command, tmp_path):
     out = [str(tmp_path / "out")] if command == "convert" else []

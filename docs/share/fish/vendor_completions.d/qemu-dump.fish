@@ -121,7 +121,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l pid -x -d 'the gue
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l libvirt -x -d 'the guest by its domain of libvirt: name, UUID or ID'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l connect -x -d 'of libvirt'"'"'s connection, such as qemu:///system'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l memory -xka "auto backing_file process native_stream pmemsave gdbstub" -d 'of a live guest: where guest memory comes from; auto takes the fastest that works'
-complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none win-dmp" -d 'format of the dumps by its name in QMP; default: kdump-zlib'
+complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l format -xka "elf kdump-lzo kdump-raw-lzo kdump-snappy kdump-raw-snappy kdump-zlib kdump-raw-zlib kdump-zstd kdump-raw-zstd kdump-none kdump-raw-none" -d 'format of the dumps by its name in QMP; default: kdump-zlib'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l kernel -x -d 'by this kernel (as '"'"'uname -r'"'"' prints it, or its note'"'"'s address as 0x...) where memory has several'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate' -l json -d 'answer as one line of JSON'
 complete -c qemu-dump -n '_shtab_qemu_dump_using estimate; and test $_shtab_qemu_dump_npos -eq 0' -ka "(__fish_complete_path (commandline -ct))" -d 'a dump of any format that is read; told by what is in it'
