@@ -36,7 +36,7 @@ from qemu_dump_ext.qemu.monitor_text import (
 )
 from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.qemu.process import find_qemu_process
-from qemu_dump_ext.qemu.target_name import target_by_qmp, target_name
+from qemu_dump_ext.qemu.target_name import target_by_program, target_by_qmp, target_name
 from qemu_dump_ext.registers.from_native_notes import NativeNotes, parse_native_notes
 from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
@@ -44,8 +44,8 @@ from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED, QemuVersion
 
 _IT_RUNS = "the guest runs, and QEMU would stop it for a dump"
-_ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 0, 0)
-"""From here on QMP's query-target may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
+_ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 1, 0)
+"""From here on, or later, QMP may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
 
 
 @dataclass(frozen=True)
@@ -273,5 +273,5 @@ def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
 
 def _target_name(access: GuestAccess, version: QemuVersion) -> Callable[[], str | None]:
     if version >= _ONE_NAME_FOR_BOTH_BYTE_ORDERS:
-        return lambda: None
+        return lambda: target_by_program(access)
     return lambda: target_name(access)

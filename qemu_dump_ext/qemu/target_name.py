@@ -24,8 +24,11 @@ def target_name(access: GuestAccess) -> str | None:
     Raises:
         SourceError: QMP is there, and does not answer.
     """
-    if access.qmp is not None:
-        return target_by_qmp(access)
+    return target_by_program(access) if access.qmp is None else target_by_qmp(access)
+
+
+def target_by_program(access: GuestAccess) -> str | None:
+    """Return the same by the name of the program alone, of a QEMU on this host."""
     with contextlib.suppress(SourceError, OSError):
         return _of_process(access.pid or find_qemu_process(access.addresses))
     return None

@@ -22,6 +22,7 @@ from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from tests.support.crash_agent import CrashAgent, run_collector
 from tests.support.doors import REPOSITORY, guest_status, run_cli, run_gdb
 from tests.support.hmp_proxy import monitor_arguments, run_proxy
+from tests.support.newer_qemu import newer_qemu_command
 from tests.support.raw_qmp import RawQmp
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
@@ -109,6 +110,16 @@ def test_every_door_by_qmp_knows_the_target(sh4: QemuMachine, tmp_path: Path, do
     DOORS_BY_QMP[door](sh4, str(sh4.qmp_sockets[0]), tmp_path / "dump")
     _assert_sh4(tmp_path / "dump")
     assert guest_status(sh4) == "prelaunch"
+
+
+@pytest.mark.parametrize("target", ["sh4", "sh4eb"])
+def test_a_newer_qemu_that_has_one_name_for_both_byte_orders(tmp_path: Path, target: str):
+    """Its program tells."""
+    command = newer_qemu_command(target, "qemu-system-misc")
+    with stopped_machine(command, ["-M", "r2d"]) as machine:
+        _command_line(machine, str(machine.qmp_sockets[0]), tmp_path / "dump")
+    with open_dump(tmp_path / "dump") as dump:
+        assert dump.byte_order == ("big" if target.endswith("eb") else "little")
 
 
 def test_a_proxy_at_the_human_monitor_knows_the_target(sh4: QemuMachine, tmp_path: Path):
