@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
@@ -202,13 +202,13 @@ def has_monitor(process: QemuProcess) -> bool:
     return any(way.use in _MONITORS for way in ways_of(process, SocketTables()))
 
 
-def _best(ways: Sequence[Way]) -> Way | None:
+def _best(ways: Iterable[Way]) -> Way | None:
     usable = [way for way in ways if way.use in _MONITORS and way.address and not way.taken]
     return min(usable, key=lambda way: way.use != QMP, default=None)
 
 
 def _unreachable(process: QemuProcess) -> ConnectError:
-    ways = ways_of(process, SocketTables())
+    ways = list(ways_of(process, SocketTables()))
     monitors = [way for way in ways if way.use in _MONITORS]
     told = "; ".join(
         f"{way.use} {way.address or way.channel.backend}: {way.state}" for way in monitors

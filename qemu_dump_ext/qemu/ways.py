@@ -142,22 +142,25 @@ class SocketTables:
         return None
 
 
-def ways_of(process: QemuProcess, tables: SocketTables) -> list[Way]:
-    """Return the ways to one QEMU; consoles and other devices are among them."""
+def ways_of(process: QemuProcess, tables: SocketTables) -> Iterator[Way]:
+    """Yield the ways to one QEMU; consoles and other devices are among them.
+
+    What the command line does not tell comes last, for it takes longest: who has found what he
+    looks for need not know of all TCP connections of the host.
+    """
     channels = process.command_line.channels
     terminals = _terminals_of(process, channels)
     explained: set[int] = set()
-    found = []
     for index, channel in enumerate(channels):
         if not channel.listens and channel.backend in {"unix", "tcp"}:
-            found.append(_way_from_qemu(process, channel, tables))
+            yield _way_from_qemu(process, channel, tables)
         elif channel.backend == "unix":
-            found.append(_unix_way(process, channel, tables, explained))
+            yield _unix_way(process, channel, tables, explained)
         elif channel.backend == "tcp":
-            found.append(_tcp_way(process, channel, tables, explained))
+            yield _tcp_way(process, channel, tables, explained)
         else:
-            found.append(Way(channel, terminals.get(index)))
-    return [*found, *_opened_later(process, tables, explained)]
+            yield Way(channel, terminals.get(index))
+    yield from _opened_later(process, tables, explained)
 
 
 def _terminals_of(process: QemuProcess, channels: Sequence[Channel]) -> dict[int, str]:
@@ -252,9 +255,10 @@ def _tcp_way(
 
 def _opened_later(process: QemuProcess, tables: SocketTables, explained: set[int]) -> Iterator[Way]:
     for inode in sorted(process.socket_inodes - explained):
-        if (unix := tables.unix_of(process).get(inode)) is not None and unix.listens and unix.name:
-            channel = Channel(UNKNOWN, "unix", unix.name, listens=True)
-            yield Way(channel, process.path_from_here(unix.name))
+        if (unix := tables.unix_of(process).get(inode)) is not None:
+            if unix.listens and unix.name:
+                channel = Channel(UNKNOWN, "unix", unix.name, listens=True)
+                yield Way(channel, process.path_from_here(unix.name))
         elif (tcp := tables.tcp(process).get(inode)) is not None and tcp.listens:
             host, port = tcp.local
             channel = Channel(UNKNOWN, "tcp", None, host, port, listens=True)

@@ -47,4 +47,5 @@ def test_no_more_sockets_are_looked_at_than_its_own(monkeypatch):
         assert expected is not None
         assert expected[1].use == "qmp"
         monkeypatch.setattr(ways, "unix_sockets", lambda _pid: pytest.fail("all are read"))
+        monkeypatch.setattr(ways, "tcp_sockets", lambda _pid: pytest.fail("so are others"))
         assert find_way(path) == expected
