@@ -138,6 +138,15 @@ def test_what_packs_is_started_before_the_guest_stands_still(larger, tmp_path, w
     assert done["started"] == [False] * count
 
 
+def test_what_packs_is_started_where_a_dump_level_may_leave_enough(tmp_path):
+    backend = "memory-backend-ram,id=ram,size=4G,reserve=off"
+    arguments = ["-M", "q35,memory-backend=ram", "-m", "4096", "-object", backend]
+    words = ("-z", "--threads", "2", "--dump-level", "31")
+    with stopped_machine(["qemu-system-x86_64"], arguments) as large:
+        done = _dump(large, tmp_path / "dump", *words)
+    assert (done["status"], done["imported"], done["started"]) == (0, [], [False] * 2)
+
+
 def test_what_packs_ends_where_the_guest_is_not_even_stopped(tmp_path):
     arguments = ["-m", "257", "-incoming", "defer"]
     with (
