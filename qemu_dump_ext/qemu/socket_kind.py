@@ -264,12 +264,18 @@ def check_greeting(
 
 
 def busy(address: str, wanted: str, way: Way | None) -> ConnectError:
-    """Return the error for a socket that serves somebody else."""
+    """Return the error for a socket that serves somebody else, or nobody."""
     name = _WANTED[wanted][0]
     if wanted == GDBSTUB:
         by = f": {way.holder}" if way is not None and way.holder else ""
         return ConnectError(
             f"another debugger is connected to {address}{by}", hint="QEMU serves one at a time"
+        )
+    if way is not None and not way.taken:
+        return ConnectError(
+            f"{name} {address} does not answer: no greeting in {GREETING_SECONDS:.0f} s",
+            hint="its QEMU hangs, or serves somebody who cannot be seen from here; --memory process"
+            " with --pid asks it nothing",
         )
     what = f"{name} {address} is busy"
     if way is not None and way.holder is not None:
@@ -381,6 +387,9 @@ def _not_connected(address: str, wanted: str, error: OSError) -> ConnectError:
     target = tcp_address(address)
     if target is not None:
         hint = _AT_PORT.get(wanted, hint)
+    elif error.errno == errno.EAGAIN:
+        reason = "it takes no connections: others wait there"
+        hint = "its QEMU hangs; --memory process with --pid asks it nothing"
     elif error.errno in {errno.EACCES, errno.EPERM}:
         hint = "root may, and the user that QEMU runs as"
     elif error.errno == errno.ECONNREFUSED and not Path(unix_path(address)).is_socket():

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -221,6 +222,21 @@ def test_a_monitor_that_serves_somebody_else_is_no_silent_one(machine: QemuMachi
     with RawQmp(machine.qmp_sockets[0]), RawQmp(machine.qmp_sockets[1]):
         done = run_cli("--pid", machine.pid, "--memory", "process", tmp_path / "dump")
     assert (done.returncode, "taken" in done.stderr) == (3, True), done.stderr
+
+
+def test_who_asks_is_told_that_nobody_answers(machine: QemuMachine):
+    address = machine.qmp_sockets[0]
+    with stopped_process(machine.pid), contextlib.ExitStack() as waiting:
+        unanswered = tools("info", "--qmp", address)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                other = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                other.setblocking(False)
+                other.connect(str(address))
+        crowded = tools("info", "--qmp", address)
+    assert (unanswered.returncode, crowded.returncode) == (3, 3)
+    assert f"{address} does not answer: no greeting in 5 s (its QEMU hangs" in unanswered.stderr
+    assert f"{address}: it takes no connections: others wait there" in crowded.stderr
 
 
 def test_a_description_of_another_guest_is_refused(
