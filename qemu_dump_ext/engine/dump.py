@@ -54,8 +54,8 @@ _TAKES_LESS = {
     "smallest": None,
 }
 
-_LEFT_AT_LEVELS = 16
-"""No more than this part of a large guest is expected in a dump without cache and free pages."""
+_LEFT_AT_MOST = 16
+"""No more than this part of a guest is expected in a dump of the highest level."""
 
 
 def dump(
@@ -111,8 +111,8 @@ def _writing(request: DumpRequest, access: GuestAccess) -> AbstractContextManage
     size = read_memory_size(access.monitor) or 0
     if request.memory_range is not None:
         size = min(size, request.memory_range.length)
-    if request.level_of_pages:
-        size //= _LEFT_AT_LEVELS
+    if request.level_of_pages == DUMP_LEVEL_MAX:
+        size //= _LEFT_AT_MOST
     return dump_format.start(request, size)
 
 

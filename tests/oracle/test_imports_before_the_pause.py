@@ -125,6 +125,7 @@ def larger() -> Iterator[QemuMachine]:
     [
         (("-z", "--threads", "3"), 3),
         (("-z", "zstd", "-R", "--threads", "2", "--snapshot"), 2),
+        (("-z", "--threads", "2", "--dump-level", "1"), 2),
         (("-z", "--threads", "1"), 0),
         (("--threads", "2"), 0),
         (("-z", "--threads", "2", "--range", "0", "0x1000000"), 0),
@@ -138,7 +139,7 @@ def test_what_packs_is_started_before_the_guest_stands_still(larger, tmp_path, w
     assert done["started"] == [False] * count
 
 
-def test_what_packs_is_started_where_a_dump_level_may_leave_enough(tmp_path):
+def test_what_packs_is_started_where_the_highest_level_may_leave_enough(tmp_path):
     backend = "memory-backend-ram,id=ram,size=4G,reserve=off"
     arguments = ["-M", "q35,memory-backend=ram", "-m", "4096", "-object", backend]
     words = ("-z", "--threads", "2", "--dump-level", "31")
