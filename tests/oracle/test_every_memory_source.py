@@ -31,8 +31,6 @@ from tests.support.ways import (
 
 pytestmark = [pytest.mark.qemu, pytest.mark.gdb]
 
-_MIB = 2
-
 
 @dataclass(frozen=True)
 class Guest:
@@ -44,6 +42,7 @@ class Guest:
         ram: A gpa of it.
         package: Which has a newer QEMU; empty: the machine's own.
         gdb: What gdb is told before it connects.
+        mib: Of memory.
     """
 
     name: str
@@ -51,6 +50,7 @@ class Guest:
     ram: int = 0
     package: str = ""
     gdb: tuple[str, ...] = ()
+    mib: int = 2
 
 
 GUESTS = (
@@ -60,7 +60,7 @@ GUESTS = (
     Guest("arm", ("virt",), ram=1 << 30),
     Guest("ppc64", ("mac99", "-cpu", "G4")),
     Guest("ppc", ("mac99", "-cpu", "G4")),
-    Guest("s390x", ("s390-ccw-virtio",)),
+    Guest("s390x", ("s390-ccw-virtio",), mib=4),  # its firmware takes more than two
     Guest("riscv64", ("virt", "-bios", "none"), ram=2 << 30),
     Guest("riscv32", ("virt", "-bios", "none"), ram=2 << 30),
     Guest("loongarch64", ("virt",), package="qemu-system-misc", gdb=("set architecture alpha",)),
@@ -94,12 +94,12 @@ def _take(guest: Guest, folder: Path) -> Dumps:
     if shutil.which(command[0]) is None or shutil.which("gdb-multiarch") is None:
         pytest.skip(f"{command[0]} or gdb-multiarch is not installed")
     machine_type, *more = guest.machine
-    arguments = ["-M", f"{machine_type},memory-backend=ram", *more, "-m", f"{_MIB}M"]
-    arguments += ["-object", f"memory-backend-memfd,id=ram,size={_MIB}M,share=on"]
+    arguments = ["-M", f"{machine_type},memory-backend=ram", *more, "-m", f"{guest.mib}M"]
+    arguments += ["-object", f"memory-backend-memfd,id=ram,size={guest.mib}M,share=on"]
     with stopped_machine(command, arguments) as machine:
         with RawGdbstub(machine.gdb_socket) as stub:
             assert stub.packet("Qqemu.PhyMemMode:1") == "OK"
-            for offset in (0, 65536 - 500, (_MIB << 20) - 1000):
+            for offset in (0, 65536 - 500, (guest.mib << 20) - 1000):
                 content = hashlib.shake_128(str(offset).encode()).hexdigest(1000)
                 assert stub.packet(f"M{guest.ram + offset:x},{1000:x}:{content}") == "OK"
             assert stub.packet("Qqemu.PhyMemMode:0") == "OK"
