@@ -11,6 +11,7 @@ from qemu_dump_ext.architectures import all_architectures
 from qemu_dump_ext.dump_readers import DumpFile, open_dump
 from qemu_dump_ext.engine.stored_guest import StoredGuest
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.memory_sources import AUTO
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.standard_error import tell
 
@@ -61,6 +62,20 @@ def refuse_source_arguments(arguments: argparse.Namespace) -> None:
         if getattr(arguments, "parts" if name == "part" else name):
             word = name.replace("_", "-")
             raise RequestError(f"--{word} is for dumps, and not for guests that are there")
+
+
+def refuse_guest_arguments(arguments: argparse.Namespace) -> None:
+    """Refuse what is said of a guest that is there, where there is a dump of one.
+
+    Raises:
+        RequestError: It is said.
+    """
+    said = {
+        "memory": arguments.memory != AUTO,
+        "description": getattr(arguments, "description", None) is not None,
+    }
+    for word in (word for word, is_said in said.items() if is_said):
+        raise RequestError(f"--{word} is for guests that are there, and not for dumps of them")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from qemu_dump_ext.cli._source_arguments import (
     add_source_arguments,
     add_target_argument,
     open_guest_of,
+    refuse_guest_arguments,
     refuse_source_arguments,
 )
 from qemu_dump_ext.connections.silent import open_guest_or_memory
@@ -67,6 +68,7 @@ def _read(arguments: argparse.Namespace) -> GuestLog:
     if (arguments.file is None) != target.is_told:
         raise RequestError("whose log?", hint="name a dump, or a live guest, as by --guest NAME")
     if arguments.file is not None:
+        refuse_guest_arguments(arguments)
         seconds = arguments.search_seconds
         with open_guest_of(arguments.file, arguments, search_seconds=seconds) as stored:
             return read_log(stored, kernel=arguments.kernel)

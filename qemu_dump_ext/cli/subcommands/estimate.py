@@ -11,6 +11,7 @@ from qemu_dump_ext.cli._source_arguments import (
     add_source_arguments,
     add_target_argument,
     open_guest_of,
+    refuse_guest_arguments,
     refuse_source_arguments,
 )
 from qemu_dump_ext.cli.gdb_driver import quote_for_gdb, run_through_gdb
@@ -44,6 +45,8 @@ def _run(arguments: argparse.Namespace) -> int:
         )
     if arguments.file is None:
         refuse_source_arguments(arguments)
+    else:
+        refuse_guest_arguments(arguments)
     if arguments.gdb is not None:
         words = words_of_options(arguments, add_estimate_arguments)
         command = " ".join(["qemu-estimate-dump", *map(quote_for_gdb, words)])

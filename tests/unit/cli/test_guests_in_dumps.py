@@ -92,6 +92,18 @@ def test_what_is_said_of_a_dump_is_not_for_live_guests(capsys, command, word):
     assert capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(
+    ("command", "word"),
+    [("dmesg", "--memory"), ("estimate", "--memory"), ("dmesg", "--description")],
+)
+def test_what_is_said_of_a_live_guest_is_not_for_dumps(tmp_path, capsys, command, word):
+    path = tmp_path / "in"
+    path.write_bytes(ELF)
+    assert main([command, str(path), word, "process"]) == 2
+    said = f"qemu-dump {command}: {word} is for guests that are there, and not for dumps of them\n"
+    assert capsys.readouterr().err == said
+
+
 def test_dumps_of_windows_have_no_levels_to_estimate(tmp_path, capsys):
     path = tmp_path / "in"
     path.write_bytes(ELF)
