@@ -51,7 +51,7 @@ class Compression:
 
 
 def pack_pages(
-    view: memoryview, page_size: int, compress: Callable[[memoryview], bytes | memoryview]
+    view: memoryview, page_size: int, compress: Callable[[bytes], bytes | memoryview]
 ) -> array[int]:
     """Pack in place.
 
@@ -65,15 +65,14 @@ def pack_pages(
         `page_size` for one that compression would not make smaller, which stays as it is.
     """
     zeros = bytes(page_size)
-    content = view.tobytes()
-    pages = memoryview(content)  # of which a slice is no copy
     sizes = array(PAGE_SIZES)
     end = 0
-    for start in range(0, len(content), page_size):
-        if content.startswith(zeros, start):
+    for start in range(0, len(view), page_size):
+        # A copy of a page stays in the processor's cache; one of all needs new memory each time.
+        page = view[start : start + page_size].tobytes()
+        if page == zeros:
             sizes.append(0)
             continue
-        page = pages[start : start + page_size]
         packed = compress(page)
         size = len(packed)
         if size >= page_size:

@@ -195,7 +195,7 @@ def read_through(
     workers = threads or worker_count()
     free = list(buffers)
     if not free:
-        free = [Buffer(memoryview(mmap.mmap(-1, PIECE_SIZE))) for _ in range(buffer_count(workers))]
+        free = [Buffer(_private_memory(PIECE_SIZE)) for _ in range(buffer_count(workers))]
         require_room()
     most_pending = 4 * len(free)
     pending: deque[tuple[Job[ResultT], Buffer | None, int]] = deque()
@@ -236,6 +236,11 @@ def read_through(
                 for job, _, _ in pending:
                     job.give_up()
             raise
+
+
+def _private_memory(size: int) -> memoryview:
+    # Which the kernel has sooner than what processes may share.
+    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _fill(memory: GuestMemory, piece: Piece, view: memoryview) -> None:
