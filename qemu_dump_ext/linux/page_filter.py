@@ -226,7 +226,7 @@ class _Map:
             out |= chunk.anonymous
             out[chunk.hugetlb] = True
         if not exact:
-            out[chunk.places_of_unknown_types] = False
+            out[chunk.of_unknown_types(out)] = False
         if layout.hwpoison:
             out |= chunk.has_all(layout.hwpoison)
         offline = chunk.places_of_type(layout.offline)
@@ -410,12 +410,15 @@ class _Chunk:
         """Rows of the page cache, or of the swap cache."""
         return self.has_all(self._layout.lru) | self.has_all(self._layout.swapcache)
 
-    @property
-    def places_of_unknown_types(self) -> Array:
-        """Rows with a page type that VMCOREINFO does not tell of, by number."""
+    def of_unknown_types(self, rows: Array) -> Array:
+        """Return the rows with a page type that VMCOREINFO does not tell of, by number.
+
+        Args:
+            rows: Which are looked at; of those that may be left out, few have a type.
+        """
         if not self._layout.typed_by_top_byte:
             return []
-        places = ((self._types >= _FIRST_TYPE) & (self._types < _NO_TYPE)).nonzero()[0]
+        places = (rows & (self._types >= _FIRST_TYPE) & (self._types < _NO_TYPE)).nonzero()[0]
         return places[~self._np.isin(self._types[places], self._layout.known_types)]
 
     @cached_property
