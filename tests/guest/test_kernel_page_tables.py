@@ -17,6 +17,7 @@ from qemu_dump_ext.guest_images.machine import BootedGuest
 from tests.support.doors import run_gdb
 from tests.support.linux_guests import BEFORE_CONNECTING, IMAGES, NOT_BY_GDB, gpas_of, of_guests
 from tests.support.raw_qmp import RawQmp
+from tests.support.user_mode import stopped_for_a_program
 
 pytestmark = [pytest.mark.qemu, pytest.mark.guest, pytest.mark.gdb]
 
@@ -130,16 +131,19 @@ def test_segments_are_what_the_emulator_translates(
 def test_the_stub_gives_the_tables_of_processes(guest: BootedGuest, tmp_path: Path):
     path = tmp_path / "paged"
     commands = [SEARCH_AS_LONG_AS_IT_TAKES, f"qemu-dump-guest-memory -p {path}"]
-    done = run_gdb(guest, commands, "gdb-multiarch")
-    assert "the page tables of a vCPU lead to the kernel's name" in done.stdout or (
-        "VMCOREINFO" not in done.stdout  # by the device
-    ), done.stdout + done.stderr
-    assert "left out" not in done.stdout
-    loads = segments_of(path)
-    assert any(load.p_vaddr < 0xC0000000 for load in loads)
-    # What a process has is out of its kernel's reach by PAN, and so it is to QEMU's translation.
-    reachable = [load for load in loads if guest.image.name == "arm" or load.p_vaddr >> 63]
-    assert_translated(guest, reachable)
+    with stopped_for_a_program(guest):
+        done = run_gdb(guest, commands, "gdb-multiarch")
+        assert "the page tables of a vCPU lead to the kernel's name" in done.stdout or (
+            "VMCOREINFO" not in done.stdout  # by the device
+        ), done.stdout + done.stderr
+        assert "left out" not in done.stdout
+        loads = segments_of(path)
+        # Since 6.10 (7af5b901e847), arm has none in its kernel but while it copies for a process.
+        is_without = guest.image.name == "arm" and not guest.files.release.startswith("6.1.")
+        assert any(load.p_vaddr < 0xC0000000 for load in loads) or is_without
+        # What a process has is out of its kernel's reach by PAN, and so of QEMU's translation.
+        reachable = [load for load in loads if guest.image.name == "arm" or load.p_vaddr >> 63]
+        assert_translated(guest, reachable)
 
 
 @of_guests(*(name for name in IMAGES if name not in NOT_BY_GDB))
