@@ -1,7 +1,7 @@
 #!/bin/sh
-# The quick tests on Debian 13 (Python 3.13, QEMU 10, gdb 16), in a root of its own:
+# The quick tests, or others, on Debian 13 (Python 3.13, QEMU 10, gdb 16), in a root of its own:
 #   sh tests/on_debian13.sh DIRECTORY [WORDS OF PYTEST]
-# Needs root, debootstrap, git and 8 GB in DIRECTORY, which is kept: the next run brings the last commit.
+# Needs root, debootstrap, git and 10 GB in DIRECTORY, which is kept: the next run brings the last commit.
 # Nothing outside of DIRECTORY is changed; mounts are in a namespace that ends with it.
 set -eu
 cd "$(dirname "$0")/.."
