@@ -95,7 +95,9 @@ class _Readers:
             return "opens, filters" if filters else "opens"
         with path.open("rb") as stream:
             words = ["makedumpfile", "-R", str(filtered)]
-            done = subprocess.run(words, stdin=stream, capture_output=True, check=False)
+            done = subprocess.run(
+                words, stdin=stream, capture_output=True, timeout=_SECONDS, check=False
+            )
         return _REFUSES if done.returncode else "`-R` only"
 
 
@@ -104,18 +106,25 @@ def _succeeds(*words: str | Path) -> bool:
     return done.returncode == 0
 
 
+def _ask(reader: Callable[[Path], str], path: Path) -> str:
+    try:
+        return reader(path)
+    except subprocess.TimeoutExpired:
+        return f"has not ended after {_SECONDS} s"
+
+
 def _both(reader: Callable[[Path], str], elf: Path, kdump: Path) -> str:
-    of_elf, of_kdump = reader(elf), reader(kdump)
+    of_elf, of_kdump = _ask(reader, elf), _ask(reader, kdump)
     return of_elf if of_elf == of_kdump else f"ELF: {of_elf}; kdump: {of_kdump}"
 
 
 def _row(name: str, source: Path, readers: _Readers, folder: Path) -> str:
     asked = (readers.crash, readers.drgn, readers.makedumpfile)
-    cells = [ask(source) for ask in asked]
+    cells = [_ask(reader, source) for reader in asked]
     made: Mapping[str, Path] = {form: folder / form for form in ("elf", "kdump-raw-zlib")}
     for form, target in made.items():
         qemu_dump(["convert", "--force", str(source), str(target), "--format", form])
-    cells += [_both(ask, *made.values()) for ask in asked]
+    cells += [_both(reader, *made.values()) for reader in asked]
     return f"| {_ROWS[name]} | {' | '.join(cells)} |"
 
 
