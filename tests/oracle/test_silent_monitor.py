@@ -129,8 +129,8 @@ def blocked_main_loop(machine: QemuMachine, folder: Path) -> Iterator[None]:
         asking = threading.Thread(target=qmp.execute, args=("pmemsave",), kwargs=words)
         asking.start()
         try:
-            # In openat(AT_FDCWD), and not in what waits for events.
-            wait_until(lambda: "0xffffff9c" in syscall.read_text("ascii"), "the main loop waits")
+            # In openat(AT_FDCWD), in 32 or 64 bits, and not in what waits for events.
+            wait_until(lambda: "ffffff9c " in syscall.read_text("ascii"), "the main loop waits")
             yield
         finally:
             descriptor = os.open(fifo, os.O_RDONLY)
