@@ -430,7 +430,10 @@ def test_qmp_is_busy_or_something_else(stopped: QemuMachine, tmp_path: Path):
     (tmp_path / "plain").write_text("")
     with no_trace(tmp_path):
         refuse(
-            stopped, f"--qmp {tmp_path}/plain {tmp_path}/new", 3, r"QMP socket .*refused \(it is"
+            stopped,
+            f"--qmp {tmp_path}/plain {tmp_path}/new",
+            3,
+            r"QMP socket .*it is no socket \(it is",
         )
         with RawQmp(stopped.qmp_sockets[0]):
             refuse(stopped, f"--qmp {stopped.qmp_sockets[0]} {tmp_path}/new", 3, r"is busy: held")

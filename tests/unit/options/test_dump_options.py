@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 
@@ -69,10 +72,12 @@ def test_an_interrupt_waits_until_the_words_are_parsed(monkeypatch: pytest.Monke
     """Argparse undoes on its way out what it has changed, and fails where that was not all yet."""
     parser = _parser()
 
-    def interrupted() -> str:
+    def interrupted(method: Callable[..., Any], *words: Any) -> Any:
         signal.raise_signal(signal.SIGINT)
-        return "usage: "
+        return method(*words)
 
-    monkeypatch.setattr(parser, "format_usage", interrupted)
+    # In the middle by the first before Python 3.12, and by the second since.
+    for name in ("format_usage", "parse_known_intermixed_args"):
+        monkeypatch.setattr(parser, name, partial(interrupted, getattr(parser, name)))
     with pytest.raises(KeyboardInterrupt):
         parse_dump_arguments(parser, ["file"])
