@@ -96,7 +96,7 @@ def test_list_checks_no_more_than_it_shows(tmp_path):
             capture_output=True,
             text=True,
             check=True,
-            env=child_environment(),
+            env=child_environment(COLUMNS=None),
         )
         assert "sysrq triggered crash" in done.stdout
         assert done.stderr == "set()\n"
