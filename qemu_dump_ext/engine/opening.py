@@ -253,12 +253,13 @@ def is_for_crash_alone(dump_format: str, *, names_kernel: bool) -> bool:
 
 def _problem_of_format(reader: str, dump_format: str, *, names_kernel: bool = True) -> str | None:
     """Return why a reader opens no dumps of a format, or None."""
-    is_kdump = dump_format.partition("-")[0] == "kdump"
+    family = dump_format.partition("-")[0]
+    is_kdump = family == "kdump"
     if reader == "gdb":
         return None if dump_format == "elf" else "it reads ELF cores alone"
     if reader == "drgn" and is_kdump and not names_kernel:
         return "its header does not name the kernel, as it is where QEMU writes it"
-    if is_kdump or dump_format == "elf" or (reader, dump_format) == ("crash", "xen"):
+    if is_kdump or dump_format == "elf" or (reader == "crash" and family in {"elf", "xen"}):
         return None
     return "it reads ELF cores and kdumps"
 

@@ -56,7 +56,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     path = Path(arguments.file)
-    if not os.path.lexists(arguments.file) and os.sep not in arguments.file:
+    if _may_be_crash(arguments.file):
         return _open_crash(arguments)
     with open_dump(path) as dump:
         facts, dump_format = dump.vmcoreinfo_facts, dump.format
@@ -102,16 +102,30 @@ def _advice(kernel: Kernel) -> str:
     return command or "--vmlinux FILE, or pip install 'qemu_dump_ext[drgn]'"
 
 
+def _may_be_crash(word: str) -> bool:
+    """Tell whether a word is no file, and a crash collector may have a crash of that name.
+
+    Raises:
+        RequestError: It is no path either, and there is no collector.
+    """
+    is_there = os.path.lexists(word)
+    if Path(word).is_absolute() or (is_there and not Path(word).is_dir()):
+        return False
+    if is_file(default_configuration()):
+        return True
+    if is_there or os.sep in word:
+        return False
+    raise RequestError(
+        f"there is no file {word or repr('')}, and no crash collector that could have a crash of"
+        f" that name: {default_configuration()} is not there"
+    )
+
+
 def _open_crash(arguments: argparse.Namespace) -> int:
     """Leave it to the collector's own command, which knows the store."""
     require_extra("collector", "a crash of the collector's store")
     from qemu_dump_ext.cli.crash_collector_command import main  # noqa: PLC0415 - needs pydantic
 
-    if not is_file(default_configuration()):
-        raise RequestError(
-            f"there is no file {arguments.file or repr('')}, and no crash collector that could have"
-            f" a crash of that name: {default_configuration()} is not there"
-        )
     words = ["open", arguments.file]
     words += ["--reader", arguments.reader] if arguments.reader else []
     words += ["--vmlinux", str(arguments.vmlinux)] if arguments.vmlinux else []

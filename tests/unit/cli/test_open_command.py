@@ -114,6 +114,18 @@ def test_what_is_no_file_is_no_crash_either(tmp_path, capsys, monkeypatch):
     assert "cannot open crashes/web1: No such file or directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("word", ["latest", "web1", "web1/latest", "web1/20260131T101112Z-0a1b"])
+def test_what_may_be_a_crash_is_for_the_collector(tmp_path, capsys, monkeypatch, word):
+    """The folders of a store have the names of guests."""
+    (tmp_path / "store/web1").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "store")
+    configuration = tmp_path / "collector.yaml"
+    configuration.write_text(f"store: {tmp_path}/store\nguests: [{{qmp: /x, name: web1}}]\n")
+    monkeypatch.setenv(CONFIGURATION_VARIABLE, str(configuration))
+    assert main(["open", word]) == 2
+    assert capsys.readouterr().err.startswith("qemu-dump collect open: there is no crash in")
+
+
 def test_what_is_there_and_no_file_is_told_as_such(tmp_path, capsys):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
