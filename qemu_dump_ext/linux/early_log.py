@@ -188,9 +188,16 @@ class EarlyLogSearch:
             if time.monotonic() > self._end:
                 self.gave_up = True
                 return None
-            for match in lengths.finditer(self._read(start, size)):
-                info = start + match.start() - _low_byte_at(form)
-                infos = self._infos_at(form, sizes, chosen, info)
+            content = self._read(start, size)
+            for match in lengths.finditer(content):
+                info = match.start() - _low_byte_at(form)
+                # The bytes of a length match one by one, as those of none may, too.
+                if not _fits(form.integer(content, info + _LENGTH_AT, 2), sizes[chosen]):
+                    continue
+                if time.monotonic() > self._end:
+                    self.gave_up = True
+                    return None
+                infos = self._infos_at(form, sizes, chosen, start + info)
                 if infos is not None:
                     return infos
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import sys
 
 import pytest
 
@@ -116,6 +117,19 @@ def test_the_first_record_is_not_looked_for_in_empty_memory(order: str, size: in
     info = struct.pack(f"{order}QQH", 0, 5, size - 4).ljust(88, b"\0")
     places = [match.start() for match in field.finditer(bytes(64) + info * 2)]
     assert places == [at + early_log._low_byte_at(form) for at in (64, 64 + 88)]
+
+
+def test_a_length_is_compared_as_a_whole(monkeypatch: pytest.MonkeyPatch):
+    """With about 256 bytes, each byte of it may be 0, as both are in empty memory."""
+    texts = [(stamp, text.ljust(258 - stamp, b"x")) for stamp, (_, text) in enumerate(TEXTS[:2])]
+    monkeypatch.setattr(sys.modules[__name__], "TEXTS", texts)
+    memory = FlatMemory(8 * MIB)
+    plant_ring(memory, "<", 8)
+    log = find(memory)
+    assert log is not None
+    assert log.has_stamps
+    assert lines(log) == texts
+    assert memory.reads <= 32
 
 
 def test_what_belongs_to_texts_is_looked_for_near_them_first():
