@@ -38,7 +38,8 @@ class DumpFormat:
             guest memory or writes the first byte.
         start: Starts what takes long to come up, while no guest stands still for it: gets, with the
             request, how many bytes of guest memory the dump is expected to have, and has in a
-            `with` block another `write`, which starts nothing; None: `write` starts nothing.
+            `with` block another `write`, which starts nothing unless there is more; None: nothing
+            is started.
         check: Refuses what a request asks of it and it does not have, or what excludes each other,
             by RequestError; in QEMU's words where QEMU has them.
         require: Refuses what cannot be written here and now: by CodecUnavailableError where a

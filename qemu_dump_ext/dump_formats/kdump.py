@@ -303,7 +303,8 @@ class _Kdump:
             read_packed = memory.packed_pages(self.codec.name, plan.page_size)
             if read_packed is not None:
                 return CopyingPacker(self._compression(request), read_packed)
-        if self.packer is not None:
+        # Where more pages are left than were expected, processes are started late.
+        if self.packer is not None and (self.packer.buffers or plan.memory_size < _WORTH_PROCESSES):
             return nullcontext(self.packer)
         return self._start_packer(request, plan.memory_size)
 
