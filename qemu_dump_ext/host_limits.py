@@ -15,7 +15,7 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 
-from qemu_dump_ext.errors import DumpError
+from qemu_dump_ext.errors import DumpError, SourceError
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 
 ParametersT = ParamSpec("ParametersT")
@@ -41,28 +41,36 @@ def refused_as(failure: type[DumpError], what: str) -> Iterator[None]:
         raise failure(f"cannot {what}: {os.strerror(error.errno or errno.EIO)}") from error
 
 
-def require_room(size: int = 0) -> None:
-    """Make sure that memory is left for all that is small, besides `size` bytes.
+def require_room() -> None:
+    """Make sure that memory is left for all that is small.
 
     Where memory is hardly enough, a large piece of it is refused then, in a thread that can say so,
     and not a small one in the middle of something.
 
     Raises:
-        MemoryError: It is not.
+        SourceError: It is not.
     """
+    if not _has_room(0):
+        raise SourceError("this host refuses what is needed: no memory left")
+
+
+def _has_room(size: int) -> bool:
+    """Tell whether so many bytes are left, besides what all takes that is small."""
     try:
         mmap.mmap(-1, size + _ROOM, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
-    except OSError as error:
-        raise MemoryError from error
+    except OSError:
+        return False
+    return True
 
 
 def start_thread(thread: threading.Thread) -> bool:
     """Start a thread; returns False where the host does not allow one more."""
+    # Python waits for ever for a thread that has no memory to begin.
+    if not _has_room(_STACK_MAX):
+        return False
     try:
-        # Python waits for ever for a thread that has no memory to begin.
-        require_room(_STACK_MAX)
         thread.start()
-    except (MemoryError, RuntimeError):  # which is all that Python says of it
+    except RuntimeError:  # which is all that Python says of it
         return False
     return True
 

@@ -15,6 +15,7 @@ from qemu_dump_ext.engine.stopped_guest import StoppedGuest, import_plug_ins
 from qemu_dump_ext.errors import GuestMemoryFaultError, NotLiveError
 from qemu_dump_ext.guest.access import GuestAccess, QmpMonitor
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.host_limits import require_room
 from qemu_dump_ext.pages.copied_memory import room_for_copy
 from qemu_dump_ext.pages.streamed_memory import StreamedMemory
 from qemu_dump_ext.qemu.background_snapshot import (
@@ -191,6 +192,7 @@ def live_guest(
         raise NotLiveError(
             f"the registers of {probed.architecture.name} are not known in QEMU's stream"
         )
+    require_room()
     with closing(StreamedMemory(probed.ram_blocks, directory, advance)) as memory:
         live = stream_running_guest(access, memory)
         memory.end()

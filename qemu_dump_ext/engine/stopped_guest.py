@@ -18,7 +18,6 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.silent import LocatedGuest, SilentGuest
-from qemu_dump_ext.host_limits import require_room
 from qemu_dump_ext.memory_sources import (
     AUTO,
     OpenedMemory,
@@ -299,6 +298,5 @@ def stopped_guest(
             yield UnansweredGuest(access, access.silent, memory, opened)
         return
     import_plug_ins(access)
-    require_room()
     with stopped(access, limit=limit, inherits=inherits) as pause, ExitStack() as opened:
         yield StoppedGuest(access, probe_guest(access), memory, opened, pause)

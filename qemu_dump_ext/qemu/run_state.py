@@ -24,7 +24,7 @@ from qemu_dump_ext.errors import (
     SourceError,
 )
 from qemu_dump_ext.guest.access import AsyncMonitor, GuestAccess
-from qemu_dump_ext.host_limits import start_thread
+from qemu_dump_ext.host_limits import require_room, start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.debts import Debt, debts_of
 from qemu_dump_ext.qemu.guardian import Guardian
@@ -287,6 +287,7 @@ def stopped(
         RequestError: QEMU refuses a dump in its run state.
         PauseLimitError: The limit was reached.
     """
+    require_room()
     state = require_dumpable(access)
     pause = Pause(access, state, remember)
     watch = PauseWatch(

@@ -20,7 +20,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (MIB << 20), resource.RLIM_INFINI
 def has_room():
     try:
         require_room()
-    except MemoryError:
+    except SourceError:
         return False
     return True
 def is_started():
@@ -41,7 +41,7 @@ print(has_room(), start_thread(threading.Thread(target=int)), is_started(), resu
     [
         (9, "False False False True"),
         (36, "True False False True"),
-        (200, "True True True False"),
+        (400, "True True True False"),
     ],
 )
 def test_a_thread_begins_where_it_has_memory(mib: int, says: str):
