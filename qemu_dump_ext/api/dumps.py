@@ -30,7 +30,7 @@ class StoredDump(GuestView):
     UnsupportedTargetError.
 
     Attributes:
-        format: `elf`, `kdump`, `elf-flattened` or `kdump-flattened`.
+        format: `elf`, `kdump`, `elf-flattened`, `kdump-flattened`, or what else it was read as.
         notes: The ELF notes in it.
     """
 
@@ -66,7 +66,7 @@ class StoredDump(GuestView):
 
     @property
     def format(self) -> str:
-        """`elf`, `kdump`, `elf-flattened` or `kdump-flattened`."""
+        """`elf`, `kdump`, `elf-flattened`, `kdump-flattened`, or what else it was read as."""
         return self._dump.format
 
     @property

@@ -45,7 +45,7 @@ def _come_after_somebody(
 ) -> object:
     """Let somebody stop the guest and leave while QEMU saves its memory; return what comes next."""
     path = machine.qmp_sockets[0]
-    with blocked_target(folder) as target, ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, blocked_target(folder) as target:
         with RawQmp(path) as qmp:
             qmp.execute("stop")
             arguments = {"val": 0, "size": _SIZE, "filename": str(target.path)}
