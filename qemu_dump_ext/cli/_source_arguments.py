@@ -90,8 +90,8 @@ def open_guest_of(
     """
     with open_source(path, arguments) as dump:
         guest = StoredGuest(dump, search_seconds=search_seconds, target=arguments.target)
-        if guest.lost_in_words is not None:
-            tell(printable(f"incomplete: {guest.lost_in_words}"))
+        if (lost := guest.lost_in_words) is not None:
+            tell(printable(f"incomplete: {lost}"))
         yield guest
 
 

@@ -248,8 +248,8 @@ class StoredGuest(GuestView):
         words = list(self.dump.lacking)
         if self._fault is not None:
             words.append(f"the notes of the earlier dump are damaged: {self._fault}")
-        if self.lost_in_words is not None:
-            words.append(self.lost_in_words)
+        if (lost := self.lost_in_words) is not None:
+            words.append(lost)
         if not self.vcpus and self._recognized.notes.as_they_are in {None, b""}:
             words.append("the earlier dump has no registers")
         return words
