@@ -8,7 +8,6 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.dump_formats import find_dump_format
@@ -16,14 +15,14 @@ from qemu_dump_ext.errors import DumpWriteError
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.sinks import Sink, open_sink
 from qemu_dump_ext.structures.dialect import QemuVersion
+from qemu_dump_ext.value import Value
 
 CREATE_SINCE: QemuVersion = (8, 0, 0)  # `Could not create`; 7.2 says open, 11.1 create
 _DESCRIPTORS_OF_QEMU = "/dev/fdset/"
 _LINKS_MAX = 40
 
 
-@dataclass(frozen=True)
-class DumpTarget:
+class DumpTarget(Value):
     """Where a dump goes.
 
     Attributes:

@@ -11,14 +11,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import ModuleType
 
 from qemu_dump_ext.errors import MissingPackageError
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class ThirdPartyPackage:
+class ThirdPartyPackage(Value):
     """A package of others.
 
     Attributes:

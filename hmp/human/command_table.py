@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+
+from qemu_dump_ext.value import Value
 
 _ENTRY = re.compile(r"^(?P<names>[\w?|.-]+) (?P<parameters>.*?) ?-- ", re.ASCII)
 _INFO_PREFIX = "info "
@@ -35,8 +37,7 @@ _OUR_HELP = (
 CANCEL_HELP = f"{CANCEL_COMMAND}  -- cancel the dump that is in process"
 
 
-@dataclass(frozen=True)
-class CommandTable:
+class CommandTable(Value):
     """Commands and sub-commands by each of their names; the values are their parameters."""
 
     commands: Mapping[str, str] = field(default_factory=dict)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from qemu_dump_ext.options.dump_options import (
@@ -22,14 +22,14 @@ from qemu_dump_ext.options.dump_options import (
     parse_size_above_zero,
 )
 from qemu_dump_ext.plan.request import MINI_DUMPS, Live, MiniDump
+from qemu_dump_ext.value import Value
 
 _FLAGS = "pdwzlsR"
 _ESCAPES = {"n": "\n", "r": "\r", "\\": "\\", "'": "'", '"': '"'}
 _CODECS = {"z": "zlib", "l": "lzo", "s": "snappy"}
 
 
-@dataclass(frozen=True)
-class DumpLine:
+class DumpLine(Value):
     """What a line asks of us.
 
     Attributes:
@@ -77,8 +77,7 @@ _SWITCHES: Mapping[str, Callable[[DumpLine], DumpLine]] = {
 }
 
 
-@dataclass(frozen=True)
-class NativeLine:
+class NativeLine(Value):
     """QEMU is to handle the line.
 
     Attributes:
@@ -88,8 +87,7 @@ class NativeLine:
     line: str
 
 
-@dataclass(frozen=True)
-class BadExtension:
+class BadExtension(Value):
     """One of our own options is wrong.
 
     Attributes:

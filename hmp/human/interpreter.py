@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.dump_formats import find_dump_format, format_by_words, format_words
@@ -23,6 +22,7 @@ from qemu_dump_ext.options.expressions import parse_expressions, registers_in, w
 from qemu_dump_ext.plan.request import WINDOWS_FORMAT, DumpRequest, MemoryRange
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.qemu.run_states import MIGRATION_REFUSED
+from qemu_dump_ext.value import Value
 
 from ..dump_job import IN_PROCESS, DumpJob
 from ..dump_manager import DumpManager
@@ -47,8 +47,7 @@ _QUIT_SECONDS = 2.0
 _STATUS_OF_OURS = "VM status: paused"
 
 
-@dataclass(frozen=True)
-class DumpDefaults:
+class DumpDefaults(Value):
     """What the command line of the proxy says about dumps.
 
     Attributes:

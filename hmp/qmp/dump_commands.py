@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from qemu_dump_ext.plan.request import (
     Live,
     MemoryRange,
 )
+from qemu_dump_ext.value import Value
 
 from ..dump_job import DumpJob
 from ..dump_manager import DumpManager
@@ -38,8 +39,7 @@ _ARGUMENTS = frozenset(("paging", "protocol", "detach", "begin", "length", "form
 _INT_MAX = (1 << 63) - 1
 
 
-@dataclass(frozen=True)
-class _Destination:
+class _Destination(Value):
     # Where a dump goes, and what is to be done when QEMU would have used it up.
     target: DumpTarget
     release: Callable[[], None]

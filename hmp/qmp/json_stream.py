@@ -11,8 +11,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NoReturn
+
+from qemu_dump_ext.value import Value
 
 _SIZE_MAX = 16 << 20
 _NESTING_MAX = 1024
@@ -25,8 +26,7 @@ _RESYNCHRONISE = 0xFF
 """A client that does not know what QEMU has read already sends this byte, which no JSON has."""
 
 
-@dataclass(frozen=True)
-class JsonError:
+class JsonError(Value):
     """Something that is no JSON.
 
     Attributes:

@@ -7,7 +7,7 @@ them. What only the running guest knows (is it in long mode?) selects among decl
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures._page_tables import Translation
@@ -15,13 +15,13 @@ from qemu_dump_ext.guest.model import RamBlock, Vcpu
 from qemu_dump_ext.structures.c_struct import U64_MAX, Abi, BoundStruct, ByteOrder, StructLayout
 from qemu_dump_ext.structures.dialect import Dialect, QemuVersion
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from qemu_dump_ext.structures.migration import DeviceFields
 
 
-@dataclass(frozen=True)
-class Register:
+class Register(Value):
     """One register that a note holds, with a column for each source of its value.
 
     Attributes:
@@ -37,8 +37,7 @@ class Register:
     qom: str | None = None
 
 
-@dataclass(frozen=True)
-class NoteLayout:
+class NoteLayout(Value):
     """A note of each vCPU.
 
     Attributes:
@@ -80,8 +79,7 @@ class NoteLayout:
         return next((structure for structure in structures if structure.size == size), None)
 
 
-@dataclass(frozen=True)
-class Core:
+class Core(Value):
     """The form of a dump: what the ELF header, or the kdump header, says about the guest.
 
     Attributes:
@@ -107,8 +105,7 @@ class Core:
     of_others: bool = False
 
 
-@dataclass(frozen=True)
-class MachineRam:
+class MachineRam(Value):
     """How the RAM of a machine lies in guest physical memory, as QEMU's source has it.
 
     Attributes:
@@ -145,8 +142,7 @@ class MachineRam:
         return tuple(found)
 
 
-@dataclass(frozen=True)
-class MigratedCpu:
+class MigratedCpu(Value):
     """What a vCPU's section of QEMU's migration stream calls its registers.
 
     Attributes:
@@ -187,8 +183,7 @@ def field_names(registers: str, *patterns: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-@dataclass(frozen=True)
-class VcpuReadings:
+class VcpuReadings(Value):
     """What the sources say about one vCPU, each by our register names.
 
     Attributes:
@@ -209,8 +204,7 @@ class VcpuReadings:
     qom: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TargetClues:
+class TargetClues(Value):
     """What tells architectures apart whose CPUs have the same kind of QOM type.
 
     Attributes:
@@ -231,8 +225,7 @@ class TargetClues:
     g_packet: Callable[[], bytes] = lambda: b""
 
 
-@dataclass(frozen=True)
-class FrameRecord:
+class FrameRecord(Value):
     """What a function leaves on the stack by which its caller is found.
 
     Attributes:
@@ -248,8 +241,7 @@ class FrameRecord:
     entries: str
 
 
-@dataclass(frozen=True)
-class Architecture:
+class Architecture(Value):
     """One QEMU target.
 
     Attributes:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Literal
 
 from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class LeafTest:
+class LeafTest(Value):
     """Which entries map memory instead of leading to the next table.
 
     Attributes:
@@ -22,8 +21,7 @@ class LeafTest:
     wanted: int | None
 
 
-@dataclass(frozen=True)
-class LargeLeaf:
+class LargeLeaf(Value):
     """A page that a group of equal entries maps, each the part at its own virtual address.
 
     Attributes:
@@ -37,8 +35,7 @@ class LargeLeaf:
     masks: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
-class TableLevel:
+class TableLevel(Value):
     """The tables of one level.
 
     Attributes:
@@ -74,8 +71,7 @@ class TableLevel:
 ALWAYS_LEAF = LeafTest(0, 0)
 
 
-@dataclass(frozen=True, eq=False)
-class PageTableGeometry:
+class PageTableGeometry(Value):
     """The page tables of one mode of an architecture; each is made once, and is itself only.
 
     Attributes:
@@ -95,6 +91,9 @@ class PageTableGeometry:
     above: Literal["sign"] | int
     byte_order: ByteOrder = "little"
 
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
     @property
     def address_bits(self) -> int:
         """How many bits of a virtual address the tables translate."""
@@ -108,8 +107,7 @@ class PageTableGeometry:
         return bits | self.above
 
 
-@dataclass(frozen=True)
-class PageTableRoot:
+class PageTableRoot(Value):
     """Where the tables of a vCPU begin.
 
     Attributes:
@@ -156,8 +154,7 @@ class PageTableRoot:
             start += step
 
 
-@dataclass(frozen=True)
-class AddressWindow:
+class AddressWindow(Value):
     """Virtual addresses that the processor, or the kernel for good, maps without tables.
 
     Attributes:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from qemu_dump_ext.options.parsers import STATUSES
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class Subcommand:
+class Subcommand(Value):
     """One word behind a program of several.
 
     Attributes:
@@ -32,8 +32,7 @@ class Subcommand:
     statuses: str = STATUSES
 
 
-@dataclass(frozen=True)
-class Program:
+class Program(Value):
     """A whole program that is also a word behind another one.
 
     Attributes:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -49,6 +49,7 @@ from qemu_dump_ext.qemu.target_name import target_name
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.standard_error import is_terminal, tell
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 _ANY_TARGET = "gdb-multiarch"
 _GDB_PROGRAMS = (_ANY_TARGET, "gdb")
@@ -285,8 +286,7 @@ def run_through_gdb(
         gdb.close()
 
 
-@dataclass(frozen=True)
-class _Known:
+class _Known(Value):
     """What is known of the guest before gdb connects.
 
     Attributes:

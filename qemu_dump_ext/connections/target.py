@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import fields
 
 from qemu_dump_ext.connections.guest_name import find_by_name, find_by_pid
 from qemu_dump_ext.errors import ConnectError, RequestError
@@ -15,13 +15,13 @@ from qemu_dump_ext.qemu.qemu_processes import QemuProcess, process_at_terminal
 from qemu_dump_ext.qemu.qmp import connect_qmp
 from qemu_dump_ext.qemu.ways import SocketTables, Way, ways_of
 from qemu_dump_ext.untrusted import parse_unsigned
+from qemu_dump_ext.value import Value
 
 _OF_SYSTEM = "/var/lib/libvirt/"
 _MONITORS = frozenset((QMP, HMP))
 
 
-@dataclass(frozen=True)
-class GuestTarget:
+class GuestTarget(Value):
     """One guest; at most one of these is told.
 
     Attributes:
@@ -124,8 +124,7 @@ def parse_target(text: str) -> GuestTarget:
     return GuestTarget(qmp=text)
 
 
-@dataclass(frozen=True)
-class MonitorAddress:
+class MonitorAddress(Value):
     """A monitor of a guest's.
 
     Attributes:

@@ -13,13 +13,13 @@ Loaded in every pytest that has this package beside it: what it needs is importe
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import pytest
 
 from qemu_dump_ext.third_party import require_extra
+from qemu_dump_ext.value import Value
 
 _OPTION = "--qemu-crash-dir"
 _SECTION = "qemu guest crash"
@@ -39,8 +39,7 @@ class RegisterGuest(Protocol):
         """Collect this guest if the test fails; arguments as `collect_crash` takes them."""
 
 
-@dataclass(frozen=True)
-class _Registered:
+class _Registered(Value):
     qmp_socket: str | Path
     name: str | None
     console: str | Path | None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from datetime import datetime
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
@@ -21,6 +21,7 @@ from qemu_dump_ext.crash_collector.forms import (
     check_moment,
 )
 from qemu_dump_ext.errors import DumpError
+from qemu_dump_ext.value import Value
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,99}")
 
@@ -67,8 +68,7 @@ class CorruptRecordError(DumpError):
     exit_status = 5
 
 
-@dataclass(frozen=True)
-class CrashCause:
+class CrashCause(Value):
     """Why it counts as a crash.
 
     Attributes:
@@ -84,8 +84,7 @@ class CrashCause:
     event: dict[str, Any] | None = None
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(Value):
     """The signature of a crash, by which the same one is recognised.
 
     Attributes:
@@ -101,8 +100,7 @@ class Signature:
     frames: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class DumpFacts:
+class DumpFacts(Value):
     """The dump, or why there is none.
 
     Attributes:
@@ -126,8 +124,7 @@ class DumpFacts:
     verified_by: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class QemuFacts:
+class QemuFacts(Value):
     """The QEMU of the guest.
 
     Attributes:
@@ -146,8 +143,7 @@ class QemuFacts:
     command_line: tuple[str, ...] | None
 
 
-@dataclass(frozen=True)
-class UploadFacts:
+class UploadFacts(Value):
     """Where the crash was copied to, and when that was confirmed (ISO 8601, UTC)."""
 
     __pydantic_config__ = _STRICT
@@ -156,8 +152,7 @@ class UploadFacts:
     time: Moment
 
 
-@dataclass(frozen=True)
-class FileFacts:
+class FileFacts(Value):
     """One file of the directory: its size, and its SHA-256 in hexadecimal digits."""
 
     __pydantic_config__ = _STRICT
@@ -166,8 +161,7 @@ class FileFacts:
     sha256: Annotated[str, Field(pattern=r"\A[0-9a-f]{64}\z")]
 
 
-@dataclass(frozen=True)
-class CrashRecord:
+class CrashRecord(Value):
     """One crash.
 
     Attributes:

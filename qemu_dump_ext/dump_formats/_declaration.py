@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.plan.plan import DumpPlan
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.sinks import Sink
+from qemu_dump_ext.value import Value
 
 ProgressCallback = Callable[[int], None]
 """Gets the bytes of guest memory that have been added to the dump since the last call."""
@@ -26,8 +26,7 @@ def _failure(_has_begun: bool, reason: str) -> str:
     return f"dump: failed to write: {reason}"
 
 
-@dataclass(frozen=True)
-class DumpFormat:
+class DumpFormat(Value):
     """One format that can be asked for.
 
     Attributes:
@@ -69,8 +68,7 @@ class DumpFormat:
     failure: Callable[[bool, str], str] = _failure
 
 
-@dataclass(frozen=True)
-class FormatFamily:
+class FormatFamily(Value):
     """The formats of one file.
 
     Attributes:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from qemu_dump_ext.pages.packing import Packer
 from qemu_dump_ext.pages.pipeline import Buffer, Piece, PieceWork
 from qemu_dump_ext.pages.zero_pages import numpy_if_loaded
 from qemu_dump_ext.structures.c_struct import BoundStruct
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -35,8 +36,7 @@ _NOTHING = memoryview(b"")
 WriteAt = Callable[[int, bytes | memoryview], None]
 
 
-@dataclass(frozen=True)
-class PageForm:
+class PageForm(Value):
     """How pages are stored.
 
     Attributes:
@@ -54,8 +54,7 @@ class PageForm:
     pfn_base: int = 0
 
 
-@dataclass(frozen=True)
-class PackedPiece:
+class PackedPiece(Value):
     """The pages of a piece.
 
     Attributes:

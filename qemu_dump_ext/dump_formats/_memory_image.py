@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import ProgressCallback
@@ -22,6 +21,7 @@ from qemu_dump_ext.pages.pipeline import (
 from qemu_dump_ext.pages.zero_pages import runs_with_content
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.sinks import Sink
+from qemu_dump_ext.value import Value
 
 _FILE_BLOCK = 4096
 _SMALLEST_HOLE = 8
@@ -30,8 +30,7 @@ _NOTHING = memoryview(b"")
 _ZEROS = memoryview(bytes(1 << 20))
 
 
-@dataclass(frozen=True)
-class Area:
+class Area(Value):
     """A range of guest physical memory that is in the file as it is.
 
     Attributes:
@@ -50,8 +49,7 @@ class Area:
         return self.gpa + self.size
 
 
-@dataclass(frozen=True)
-class MemoryImage:
+class MemoryImage(Value):
     """A file.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats._declaration import DumpFormat, FormatFamily, ProgressCallback
 from qemu_dump_ext.dump_formats._memory_image import Area, MemoryImage, places_of, write_image
@@ -34,6 +33,7 @@ from qemu_dump_ext.structures.elf import (
     elf_abi,
     phdr_layout,
 )
+from qemu_dump_ext.value import Value
 
 _STRING_TABLE = b"\0.shstrtab\0"
 _QEMU_SECTION_COUNT = 2
@@ -41,8 +41,7 @@ _QEMU_E_EHSIZE = 8
 _4G = 1 << 32
 
 
-@dataclass(frozen=True)
-class ElfLayout:
+class ElfLayout(Value):
     """Everything of the file but guest memory.
 
     Attributes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import accumulate
 
 from qemu_dump_ext.dump_formats._declaration import (
@@ -46,6 +46,7 @@ from qemu_dump_ext.structures.kdump import (
     KDUMP_SUB_HEADER,
     PAGE_DESCRIPTOR,
 )
+from qemu_dump_ext.value import Value
 
 _DUMP_LEVEL_OF_QEMU = 1
 _CODECS_OF_QEMU = frozenset(("zlib", "lzo", "snappy"))
@@ -55,8 +56,7 @@ _WORTH_PROCESSES = 256 << 20
 """Bytes of guest memory from which on starting them takes less time than they save."""
 
 
-@dataclass(frozen=True)
-class PageRun:
+class PageRun(Value):
     """Consecutive pages of the dump.
 
     Attributes:
@@ -70,8 +70,7 @@ class PageRun:
     blocks: tuple[RamBlock, ...]
 
 
-@dataclass(frozen=True)
-class KdumpLayout:
+class KdumpLayout(Value):
     """Everything of the file but the pages, and where it goes.
 
     Attributes:
@@ -238,8 +237,7 @@ def bitmap_block(runs: Sequence[PageRun], first_pfn: int, size: int) -> bytes:
     return bits.to_bytes(size, "little")
 
 
-@dataclass(frozen=True)
-class _Kdump:
+class _Kdump(Value):
     # One format: the codec of its pages, whether it is a stream, and what packs if it was started.
     codec: PageCodec
     raw: bool

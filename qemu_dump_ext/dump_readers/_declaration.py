@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Generic, TypeVar
 
 from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
+from qemu_dump_ext.value import Value
 
 HEAD_SIZE = 16
 """Bytes of a dump by which its format is told."""
@@ -27,8 +27,7 @@ class Fit(IntEnum):
     SURE = 2
 
 
-@dataclass(frozen=True)
-class DumpReader(Generic[DumpT]):
+class DumpReader(Value, Generic[DumpT]):
     """One format that is read.
 
     Attributes:

@@ -11,7 +11,6 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 from qemu_dump_ext.architectures import Architecture, Core, MachineRam, all_architectures
@@ -21,6 +20,7 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.linux.kernel_memory import read_utsname
 from qemu_dump_ext.linux.vmcoreinfo_search import NoteSearch
 from qemu_dump_ext.paging.tables import TableReader, collect_mappings, kernel_translations
+from qemu_dump_ext.value import Value
 
 _CANDIDATES_MAX = 16
 """Notes that are looked at; a guest has one, and one of each kernel that ran before."""
@@ -28,16 +28,14 @@ _FROM_ZERO = MachineRam("", ((0, 0, None),))
 _ADDRESS_END = 1 << 52
 
 
-@dataclass(frozen=True)
-class FileRange:
+class FileRange(Value):
     """RAM in a file: where it begins there, and its size in bytes."""
 
     place: int
     size: int
 
 
-@dataclass(frozen=True)
-class RamLayout:
+class RamLayout(Value):
     """How RAM lies.
 
     Attributes:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, MachineRam
 from qemu_dump_ext.errors import UnsupportedTargetError
 from qemu_dump_ext.structures.migration import MigrationStream, StreamBlock
+from qemu_dump_ext.value import Value
 
 _NO_MAIN_MEMORY = re.compile(
     r"/rom@|.*\.(?:rom|mrom|bios|prom|flash\d*|vram)$|.*vga|bios\.|pc\.bios|0000:|.*lmb_bram"
@@ -23,8 +23,7 @@ _SCREEN = re.compile(r"vga.*vram$|vgavram$|vmsvga")
 """Names of RAM blocks of graphics cards that show a screen at the addresses of a VGA."""
 
 
-@dataclass(frozen=True)
-class RamPiece:
+class RamPiece(Value):
     """A range of guest physical memory, and where a RAM block has it.
 
     Attributes:

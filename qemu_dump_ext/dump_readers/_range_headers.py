@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from struct import Struct
 from typing import Any
 
@@ -12,6 +12,7 @@ from qemu_dump_ext.dump_readers._dump_file import DumpFile
 from qemu_dump_ext.dump_readers._image import DumpImage
 from qemu_dump_ext.dump_readers._verify_report import OrderedPool, Progress, VerifyReport
 from qemu_dump_ext.errors import CorruptDumpError, GuestMemoryFaultError
+from qemu_dump_ext.value import Value
 
 _HEADER = Struct("<4sIQQ8x")
 """magic, version, s_addr, e_addr (of the last byte), reserved; little-endian whatever the guest."""
@@ -19,8 +20,7 @@ RANGE_HEADER_SIZE = _HEADER.size
 _READ_SIZE = 1 << 20
 
 
-@dataclass(frozen=True)
-class RangeHeader:
+class RangeHeader(Value):
     """One range of memory.
 
     Attributes:

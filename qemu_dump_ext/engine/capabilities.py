@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.errors import CodecUnavailableError
 from qemu_dump_ext.plan.request import DumpRequest
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class Capabilities:
+class Capabilities(Value):
     """An answer in the terms of QMP's query-dump-guest-memory-capability.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import stopped_guest
@@ -11,10 +11,10 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.linux.early_log import EarlyLogSearch
 from qemu_dump_ext.linux.kernel_log import LogRecord, read_kernel_log
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class GuestLog:
+class GuestLog(Value):
     """What was found.
 
     Attributes:

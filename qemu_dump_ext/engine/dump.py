@@ -6,7 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures import Translation
@@ -44,6 +44,7 @@ from qemu_dump_ext.qemu.run_state import PauseLimit
 from qemu_dump_ext.sinks import Sink, all_sinks
 from qemu_dump_ext.structures.dialect import Dialect, qemu_dialect
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text, vmcoreinfo_value
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from qemu_dump_ext.pages.copied_memory import CopiedMemory
@@ -226,8 +227,7 @@ def _check(request: DumpRequest, sink: Sink) -> None:
     dump_format.check_sink(sink)
 
 
-@dataclass(frozen=True)
-class _Output:
+class _Output(Value):
     # What writes a dump, and where; since when, by the monotonic clock.
     write: WriteDump
     sink: Sink

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import accumulate
 
 from qemu_dump_ext.dump_formats import DumpFormat, find_dump_format
@@ -19,6 +19,7 @@ from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.zero_pages import numpy_or_none
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, ZERO, DumpRequest
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 CACHE, USER, FREE = 2, 8, 16
 LEVELS = (ZERO | FREE, ZERO | FREE | CACHE, DUMP_LEVEL_MAX)
@@ -32,8 +33,7 @@ _MARGIN = 1.1
 """What is taken for too small by the samples must not be written in vain."""
 
 
-@dataclass(frozen=True)
-class PageClass:
+class PageClass(Value):
     """Pages that a dump has, or leaves out, together.
 
     Attributes:
@@ -49,8 +49,7 @@ class PageClass:
     stored_bytes: int
 
 
-@dataclass(frozen=True)
-class SizeOfDump:
+class SizeOfDump(Value):
     """One dump that could be taken.
 
     Attributes:
@@ -68,8 +67,7 @@ class SizeOfDump:
     file_bytes: int
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(Value):
     """What dumps of a guest will take.
 
     Attributes:
@@ -131,8 +129,7 @@ def estimate_running(
         return estimate(guest, guest.find_vmcoreinfo(kernel), request)
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(Value):
     # One dump, and what it leaves out beside what the one before left out.
     words: str
     left_out: str

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core
@@ -23,6 +22,7 @@ from qemu_dump_ext.plan.plan import DumpPlan, GuestSnapshot
 from qemu_dump_ext.qemu.probe import ProbedGuest
 from qemu_dump_ext.structures.dialect import MENDED, Dialect
 from qemu_dump_ext.structures.utsname import UtsName
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from qemu_dump_ext.linux.kernel_pages import KernelPages
@@ -51,8 +51,7 @@ class StandsStill(Protocol):
         """
 
 
-@dataclass(frozen=True)
-class Vmcoreinfo:
+class Vmcoreinfo(Value):
     """What the guest's kernel tells readers of dumps about itself.
 
     Attributes:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from qemu_dump_ext.qemu.command_line import GDBSTUB, HMP, OTHER, QMP
 from qemu_dump_ext.qemu.debts import Debt, abandoned_debts
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, find_qemu_processes
 from qemu_dump_ext.qemu.ways import SocketTables, Way, ways_of
+from qemu_dump_ext.value import Value
 
 _MIB = 1 << 20
 _ORDER = {QMP: 0, HMP: 1, GDBSTUB: 2}
 _HEADER = ("PID", "NAME", "TARGET", "MACHINE", "RAM", "VCPUS", "WAYS IN")
 
 
-@dataclass(frozen=True)
-class GuestWay:
+class GuestWay(Value):
     """A monitor, a gdbstub, or a socket of which the command line does not tell.
 
     Attributes:
@@ -46,8 +46,7 @@ class GuestWay:
         return f"{self.use} {where}: taken{by}"
 
 
-@dataclass(frozen=True)
-class FoundGuest:
+class FoundGuest(Value):
     """A guest of this host; None and "" where nothing tells.
 
     Attributes:

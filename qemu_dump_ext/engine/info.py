@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from qemu_dump_ext.engine.guest_view import Vmcoreinfo
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
@@ -18,12 +18,12 @@ from qemu_dump_ext.qemu.saved_guest import SavedGuest, saved_now
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.utsname import UtsName
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
+from qemu_dump_ext.value import Value
 
 _MIB = 1 << 20
 
 
-@dataclass(frozen=True)
-class VcpuLine:
+class VcpuLine(Value):
     """One vCPU: where it is, and what no source tells about it."""
 
     index: int
@@ -31,8 +31,7 @@ class VcpuLine:
     missing: Sequence[str]
 
 
-@dataclass(frozen=True)
-class GuestDescription:
+class GuestDescription(Value):
     """What `qemu-info-guest` shows.
 
     Attributes:

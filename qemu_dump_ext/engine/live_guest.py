@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
@@ -32,12 +32,12 @@ from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.migration import MigrationStream
 from qemu_dump_ext.structures.vmcoreinfo import note_at_page_start, vmcoreinfo_text
 from qemu_dump_ext.structures.win_dmp import is_windows_note
+from qemu_dump_ext.value import Value
 
 _NOTE_SIZE_MAX = 1 << 20
 
 
-@dataclass(frozen=True)
-class PastPause:
+class PastPause(Value):
     """How long the guest stood still, which is over.
 
     Attributes:

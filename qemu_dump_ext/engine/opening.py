@@ -14,11 +14,11 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.third_party import interpreter
+from qemu_dump_ext.value import Value
 
 READERS = ("crash", "drgn", "gdb")
 VMLINUX_VARIABLE = "QEMU_DUMP_VMLINUX"
@@ -40,8 +40,7 @@ _NOT_INSTALLED = "it is not installed"
 _MACHINES = {"i386": "i686", "ppc64": "ppc64le", "arm": "armv7l"}
 
 
-@dataclass(frozen=True)
-class Kernel:
+class Kernel(Value):
     """The kernel in a dump, as far as its VMCOREINFO tells; it is untrusted.
 
     Attributes:
@@ -61,8 +60,7 @@ class Kernel:
 NO_KERNEL = Kernel()
 
 
-@dataclass(frozen=True)
-class Opening:
+class Opening(Value):
     """How a dump is opened.
 
     Attributes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -21,6 +20,7 @@ from qemu_dump_ext.registers.from_dump_notes import (
     read_dump_notes,
 )
 from qemu_dump_ext.structures.elf_notes import Note
+from qemu_dump_ext.value import Value
 
 _UNKNOWN = "Unknown"
 """The machine in a kdump by QEMU of all but x86, and since 9.2 of every target."""
@@ -41,8 +41,7 @@ MemoryOf = Callable[[Architecture], MemoryWithBlocks]
 """Returns the memory of a dump, taken for one of an architecture."""
 
 
-@dataclass(frozen=True)
-class Recognized:
+class Recognized(Value):
     """What a dump is of.
 
     Attributes:

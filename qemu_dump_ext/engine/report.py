@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from qemu_dump_ext.engine.opening import NO_KERNEL, Kernel, is_file, opening
 from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class DumpReport:
+class DumpReport(Value):
     """What was done.
 
     Attributes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qemu_dump_ext.architectures import architectures_of_target
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
@@ -38,13 +38,13 @@ from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
 from qemu_dump_ext.qemu.target_name import target_by_qmp
 from qemu_dump_ext.structures.dialect import MENDED
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_text
+from qemu_dump_ext.value import Value
 
 _SEARCH_SECONDS = 10.0
 """A guest stands still meanwhile; nobody who asked for a dump wants it to be mostly a search."""
 
 
-@dataclass(frozen=True)
-class NoPause:
+class NoPause(Value):
     """Of a guest that nobody can be asked to stop."""
 
     left = taken_over = None

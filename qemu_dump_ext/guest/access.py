@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import NoMonitor, SilentGuest
+from qemu_dump_ext.value import Value
 
 _AT_ONCE = 16
 """Commands that a monitor is given before it has answered."""
@@ -120,8 +121,7 @@ class Stub(Protocol):
         """Yield the cpu_index of each vCPU; until the next one, packets are about it."""
 
 
-@dataclass(frozen=True)
-class GuestAccess:
+class GuestAccess(Value):
     """The ways to a guest that a door has.
 
     Made by `by_qmp`, `by_hmp`, `by_manager`, `by_monitor` or `by_memory`.
@@ -218,8 +218,7 @@ class GuestAccess:
         )
 
 
-@dataclass(frozen=True)
-class SourceContext:
+class SourceContext(Value):
     """What a source may use to get at memory.
 
     Attributes:

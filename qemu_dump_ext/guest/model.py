@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class RamBlock:
+class RamBlock(Value):
     """A range of guest physical memory that `dump-guest-memory` includes.
 
     Attributes:
@@ -44,8 +45,7 @@ def block_at(blocks: Sequence[RamBlock], gpa: int) -> RamBlock | None:
     return found if found is not None and found.gpa <= gpa else None
 
 
-@dataclass(frozen=True)
-class Vcpu:
+class Vcpu(Value):
     """One guest CPU.
 
     Attributes:

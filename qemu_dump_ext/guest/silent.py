@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import NoReturn
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class LocatedGuest:
+class LocatedGuest(Value):
     """What a guest is, and where QEMU's process has its RAM.
 
     Attributes:
@@ -31,8 +30,7 @@ class LocatedGuest:
     blocks: Mapping[RamBlock, int]
 
 
-@dataclass(frozen=True)
-class SilentGuest:
+class SilentGuest(Value):
     """A guest whose monitors do not answer.
 
     Attributes:
@@ -52,8 +50,7 @@ class SilentGuest:
     doubts: Sequence[str]
 
 
-@dataclass(frozen=True)
-class NoMonitor:
+class NoMonitor(Value):
     """Stands where a monitor would.
 
     Attributes:

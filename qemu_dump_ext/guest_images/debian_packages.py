@@ -14,10 +14,10 @@ import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError, SourceError
+from qemu_dump_ext.value import Value
 
 _ROLLING_SUITES = frozenset(("stable", "testing", "unstable", "sid"))
 _KEYRINGS = Path("/usr/share/keyrings")
@@ -25,8 +25,7 @@ _ONE_LINE_SOURCE = re.compile(r"deb\s+(?:\[(?P<options>[^]]*)\]\s*)?(?P<rest>\S.
 _DEPENDENCY = re.compile(r"(?P<name>[^\s:(]+)(?::\w+)?(?:\s*\(=\s*(?P<version>[^)\s]+)\s*\))?")
 
 
-@dataclass(frozen=True)
-class PackageSource:
+class PackageSource(Value):
     """Where apt finds packages; one stanza of a `.sources` file.
 
     Attributes:
@@ -151,8 +150,7 @@ def select_sources(
     return own
 
 
-@dataclass(frozen=True)
-class Distribution:
+class Distribution(Value):
     """What this machine runs.
 
     Attributes:
@@ -184,8 +182,7 @@ def this_distribution(known: Iterable[str]) -> Distribution:
     )
 
 
-@dataclass(frozen=True)
-class Package:
+class Package(Value):
     """A package as the index of the day describes it.
 
     Attributes:

@@ -11,12 +11,12 @@ import re
 import shlex
 import stat
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest_images.manifest import GuestImage
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 _CPIO_MAGIC = b"070701"  # "newc": Documentation/driver-api/early-userspace/buffer-format.rst
 _CPIO_TRAILER = "TRAILER!!!"
@@ -64,8 +64,7 @@ read -r _ </dev/never
 """
 
 
-@dataclass(frozen=True)
-class CpioEntry:
+class CpioEntry(Value):
     """A file, directory or character device of the archive.
 
     Attributes:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 _CHECKOUT_IMAGES = Path(__file__).parents[2] / "images"
 _INSTALLED_IMAGES = Path(__file__).parents[1] / "images_data"
 _MANIFEST_NAME = "images.yaml"
 
 
-@dataclass(frozen=True)
-class PackageSpec:
+class PackageSpec(Value):
     """Where one distribution keeps what a guest is made of.
 
     Attributes:
@@ -34,8 +33,7 @@ class PackageSpec:
     suite: str | None
 
 
-@dataclass(frozen=True)
-class GuestImage:
+class GuestImage(Value):
     """One entry of the manifest.
 
     Attributes:

@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError, SourceError
@@ -23,6 +23,7 @@ from qemu_dump_ext.guest_images.debian_packages import (
     unpack_members,
 )
 from qemu_dump_ext.guest_images.manifest import GuestImage, PackageSpec
+from qemu_dump_ext.value import Value
 
 _KERNEL_PACKAGES = re.compile(r"linux-(?:image|modules|binary|base)-.+")
 """The package named image may have only some of the parts, and depend on those with the others."""
@@ -38,8 +39,7 @@ def _be_quiet(_step: str) -> None:
     pass
 
 
-@dataclass(frozen=True)
-class FetchedImage:
+class FetchedImage(Value):
     """The files of a guest.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from qemu_dump_ext.architectures import Architecture, FrameRecord
@@ -20,6 +19,7 @@ from qemu_dump_ext.linux.modules import Modules, OrcTables
 from qemu_dump_ext.linux.orc import Frame, OrcUnwinder
 from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.value import Value
 
 _FRAMES_MAX = 64
 _VCPUS_MAX = 64
@@ -57,8 +57,7 @@ class _Code:
         return None if self._modules is None else self._modules.orc_at(address)
 
 
-@dataclass(frozen=True)
-class _Chain:
+class _Chain(Value):
     # Each frame record has the address of the caller's, and where that goes on.
     kernel: KernelMemory
     record: FrameRecord

@@ -15,7 +15,6 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import product
 
 from qemu_dump_ext.errors import GuestMemoryFaultError
@@ -24,6 +23,7 @@ from qemu_dump_ext.guest.model import RamBlock, block_at
 from qemu_dump_ext.linux.kernel_log import LogRecord
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.value import Value
 
 _BANNER = b"Linux version "
 _PIECE = 4 << 20
@@ -48,8 +48,7 @@ _OLD_HEADERS = (16, 24, 20)
 _SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class EarlyLog:
+class EarlyLog(Value):
     """What was found.
 
     Attributes:
@@ -63,8 +62,7 @@ class EarlyLog:
     has_stamps: bool
 
 
-@dataclass(frozen=True)
-class _Form:
+class _Form(Value):
     byte_order: ByteOrder
     word: int
 

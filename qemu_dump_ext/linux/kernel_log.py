@@ -11,11 +11,11 @@ text of a line is that of makedumpfile --dump-dmesg.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_number
+from qemu_dump_ext.value import Value
 
 _LOG_SIZE_MAX = 1 << 26
 """Bytes of text: twice what a kernel can be built with."""
@@ -31,8 +31,7 @@ ReadKernel = Callable[[int, int], bytes]
 """Gets a kernel address and a size; raises SourceError where there is no memory."""
 
 
-@dataclass(frozen=True)
-class LogRecord:
+class LogRecord(Value):
     """One message.
 
     Attributes:
@@ -139,8 +138,7 @@ def read_kernel_log(
         raise SourceError("VMCOREINFO does not say where the kernel's log is")
 
 
-@dataclass(frozen=True)
-class _Ring:
+class _Ring(Value):
     """Where struct printk_ringbuffer has its parts.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, PageTableRoot, Translation
 from qemu_dump_ext.errors import GuestMemoryFaultError, RequestError, SourceError
@@ -20,6 +19,7 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_value,
 )
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 _SMALLEST_PAGE = 4096
 _SCATTERED = 16
@@ -27,8 +27,7 @@ _SCATTERED = 16
 _UTSNAME_OFFSETS = (4, 0)
 
 
-@dataclass(frozen=True)
-class KernelMappings:
+class KernelMappings(Value):
     """What the page tables of a kernel map elsewhere than all memory is mapped.
 
     Attributes:

@@ -6,13 +6,13 @@ Source: Linux mm/sparse.c, include/linux/mmzone.h; makedumpfile's makedumpfile.c
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.struct_page import StructPage
 from qemu_dump_ext.structures.vmcoreinfo import VmcoreinfoNumbers
+from qemu_dump_ext.value import Value
 
 _PRESENT = 1
 _SECTION_STATE_BITS_OF_MAKEDUMPFILE = 5
@@ -37,8 +37,7 @@ _SECTION_SIZE_BITS = {
 """Of kernels before v5.13, which do not tell."""
 
 
-@dataclass(frozen=True)
-class MemMapRun:
+class MemMapRun(Value):
     """Consecutive pages whose struct pages lie one behind the other.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 from qemu_dump_ext.errors import SourceError
@@ -16,6 +15,7 @@ from qemu_dump_ext.linux.btf import Btf
 from qemu_dump_ext.linux.kallsyms import TEXT_TYPES, Kallsyms
 from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.structures.c_struct import U64_MAX, ByteOrder
+from qemu_dump_ext.value import Value
 
 _MODULES = "modules"
 _MODULES_MAX = 1024
@@ -28,8 +28,7 @@ _SYMBOL_SIZE = 24
 _WORD = 8
 
 
-@dataclass(frozen=True)
-class OrcTables:
+class OrcTables(Value):
     """Where ORC tables are.
 
     Attributes:
@@ -43,8 +42,7 @@ class OrcTables:
     count: int
 
 
-@dataclass(frozen=True)
-class _Layout:
+class _Layout(Value):
     # Of struct module, and of what is in it: offsets in bytes.
     module: Mapping[str, int]
     kallsyms: Mapping[str, int]

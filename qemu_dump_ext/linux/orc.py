@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.linux.kallsyms import Kallsyms
@@ -16,6 +16,7 @@ from qemu_dump_ext.linux.kernel_memory import KernelMemory
 from qemu_dump_ext.linux.modules import OrcTables
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
+from qemu_dump_ext.value import Value
 
 _TABLES = ("__start_orc_unwind_ip", "__stop_orc_unwind_ip", "__start_orc_unwind")
 _ENTRIES_MAX = 1 << 24
@@ -33,8 +34,7 @@ _PT_REGS = {"r13": 16, "rbp": 32, "r10": 56, "rdx": 96, "rdi": 112}
 _PT_REGS_IP = 128
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(Value):
     """Where a function was called or interrupted.
 
     Attributes:

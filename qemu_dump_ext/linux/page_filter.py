@@ -9,7 +9,7 @@ Source: makedumpfile's makedumpfile.c, __exclude_unnecessary_pages(); Linux page
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from qemu_dump_ext.linux.mem_map import MemMapRun
 from qemu_dump_ext.linux.struct_page import Field, StructPage
 from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -42,8 +43,7 @@ Array = Any
 """An array of numpy, which is imported where a filter is asked for and not before."""
 
 
-@dataclass(frozen=True)
-class FilterRules:
+class FilterRules(Value):
     """What is left out.
 
     Attributes:
@@ -109,8 +109,7 @@ def _does_anything(rules: FilterRules, layout: StructPage) -> bool:
     )
 
 
-@dataclass(frozen=True)
-class _Blocks:
+class _Blocks(Value):
     """Blocks of pages that begin in one chunk, by ascending start.
 
     Attributes:
@@ -124,8 +123,7 @@ class _Blocks:
     compound: Array
 
 
-@dataclass(frozen=True)
-class _LargeBlock:
+class _LargeBlock(Value):
     """A sound block that ends behind the chunk in which it begins: it fills chunks.
 
     Attributes:

@@ -10,7 +10,6 @@ v6.9); makedumpfile's makedumpfile.c, __exclude_unnecessary_pages().
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import U32_MAX, ByteOrder
@@ -20,6 +19,7 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     kernel_word_size,
     vmcoreinfo_value,
 )
+from qemu_dump_ext.value import Value
 
 _STRUCT_PAGE_MAX = 256
 _MOST_ORDERS = 32
@@ -28,8 +28,7 @@ _BYTES_SINCE = (4, 16)
 """Since this version order and destructor of a compound page are bytes; before, of two bytes."""
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(Value):
     """An integer in a struct page.
 
     Attributes:
@@ -45,8 +44,7 @@ class Field:
         return Field(self.offset + (0 if byte_order == "little" else self.size - 1), 1)
 
 
-@dataclass(frozen=True)
-class StructPage:
+class StructPage(Value):
     """The layout of `struct page` in one kernel, and what its values mean.
 
     Attributes:

@@ -12,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import IntEnum
 from itertools import chain, product
 
@@ -37,6 +36,7 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_text,
     vmcoreinfo_value,
 )
+from qemu_dump_ext.value import Value
 
 _PAGE = min(PAGE_SIZES)
 _PIECE = 4 << 20
@@ -72,8 +72,7 @@ _IN_WORDS = {
 }
 
 
-@dataclass(frozen=True)
-class KernelNote:
+class KernelNote(Value):
     """A VMCOREINFO in guest memory.
 
     Attributes:
@@ -94,8 +93,7 @@ class KernelNote:
         return vmcoreinfo_value(self.text, "OSRELEASE") or "unknown"
 
 
-@dataclass(frozen=True)
-class SearchResult:
+class SearchResult(Value):
     """What the search found.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from types import MappingProxyType
 
@@ -19,6 +19,7 @@ from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._lasting import lasting
 from qemu_dump_ext.pages.pipeline import populated_ranges
 from qemu_dump_ext.qemu.monitor_text import parse_physical_bytes
+from qemu_dump_ext.value import Value
 
 __all__ = [
     "AUTO",
@@ -42,8 +43,7 @@ def all_memory_sources() -> dict[str, MemorySource]:
     return dict(sorted(sources.items(), key=lambda item: item[1].rank))
 
 
-@dataclass(frozen=True)
-class OpenedMemory:
+class OpenedMemory(Value):
     """The memory that was chosen.
 
     Attributes:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 from qemu_dump_ext.guest.access import SourceContext
 from qemu_dump_ext.guest.memory import GuestMemory
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class MemorySource:
+class MemorySource(Value):
     """One way to read guest physical memory.
 
     Attributes:

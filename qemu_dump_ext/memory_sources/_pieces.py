@@ -10,13 +10,13 @@ import contextlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from operator import itemgetter
 from typing import Protocol
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.value import Value
 
 FILE_COUNT = 2
 _GAP = 64 << 10
@@ -28,8 +28,7 @@ _SHORT = 256 << 10
 """Bytes; a shorter read at another place is not the beginning of a long one."""
 
 
-@dataclass(frozen=True)
-class FilePlace:
+class FilePlace(Value):
     """Where a piece is.
 
     Attributes:
@@ -66,8 +65,7 @@ class PieceWriter(Protocol):
         """Give back the files."""
 
 
-@dataclass(frozen=True)
-class _Piece:
+class _Piece(Value):
     gpa: int
     end: int
     file: int

@@ -17,7 +17,6 @@ import stat
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
@@ -27,10 +26,10 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources.process import HostSegment, locate_blocks
 from qemu_dump_ext.qemu.process import MemoryMapping, find_qemu_process
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class FilePart:
+class FilePart(Value):
     """Where a RAM block is.
 
     Attributes:

@@ -16,7 +16,6 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import GuestMemoryFaultError, SourceError
 from qemu_dump_ext.guest.access import SourceContext
@@ -26,12 +25,12 @@ from qemu_dump_ext.memory_sources._declaration import MemorySource
 from qemu_dump_ext.memory_sources._page_map import PageMap
 from qemu_dump_ext.qemu.monitor_text import parse_host_address
 from qemu_dump_ext.qemu.process import MemoryMapping, find_qemu_process, read_mappings, refusal
+from qemu_dump_ext.value import Value
 
 _PAGE = mmap.PAGESIZE
 
 
-@dataclass(frozen=True)
-class HostSegment:
+class HostSegment(Value):
     """A part of a RAM block that lies in one mapping of QEMU's process.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qemu_dump_ext.connections.target import add_target_arguments
 from qemu_dump_ext.dump_formats import (
@@ -33,6 +33,7 @@ from qemu_dump_ext.plan.request import (
     Live,
     MemoryRange,
 )
+from qemu_dump_ext.value import Value
 
 DEFAULT_CODEC = "zlib"
 RESUME, STAY_STOPPED = "resume", "stay-stopped"
@@ -45,8 +46,7 @@ COMMAND = "dump-guest-memory"
 """QEMU's name of the command, for its messages."""
 
 
-@dataclass(frozen=True)
-class DumpLevel:
+class DumpLevel(Value):
     """What `--dump-level` asks for; its text is what users write.
 
     Attributes:

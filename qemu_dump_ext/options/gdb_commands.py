@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
 
 from qemu_dump_ext.connections.target import add_target_arguments
@@ -12,12 +11,12 @@ from qemu_dump_ext.options.dump_options import add_dump_arguments, add_file_argu
 from qemu_dump_ext.options.estimate_options import add_estimate_arguments
 from qemu_dump_ext.options.parsers import OneLineParser
 from qemu_dump_ext.sinks import target_forms
+from qemu_dump_ext.value import Value
 
 ParserT = TypeVar("ParserT", bound=OneLineParser)
 
 
-@dataclass(frozen=True)
-class GdbCommand:
+class GdbCommand(Value):
     """What a command in gdb understands.
 
     Attributes:

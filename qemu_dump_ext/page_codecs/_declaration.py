@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import TypeAlias
 
@@ -14,13 +13,13 @@ from qemu_dump_ext.errors import (
     MissingPackageError,
     RequestError,
 )
+from qemu_dump_ext.value import Value
 
 Compress: TypeAlias = Callable[[bytes | memoryview], bytes]
 Decompress: TypeAlias = Callable[[bytes | memoryview, int], bytes]
 
 
-@dataclass(frozen=True)
-class PageCodec:
+class PageCodec(Value):
     """How one page of a kdump-compressed dump is packed.
 
     Attributes:

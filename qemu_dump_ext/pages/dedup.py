@@ -8,7 +8,6 @@ memory at hand. What is remembered is bounded: a newer page takes the place of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from qemu_dump_ext.guest.memory import GuestMemory, is_at_hand
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.pages.pipeline import PIECE_SIZE, Buffer, Piece
 from qemu_dump_ext.pages.zero_pages import numpy_if_loaded
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,8 +33,7 @@ _ODD = 0x9E3779B97F4A7C15
 """Multiplied with it, modulo 2^64, numbers are scattered: 2^64 divided by the golden ratio."""
 
 
-@dataclass(frozen=True)
-class EqualPages:
+class EqualPages(Value):
     """The pages of a piece that are not to be stored, because an earlier one is equal.
 
     Numbers of pages count within the piece, in ascending order.

@@ -11,9 +11,9 @@ import struct
 from array import array
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 from qemu_dump_ext.page_codecs import Compress, find_page_codec
+from qemu_dump_ext.value import Value
 
 PAGE_SIZES = "I"
 """Type code of the array of packed sizes."""
@@ -23,8 +23,7 @@ READY = b"ready"
 """What a packing process says before its first order."""
 
 
-@dataclass(frozen=True)
-class Compression:
+class Compression(Value):
     """How the pages of a kdump are compressed.
 
     Attributes:

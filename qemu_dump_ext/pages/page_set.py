@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from operator import itemgetter
 
 from qemu_dump_ext.guest.model import RamBlock
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class PageSet:
+class PageSet(Value):
     """Pages of a guest, as ranges of page frames.
 
     Attributes:

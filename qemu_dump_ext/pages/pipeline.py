@@ -11,7 +11,7 @@ import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Generic, TypeVar
 
@@ -19,6 +19,7 @@ from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.host_limits import Job, WorkerThreads, require_room
 from qemu_dump_ext.interrupts import uninterrupted
+from qemu_dump_ext.value import Value
 
 PIECE_SIZE = 4 << 20
 """Bytes of guest memory that are read, compressed and written at a time."""
@@ -36,8 +37,7 @@ _QUESTIONS_MAX = 1024
 ResultT = TypeVar("ResultT")
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(Value):
     """Guest memory that lands at one place of a piece.
 
     Attributes:
@@ -51,8 +51,7 @@ class Extent:
     offset: int
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(Value):
     """Guest memory that is handled at a time; bytes that no extent covers are zero.
 
     Attributes:
@@ -66,8 +65,7 @@ class Piece:
     extents: tuple[Extent, ...]
 
 
-@dataclass(frozen=True)
-class Buffer:
+class Buffer(Value):
     """Room for a piece.
 
     Attributes:
@@ -79,8 +77,7 @@ class Buffer:
     offset: int = 0
 
 
-@dataclass(frozen=True)
-class PieceWork(Generic[ResultT]):
+class PieceWork(Value, Generic[ResultT]):
     """What is done with pieces.
 
     Attributes:

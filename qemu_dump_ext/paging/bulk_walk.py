@@ -9,7 +9,6 @@ bounded.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,6 +21,7 @@ from qemu_dump_ext.architectures import (
 from qemu_dump_ext.paging.walk import ReadTable, WalkBudget
 from qemu_dump_ext.structures.c_struct import U64_MAX
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 _BATCH_SIZE = 1 << 18
 """Bytes of tables that are looked at together: for more, the kernel would be asked for memory."""
@@ -30,8 +30,7 @@ Array = Any
 """An array of numpy, which is imported where it is needed and not before."""
 
 
-@dataclass(frozen=True)
-class MappedRuns:
+class MappedRuns(Value):
     """Ranges of virtual addresses, each with consecutive memory behind it; a row each.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from qemu_dump_ext.architectures import Architecture, Core, phys_base
@@ -29,13 +29,13 @@ from qemu_dump_ext.structures.vmcoreinfo import (
     vmcoreinfo_number,
     vmcoreinfo_value,
 )
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from qemu_dump_ext.structures.win_dmp import WindowsDump
 
 
-@dataclass(frozen=True)
-class EarlierDump:
+class EarlierDump(Value):
     """What an earlier dump of the guest says, of which a dump is made.
 
     Attributes:
@@ -64,8 +64,7 @@ class EarlierDump:
     kept: bool = False
 
 
-@dataclass(frozen=True)
-class GuestSnapshot:
+class GuestSnapshot(Value):
     """What the guest is, valid while it is stopped.
 
     Attributes:
@@ -93,8 +92,7 @@ class GuestSnapshot:
     earlier: EarlierDump | None = None
 
 
-@dataclass(frozen=True)
-class DumpPlan:
+class DumpPlan(Value):
     """What goes into the dump, whatever its format.
 
     Attributes:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import StrEnum
 from typing import Literal, get_args
 
 from qemu_dump_ext.errors import RequestError
+from qemu_dump_ext.value import Value
 
 DEFAULT_FORMAT = "elf"
 """The format of QEMU, too, where none is asked for."""
@@ -27,8 +28,7 @@ class Live(StrEnum):
     PREFER = "prefer"
 
 
-@dataclass(frozen=True)
-class MemoryRange:
+class MemoryRange(Value):
     """A range of guest physical memory: dump nothing else.
 
     Attributes:
@@ -48,8 +48,7 @@ class MemoryRange:
         return self.begin + self.length
 
 
-@dataclass(frozen=True, kw_only=True)
-class DumpOptions:
+class DumpOptions(Value, kw_only=True):
     """What can be asked for of a dump besides its format.
 
     Which of it a format has, and what excludes each other, the format says.
@@ -127,8 +126,7 @@ class DumpOptions:
         return DumpRequest(**{**vars(self), "format": name, "memory_range": bounds})
 
 
-@dataclass(frozen=True, kw_only=True)
-class DumpRequest(DumpOptions):
+class DumpRequest(DumpOptions, kw_only=True):
     """One dump.
 
     Attributes:

@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
@@ -47,6 +46,7 @@ from qemu_dump_ext.structures.migration import (
     StreamBuffer,
     parse_stream,
 )
+from qemu_dump_ext.value import Value
 
 CAPABILITY = "background-snapshot"
 _COMPLETED, _POSTMIGRATE = "completed", "postmigrate"
@@ -63,8 +63,7 @@ _UNSEEN_NETWORKS = ("type=vhost-user", "type=vhost-vdpa")
 _VIRTIO_MEM = r"virtio-mem-(?:pci|ccw)"
 
 
-@dataclass(frozen=True)
-class LiveStream:
+class LiveStream(Value):
     """What QEMU has written.
 
     Attributes:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 
 from qemu_dump_ext.qemu.address import format_tcp_address
 from qemu_dump_ext.untrusted import parse_unsigned
+from qemu_dump_ext.value import Value
 
 QMP, HMP, GDBSTUB, OTHER = "qmp", "hmp", "gdbstub", "other"
 """What a channel of QEMU's speaks."""
@@ -42,8 +43,7 @@ _ALONE = frozenset(
 Options = Mapping[str, str]
 
 
-@dataclass(frozen=True)
-class Channel:
+class Channel(Value):
     """A character device of QEMU's, and what is spoken there.
 
     Attributes:
@@ -76,8 +76,7 @@ class Channel:
         return self.path
 
 
-@dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Value):
     """What one command line says; None and "" where it says nothing.
 
     Attributes:

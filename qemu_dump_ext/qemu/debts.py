@@ -12,12 +12,12 @@ import json
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.qemu.runtime_folder import own_folder, runtime_folders, speaks_for
 from qemu_dump_ext.untrusted import parse_unsigned
+from qemu_dump_ext.value import Value
 
 _SUFFIX = ".stopped"
 _SIZE_MAX = 1 << 14
@@ -25,8 +25,7 @@ _FILES_MAX = 1000
 _TOLERANCE_SECONDS = 0.011  # of a start, which the kernel counts in hundredths
 
 
-@dataclass(frozen=True)
-class Debt:
+class Debt(Value):
     """A guest that was stopped, and by whom.
 
     Attributes:

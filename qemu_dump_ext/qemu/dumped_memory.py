@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import Monitor
@@ -21,6 +20,7 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_queries import find_devices, read_number, read_property
 from qemu_dump_ext.qemu.monitor_text import parse_flat_view
 from qemu_dump_ext.qemu.native_dump import NativeDumps
+from qemu_dump_ext.value import Value
 
 _VIRTIO_MEM = r"virtio-mem-(pci|ccw)"
 _BISECT_SECONDS = 5.0
@@ -30,8 +30,7 @@ AddressRange = tuple[int, int]
 """First guest physical address, and the first one behind."""
 
 
-@dataclass(frozen=True)
-class DumpedMemory:
+class DumpedMemory(Value):
     """What goes into a dump.
 
     Attributes:
@@ -45,8 +44,7 @@ class DumpedMemory:
     doubts: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class VirtioMem:
+class VirtioMem(Value):
     """A device of which the guest uses some blocks, and gives others back.
 
     Attributes:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import MonitorAnswerError
 from qemu_dump_ext.guest.access import Monitor
@@ -25,6 +24,7 @@ from qemu_dump_ext.qemu.monitor_text import (
 )
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.untrusted import parse_unsigned
+from qemu_dump_ext.value import Value
 
 _CHILD = re.compile(r"^(?P<name>\S+) \(child<(?P<type>[^>]+)>\)$", re.MULTILINE)
 _CPU_SUFFIX = "-cpu"
@@ -38,8 +38,7 @@ _WHERE_TO_LOOK = (0, *(1 << bit for bit in range(12, 25)))
 _WORDS = 32
 
 
-@dataclass(frozen=True)
-class MachineObjects:
+class MachineObjects(Value):
     """What the object tree tells.
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import partial
 
 from qemu_dump_ext.architectures import (
@@ -42,14 +42,14 @@ from qemu_dump_ext.registers.from_stub import read_g_packet
 from qemu_dump_ext.registers.merge import merge_readings, parse_monitor_registers, read_stub
 from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED, QemuVersion
+from qemu_dump_ext.value import Value
 
 _IT_RUNS = "the guest runs, and QEMU would stop it for a dump"
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 1, 0)
 """From here on, or later, QMP may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
 
 
-@dataclass(frozen=True)
-class ProbedGuest:
+class ProbedGuest(Value):
     """What the monitor, the stub and QEMU's own notes say.
 
     Attributes:
@@ -86,8 +86,7 @@ class ProbedGuest:
     properties: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class _Target:
+class _Target(Value):
     """What a guest is, whether it runs or not."""
 
     version: QemuVersion

@@ -15,13 +15,13 @@ import re
 import socket
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.address import is_loopback, tcp_address, unix_path
 from qemu_dump_ext.qemu.socket_tables import file_number, unix_peer_inode, unix_socket_of
+from qemu_dump_ext.value import Value
 
 _MAPS_LINE = re.compile(
     r"(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<flags>\S+) (?P<offset>[0-9a-f]+)"
@@ -34,8 +34,7 @@ _UNIX_CONNECTED = "03"
 _YAMA = Path("/proc/sys/kernel/yama/ptrace_scope")
 
 
-@dataclass(frozen=True)
-class MemoryMapping:
+class MemoryMapping(Value):
     """One line of `/proc/PID/maps`.
 
     Attributes:

@@ -14,7 +14,6 @@ import re
 import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.command_line import CommandLine, parse_command_line
 from qemu_dump_ext.qemu.control_group import Belonging, belongings
+from qemu_dump_ext.value import Value
 
 _PROGRAM = re.compile(r"\.?qemu-system-([a-z0-9_]+)(?:[-.].*)?")
 _OF_THE_HOST = frozenset(("qemu-kvm", "kvm"))
@@ -38,8 +38,7 @@ _BZIMAGE_HEAD = 0x8200
 _RELEASE_MAX = 200
 
 
-@dataclass(frozen=True)
-class QemuProcess:
+class QemuProcess(Value):
     """One QEMU.
 
     Attributes:

@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.errors import (
@@ -50,6 +49,7 @@ from qemu_dump_ext.qemu.run_states import (
     treatment,
 )
 from qemu_dump_ext.structures.dialect import QemuVersion
+from qemu_dump_ext.value import Value
 
 DUMP_ACTIVE = "active"
 _IN_PROCESS = "dump in process"
@@ -59,8 +59,7 @@ _RELEASE_SECONDS = 150.0
 _HURRIED_RELEASE_SECONDS = 3.0
 
 
-@dataclass(frozen=True)
-class PauseLimit:
+class PauseLimit(Value):
     """How long a guest may stand still.
 
     Attributes:

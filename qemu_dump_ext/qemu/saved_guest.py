@@ -11,7 +11,6 @@ import json
 import os
 import stat
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.guest.silent import LocatedGuest
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess
 from qemu_dump_ext.qemu.runtime_folder import own_folder, runtime_folders, speaks_for
+from qemu_dump_ext.value import Value
 
 _SUFFIX = ".guest"
 _SIZE_MAX = 1 << 20
@@ -31,8 +31,7 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _FORM = "a guest of QEMU's, 1"
 
 
-@dataclass(frozen=True)
-class SavedGuest:
+class SavedGuest(Value):
     """A guest as it was when it was asked.
 
     Attributes:

@@ -12,8 +12,9 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+from qemu_dump_ext.value import Value
 
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
@@ -34,8 +35,7 @@ _UNIX_CONNECTED = "03"
 _FILE_MASK = 0xFFFFFFFF
 
 
-@dataclass(frozen=True)
-class UnixSocket:
+class UnixSocket(Value):
     """One unix socket.
 
     Attributes:
@@ -55,8 +55,7 @@ class UnixSocket:
     file: int = 0
 
 
-@dataclass(frozen=True)
-class TcpSocket:
+class TcpSocket(Value):
     """One TCP socket.
 
     Attributes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -23,13 +23,13 @@ from qemu_dump_ext.qemu.socket_tables import (
     unix_socket_of,
     unix_sockets,
 )
+from qemu_dump_ext.value import Value
 
 UNKNOWN = "unknown"
 """Spoken at a socket of which the command line does not tell: it was opened later."""
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(Value):
     """A process that has the other end of a socket of QEMU's.
 
     Attributes:
@@ -44,8 +44,7 @@ class Holder:
         return f"PID {self.pid} ({self.name})"
 
 
-@dataclass(frozen=True)
-class Way:
+class Way(Value):
     """A channel of a QEMU's, as it is now.
 
     Attributes:

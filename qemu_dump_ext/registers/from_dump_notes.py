@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from qemu_dump_ext.architectures import Architecture, Core, VcpuReadings
@@ -17,6 +16,7 @@ from qemu_dump_ext.registers.notes import (
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, encode_note
 from qemu_dump_ext.structures.vmcoreinfo import VMCOREINFO_NOTE_NAME
+from qemu_dump_ext.value import Value
 
 _VCPUS_MAX = 1 << 12
 """More than QEMU makes; a file that says otherwise is not believed."""
@@ -34,8 +34,7 @@ class DumpForm(Protocol):
         """4 or 8 bytes, as the dump's headers have it."""
 
 
-@dataclass(frozen=True)
-class DumpNotes:
+class DumpNotes(Value):
     """The notes of a dump, taken apart.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture
 from qemu_dump_ext.errors import SourceError
@@ -11,10 +10,10 @@ from qemu_dump_ext.registers.notes import decode_vcpu_registers
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf import parse_elf_head
 from qemu_dump_ext.structures.elf_notes import whole_notes
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class NativeNotes:
+class NativeNotes(Value):
     """What such a dump tells.
 
     Attributes:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.guest.access import Stub
 from qemu_dump_ext.structures.c_struct import Abi, StructLayout
 from qemu_dump_ext.untrusted import parse_bytes, parse_unsigned
+from qemu_dump_ext.value import Value
 
 _CHUNK = 0xF00  # QEMU's packets hold 4096 bytes
 _MAX_DESCRIPTION_SIZE = 1 << 20
@@ -29,8 +29,7 @@ _ELEMENT = re.compile(r"<(reg|xi:include)\s([^<>]{0,1000})>")
 _ATTRIBUTE = re.compile(r"(?<![\w:])([\w:]+)\s{0,9}=\s{0,9}[\"']([^\"']*)[\"']")
 
 
-@dataclass(frozen=True)
-class StubVcpu:
+class StubVcpu(Value):
     """What the stub says of one vCPU.
 
     Attributes:

@@ -6,20 +6,19 @@ Source: QEMU dump/dump.c write_elf_notes() for the order.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.architectures import Architecture, Core, NoteLayout
 from qemu_dump_ext.guest.model import Vcpu
 from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.structures.elf_notes import Note, encode_note
+from qemu_dump_ext.value import Value
 
 KERNEL_GS_BASE = "kernel_gs_base"
 QEMU_NOTE_SIZE_WITHOUT_KERNEL_GS_BASE = 432
 _PID = "pr_pid"
 
 
-@dataclass(frozen=True)
-class EncodedNotes:
+class EncodedNotes(Value):
     """The notes of all vCPUs.
 
     Attributes:
@@ -95,8 +94,7 @@ def _shorten_qemu_note(descriptor: bytes) -> bytes:
     return descriptor[:4] + size.to_bytes(4, "little") + descriptor[8:size]
 
 
-@dataclass(frozen=True)
-class DecodedNotes:
+class DecodedNotes(Value):
     """The notes of all vCPUs, as registers.
 
     Attributes:

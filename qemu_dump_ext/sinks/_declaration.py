@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from qemu_dump_ext.sinks._sink import Sink
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class Target:
+class Target(Value):
     """Where the user wants the dump.
 
     Attributes:
@@ -23,8 +22,7 @@ class Target:
     standard_output: int | None
 
 
-@dataclass(frozen=True)
-class SinkKind:
+class SinkKind(Value):
     """One kind of target.
 
     Attributes:

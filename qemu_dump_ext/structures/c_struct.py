@@ -7,9 +7,10 @@ One declaration serves 32 and 64 bit, both byte orders, and both alignments of 6
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
+
+from qemu_dump_ext.value import Value
 
 U32_MAX = (1 << 32) - 1
 U64_MAX = (1 << 64) - 1
@@ -21,8 +22,7 @@ _COUNTED = frozenset(("bytes", "wide", "wide_le"))
 _UNSIGNED_CODE = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
-@dataclass(frozen=True)
-class Abi:
+class Abi(Value):
     """How a compiler lays out structures.
 
     Attributes:
@@ -36,8 +36,7 @@ class Abi:
     max_align: int
 
 
-@dataclass(frozen=True)
-class Field:
+class Field(Value):
     """One member.
 
     Attributes:
@@ -140,8 +139,7 @@ class BoundStruct:
         return value & self._masks[name]
 
 
-@dataclass(frozen=True)
-class StructLayout:
+class StructLayout(Value):
     """A structure as its header declares it, independent of the ABI.
 
     Attributes:

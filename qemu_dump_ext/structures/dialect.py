@@ -7,17 +7,17 @@ attached QEMU reproduces its dumps byte for byte, known defects included.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Literal
 
 from qemu_dump_ext.structures.elf import PN_XNUM
+from qemu_dump_ext.value import Value
 
 QemuVersion = tuple[int, int, int]
 
 
-@dataclass(frozen=True)
-class Dialect:
+class Dialect(Value):
     """The differences between writers of one and the same dump.
 
     Attributes:

@@ -6,7 +6,6 @@ Source: System V gABI (ELF header, program header, section header, note header);
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.structures.c_struct import (
@@ -17,6 +16,7 @@ from qemu_dump_ext.structures.c_struct import (
     StructLayout,
     fields_of,
 )
+from qemu_dump_ext.value import Value
 
 ELF_MAGIC = b"\x7fELF"
 ELFCLASS32, ELFCLASS64 = 1, 2
@@ -97,8 +97,7 @@ def elf_abi(byte_order: ByteOrder, word_size: int) -> Abi:
     return Abi(byte_order, word_size, max_align=word_size)
 
 
-@dataclass(frozen=True)
-class ElfHead:
+class ElfHead(Value):
     """What the beginning of QEMU's ELF dump tells.
 
     Attributes:

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import BoundStruct, ByteOrder
 from qemu_dump_ext.structures.elf import NHDR, NT_PRSTATUS, elf_abi
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(Value):
     """One note.
 
     Attributes:

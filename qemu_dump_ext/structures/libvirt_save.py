@@ -9,12 +9,12 @@ Source: libvirt src/qemu/qemu_saveimage.h, struct _virQEMUSaveHeader and virQEMU
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
+from qemu_dump_ext.value import Value
 
 SAVE_MAGIC = b"LibvirtQemudSave"
 UNFINISHED_MAGIC = b"LibvirtQemudPart"
@@ -44,8 +44,7 @@ _HEADER = StructLayout(
 _BYTE_ORDERS: tuple[ByteOrder, ...] = ("little", "big")
 
 
-@dataclass(frozen=True)
-class SaveHeader:
+class SaveHeader(Value):
     """What the fixed header tells.
 
     Attributes:

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import ByteOrder
+from qemu_dump_ext.value import Value
 
 MIGRATION_MAGIC = b"QEVM"
 _VERSION = 3
@@ -66,8 +67,7 @@ _ATTRIBUTES_EOS, _ATTRIBUTES_MORE, _ATTRIBUTES_DONE = 0x01, 0x02, 0x08
 _U32_MAX = (1 << 32) - 1
 
 
-@dataclass(frozen=True)
-class StreamBlock:
+class StreamBlock(Value):
     """A RAM block, by QEMU's own name of it.
 
     Attributes:
@@ -79,8 +79,7 @@ class StreamBlock:
     size: int
 
 
-@dataclass(frozen=True)
-class PageMap:
+class PageMap(Value):
     """Which pages of a RAM block a file has, each at its own place, by the capability mapped-ram.
 
     Attributes:
@@ -257,8 +256,7 @@ class DeviceFields:
         ]
 
 
-@dataclass(frozen=True)
-class StreamDevice:
+class StreamDevice(Value):
     """The section of one device.
 
     Attributes:
@@ -591,8 +589,7 @@ def _pages_of_kind(kind: int) -> str:
     )
 
 
-@dataclass(frozen=True)
-class _Section:
+class _Section(Value):
     name: str
     instance: int
     data: memoryview = field(repr=False)

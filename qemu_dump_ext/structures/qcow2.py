@@ -8,11 +8,12 @@ Source: QEMU docs/interop/qcow2.rst; block/qcow2.h for the limits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from qemu_dump_ext.errors import CorruptDumpError, UnsupportedTargetError
 from qemu_dump_ext.printable import printable
 from qemu_dump_ext.structures.c_struct import Abi, Field, StructLayout, fields_of
+from qemu_dump_ext.value import Value
 
 QCOW2_MAGIC = b"QFI\xfb"
 QCOW2_ENTRY_SIZE = 8
@@ -75,8 +76,7 @@ ReadAt = Callable[[int, int], bytes]
 """Returns so many bytes at an offset of the image; raises CorruptDumpError where they are not."""
 
 
-@dataclass(frozen=True)
-class Qcow2Snapshot:
+class Qcow2Snapshot(Value):
     """One internal snapshot.
 
     Attributes:
@@ -100,8 +100,7 @@ class Qcow2Snapshot:
     l1_count: int
 
 
-@dataclass(frozen=True)
-class Qcow2Header:
+class Qcow2Header(Value):
     """What the header of an image tells.
 
     Attributes:

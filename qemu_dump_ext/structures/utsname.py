@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from qemu_dump_ext.value import Value
 
 UTSNAME_SIZE = 65
 """The size of each of the six strings of struct new_utsname, terminating NUL included."""
@@ -12,8 +12,7 @@ UTSNAME_FIELDS = ("sysname", "nodename", "release", "version", "machine", "domai
 UTSNAME_TOTAL_SIZE = UTSNAME_SIZE * len(UTSNAME_FIELDS)
 
 
-@dataclass(frozen=True)
-class UtsName:
+class UtsName(Value):
     """What `uname` prints in the guest; each member at most 64 bytes."""
 
     sysname: str = ""

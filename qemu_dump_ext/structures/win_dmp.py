@@ -13,9 +13,10 @@ Sources:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from qemu_dump_ext.structures.c_struct import Abi, BoundStruct, Field, StructLayout, fields_of
+from qemu_dump_ext.value import Value
 
 PAGE_SIZE = 4096
 PAGE_SHIFT = 12
@@ -151,8 +152,7 @@ CONTEXT_FLOATING_POINT = 8
 """Of these flags: those of x87 and SSE."""
 
 
-@dataclass(frozen=True)
-class PageRun:
+class PageRun(Value):
     """Consecutive pages of the guest's physical memory.
 
     Attributes:
@@ -193,8 +193,7 @@ def encode_runs(runs: Sequence[PageRun], word_size: int) -> bytes:
     return b"".join(_RUN[word_size].codec.pack(run.first, run.count) for run in runs)
 
 
-@dataclass(frozen=True)
-class WindowsDump:
+class WindowsDump(Value):
     """What a Windows dump has besides the guest's memory as it is.
 
     Attributes:

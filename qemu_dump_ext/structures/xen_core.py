@@ -10,12 +10,12 @@ struct vcpu_guest_context.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import CorruptDumpError
 from qemu_dump_ext.structures.c_struct import Abi, ByteOrder, Field, StructLayout, fields_of
 from qemu_dump_ext.structures.elf_notes import Note, parse_notes
 from qemu_dump_ext.structures.fxsave import FXSAVE_SIZE, registers_of_fxsave
+from qemu_dump_ext.value import Value
 
 NOTE_SECTION, VCPU_SECTION = ".note.Xen", ".xen_prstatus"
 FRAMES_SECTION, PAGES_SECTION = ".xen_pfn", ".xen_pages"
@@ -69,8 +69,7 @@ _FPU_VALID = 1 << 0
 """VGCF_i387_valid: the vCPU has used its floating point."""
 
 
-@dataclass(frozen=True)
-class XenHeader:
+class XenHeader(Value):
     """What the header note tells.
 
     Attributes:

@@ -10,7 +10,6 @@ Source: QEMU dump/win_dump.c create_win_dump() and what it calls; messages are Q
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.guest.model import Vcpu
@@ -32,6 +31,7 @@ from qemu_dump_ext.structures.win_dmp import (
     WindowsDump,
     parse_runs,
 )
+from qemu_dump_ext.value import Value
 from qemu_dump_ext.windows.system_memory import SystemMemory, WindowsGuest
 
 OWNER_TAG = b"KDBG"
@@ -60,8 +60,7 @@ _NO_DRIVER = (
 )
 
 
-@dataclass(frozen=True)
-class DumpHeader:
+class DumpHeader(Value):
     """A header under way.
 
     Attributes:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from itertools import islice, pairwise
 from typing import Self
@@ -44,6 +44,7 @@ from qemu_dump_ext.structures.win_dmp import (
     encode_runs,
     parse_runs,
 )
+from qemu_dump_ext.value import Value
 from qemu_dump_ext.windows.dump_header import (
     KI_PROCESSOR_BLOCK_OFFSET,
     MM_PFN_DATABASE_OFFSET,
@@ -89,8 +90,7 @@ _VERSION_BASE_OFFSET = 0x10
 _COMMENT = b"Made by qemu_dump_ext of the debugger data block in memory."
 
 
-@dataclass(frozen=True)
-class _Kernel:
+class _Kernel(Value):
     """A kernel that was found.
 
     Attributes:
@@ -133,8 +133,7 @@ class _Kernel:
         return self.base <= address < self.base + self.size
 
 
-@dataclass(frozen=True)
-class _Kdbg:
+class _Kdbg(Value):
     """The kernel's debugger data block.
 
     Attributes:
@@ -242,8 +241,7 @@ def _find_kernel(guest: WindowsGuest) -> _Kernel:
     raise RequestError(f"there is no Windows kernel in memory: {'; '.join(reasons[:4])}")
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(Value):
     """How a vCPU enters the kernel.
 
     Attributes:
@@ -415,8 +413,7 @@ def _swapped(value: int) -> int:
     return int.from_bytes(value.to_bytes(8, "little"), "big")
 
 
-@dataclass(frozen=True)
-class _Version:
+class _Version(Value):
     """What KdVersionBlock tells.
 
     Attributes:

@@ -7,7 +7,7 @@ x86_cpu_get_phys_page_attrs_debug().
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from qemu_dump_ext.architectures import AddressWindow, Architecture, PageTableRoot, Translation
 from qemu_dump_ext.guest.memory import GuestMemory
@@ -17,13 +17,13 @@ from qemu_dump_ext.paging.tables import TableReader, roots_of_vcpus
 from qemu_dump_ext.paging.walk import translate_by
 from qemu_dump_ext.structures.c_struct import U32_MAX, U64_MAX
 from qemu_dump_ext.structures.win_dmp import PAGE_SIZE
+from qemu_dump_ext.value import Value
 
 _EVERYTHING = AddressWindow(0, U64_MAX + 1, 0)
 _32_BITS = 32
 
 
-@dataclass(frozen=True)
-class WindowsGuest:
+class WindowsGuest(Value):
     """A guest that does not change, and may run Windows.
 
     Attributes:

@@ -7,7 +7,6 @@ import io
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from qemu_dump_ext.cli import dump_command
@@ -17,6 +16,7 @@ from qemu_dump_ext.errors import EXIT_INCOMPLETE, EXIT_SUCCESS, DumpError
 from qemu_dump_ext.guest_images.machine import BootedGuest
 from qemu_dump_ext.guest_images.manifest import GuestImage
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.value import Value
 
 DUMPS = {
     "ELF": ("--qmp", ()),
@@ -27,8 +27,7 @@ DUMPS = {
 _OK = "ok"
 
 
-@dataclass(frozen=True)
-class MatrixRow:
+class MatrixRow(Value):
     """One guest.
 
     Attributes:

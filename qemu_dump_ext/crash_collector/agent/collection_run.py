@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from qemu_dump_ext.crash_collector.agent.after_action import run_action, run_command
@@ -26,6 +25,7 @@ from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.crash_collector.watch.patience import Patience
 from qemu_dump_ext.crash_collector.watch.session import GuestSession
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError, SourceError
+from qemu_dump_ext.value import Value
 
 _STOP_SECONDS = 5.0
 _SETTLE_SECONDS = 3.0  # from a line on the console to the panic event that often follows
@@ -37,8 +37,7 @@ _UNKNOWN = QemuFacts("unknown", "unknown", None, None)
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Crash:
+class Crash(Value):
     """What is to be collected.
 
     Attributes:
@@ -56,8 +55,7 @@ class Crash:
     gone: str | None = None
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(Value):
     """Of a watched guest, as far as its crashes need them.
 
     Attributes:

@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,7 @@ from qemu_dump_ext.crash_collector.forms import CRASH_ID
 from qemu_dump_ext.crash_collector.record import CrashCause, GuestName, Moment
 from qemu_dump_ext.crash_collector.store.files import set_aside
 from qemu_dump_ext.errors import DumpWriteError
+from qemu_dump_ext.value import Value
 
 _SIZE_MAX = 1 << 20
 _READ_MAX = 16 << 20
@@ -30,8 +31,7 @@ _STATUS_MAX = 100
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class GuestState:
+class GuestState(Value):
     """What there is to know about one guest.
 
     Attributes:
@@ -58,8 +58,7 @@ class GuestState:
         return not (self.cause or self.stopped or self.stored or self.handled)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Line(GuestState):
+class _Line(GuestState, kw_only=True):
     guest: GuestName
 
 

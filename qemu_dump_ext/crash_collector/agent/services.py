@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
 
 from qemu_dump_ext.crash_collector.agent.journal import Journal
@@ -12,10 +11,10 @@ from qemu_dump_ext.crash_collector.agent.slots import CollectionSlots
 from qemu_dump_ext.crash_collector.collect.budget import DumpBudget
 from qemu_dump_ext.crash_collector.outlets.outlets import CrashOutlets
 from qemu_dump_ext.crash_collector.store.store import CrashStore
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class Services:
+class Services(Value):
     """Made by the agent.
 
     Attributes:

@@ -7,7 +7,6 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
@@ -15,6 +14,7 @@ from qemu_dump_ext.crash_collector.store.prune import prune
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.crash_collector.watch.guests import Guest
 from qemu_dump_ext.errors import NoRoomLeftError
+from qemu_dump_ext.value import Value
 
 _MIB = 1 << 20
 
@@ -23,8 +23,7 @@ LIMITS: tuple[Limit, ...] = get_args(Limit)
 """Words of the configuration for which a crash has no dump."""
 
 
-@dataclass(frozen=True)
-class Refusal:
+class Refusal(Value):
     """Why there must be no dump of a crash.
 
     Attributes:

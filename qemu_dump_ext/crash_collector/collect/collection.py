@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from qemu_dump_ext.crash_collector.collect.budget import (
@@ -59,6 +59,7 @@ from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu.run_state import stopped
 from qemu_dump_ext.sinks import open_sink
 from qemu_dump_ext.structures.vmcoreinfo import vmcoreinfo_value
+from qemu_dump_ext.value import Value
 
 VERIFIER = "verify"
 _logger = logging.getLogger(__name__)
@@ -66,8 +67,7 @@ _ROOM_EVERY_BYTES = 32 << 20
 _RELEASE_MAX = 200
 
 
-@dataclass(frozen=True)
-class Collected:
+class Collected(Value):
     """A crash that is stored.
 
     Attributes:

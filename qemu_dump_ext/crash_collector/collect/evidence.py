@@ -10,7 +10,7 @@ import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.guest_view import GuestView
 from qemu_dump_ext.errors import DumpError, DumpWriteError, MonitorAnswerError
 from qemu_dump_ext.qemu.qmp_message import command_names
+from qemu_dump_ext.value import Value
 
 _CONSOLE_FILE = "console.txt"
 _LOG_TEXT_MAX = 64 << 20
@@ -42,8 +43,7 @@ _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Taken:
+class Taken(Value):
     """What has been taken of a crash so far.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from qemu_dump_ext.connections.libvirt import LibvirtMonitor
 from qemu_dump_ext.crash_collector.record import CrashCause, QemuFacts
@@ -12,6 +11,7 @@ from qemu_dump_ext.crash_collector.watch.hmp_questions import HmpQuestions
 from qemu_dump_ext.crash_collector.watch.patience import LimitedQmp, Patience
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.qemu.qmp import SharedQmp
+from qemu_dump_ext.value import Value
 
 GuestQmp = SharedQmp | LibvirtMonitor | HmpQuestions
 """QEMU's monitors, by a socket of ours or through libvirt; or its human monitor alone."""
@@ -26,8 +26,7 @@ def access_by(qmp: GuestQmp) -> GuestAccess:
     return GuestAccess.by_qmp(qmp, pid=qmp.pid if isinstance(qmp, LimitedQmp) else None)
 
 
-@dataclass(frozen=True)
-class CrashTask:
+class CrashTask(Value):
     """One crash of one guest.
 
     Attributes:

@@ -7,7 +7,7 @@ the `Settings`, and each entry of `guests`, too, beside what says which guests i
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
@@ -35,6 +35,7 @@ from qemu_dump_ext.crash_collector.config.quantities import (
 from qemu_dump_ext.crash_collector.record import CauseKind
 from qemu_dump_ext.errors import RequestError
 from qemu_dump_ext.plan.request import DUMP_LEVEL_MAX, DumpRequest
+from qemu_dump_ext.value import Value
 
 # What knows formats and memory sources is imported where a configuration names one: most commands
 # need none of it, and it takes longer to import than all else.
@@ -105,8 +106,7 @@ def _parse_memory(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Rate:
+class Rate(Value):
     """At most so many dumps of one guest in so many seconds.
 
     More crashes are recorded without a dump, and above ten times as many only counted.
@@ -122,8 +122,7 @@ class Rate:
     per: Seconds = 3600.0
 
 
-@dataclass(frozen=True)
-class Heartbeat:
+class Heartbeat(Value):
     """How it is noticed that a guest makes no progress.
 
     Attributes:
@@ -149,8 +148,7 @@ class Heartbeat:
         return self
 
 
-@dataclass(frozen=True)
-class AfterCommand:
+class AfterCommand(Value):
     """Run a program when a crash is stored, with CRASH_DIRECTORY and others in its environment.
 
     Attributes:
@@ -164,8 +162,7 @@ class AfterCommand:
     timeout: Seconds = 600.0
 
 
-@dataclass(frozen=True)
-class Notification:
+class Notification(Value):
     """Who is told of crashes: a program, or a webhook; exactly one of them.
 
     Attributes:
@@ -207,8 +204,7 @@ def _as_steps(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else (value,)
 
 
-@dataclass(frozen=True)
-class Symbols:
+class Symbols(Value):
     """Where the guest kernel's symbols are; `{release}` is the kernel's release.
 
     Attributes:
@@ -224,8 +220,7 @@ class Symbols:
     vmlinux: KernelTemplate | None = None
 
 
-@dataclass(frozen=True)
-class Keep:
+class Keep(Value):
     """What stays in a dump for where the crash is, though `dump_level` leaves it out.
 
     Each is a list of regular expressions: one of them is found in one of the first functions of the
@@ -244,8 +239,7 @@ class Keep:
     free: tuple[Pattern, ...] = tuple(map(re.compile, _OF_FREE_PAGES))
 
 
-@dataclass(frozen=True)
-class Settings:
+class Settings(Value):
     """What holds for a guest.
 
     Attributes:
@@ -316,7 +310,6 @@ class Settings:
         return self
 
 
-@dataclass(frozen=True)
 class GuestEntry(Settings):
     """One guest, or many; exactly one of the first seven.
 
@@ -356,8 +349,7 @@ class GuestEntry(Settings):
         return self
 
 
-@dataclass(frozen=True)
-class Limits:
+class Limits(Value):
     """What the store may take.
 
     Attributes:
@@ -375,8 +367,7 @@ class Limits:
     free: Size = 1 << 30
 
 
-@dataclass(frozen=True)
-class Upload:
+class Upload(Value):
     """Where crashes are copied to once they are in the store.
 
     Attributes:
@@ -402,8 +393,7 @@ class Upload:
     retry_max: Seconds = 900.0
 
 
-@dataclass(frozen=True)
-class Configuration:
+class Configuration(Value):
     """The whole configuration of an agent.
 
     Attributes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +24,7 @@ from qemu_dump_ext.crash_collector.store.states import (
 from qemu_dump_ext.crash_collector.store.store import CrashStore, SignatureCount
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.third_party import import_package
+from qemu_dump_ext.value import Value
 
 _RECORD_BYTES_MAX = 16 << 20
 _RECORDS_MAX = 100_000
@@ -33,8 +33,7 @@ _HOSTS_MAX = 10_000
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SourcedCrash:
+class SourcedCrash(Value):
     """A crash, and where it is.
 
     Attributes:

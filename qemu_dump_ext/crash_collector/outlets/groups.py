@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 from qemu_dump_ext.crash_collector.outlets.crash_source import SourcedCrash
 from qemu_dump_ext.crash_collector.record import CrashRecord
@@ -15,10 +14,10 @@ from qemu_dump_ext.crash_collector.store.states import (
     release_key,
 )
 from qemu_dump_ext.crash_collector.store.store import SignatureCount
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class SignatureGroup:
+class SignatureGroup(Value):
     """All crashes of a signature, and of those merged into it.
 
     Attributes:

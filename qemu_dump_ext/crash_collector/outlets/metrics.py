@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
@@ -22,6 +21,7 @@ from qemu_dump_ext.crash_collector.collect.collection import Collected
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.host_limits import start_needed_thread
+from qemu_dump_ext.value import Value
 
 _LOOPBACK = "127.0.0.1"
 _FAILED = "failed"
@@ -35,8 +35,7 @@ _SECONDS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 _BYTES = tuple(float(1 << shift) for shift in range(20, 42, 3))
 
 
-@dataclass(frozen=True)
-class AgentState:
+class AgentState(Value):
     """What the agent is doing now.
 
     Attributes:

@@ -15,7 +15,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal, TypeAlias
@@ -29,6 +29,7 @@ from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError, SourceError
 from qemu_dump_ext.host_limits import start_needed_thread
 from qemu_dump_ext.printable import printable
+from qemu_dump_ext.value import Value
 
 _FILE = ".notifications.json"
 _BYTES_MAX = 16 << 20
@@ -41,8 +42,7 @@ Why: TypeAlias = Literal["new", "regression", "again"]
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Pending:
+class _Pending(Value):
     # What is to be told, to the how manyth of the configuration.
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -26,6 +26,7 @@ from qemu_dump_ext.crash_collector.store.states import SignatureState, Signature
 from qemu_dump_ext.crash_collector.store.store import CrashStore
 from qemu_dump_ext.errors import DumpError, DumpWriteError, SourceError
 from qemu_dump_ext.host_limits import start_needed_thread
+from qemu_dump_ext.value import Value
 
 _STOP_SECONDS = 2.0
 _LOOK_SECONDS = 20.0
@@ -38,8 +39,7 @@ _T = TypeVar("_T")
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class _Failure:
+class _Failure(Value):
     times: int
     due: float
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from heapq import heapify, heappop, heappush
@@ -23,10 +22,10 @@ from itertools import islice
 
 from qemu_dump_ext.crash_collector.config.settings import Limits
 from qemu_dump_ext.crash_collector.record import CrashRecord
+from qemu_dump_ext.value import Value
 
 
-@dataclass(frozen=True)
-class Removal:
+class Removal(Value):
     """What is to be removed: the whole crash, or only its dump, and why."""
 
     record: CrashRecord

@@ -9,13 +9,14 @@ import json
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from qemu_dump_ext.crash_collector.forms import MOMENT_LENGTH_MAX, SIGNATURE_ID, check_moment
 from qemu_dump_ext.crash_collector.store.files import replace_file, set_aside
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.value import Value
 
 if TYPE_CHECKING:
     from qemu_dump_ext.crash_collector.record import CrashRecord
@@ -32,8 +33,7 @@ STATE_NAMES: tuple[StateName, ...] = get_args(StateName)
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SignatureState:
+class SignatureState(Value):
     """Of one signature.
 
     Attributes:

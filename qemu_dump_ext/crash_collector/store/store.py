@@ -22,7 +22,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -57,6 +57,7 @@ from qemu_dump_ext.crash_collector.store.states import (
 )
 from qemu_dump_ext.crash_collector.store.summary import crash_directories
 from qemu_dump_ext.errors import DumpWriteError, RequestError
+from qemu_dump_ext.value import Value
 
 _INCOMING = ".incoming"
 _SIGNATURES = ".signatures.json"
@@ -70,8 +71,7 @@ _SIGNATURES_MAX = 10_000
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class SignatureCount:
+class SignatureCount(Value):
     """How often a signature was seen, and when; times as in the records."""
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -9,7 +9,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ from qemu_dump_ext.crash_collector.forms import (
     check_moment,
 )
 from qemu_dump_ext.crash_collector.store.files import RECORD_BYTES_MAX, RECORD_FILE
+from qemu_dump_ext.value import Value
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CrashSummary:
+class CrashSummary(Value):
     """One crash in short; see `CrashRecord`.
 
     Attributes:

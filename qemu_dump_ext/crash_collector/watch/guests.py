@@ -8,7 +8,6 @@ import logging
 import os
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from qemu_dump_ext.errors import ConnectError, DumpError, SourceError
 from qemu_dump_ext.qemu.address import tcp_address, unix_path
 from qemu_dump_ext.qemu.command_line import HMP
 from qemu_dump_ext.qemu.socket_kind import require_kind
+from qemu_dump_ext.value import Value
 
 _QMP_THERE = "this is QMP"
 _SOCKETS_MAX = 10_000
@@ -28,8 +28,7 @@ ALL_DOMAINS = "*"
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Guest:
+class Guest(Value):
     """A guest that is to be watched.
 
     Attributes:

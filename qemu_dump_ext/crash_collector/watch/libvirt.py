@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+
+from qemu_dump_ext.value import Value
 
 _MONITOR = re.compile(r"(?:^|,)chardev=charmonitor(?:,|$)")
 _NAME = re.compile(r"(?:^|,)guest=(?P<name>(?:[^,]|,,)+)")
@@ -28,8 +29,7 @@ _ACTION: Mapping[str, str | None] = {
 }
 
 
-@dataclass(frozen=True)
-class Domain:
+class Domain(Value):
     """What libvirt calls a guest.
 
     Attributes:

@@ -9,7 +9,6 @@ import logging
 import random
 import socket
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +32,7 @@ from qemu_dump_ext.qemu.socket_kind import (
     first_bytes,
     require_kind,
 )
+from qemu_dump_ext.value import Value
 
 _NOBODY = frozenset((errno.ENOENT, errno.ECONNREFUSED))
 _RETRY_SECONDS = 0.2
@@ -102,8 +102,7 @@ class Link(Protocol):
         """Return the connection for another thread."""
 
 
-@dataclass(frozen=True)
-class Contact:
+class Contact(Value):
     """A connection to one QEMU.
 
     Attributes:
