@@ -24,17 +24,20 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
+from qemu_dump_ext.cli.dump_command import main as dump_main
 from qemu_dump_ext.engine import stopped_guest as engine
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
 from qemu_dump_ext.linux.page_filter import FilterRules
+from qemu_dump_ext.memory_sources.process import ProcessMemory
 from qemu_dump_ext.page_codecs import all_page_codecs
 from qemu_dump_ext.pages.dedup import deduplicator
 from qemu_dump_ext.pages.packing_processes import PackingProcesses
@@ -93,11 +96,13 @@ class Case:
         name: Of the row.
         native: Takes what it is compared with into a file: QEMU's own dump, or gdb's.
         run: Takes our dump into a file.
+        runs: The guest runs where the dump lets it.
     """
 
     name: str
     native: Dump
     run: Dump
+    runs: bool = False
 
 
 def by_qemu(dump_format: str, *, paging: bool = False) -> Dump:
@@ -234,25 +239,27 @@ def by_gdbs_own(machine: QemuMachine, path: Path) -> Measurement:
 
 
 _STUB_RANGE = 64 * MIB
+_ALL_PAGES, _KERNEL_PAGES, _MINI = ("-z",), ("-z", "--dump-level", "31!"), ("-z", "--mini")
 CASES: Sequence[Case] = (
     Case("elf", by_qemu("elf"), by_cli()),
     Case("elf --exact", by_qemu("elf"), by_cli("--exact")),
     Case("elf -p", by_qemu("elf", paging=True), by_cli("-p")),
     Case("elf -p --exact", by_qemu("elf", paging=True), by_cli("-p", "--exact")),
-    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
+    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli(*_ALL_PAGES)),
     Case("kdump-zlib --level 0", by_qemu("kdump-zlib"), by_cli("-z", "--level", "0")),
     Case("kdump-zlib --snapshot", by_qemu("kdump-zlib"), by_cli("-z", "--snapshot")),
+    Case("kdump-zlib --live", by_qemu("kdump-zlib"), by_cli("-z", "--live"), runs=True),
     Case("kdump-zlib --exact", by_qemu("kdump-zlib"), by_cli("-z", "--exact")),
     Case("kdump-raw-zlib", by_qemu("kdump-zlib"), by_cli("-z", "-R")),
     Case("kdump-lzo", by_qemu("kdump-zlib"), by_cli("-l")),
     Case("kdump-snappy", by_qemu("kdump-zlib"), by_cli("-s")),
     Case("kdump-zstd", by_qemu("kdump-zlib"), by_cli("-z", "zstd")),
-    Case("kdump-zlib --dump-level 31", by_qemu("kdump-zlib"), by_cli("-z", "--dump-level", "31!")),
-    Case("kdump-zlib --mini", by_qemu("kdump-zlib"), by_cli("-z", "--mini")),
+    Case("kdump-zlib --dump-level 31", by_qemu("kdump-zlib"), by_cli(*_KERNEL_PAGES)),
+    Case("kdump-zlib --mini", by_qemu("kdump-zlib"), by_cli(*_MINI)),
     Case(
         "kdump-zlib --dump-level 31, against QEMU's elf and makedumpfile -c -d 31",
         by_makedumpfile,
-        by_cli("-z", "--dump-level", "31!"),
+        by_cli(*_KERNEL_PAGES),
     ),
     Case("kdump-zlib in gdb", by_qemu("kdump-zlib"), by_gdb("-z")),
     Case("elf in gdb", by_qemu("elf"), by_gdb()),
@@ -269,13 +276,13 @@ CASES: Sequence[Case] = (
     ),
 )
 SPARSE_CASES: Sequence[Case] = (
-    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
+    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli(*_ALL_PAGES)),
     Case("kdump-zlib --level 0", by_qemu("kdump-zlib"), by_cli("-z", "--level", "0")),
     Case("kdump-zlib --omit-zero", by_qemu("kdump-zlib"), by_cli("-z", "--omit-zero")),
 )
 SMALL_CASES: Sequence[Case] = (
     Case("elf", by_qemu("elf"), by_cli()),
-    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli("-z")),
+    Case("kdump-zlib", by_qemu("kdump-zlib"), by_cli(*_ALL_PAGES)),
 )
 
 
@@ -300,15 +307,28 @@ def measure(case: Case, machine: QemuMachine, rounds: int, directory: Path) -> R
     native: list[Measurement] = []
     ours: list[Measurement] = []
     path = directory / "dump"
-    case.run(machine, path)  # compiles, and is not counted
-    path.unlink()
-    for _ in range(rounds):
-        # Ours first: QEMU's own dump leaves page tables for all of its memory behind.
-        ours.append(case.run(machine, path))
+    with running(machine) if case.runs else nullcontext():
+        case.run(machine, path)  # compiles, and is not counted
         path.unlink()
-        native.append(case.native(machine, path))
-        path.unlink()
+        for _ in range(rounds):
+            # Ours first: QEMU's own dump leaves page tables for all of its memory behind.
+            ours.append(case.run(machine, path))
+            path.unlink()
+            native.append(case.native(machine, path))
+            path.unlink()
     return Row(case.name, median_of(native), median_of(ours))
+
+
+@contextmanager
+def running(machine: QemuMachine) -> Iterator[None]:
+    """Let the guest run inside the block."""
+    with RawQmp(machine.qmp_sockets[1]) as qmp:
+        qmp.execute("cont")
+    try:
+        yield
+    finally:
+        with RawQmp(machine.qmp_sockets[1]) as qmp:
+            qmp.execute("stop")
 
 
 def table(rows: Sequence[Row]) -> Iterator[str]:
@@ -324,7 +344,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
             f"| {row.name} | {native.seconds:.2f} s | {ours.seconds:.2f} s"
             f" | {native.seconds / ours.seconds:.1f} x | {ours.cpu_seconds:.2f} s"
             f" | {native.cpu_seconds / max(ours.cpu_seconds, 0.01):.1f}"
-            f" | {ours.size / native.size:.2f} | {ours.stopped_seconds:.2f} s"
+            f" | {ours.size / native.size:.2f} | {ours.stopped_seconds:.3f} s"
             f" | {ours.peak_rss / MIB:.0f} MiB | {native.growth / MIB:.0f} MiB"
             f" | {ours.growth / MIB:.0f} MiB |"
         )
@@ -367,6 +387,23 @@ def _pages_alone(machine: QemuMachine) -> float:
         guest.kernel_pages(vmcoreinfo).excluded(FilterRules(31))
         seconds = time.perf_counter() - started
         return seconds / sum(block.size for block in guest.ram_blocks) * (1 << 30)
+
+
+def read_from_guest(machine: QemuMachine, path: Path, *words: str) -> int:
+    """Return how many bytes a dump reads from the guest's memory."""
+    sizes: list[int] = []
+    read_some = ProcessMemory._read_some
+
+    def counted(memory: ProcessMemory, hva: int, buffer: memoryview) -> int:
+        sizes.append(read_some(memory, hva, buffer))
+        return sizes[-1]
+
+    argv = ["--qmp", str(machine.qmp_sockets[0]), "--memory", "process", *words, str(path)]
+    with patch.object(ProcessMemory, "_read_some", counted):
+        if dump_main(argv):
+            raise SystemExit(f"{argv} failed")
+    path.unlink()
+    return sum(sizes)
 
 
 def _reading_alone(machine: QemuMachine) -> float:
@@ -513,12 +550,19 @@ def main() -> None:
                 print(case.name, file=sys.stderr)
                 rows.append(measure(case, guest, arguments.rounds, Path(directory)))
         alone = limits(guest, Path(directory)) if arguments.limits else {}
+        read = {
+            " ".join(words): read_from_guest(guest, Path(directory) / "part", *words)
+            for words in (_ALL_PAGES, _KERNEL_PAGES, _MINI)
+            if arguments.limits
+        }
     if arguments.json:
-        print(json.dumps({"dumps": [asdict(row) for row in rows], "alone": alone}))
+        print(json.dumps({"dumps": [asdict(row) for row in rows], "alone": alone, "read": read}))
     else:
         print("\n".join(table(rows)))
         for part, seconds in alone.items():
             print(f"{part} alone: {seconds:.2f} s")
+        for words, size in read.items():
+            print(f"read from the guest by {words}: {size / MIB:.0f} MiB")
 
 
 if __name__ == "__main__":
