@@ -24,24 +24,40 @@ class Named(Protocol):
 NamedT = TypeVar("NamedT", bound=Named)
 
 
+def names(package: ModuleType) -> list[str]:
+    """Return the names of the public modules of `package`, sorted; none is imported.
+
+    Raises:
+        OSError: The host does not let us look.
+    """
+    for folder in package.__path__:
+        os.listdir(folder)  # noqa: PTH208 - where this fails, what follows finds nothing
+    found = (module_info.name for module_info in pkgutil.iter_modules(package.__path__))
+    return [name for name in found if not name.startswith("_")]
+
+
+def load(
+    package: ModuleType, name: str, constant: str, kind: type[NamedT] | tuple[type[NamedT], ...]
+) -> NamedT:
+    """Import one of the `names` of `package` and return its `constant`.
+
+    Raises:
+        TypeError: The file lacks the constant, or its name differs from the file's.
+    """
+    module = importlib.import_module(f"{package.__name__}.{name}")
+    declaration = getattr(module, constant, None)
+    if not isinstance(declaration, kind) or declaration.name != name:
+        raise TypeError(f"{module.__name__} must declare {constant} of its own name")
+    return declaration
+
+
 def collect(
     package: ModuleType, constant: str, kind: type[NamedT] | tuple[type[NamedT], ...]
 ) -> dict[str, NamedT]:
     """Import every public module of `package` and return its `constant`, by name, sorted.
 
     Raises:
-        TypeError: A file lacks the constant, or its name differs from the file's.
-        OSError: The host does not let us look.
+        TypeError: As of `load`.
+        OSError: As of `names`.
     """
-    found: dict[str, NamedT] = {}
-    for folder in package.__path__:
-        os.listdir(folder)  # noqa: PTH208 - where this fails, what follows finds nothing
-    for module_info in pkgutil.iter_modules(package.__path__):
-        if module_info.name.startswith("_"):
-            continue
-        module = importlib.import_module(f"{package.__name__}.{module_info.name}")
-        declaration = getattr(module, constant, None)
-        if not isinstance(declaration, kind) or declaration.name != module_info.name:
-            raise TypeError(f"{module.__name__} must declare {constant} of its own name")
-        found[declaration.name] = declaration
-    return found
+    return {name: load(package, name, constant, kind) for name in names(package)}

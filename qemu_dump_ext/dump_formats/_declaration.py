@@ -73,7 +73,8 @@ class FormatFamily(Value):
 
     Attributes:
         name: Equal to the name of the file.
-        formats: Returns them, in the order in which they are listed.
+        formats: Returns them, in the order in which they are listed. The name of each begins with
+            that of the file, with `-` for `_`.
     """
 
     name: str

@@ -25,6 +25,7 @@ from qemu_dump_ext.options.expressions import (
     with_register,
 )
 from qemu_dump_ext.options.sizes import parse_size
+from qemu_dump_ext.options.words import Words
 from qemu_dump_ext.plan.request import (
     DUMP_LEVEL_MAX,
     MINI_DUMPS,
@@ -105,9 +106,10 @@ def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
     codecs.add_argument(
         "-z",
         dest="codec",
-        metavar=f"[{'|'.join(format_words())}]",
-        choices=format_words(),
-        help=f"write a kdump, packed by this codec; without a word behind it: {DEFAULT_CODEC}",
+        metavar="[CODEC]",
+        choices=Words(format_words),
+        help="write a kdump, packed by this codec (%(choices)s); without a word behind it:"
+        f" {DEFAULT_CODEC}",
     )
     codecs.add_argument(
         "-l",
@@ -133,8 +135,8 @@ def _add_form_arguments(parser: argparse.ArgumentParser) -> None:
     codecs.add_argument(
         "--format",
         metavar="NAME",
-        choices=all_dump_formats(),
-        help=f"format of the dump by its name in QMP: {', '.join(all_dump_formats())}",
+        choices=Words(all_dump_formats),
+        help="format of the dump by its name in QMP: %(choices)s",
     )
     parser.add_argument(
         "-R",

@@ -7,6 +7,7 @@ import argparse
 from qemu_dump_ext.connections.target import add_target_arguments
 from qemu_dump_ext.dump_formats import all_dump_formats, find_dump_format
 from qemu_dump_ext.memory_sources import AUTO, all_memory_sources
+from qemu_dump_ext.options.words import Words
 from qemu_dump_ext.plan.request import DumpRequest
 
 _DEFAULT_FORMAT = "kdump-zlib"
@@ -25,7 +26,7 @@ def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
         "--format",
         default=_DEFAULT_FORMAT,
         metavar="NAME",
-        choices=[name for name, one in all_dump_formats().items() if not one.of_windows],
+        choices=Words(_formats),
         help=f"format of the dumps by its name in QMP; default: {_DEFAULT_FORMAT}",
     )
     parser.add_argument(
@@ -35,6 +36,10 @@ def add_estimate_arguments(parser: argparse.ArgumentParser) -> None:
         " memory has several",
     )
     parser.add_argument("--json", action="store_true", help="answer as one line of JSON")
+
+
+def _formats() -> list[str]:
+    return [name for name, one in all_dump_formats().items() if not one.of_windows]
 
 
 def request_of_estimate(arguments: argparse.Namespace) -> DumpRequest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import cache
 
-from qemu_dump_ext.discovery import collect
+from qemu_dump_ext.discovery import collect, load
 from qemu_dump_ext.page_codecs._declaration import UNCOMPRESSED, Compress, Decompress, PageCodec
 
 __all__ = [
@@ -25,5 +25,7 @@ def all_page_codecs() -> dict[str, PageCodec]:
 
 
 def find_page_codec(name: str) -> PageCodec:
-    """Return the codec of this name, which may be that of `UNCOMPRESSED`."""
-    return UNCOMPRESSED if name == UNCOMPRESSED.name else all_page_codecs()[name]
+    """Return the codec of this name, also that of `UNCOMPRESSED`; no other one is imported."""
+    if name == UNCOMPRESSED.name:
+        return UNCOMPRESSED
+    return load(sys.modules[__name__], name, "CODEC", PageCodec)

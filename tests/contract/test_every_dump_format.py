@@ -17,6 +17,7 @@ from qemu_dump_ext.dump_formats import (
     all_dump_formats,
     find_dump_format,
     format_by_words,
+    format_words,
 )
 from qemu_dump_ext.dump_readers import open_dump
 from qemu_dump_ext.engine.verify import verify_dump
@@ -126,6 +127,8 @@ def test_the_files_are_the_families():
     assert files == set(families)
     names = [found.name for family in families.values() for found in family.formats()]
     assert names == FORMATS, "no two have the same name"
+    codecs = dict.fromkeys(find_dump_format(name).codec for name in names)
+    assert format_words() == [codec for codec in codecs if codec]
 
 
 @EVERY_FORMAT

@@ -59,7 +59,7 @@ complete -c qemu-dump-guest-memory -f
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s h -l help -d 'show this help message and exit'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -l version -d 'show the version and exit'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s p -d 'write an ELF core with one segment for each range that the vCPUs'"'"' page tables map, at its virtual address'
-complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s z -xka "lzo snappy zlib zstd none" -d 'write a kdump, packed by this codec; without a word behind it: zlib'
+complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s z -xka "lzo snappy zlib zstd none" -d 'write a kdump, packed by this codec (lzo, snappy, zlib, zstd, none); without a word behind it: zlib'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s l -d 'write a kdump, pages packed by lzo'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s s -d 'write a kdump, pages packed by snappy'
 complete -c qemu-dump-guest-memory -n _shtab_qemu_dump_guest_memory_using -s w -d 'write a crash dump of Windows, for a guest that runs it'

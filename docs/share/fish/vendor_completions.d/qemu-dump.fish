@@ -68,7 +68,7 @@ complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l keep -d 'mend nothi
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l target -xka "aarch64 alpha arm hppa i386 loongarch64 m68k microblaze microblazeel mips mips64 mips64el mipsel or1k ppc ppc64 riscv32 riscv64 s390x sh4 sh4eb sparc sparc64 x86_64 xtensa xtensaeb" -d 'the guest'"'"'s target by its name in QEMU, where nothing in the dump tells it'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -l search-seconds -x -d 'how long to search memory for the kernel'"'"'s VMCOREINFO where the dump has none; default: 60'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s p -d 'write an ELF core with one segment for each range that the vCPUs'"'"' page tables map, at its virtual address'
-complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s z -xka "lzo snappy zlib zstd none" -d 'write a kdump, packed by this codec; without a word behind it: zlib'
+complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s z -xka "lzo snappy zlib zstd none" -d 'write a kdump, packed by this codec (lzo, snappy, zlib, zstd, none); without a word behind it: zlib'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s l -d 'write a kdump, pages packed by lzo'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s s -d 'write a kdump, pages packed by snappy'
 complete -c qemu-dump -n '_shtab_qemu_dump_using convert' -s w -d 'write a crash dump of Windows, for a guest that runs it'
