@@ -1,6 +1,6 @@
 """Pack the pages of a buffer in place: one behind the other, compressed, without those of zeros.
 
-All that a packing process needs: it imports nothing else, for each CPU has one that is to come up.
+All that packing processes need: nothing else is imported for them, for they are to come up soon.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import mmap
 import os
 import struct
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NoReturn
 
 from qemu_dump_ext.page_codecs import Compress, find_page_codec
 from qemu_dump_ext.value import Value
@@ -82,11 +83,16 @@ def pack_pages(
     return sizes
 
 
-def serve(connection: int, memory: int, codec: str, *, exact: bool, level: int | None) -> None:
-    """Pack what is ordered until the other side goes: what a packing process does.
+def serve(
+    connections: Sequence[int], memory: int, codec: str, *, exact: bool, level: int | None
+) -> NoReturn:
+    """Pack what is ordered until the other side goes: what packing processes do.
+
+    The one that is started divides into one for each connection when it has imported what it needs.
+    It ends last, so that the time that the others take counts as its own.
 
     Args:
-        connection: Descriptor of the connection, a socket that keeps messages apart.
+        connections: Descriptors of sockets that keep messages apart.
         memory: Descriptor of the buffers.
         codec: As all behind it, a field of `Compression`.
         exact: Likewise.
@@ -94,8 +100,28 @@ def serve(connection: int, memory: int, codec: str, *, exact: bool, level: int |
     """
     compress = Compression(codec, exact=exact, level=level).compressor()
     whole = memoryview(mmap.mmap(memory, 0))
+    connection = _divide(connections)
     with suppress(ConnectionError):
         os.write(connection, READY)
         while order := os.read(connection, ORDER.size):
             offset, size, page_size = ORDER.unpack(order)
             os.write(connection, pack_pages(whole[offset : offset + size], page_size, compress))
+    os.close(connection)
+    with suppress(ChildProcessError):
+        while os.wait():
+            pass
+    os._exit(0)  # at once: nothing is to be put in order
+
+
+def _divide(connections: Sequence[int]) -> int:
+    """Make this process one for each connection; return that of the one that this is now."""
+    while len(connections) > 1:
+        first, *others = connections
+        try:
+            is_first = not os.fork()
+        except OSError:  # the host allows no more: nobody answers there
+            is_first = False
+        connections, closed = ([first], others) if is_first else (others, [first])
+        for connection in closed:
+            os.close(connection)
+    return connections[0]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -81,10 +82,17 @@ def children(pid: int) -> set[int]:
     return {int(word) for word in words}
 
 
+def descendants(pid: int) -> set[int]:
+    return {one for child in children(pid) for one in (child, *descendants(child))}
+
+
+def wait_until_ended(pids: set[int]) -> None:
+    wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in pids), "they ended")
+
+
 def test_processes_pack_what_this_one_would_and_end_with_their_pool():
-    before = children(os.getpid())
-    with PackingProcesses(ZLIB, 2) as packer:
-        assert len(children(os.getpid()) - before) == 2
+    before = descendants(os.getpid())
+    with PackingProcesses(ZLIB, 3) as packer:
         for room in packer.buffers:
             buffer = fill(room)
             twin = Buffer(memoryview(bytearray(buffer.view)))
@@ -92,18 +100,57 @@ def test_processes_pack_what_this_one_would_and_end_with_their_pool():
             assert sizes == Packer(ZLIB).pack(twin, PAGE)
             assert sizes.tolist().count(0) == 2
             assert buffer.view[: sum(sizes)] == twin.view[: sum(sizes)]
-    assert not children(os.getpid()) - before
+        packing = descendants(os.getpid()) - before
+        assert len(packing) == 3
+        assert len(children(os.getpid()) & packing) == 1, "it has made the others"
+    wait_until_ended(packing)
 
 
-def test_a_killed_process_is_an_error():
-    before = children(os.getpid())
+@pytest.mark.parametrize("first", [True, False])
+def test_a_killed_process_is_an_error(first: bool):
+    before = descendants(os.getpid())
     with PackingProcesses(ZLIB, 2) as packer:
         for room in packer.buffers[:2]:
             packer.pack(fill(room), PAGE)  # both have come up
-        for pid in children(os.getpid()) - before:
-            os.kill(pid, signal.SIGKILL)
-        with pytest.raises(DumpWriteError, match="packed pages has ended with status -9"):
-            packer.pack(fill(packer.buffers[0]), PAGE)
+        packing = descendants(os.getpid()) - before
+        (killed,) = packing & children(os.getpid()) if first else packing - children(os.getpid())
+        os.kill(killed, signal.SIGKILL)
+        rooms = [fill(room) for room in packer.buffers[:2]]
+        with pytest.raises(DumpWriteError, match="packed pages has ended: was it killed"):
+            [packer.pack(room, PAGE) for room in rooms]
+    wait_until_ended(packing)
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_processes_end_that_do_not_listen(stopped: bool):
+    before = descendants(os.getpid())
+    with PackingProcesses(ZLIB, 2) as packer:
+        if stopped:
+            for room in packer.buffers[:2]:
+                packer.pack(fill(room), PAGE)
+            for pid in descendants(os.getpid()) - before:
+                os.kill(pid, signal.SIGSTOP)
+        packing = descendants(os.getpid()) - before
+        assert packing
+    wait_until_ended(packing)
+
+
+def test_the_time_that_processes_take_is_known(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(packing_processes, "_ENDS_SECONDS", 60.0)
+    before, known = descendants(os.getpid()), resource.getrusage(resource.RUSAGE_CHILDREN)
+    with PackingProcesses(ZLIB, 2) as packer:
+        for room in packer.buffers:
+            room.view[:] = os.urandom(len(room.view))
+            packer.pack(room, PAGE)
+        taken = sum(cpu_seconds_of(pid) for pid in descendants(os.getpid()) - before)
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # What is known of one that runs is counted in ticks.
+    assert now.ru_utime + now.ru_stime - known.ru_utime - known.ru_stime > taken - 0.05 > 0.05
+
+
+def cpu_seconds_of(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text("ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def test_an_interpreter_is_found_where_its_name_is_wrong(monkeypatch: pytest.MonkeyPatch):
@@ -150,9 +197,9 @@ def test_no_process_outlives_a_killed_program():
     try:
         assert parent.stdout is not None
         assert parent.stdout.readline() == b"1024\n"
-        left = children(parent.pid)
-        assert len(left) == 2
+        left = descendants(parent.pid)
+        assert left
     finally:
         parent.kill()
         parent.communicate()
-    wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in left), "they ended")
+    wait_until_ended(left)
