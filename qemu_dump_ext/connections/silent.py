@@ -21,7 +21,6 @@ from qemu_dump_ext.errors import RequestError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.silent import LocatedGuest, SilentGuest
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess
-from qemu_dump_ext.qemu.saved_guest import SavedGuest, kept_of, load
 
 _STOPPED = frozenset("Tt")
 """States of threads that somebody has stopped, by a signal or as a debugger: proc(5)."""
@@ -83,6 +82,9 @@ def _known(
     process: QemuProcess, description: Path | None
 ) -> tuple[LocatedGuest, list[str], list[str]]:
     """Return what is known of a guest; how; and what may be otherwise."""
+    # For guests whose monitor does not answer, which are few.
+    from qemu_dump_ext.qemu.saved_guest import SavedGuest, kept_of, load  # noqa: PLC0415
+
     saved: SavedGuest | None = load(description) if description else kept_of(process)
     if saved is None:
         return _seen(process)
@@ -96,8 +98,7 @@ def _known(
 
 
 def _seen(process: QemuProcess) -> tuple[LocatedGuest, list[str], list[str]]:
-    # For guests whose monitor does not answer, which are few.
-    from qemu_dump_ext.qemu.ram_by_evidence import PLUGGED, ram_by_evidence  # noqa: PLC0415
+    from qemu_dump_ext.qemu.ram_by_evidence import PLUGGED, ram_by_evidence  # noqa: PLC0415 - as above
 
     located = ram_by_evidence(process)
     told = f"as QEMU lays it out for a machine {located.machine.rstrip('-')} of this size"

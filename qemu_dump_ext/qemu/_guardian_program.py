@@ -15,12 +15,10 @@ import re
 import select
 import socket
 import stat
-import subprocess
 import sys
 import time
 import tty
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 _LINE_MAX = 1 << 20
@@ -189,7 +187,7 @@ def _connect(address: object) -> socket.socket | io.FileIO:
 def _release_by_libvirt(virsh: str, uri: str, domain: str, pid: int) -> None:
     # As long as QEMU lives, or where that is not to be seen, as libvirt may take to come back.
     deadline = time.monotonic() + _COMES_BACK_SECONDS
-    while Path(f"/proc/{pid}").exists() if pid else time.monotonic() < deadline:
+    while _is_there(pid) if pid else time.monotonic() < deadline:
         state = _virsh(virsh, uri, "domstate", "--reason", "--domain", domain)
         if state is not None and state.split() != ["paused", "(user)"]:
             return
@@ -217,8 +215,14 @@ def _has_stub(devices: str, path: str) -> bool:
     return re.search(here, devices, re.MULTILINE) is not None
 
 
+def _is_there(pid: int) -> bool:
+    return os.path.exists(f"/proc/{pid}")  # noqa: PTH110 - as few imports as can be
+
+
 def _virsh(program: str, uri: str, *words: str) -> str | None:
     """Return what a command prints, or None: libvirt is not there, or does something else."""
+    import subprocess  # noqa: PLC0415 - for few
+
     done = subprocess.run(
         [program, "-q", "-c", uri, *words],
         stdin=subprocess.DEVNULL,
@@ -282,7 +286,7 @@ def _take_back_by_libvirt(
         return None if answer is None else _object(answer)
 
     deadline = time.monotonic() + _COMES_BACK_SECONDS
-    while Path(f"/proc/{pid}").exists() if pid else time.monotonic() < deadline:
+    while _is_there(pid) if pid else time.monotonic() < deadline:
         if stream is not None and select.select([stream], [], [], _RETRY_SECONDS)[0]:
             stream = stream if os.read(stream, _LINE_MAX) else None
             continue

@@ -16,12 +16,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qemu_dump_ext.errors import SourceError
 from qemu_dump_ext.host_limits import refused_as
 from qemu_dump_ext.qemu.command_line import CommandLine, parse_command_line
-from qemu_dump_ext.qemu.control_group import Belonging, belongings
 from qemu_dump_ext.value import Value
+
+if TYPE_CHECKING:
+    from qemu_dump_ext.qemu.control_group import Belonging
 
 _PROGRAM = re.compile(r"\.?qemu-system-([a-z0-9_]+)(?:[-.].*)?")
 _OF_THE_HOST = frozenset(("qemu-kvm", "kvm"))
@@ -95,6 +98,8 @@ class QemuProcess(Value):
     @cached_property
     def belongs_to(self) -> tuple[Belonging, ...]:
         """A domain, a container, a unit that it is of, the outermost first."""
+        from qemu_dump_ext.qemu.control_group import Belonging, belongings  # noqa: PLC0415 - for few
+
         try:
             found = belongings(self._read("cgroup"))
         except OSError:
