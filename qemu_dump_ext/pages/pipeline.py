@@ -7,7 +7,6 @@ number of buffers, whatever the guest's size, and the result does not depend on 
 
 from __future__ import annotations
 
-import mmap
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +16,7 @@ from typing import Generic, TypeVar
 
 from qemu_dump_ext.guest.memory import GuestMemory, is_sparse
 from qemu_dump_ext.guest.model import RamBlock
-from qemu_dump_ext.host_limits import Job, WorkerThreads, require_room
+from qemu_dump_ext.host_limits import Job, WorkerThreads, private_memory, require_room
 from qemu_dump_ext.interrupts import uninterrupted
 from qemu_dump_ext.value import Value
 
@@ -192,7 +191,7 @@ def read_through(
     workers = threads or worker_count()
     free = list(buffers)
     if not free:
-        free = [Buffer(_private_memory(PIECE_SIZE)) for _ in range(buffer_count(workers))]
+        free = [Buffer(private_memory(PIECE_SIZE)) for _ in range(buffer_count(workers))]
         require_room()
     most_pending = 4 * len(free)
     pending: deque[tuple[Job[ResultT], Buffer | None, int]] = deque()
@@ -233,11 +232,6 @@ def read_through(
                 for job, _, _ in pending:
                     job.give_up()
             raise
-
-
-def _private_memory(size: int) -> memoryview:
-    # Which the kernel has sooner than what processes may share.
-    return memoryview(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
 
 
 def _fill(memory: GuestMemory, piece: Piece, view: memoryview) -> None:

@@ -68,7 +68,7 @@ def pages_with_content(view: memoryview, page_size: int) -> list[int]:
     numpy = numpy_if_loaded()
     if numpy is not None:
         words = numpy.frombuffer(view, dtype=numpy.uint64).reshape(-1, page_size // _WORD)
-        indices: list[int] = words.any(axis=1).nonzero()[0].tolist()
+        indices: list[int] = numpy.bitwise_or.reduce(words, axis=1).nonzero()[0].tolist()
         return indices
     zeros = bytes(page_size)
     content = view.tobytes()

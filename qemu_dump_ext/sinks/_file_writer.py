@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 
+from qemu_dump_ext.host_limits import private_memory
 from qemu_dump_ext.sinks._direct_io import DirectWriter
 from qemu_dump_ext.sinks._writeback import Writeback
 
@@ -20,7 +20,7 @@ class FileWriter:
         self._direct = DirectWriter(descriptor)
         self._writeback = Writeback(descriptor)
         self._lock = threading.Lock()
-        self._area = memoryview(mmap.mmap(-1, _AREA_SIZE))
+        self._area = private_memory(_AREA_SIZE)
         self._filled = 0
         self._area_offset = 0
 

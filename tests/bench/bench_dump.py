@@ -36,6 +36,7 @@ from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import BootedGuest, QemuMachine, stopped_machine
 from qemu_dump_ext.guest_images.manifest import default_cache, find_image
 from qemu_dump_ext.guest_images.store import ImageStore
+from qemu_dump_ext.host_limits import private_memory
 from qemu_dump_ext.linux.page_filter import FilterRules
 from qemu_dump_ext.memory_sources.process import ProcessMemory
 from qemu_dump_ext.page_codecs import all_page_codecs
@@ -47,6 +48,7 @@ from qemu_dump_ext.pages.pipeline import (
     Buffer,
     Piece,
     PieceWork,
+    buffer_count,
     cut,
     read_through,
     worker_count,
@@ -428,14 +430,17 @@ def _reading_alone(machine: QemuMachine) -> float:
             time.sleep(_PACKING_SECONDS)
 
         work = PieceWork(rest, lambda _: None, lambda _: None, prepare)
+        # Shared, as with the processes that pack.
+        count = buffer_count(_MANY_WORKERS)
+        buffers = [Buffer(memoryview(mmap.mmap(-1, PIECE_SIZE))) for _ in range(count)]
         started = time.thread_time()
-        read_through(memory, pieces, work, lambda _: None, threads=_MANY_WORKERS)
+        read_through(memory, pieces, work, lambda _: None, threads=_MANY_WORKERS, buffers=buffers)
         seconds = time.thread_time() - started
         return seconds / sum(piece.size for piece in pieces if piece.extents) * (1 << 30)
 
 
 def _disk_alone(path: Path, pieces: Sequence[bytes]) -> float:
-    area = memoryview(mmap.mmap(-1, PIECE_SIZE))
+    area = private_memory(PIECE_SIZE)
     started = time.perf_counter()
     with path.open("wb") as file:
         writer = FileWriter(file.fileno())

@@ -1,13 +1,16 @@
-"""What the host refuses: threads, and memory for them."""
+"""What the host refuses: threads, and memory for them; which memory it is asked for."""
 
 from __future__ import annotations
 
+import ctypes
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from qemu_dump_ext.host_limits import Job, WorkerThreads
+from qemu_dump_ext.host_limits import Job, WorkerThreads, private_memory
 
 _HARDLY_ANY = """
 import resource, threading
@@ -68,3 +71,22 @@ def test_a_job_that_was_given_up_is_not_begun():
     job.run()
     assert not done
     assert not job.is_done()
+
+
+def test_private_memory_asks_for_large_pages():
+    view = private_memory(4 << 20)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    for mapping in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", _mappings(), flags=re.MULTILINE)[1:]:
+        start, end = (int(part, 16) for part in mapping.split()[0].split("-"))
+        if start <= address < end:
+            assert mapping.split()[1] == "rw-p"
+            assert " hg" in mapping.partition("VmFlags:")[2]
+            return
+    pytest.fail("the memory is nowhere")
+
+
+def _mappings() -> str:
+    text = Path("/proc/self/smaps").read_text("utf-8")
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists() or "VmFlags" not in text:
+        pytest.skip("this kernel has no large pages, or does not tell")
+    return text
