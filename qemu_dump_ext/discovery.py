@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import pkgutil
 from types import ModuleType
 from typing import Protocol, TypeVar
 
@@ -30,10 +29,8 @@ def names(package: ModuleType) -> list[str]:
     Raises:
         OSError: The host does not let us look.
     """
-    for folder in package.__path__:
-        os.listdir(folder)  # noqa: PTH208 - where this fails, what follows finds nothing
-    found = (module_info.name for module_info in pkgutil.iter_modules(package.__path__))
-    return [name for name in found if not name.startswith("_")]
+    files = [file for folder in package.__path__ for file in os.listdir(folder)]  # noqa: PTH208
+    return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
 
 
 def load(
@@ -52,12 +49,16 @@ def load(
 
 
 def collect(
-    package: ModuleType, constant: str, kind: type[NamedT] | tuple[type[NamedT], ...]
+    package: ModuleType,
+    constant: str,
+    kind: type[NamedT] | tuple[type[NamedT], ...],
+    only: str | None = None,
 ) -> dict[str, NamedT]:
-    """Import every public module of `package` and return its `constant`, by name, sorted.
+    """Import every public module of `package`, or one, and return its `constant`, by name, sorted.
 
     Raises:
         TypeError: As of `load`.
         OSError: As of `names`.
     """
-    return {name: load(package, name, constant, kind) for name in names(package)}
+    wanted = names(package) if only is None else [only]
+    return {name: load(package, name, constant, kind) for name in wanted}

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
-import pkgutil
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from types import FrameType, ModuleType
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from qemu_dump_ext import __version__
 from qemu_dump_ext.cli import subcommands
 from qemu_dump_ext.cli._declaration import Program, Subcommand
-from qemu_dump_ext.discovery import collect
+from qemu_dump_ext.discovery import collect, names
 from qemu_dump_ext.errors import (
     EXIT_INTERRUPTED,
     EXIT_SUCCESS,
@@ -186,11 +185,16 @@ def subcommand_parser(
 
 
 def _commands(folder: ModuleType, only: str | None) -> Mapping[str, Subcommand | Program]:
-    if only is None:
-        return collect(folder, "COMMAND", (Subcommand, Program))
-    module = importlib.import_module(f"{folder.__name__}.{only}")
-    command: Subcommand | Program = module.COMMAND
-    return {only: command}
+    return collect(folder, "COMMAND", (Subcommand, Program), only)
+
+
+def _named(folder: ModuleType, words: Sequence[str]) -> str | None:
+    """Return the file of the subcommand that a command line names, or None."""
+    name = words[0].replace("-", "_") if words else ""
+    with suppress(OSError):  # which is told later
+        if name in names(folder):
+            return name
+    return None
 
 
 def run_program(
@@ -209,9 +213,8 @@ def run_program(
         print(f"{program} {__version__}")
         return EXIT_SUCCESS
     # What is not named is not imported: most of the time a command takes to start is that.
-    named = words[0].replace("-", "_") if words else ""
-    only = named if named in {info.name for info in pkgutil.iter_modules(folder.__path__)} else None
-    if only is not None and not only.startswith("_"):
+    only = _named(folder, words)
+    if only is not None:
         command = _commands(folder, only)[only]
         if isinstance(command, Program):
             return command.main(words[1:], f"{program} {words[0]}")

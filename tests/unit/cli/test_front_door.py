@@ -111,11 +111,12 @@ def test_failure_is_told_to_a_program_as_well(program, words, status, capsys, tm
     assert answer["error"] in told.err
 
 
-def test_wrong_word_is_refused_in_one_line(capsys):
-    assert qemu_dump(["nope"]) == 2
+@pytest.mark.parametrize("word", ["nope", "_guest_matrix", "../collector/list", ""])
+def test_wrong_word_is_refused_in_one_line(word, capsys):
+    assert qemu_dump([word]) == 2
     told = capsys.readouterr()
     assert told.out == ""
-    assert re.fullmatch(r"qemu-dump: .*invalid choice: 'nope'.*\n", told.err)
+    assert re.fullmatch(rf"qemu-dump: .*invalid choice: '{word}'.*\n", told.err)
 
 
 def test_what_a_program_leaves_is_not_looked_through_when_it_ends():
