@@ -72,8 +72,6 @@ def pages_with_content(view: memoryview, page_size: int) -> list[int]:
         return indices
     zeros = bytes(page_size)
     content = view.tobytes()
-    if not content.strip(b"\0"):
-        return []
     starts = range(0, len(content), page_size)
     return [n for n, start in enumerate(starts) if content[start : start + page_size] != zeros]
 
