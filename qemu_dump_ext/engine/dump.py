@@ -109,7 +109,7 @@ def _writing(request: DumpRequest, access: GuestAccess) -> AbstractContextManage
     dump_format = find_dump_format(request.format)
     if dump_format.start is None or access.silent is not None:
         return nullcontext(dump_format.write)
-    size = read_memory_size(access.monitor) or 0
+    size = read_memory_size(access.lasting) or 0
     if request.memory_range is not None:
         size = min(size, request.memory_range.length)
     if request.level_of_pages == DUMP_LEVEL_MAX:

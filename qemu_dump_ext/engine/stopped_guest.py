@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 
 from qemu_dump_ext.architectures import architectures_of_target
 from qemu_dump_ext.engine.guest_view import GuestView, Vmcoreinfo
-from qemu_dump_ext.errors import SourceError
+from qemu_dump_ext.errors import MonitorAnswerError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest.memory import GuestMemory
 from qemu_dump_ext.guest.silent import LocatedGuest, SilentGuest
@@ -31,7 +31,13 @@ from qemu_dump_ext.pages.page_set import PageSet
 from qemu_dump_ext.pages.zero_pages import load_before_stopping
 from qemu_dump_ext.plan.plan import EarlierDump, GuestSnapshot
 from qemu_dump_ext.qemu.monitor_queries import read_memory_size
-from qemu_dump_ext.qemu.probe import ProbedGuest, check_undisturbed, probe_guest
+from qemu_dump_ext.qemu.probe import (
+    ProbedGuest,
+    ask_before_stopping,
+    check_undisturbed,
+    find_machine,
+    probe_guest,
+)
 from qemu_dump_ext.qemu.process import find_qemu_process
 from qemu_dump_ext.qemu.qemu_processes import QemuProcess, qemu_process
 from qemu_dump_ext.qemu.run_state import Pause, PauseLimit, stopped
@@ -253,14 +259,17 @@ class UnansweredGuest(StoppedGuest):
 
 
 def import_plug_ins(access: GuestAccess, *others: str) -> None:
-    """Import what a guest may turn out to need, while it still runs.
+    """Import what a guest may turn out to need, and ask what lasts, while it still runs.
 
     Args:
         access: The ways to the guest.
         others: Modules of the package that this use of the guest needs besides.
     """
-    load_before_stopping(read_memory_size(access.monitor))
+    ask_before_stopping(access)
+    load_before_stopping(read_memory_size(access.lasting))
     architectures_of_target(target_by_qmp(access))
+    with suppress(MonitorAnswerError):  # who needs it is told
+        find_machine(access)
     all_memory_sources()
     for name in others:
         importlib.import_module(f"qemu_dump_ext.{name}")

@@ -42,6 +42,14 @@ class AsyncMonitor(Monitor, Protocol):
         """Have a command executed; what is returned waits for its answer, as `execute` does."""
 
 
+@runtime_checkable
+class BatchMonitor(AsyncMonitor, Protocol):
+    """A monitor to which it is less work to be given several commands at once. Optional."""
+
+    def begin_all(self, commands: Sequence[str]) -> list[Callable[[], str]]:
+        """Have commands executed in this order; each that is returned waits for one answer."""
+
+
 class HmpMonitor(AsyncMonitor, Protocol):
     """QEMU's human monitor, through a socket or a pty of its own."""
 
@@ -137,6 +145,7 @@ class GuestAccess(Value):
         remarks: What is to be said of these ways, in words.
         silent: What is known of a guest whose monitor does not answer; None: it does.
         targets: QEMU's name of the target, once it is known: None where it does not tell.
+        answers: What the monitor has answered, by question, of what `lasting` is asked.
     """
 
     monitor: Monitor
@@ -148,6 +157,7 @@ class GuestAccess(Value):
     remarks: Sequence[str] = ()
     silent: SilentGuest | None = None
     targets: list[str | None] = field(default_factory=list, compare=False)
+    answers: dict[str, str] = field(default_factory=dict, compare=False)
 
     @classmethod
     def by_memory(cls, silent: SilentGuest) -> Self:
@@ -198,6 +208,11 @@ class GuestAccess(Value):
         addresses = stub.addresses() if stub else ()
         return cls(qmp, stub, qmp, addresses, qmp.rescue, qmp.pid, tuple(qmp.remarks))
 
+    @property
+    def lasting(self) -> AskedOnce:
+        """The monitor, asked once what does not change while QEMU runs."""
+        return AskedOnce(self.monitor, self.answers)
+
     def source_context(
         self, ram_blocks: Sequence[RamBlock], dumps_forbidden: str | None
     ) -> SourceContext:
@@ -241,28 +256,61 @@ class SourceContext(Value):
     answers: dict[str, str] = field(default_factory=dict, compare=False)
     pid: int | None = None
 
+    @property
+    def still(self) -> AskedOnce:
+        """The monitor, asked once while the guest stands still."""
+        return AskedOnce(self.monitor, self.answers)
+
+
+class AskedOnce:
+    """A monitor that is asked each question once; all that are known before, at once.
+
+    For answers that do not change as long as they are used. It is a `Monitor`, so that who asks
+    need not know what was asked before.
+    """
+
+    def __init__(self, monitor: Monitor, answers: dict[str, str] | None = None) -> None:
+        """Ask a monitor.
+
+        Args:
+            monitor: Is asked what is not known.
+            answers: What is known, by question; grows.
+        """
+        self._monitor = monitor
+        self._answers = {} if answers is None else answers
+
     def ask(self, questions: Sequence[str]) -> list[str]:
-        """Return what the human monitor answers, which is asked once, and all at once.
+        """Return the answers.
 
         Raises:
             SourceError: The monitor cannot be reached.
         """
-        new = [question for question in dict.fromkeys(questions) if question not in self.answers]
-        self.answers.update(zip(new, execute_all(self.monitor, new), strict=True))
-        return [self.answers[question] for question in questions]
+        new = [question for question in dict.fromkeys(questions) if question not in self._answers]
+        self._answers.update(zip(new, execute_all(self._monitor, new), strict=True))
+        return [self._answers[question] for question in questions]
+
+    def execute(self, command: str) -> str:
+        """Return the answer to one; errors as `ask`."""
+        return self.ask([command])[0]
 
 
 def execute_all(monitor: Monitor, commands: Sequence[str]) -> list[str]:
-    """Return the answers of commands that need not wait for each other.
+    """Return the answers of commands that need not wait for each other, executed in this order.
 
     Raises:
         SourceError: The monitor cannot be reached.
     """
+    if isinstance(monitor, AskedOnce):
+        return monitor.ask(commands)
     at_once: int = getattr(monitor, "asks_at_once", _AT_ONCE)
     if at_once == 1 or not isinstance(monitor, AsyncMonitor):
         return [monitor.execute(command) for command in commands]
     answers: list[str] = []
     for first in range(0, len(commands), at_once):
         some = commands[first : first + at_once]
-        answers += [answer() for answer in [monitor.begin(command) for command in some]]
+        if isinstance(monitor, BatchMonitor):
+            begun = monitor.begin_all(some)
+        else:
+            begun = [monitor.begin(command) for command in some]
+        answers += [answer() for answer in begun]
     return answers

@@ -176,7 +176,7 @@ def _prove(memory: GuestMemory, context: SourceContext) -> None:
         for size in (min(_SAMPLE_SIZE, block.size),)
         for gpa in _places(memory, block, size)
     ]
-    shown = context.ask([_question(gpa, size) for gpa, size in places])
+    shown = context.still.ask([_question(gpa, size) for gpa, size in places])
     for (gpa, size), text in zip(places, shown, strict=True):
         seen = bytearray(size)
         memory.read_into(gpa, memoryview(seen))

@@ -101,7 +101,7 @@ def open_located(pid: int, addresses: Mapping[RamBlock, int]) -> Iterator[Proces
 
 
 def _host_addresses(context: SourceContext, gpas: Sequence[int]) -> dict[int, int]:
-    answers = context.ask([f"gpa2hva {gpa:#x}" for gpa in gpas])
+    answers = context.still.ask([f"gpa2hva {gpa:#x}" for gpa in gpas])
     return {gpa: parse_host_address(text, gpa) for gpa, text in zip(gpas, answers, strict=True)}
 
 

@@ -23,6 +23,9 @@ from qemu_dump_ext.qemu.native_dump import NativeDumps
 from qemu_dump_ext.value import Value
 
 _VIRTIO_MEM = r"virtio-mem-(pci|ccw)"
+_SUPPORT = ("/machine", "confidential-guest-support")
+CONFIDENTIAL = f"qom-get {' '.join(_SUPPORT)}"
+"""Whether the guest keeps memory to itself, which it does or not for as long as QEMU runs."""
 _BISECT_SECONDS = 5.0
 _MIB = 1 << 20
 
@@ -214,6 +217,6 @@ def _joined(ranges: Sequence[AddressRange]) -> Iterator[AddressRange]:
 
 
 def _confidential_guest(monitor: Monitor) -> str | None:
-    path = read_property(monitor, "/machine", "confidential-guest-support")
+    path = read_property(monitor, *_SUPPORT)
     name = (path or "").strip('"')
     return f"confidential guest {name}" if name else None

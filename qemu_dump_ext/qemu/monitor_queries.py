@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from qemu_dump_ext.errors import MonitorAnswerError
-from qemu_dump_ext.guest.access import Monitor
+from qemu_dump_ext.guest.access import Monitor, execute_all
 from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.qemu.monitor_text import (
     parse_memory_size,
@@ -26,8 +26,17 @@ from qemu_dump_ext.structures.c_struct import ByteOrder
 from qemu_dump_ext.untrusted import parse_unsigned
 from qemu_dump_ext.value import Value
 
+VERSION = "info version"
+MEMORY_SIZE = "info memory_size_summary"
+VCPUS = "info cpus"
+ROOTS = ("qom-list /", "qom-list /machine")
+"""What `find_machine_objects` asks for in any case."""
+_DEVICES = ("/machine/peripheral", "/machine/peripheral-anon")
+DEVICES = tuple(f"qom-list {parent}" for parent in _DEVICES)
+"""What `find_devices` asks."""
 _CHILD = re.compile(r"^(?P<name>\S+) \(child<(?P<type>[^>]+)>\)$", re.MULTILINE)
 _CPU_SUFFIX = "-cpu"
+_ALL_REGISTERS = "info registers -a"
 # Have no children that matter, and are many.
 _LEAVES = frozenset(("irq", "memory-region", "qemu:memory-region", "clock", "or-irq", "split-irq"))
 # Where boards keep their CPUs; everything else is looked through later.
@@ -87,14 +96,14 @@ def find_machine_objects(monitor: Monitor, cpu_suffixes: tuple[str, ...]) -> Mac
 
 def read_memory_size(monitor: Monitor) -> int | None:
     """Return the bytes of RAM that the guest has, or None where QEMU does not tell."""
-    return parse_memory_size(monitor.execute("info memory_size_summary"))
+    return parse_memory_size(monitor.execute(MEMORY_SIZE))
 
 
 def find_devices(monitor: Monitor, type_pattern: str) -> list[str]:
     """Return the paths of devices that were added with -device, by a pattern of their types."""
     return [
         f"{parent}/{name}"
-        for parent in ("/machine/peripheral", "/machine/peripheral-anon")
+        for parent in _DEVICES
         for name, kind in _children(monitor, parent)
         if re.fullmatch(type_pattern, kind)
     ]
@@ -128,8 +137,9 @@ def read_byte_order(monitor: Monitor, blocks: Sequence[RamBlock]) -> ByteOrder |
             if offset + 4 * _WORDS > block.size:
                 break
             place = f"{block.gpa + offset:#x}"
-            words = parse_physical_memory(monitor.execute(f"xp /{_WORDS}xw {place}"), 32)
-            data = parse_physical_bytes(monitor.execute(f"xp /{4 * _WORDS}xb {place}"))
+            questions = f"xp /{_WORDS}xw {place}", f"xp /{4 * _WORDS}xb {place}"
+            text, bytes_text = execute_all(monitor, questions)
+            words, data = parse_physical_memory(text, 32), parse_physical_bytes(bytes_text)
             for number, word in enumerate(words):
                 stored = data[4 * number : 4 * number + 4]
                 if stored != stored[::-1]:
@@ -140,23 +150,30 @@ def read_byte_order(monitor: Monitor, blocks: Sequence[RamBlock]) -> ByteOrder |
 def read_register_texts(monitor: Monitor) -> Mapping[int, str]:
     """Return `info registers` of each vCPU by cpu_index.
 
-    One by one: RISC-V has 280 lines for each since QEMU 11, and long answers block the gdbstub.
+    Of each by a question of its own: RISC-V has 280 lines for each since QEMU 11, and long answers
+    block the gdbstub.
 
     Raises:
         MonitorAnswerError: The monitor shows none.
     """
-    indexes = parse_vcpu_list(monitor.execute("info cpus"))
-    if len(indexes) > 1:
-        texts: dict[int, str] = {}
-        for index in indexes:
-            texts |= split_vcpus(monitor.execute(f"info registers {index}"))
-        if len(texts) == len(indexes):
-            return texts
+    indexes = parse_vcpu_list(monitor.execute(VCPUS))
+    texts: dict[int, str] = {}
+    for text in execute_all(monitor, register_questions(indexes)):
+        texts |= split_vcpus(text)
+    if len(indexes) > 1 and len(texts) != len(indexes):
         # This QEMU does not take the number of a vCPU.
-    text = monitor.execute("info registers -a")
-    if not (texts := split_vcpus(text)):
-        raise MonitorAnswerError("info registers -a", text)
+        text = monitor.execute(_ALL_REGISTERS)
+        texts = split_vcpus(text)
+    if not texts:
+        raise MonitorAnswerError(_ALL_REGISTERS, text)
     return texts
+
+
+def register_questions(indexes: Collection[int]) -> list[str]:
+    """Return what `read_register_texts` asks where there are vCPUs of these cpu_index."""
+    if len(indexes) > 1:
+        return [f"info registers {index}" for index in indexes]
+    return [_ALL_REGISTERS]
 
 
 def _children(monitor: Monitor, path: str) -> list[tuple[str, str]]:

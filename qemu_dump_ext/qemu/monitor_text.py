@@ -14,6 +14,7 @@ from qemu_dump_ext.guest.model import RamBlock
 from qemu_dump_ext.structures.dialect import QemuVersion
 from qemu_dump_ext.untrusted import parse_unsigned
 
+FLAT_VIEWS = "info mtree -f"
 RUNNING = "running"
 """What `parse_status` returns for a guest that is not stopped."""
 
@@ -34,7 +35,6 @@ _FLASH_KINDS = frozenset(("romd", "i/o"))
 _READABLE_KINDS = _RAM_KINDS | {"ramd", "romd"}
 _ABSURD_NUMBER = re.compile(r"\b[0-9a-fA-F]{1025,}\b")
 """Of more bits than any register has that a monitor shows, which are 2048."""
-_FLAT_VIEW = "info mtree -f"
 _RAM_MAX = 1 << 52
 """As much memory as the widest physical addresses of a board reach, in bytes."""
 _CPU_INDEX_BITS = 16
@@ -104,7 +104,7 @@ def parse_flat_view(text: str) -> list[RamBlock]:
             if match["kind"] != "rom" or name not in flash:
                 _add_range(blocks, match, name, offset)
     if (size := sum(block.size for block in blocks)) > _RAM_MAX:
-        raise MonitorAnswerError(_FLAT_VIEW, f"{size:#x} bytes of memory are impossible")
+        raise MonitorAnswerError(FLAT_VIEWS, f"{size:#x} bytes of memory are impossible")
     return blocks
 
 
@@ -136,12 +136,12 @@ def _flat_ranges(text: str) -> Iterator[re.Match[str]]:
         elif in_view and (match := _FLAT_RANGE.match(line)):
             first, last = int(match["first"], 16), int(match["last"], 16)
             if not end <= first <= last:
-                raise MonitorAnswerError(_FLAT_VIEW, f"impossible memory: {line.strip()}")
+                raise MonitorAnswerError(FLAT_VIEWS, f"impossible memory: {line.strip()}")
             end = last + 1
             yield match
     if not found:
         raise MonitorAnswerError(
-            _FLAT_VIEW, text, hint="QEMU before 2.9 has no flat view of its memory"
+            FLAT_VIEWS, text, hint="QEMU before 2.9 has no flat view of its memory"
         )
 
 

@@ -14,21 +14,29 @@ from qemu_dump_ext.architectures import (
     architecture_for_cpu_types,
     architectures_of_target,
 )
-from qemu_dump_ext.errors import GuestDisturbedError, SourceError
-from qemu_dump_ext.guest.access import GuestAccess, Monitor, Stub
+from qemu_dump_ext.errors import GuestDisturbedError, MonitorAnswerError, SourceError
+from qemu_dump_ext.guest.access import AskedOnce, GuestAccess, Monitor, Stub
 from qemu_dump_ext.guest.model import RamBlock, Vcpu
-from qemu_dump_ext.qemu.dump_listeners import why_dumps_are_forbidden
-from qemu_dump_ext.qemu.dumped_memory import DumpedMemory, find_dumped_memory
+from qemu_dump_ext.qemu.dump_listeners import WHO_LISTENS, why_dumps_are_forbidden
+from qemu_dump_ext.qemu.dumped_memory import CONFIDENTIAL, DumpedMemory, find_dumped_memory
 from qemu_dump_ext.qemu.gdbstub import stub_on_demand
 from qemu_dump_ext.qemu.monitor_queries import (
+    DEVICES,
+    MEMORY_SIZE,
+    ROOTS,
+    VCPUS,
+    VERSION,
+    MachineObjects,
     find_devices,
     find_machine_objects,
     read_byte_order,
     read_number,
     read_property,
     read_register_texts,
+    register_questions,
 )
 from qemu_dump_ext.qemu.monitor_text import (
+    FLAT_VIEWS,
     RUNNING,
     parse_readable_ranges,
     parse_status,
@@ -44,6 +52,7 @@ from qemu_dump_ext.registers.notes import encode_vcpu_notes
 from qemu_dump_ext.structures.dialect import MENDED, QemuVersion
 from qemu_dump_ext.value import Value
 
+_KVM = "info kvm"
 _IT_RUNS = "the guest runs, and QEMU would stop it for a dump"
 _ONE_NAME_FOR_BOTH_BYTE_ORDERS: QemuVersion = (10, 1, 0)
 """From here on, or later, QMP may answer `sh4` for sh4eb, and `xtensa` for xtensaeb."""
@@ -100,18 +109,39 @@ class _Target(Value):
     properties: Mapping[str, int]
 
 
+def ask_before_stopping(access: GuestAccess) -> None:
+    """Ask, all at once, what does not change while QEMU runs: it takes nothing of a pause then.
+
+    Raises:
+        SourceError: The monitor does not answer.
+    """
+    with suppress(MonitorAnswerError):  # who needs it is told
+        access.lasting.ask((MEMORY_SIZE, VERSION, WHO_LISTENS, CONFIDENTIAL, _KVM, *ROOTS))
+
+
+def find_machine(access: GuestAccess) -> MachineObjects:
+    """Return the machine and one of its CPUs, of the target that QMP names, if it names one.
+
+    Raises:
+        SourceError: The monitor does not answer, or there is no CPU.
+    """
+    return find_machine_objects(access.lasting, _cpu_suffixes(target_by_qmp(access)))
+
+
 def _probe_target(access: GuestAccess, forbidden: str | None, stub: Stub | None) -> _Target:
-    monitor = access.monitor
-    version = parse_version(monitor.execute("info version"))
+    monitor, lasting = access.monitor, access.lasting
+    version = parse_version(lasting.execute(VERSION))
     target = target_by_qmp(access)
-    objects = find_machine_objects(monitor, _cpu_suffixes(target))
+    objects = find_machine(access)
     if not objects.cpu_type.endswith(_cpu_suffixes(target)):
         target = None
-    flat_views = monitor.execute("info mtree -f")
-    forbidden = forbidden or why_dumps_are_forbidden(monitor)
+    forbidden = forbidden or why_dumps_are_forbidden(lasting)
     native_dumps = NativeDumps(monitor, access.qmp, forbidden)
-    dumped = find_dumped_memory(monitor, native_dumps, flat_views)
-    texts = read_register_texts(monitor)
+    # Devices can be plugged, memory and vCPUs among them: that is asked anew each time.
+    now = AskedOnce(monitor, dict(access.answers))
+    flat_views, *_ = now.ask((FLAT_VIEWS, VCPUS, *DEVICES))
+    dumped = find_dumped_memory(now, native_dumps, flat_views)
+    texts = read_register_texts(now)
     clues = TargetClues(
         texts[min(texts)],
         partial(read_property, monitor, objects.cpu_path),
@@ -188,7 +218,7 @@ def probe_guest(access: GuestAccess) -> ProbedGuest:
             native = parse_native_notes(content, architecture, list(texts))
     except SourceError as error:
         refusal = str(error)
-    hardware_segments = "enabled" in monitor.execute("info kvm")
+    hardware_segments = "enabled" in access.lasting.execute(_KVM)
     by_stub = read_stub(architecture, access.stub) if access.stub else {}
     by_monitor = parse_monitor_registers(architecture, texts)
     readings = {
@@ -264,8 +294,10 @@ def check_undisturbed(monitor: Monitor, guest: ProbedGuest) -> None:
     Raises:
         GuestDisturbedError: It runs, or a register changed.
     """
-    running = parse_status(monitor.execute("info status")) == RUNNING
-    texts = read_register_texts(monitor)
+    now = AskedOnce(monitor)
+    status, *_ = now.ask(("info status", VCPUS, *register_questions(guest.shown_first)))
+    running = parse_status(status) == RUNNING
+    texts = read_register_texts(now)
     if running or parse_monitor_registers(guest.architecture, texts) != guest.shown_first:
         raise GuestDisturbedError
 

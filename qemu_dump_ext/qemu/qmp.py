@@ -11,10 +11,10 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from qemu_dump_ext.errors import ConnectError, MonitorAnswerError, SourceError
 from qemu_dump_ext.host_limits import start_needed_thread
@@ -38,13 +38,15 @@ _CLOSED = "the QMP connection was closed"
 ResultT = TypeVar("ResultT")
 
 
-class _Question(Generic[ResultT]):
+class _Questions(Generic[ResultT]):
+    """Some that are asked in this order, none of which waits for another's answer."""
+
     # One lock of C: an interrupt inside concurrent.futures leaves its locks taken, and the
     # thread of the client hangs.
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        work: Callable[[], Coroutine[Any, Any, ResultT]],
+        works: Sequence[Callable[[], Coroutine[Any, Any, ResultT]]],
         seconds: float,
     ) -> None:
         self._loop = loop
@@ -55,7 +57,8 @@ class _Question(Generic[ResultT]):
         asked = False
         try:
             with uninterrupted():
-                question = self._ask(work, seconds)
+                # One coroutine for all: one for each takes half as much CPU time again.
+                question = self._ask(works, seconds)
                 try:
                     asyncio.run_coroutine_threadsafe(question, loop)
                 except RuntimeError as error:
@@ -70,18 +73,20 @@ class _Question(Generic[ResultT]):
                 self._settle()
             raise
 
-    async def _ask(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> None:
+    async def _ask(
+        self, works: Sequence[Callable[[], Coroutine[Any, Any, ResultT]]], seconds: float
+    ) -> None:
         try:
-            result = await asyncio.wait_for(work(), seconds)
+            async with asyncio.timeout(seconds):
+                results = await asyncio.gather(*(work() for work in works), return_exceptions=True)
+            self._answers = [_outcome(result) for result in results]
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
-            self._answers.append(partial(_raise, error))
-        else:
-            self._answers.append(lambda: result)
+            self._answers = [partial(_raise, error)] * len(works)
         finally:
             self._answered.release()
 
-    def answer(self) -> ResultT:
-        """Wait for it."""
+    def answer(self, number: int = 0) -> ResultT:
+        """Wait for all of them; return the answer to one."""
         try:
             while not self._answers:
                 # The loop's own clock ends it before, unless the loop has no memory for that.
@@ -92,13 +97,21 @@ class _Question(Generic[ResultT]):
         except KeyboardInterrupt:
             self._settle()
             raise
-        return self._answers[0]()
+        return self._answers[number]()
 
     def _settle(self) -> None:
         # The next question is asked when this one has been answered.
         with uninterrupted():
             if not self._answers:
                 self._answered.acquire(timeout=_INTERRUPTED_ANSWER_SECONDS)
+
+
+class QmpQuestion(NamedTuple):
+    """A QMP command with its arguments, and what messages call it."""
+
+    command: str
+    arguments: dict[str, object] | None
+    told: str
 
 
 class SharedQmp:
@@ -153,19 +166,19 @@ class SharedQmp:
         self, command: str, arguments: dict[str, object] | None = None
     ) -> Callable[[], Any]:
         """Have a QMP command executed; what is returned waits for what it returns."""
-        return self._begin(command, arguments, command)
+        return self._begin_all([QmpQuestion(command, arguments, command)])[0]
 
-    def _begin(
-        self, command: str, arguments: dict[str, object] | None, told: str
-    ) -> Callable[[], Any]:
-        question: _Question[Any] = _Question(
-            self._loop, lambda: self._client.execute(command, arguments), self._answer_seconds
-        )
-        return partial(self._answer, told, question)
+    def _begin_all(self, questions: Sequence[QmpQuestion]) -> list[Callable[[], Any]]:
+        works = [partial(self._client.execute, one.command, one.arguments) for one in questions]
+        asked: _Questions[Any] = _Questions(self._loop, works, self._answer_seconds)
+        return [
+            partial(self._answer, one.told, partial(asked.answer, number))
+            for number, one in enumerate(questions)
+        ]
 
-    def _answer(self, command: str, question: _Question[Any]) -> Any:
+    def _answer(self, command: str, answer: Callable[[], Any]) -> Any:
         try:
-            return question.answer()
+            return answer()
         except self._execute_error as error:
             raise MonitorAnswerError(command, str(error)) from error
         except self._bad_reply_error as error:
@@ -185,8 +198,17 @@ class SharedQmp:
 
     def begin(self, command: str) -> Callable[[], str]:
         """Have a command of the human monitor executed; what is returned waits for its answer."""
-        answer = self._begin("human-monitor-command", {"command-line": command}, command)
-        return lambda: monitor_text(command, answer())
+        return self.begin_all([command])[0]
+
+    def begin_all(self, commands: Sequence[str]) -> list[Callable[[], str]]:
+        """Have commands of the human monitor executed in this order, all at once; as `begin`."""
+        answers = self._begin_all(
+            [
+                QmpQuestion("human-monitor-command", {"command-line": command}, command)
+                for command in commands
+            ]
+        )
+        return [partial(_text_of, *pair) for pair in zip(commands, answers, strict=True)]
 
     def target_name(self) -> str | None:
         """Return QEMU's name of the target, such as `mipsel`, or None where it does not tell."""
@@ -226,7 +248,7 @@ class SharedQmp:
         self._client.send_fd_scm(descriptor)
 
     def _run(self, work: Callable[[], Coroutine[Any, Any, ResultT]], seconds: float) -> ResultT:
-        return _Question(self._loop, work, seconds).answer()
+        return _Questions(self._loop, [work], seconds).answer()
 
 
 class QmpMonitor(SharedQmp):
@@ -301,6 +323,14 @@ async def _cancel_all() -> None:
         if task is not None:
             task.cancel()
     await asyncio.gather(*filter(None, waiting), return_exceptions=True)
+
+
+def _text_of(command: str, answer: Callable[[], Any]) -> str:
+    return monitor_text(command, answer())
+
+
+def _outcome(result: ResultT | BaseException) -> Callable[[], ResultT]:
+    return partial(_raise, result) if isinstance(result, BaseException) else lambda: result
 
 
 def _raise(error: BaseException) -> NoReturn:

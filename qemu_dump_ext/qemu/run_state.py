@@ -27,6 +27,7 @@ from qemu_dump_ext.host_limits import require_room, start_thread
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread, uninterrupted
 from qemu_dump_ext.qemu.debts import Debt, debts_of
 from qemu_dump_ext.qemu.guardian import Guardian
+from qemu_dump_ext.qemu.monitor_queries import VERSION
 from qemu_dump_ext.qemu.monitor_text import (
     RUNNING,
     parse_dump_status,
@@ -352,7 +353,7 @@ def require_dumpable(access: GuestAccess) -> str:
         )
     state = read_run_state(access)
     refusal = why_not_dumped(
-        state, read_migration(access), lambda: parse_version(access.monitor.execute("info version"))
+        state, read_migration(access), lambda: parse_version(access.lasting.execute(VERSION))
     )
     if refusal is not None:
         raise RequestError(refusal)

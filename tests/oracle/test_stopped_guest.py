@@ -15,13 +15,13 @@ from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.dump import dump, dump_stopped
 from qemu_dump_ext.engine.info import describe
 from qemu_dump_ext.engine.stopped_guest import StoppedGuest, stopped_guest
-from qemu_dump_ext.errors import PauseLimitError, RequestError, SourceError
+from qemu_dump_ext.errors import MonitorAnswerError, PauseLimitError, RequestError, SourceError
 from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.guest_images.machine import QemuMachine, stopped_machine
 from qemu_dump_ext.plan.request import DumpRequest
 from qemu_dump_ext.progress import ProgressMeter
 from qemu_dump_ext.qemu import socket_kind
-from qemu_dump_ext.qemu.qmp import SharedQmp, connect_qmp
+from qemu_dump_ext.qemu.qmp import QmpQuestion, SharedQmp, connect_qmp
 from qemu_dump_ext.sinks import open_sink
 from tests.support.doors import guest_status
 from tests.support.raw_qmp import RawQmp
@@ -34,6 +34,13 @@ ASKED_ONCE = ("info version", "info mtree -f", "qom-list /", "info kvm")
 QUESTIONS_OF_A_DUMP = 42
 QUESTIONS_OF_ALL = 68
 QUESTIONS_OF_A_CRASH = 60
+# The first question of each round: what can be asked before the stop, or at once with another, is.
+ASKED_IN_A_PAUSE = (
+    *("stop", "query-status", "info mtree -f", "info registers -a"),
+    *("info status", "query-status"),
+)
+# What is asked to read memory depends on what may be read.
+OF_MEMORY = ("xp", "gpa2hva", "getfd", "dump-guest-memory", "closefd", "pmemsave")
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +52,15 @@ def machine() -> Iterator[QemuMachine]:
 @pytest.fixture
 def asked(monkeypatch) -> Counter[str]:
     """What QEMU is asked, and how often."""
-    questions: Counter[str] = Counter()
-    begin = SharedQmp._begin
+    counted: Counter[str] = Counter()
+    begin_all = SharedQmp._begin_all
 
-    def counting(self, command, arguments, told):
-        questions[told] += 1
-        return begin(self, command, arguments, told)
+    def counting(self, questions):
+        counted.update(one.told for one in questions)
+        return begin_all(self, questions)
 
-    monkeypatch.setattr(SharedQmp, "_begin", counting)
-    return questions
+    monkeypatch.setattr(SharedQmp, "_begin_all", counting)
+    return counted
 
 
 def to_file(path: Path):
@@ -63,12 +70,11 @@ def to_file(path: Path):
 def test_log_description_and_dump_ask_once(machine, asked, tmp_path):
     quiet = ProgressMeter(None)
     with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
-        access = GuestAccess.by_qmp(monitor)
         with to_file(tmp_path / "alone") as sink:
-            dump(DumpRequest(), access, sink, memory="auto", progress=quiet)
+            dump(DumpRequest(), GuestAccess.by_qmp(monitor), sink, memory="auto", progress=quiet)
         alone = asked.total()
         asked.clear()
-        with stopped_guest(access, "auto") as guest:
+        with stopped_guest(GuestAccess.by_qmp(monitor), "auto") as guest:
             with pytest.raises(SourceError, match="VMCOREINFO was not found"):
                 read_log(guest)
             described = describe(guest)
@@ -88,6 +94,18 @@ def test_a_crash_asks_once(machine, asked, tmp_path):
     # What is stored of QEMU's answers is another thing, and depends on QEMU.
     others = [question for question in asked.elements() if not question.startswith("query-")]
     assert len(others) <= QUESTIONS_OF_A_CRASH
+
+
+def test_a_refusal_is_of_its_own_question_alone(machine):
+    commands = ("query-status", "query-nothing", "query-kvm")
+    with connect_qmp(str(machine.qmp_sockets[0])) as monitor:
+        first, second, third = monitor._begin_all(
+            [QmpQuestion(command, None, f"asked {command}") for command in commands]
+        )
+        with pytest.raises(MonitorAnswerError, match="asked query-nothing"):
+            second()
+        assert first()["running"] is False
+        assert third()["present"] is not None
 
 
 @pytest.fixture
@@ -135,16 +153,20 @@ def test_a_guest_that_stays_stopped_needs_no_snapshot(still, tmp_path):
 
 _WHICH = "sys.argv[1], sys.argv[2]"
 WATCHED = """
-import contextlib, sys
+import contextlib, sys, threading
 from pathlib import Path
 from qemu_dump_ext.{module} import {use}
 from qemu_dump_ext.qemu import qmp
 
-modules, started = {{}}, []
+modules, started, rounds = {{}}, [], []
 
 def note(command):
     if command in ("stop", "cont"):
         modules[command] = set(sys.modules)
+    looks_out = threading.current_thread().name == "pause"
+    is_of_memory = command.partition(" ")[0] in {of_memory}
+    if "stop" in modules and "cont" not in modules and not looks_out and not is_of_memory:
+        rounds.append(command)
 
 def note_process(event, arguments):
     if event == "subprocess.Popen" and "stop" in modules and "cont" not in modules:
@@ -152,16 +174,17 @@ def note_process(event, arguments):
 
 sys.addaudithook(note_process)
 
-begin = qmp.SharedQmp._begin
+begin_all = qmp.SharedQmp._begin_all
 
-def noting(self, command, arguments, told):
-    note(told)
-    return begin(self, command, arguments, told)
+def noting(self, questions):
+    note(questions[0].told)
+    return begin_all(self, questions)
 
-qmp.SharedQmp._begin = noting
+qmp.SharedQmp._begin_all = noting
 {use}({arguments})
 print(*sorted(modules["cont"] - modules["stop"]))
 print(len(started))
+print(*rounds, sep=", ")
 """
 
 
@@ -178,12 +201,14 @@ print(len(started))
 def test_nothing_is_imported_or_started_while_the_guest_stands_still(
     running, tmp_path, module, use, arguments, decides_late
 ):
-    script = WATCHED.format(module=module, use=use, arguments=arguments)
-    words = [sys.executable, "-c", script, running.qmp_sockets[0], tmp_path / "new"]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    imported, started = done.stdout.splitlines()
+    words = {"module": module, "use": use, "arguments": arguments, "of_memory": OF_MEMORY}
+    script = WATCHED.format(**words)
+    argv = [sys.executable, "-c", script, running.qmp_sockets[0], tmp_path / "new"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)
+    imported, started, rounds = done.stdout.splitlines()
     assert not imported
     assert int(started) == 0 or decides_late
+    assert rounds == ", ".join(ASKED_IN_A_PAUSE) or decides_late
 
 
 def test_other_qemus_of_the_host_are_not_looked_at(machine, monkeypatch):

@@ -51,6 +51,7 @@ from qemu_dump_ext.errors import (
     RequestError,
     SourceError,
 )
+from qemu_dump_ext.guest.access import GuestAccess
 from qemu_dump_ext.interrupts import leave_signals_to_main_thread
 from qemu_dump_ext.linux.system_map import functions_at
 from qemu_dump_ext.pages.zero_pages import load_before_stopping
@@ -149,9 +150,10 @@ class CrashCollector:
         try:
             with suppress(RequestError):  # which is told when the dump is taken
                 prepare(self._requests(0)[0])
-            import_plug_ins(access_by(qmp), "linux.call_trace", "linux.kernel_pages")
+            access = access_by(qmp)
+            import_plug_ins(access, "linux.call_trace", "linux.kernel_pages")
             with ExitStack() as captured:
-                taken, guest = self._capture(captured, taken, qmp, files)
+                taken, guest = self._capture(captured, taken, qmp, access, files)
                 taken = evidence.kernel_log(taken, qmp, guest)
                 taken = self._sign(taken, guest)
                 taken = self._dump(taken, qmp, guest, files, allowance)
@@ -174,13 +176,13 @@ class CrashCollector:
         return taken
 
     def _capture(
-        self, captured: ExitStack, taken: Taken, qmp: GuestQmp, files: Path
+        self, captured: ExitStack, taken: Taken, qmp: GuestQmp, access: GuestAccess, files: Path
     ) -> tuple[Taken, GuestView]:
         """Return the guest as it was at one moment, and what QEMU says of it.
 
         Where there is no room for a copy of it there is no dump: it stands still for the rest.
         """
-        evidence, access = Evidence(self._task, files), access_by(qmp)
+        evidence = Evidence(self._task, files)
         copies = self._settings.pause != "stop"
         if copies and (refusal := self._budget.no_room()):
             taken = self._without_dump(taken, refusal.text, refusal)
@@ -198,7 +200,7 @@ class CrashCollector:
                 self._stopped_seconds = live.pause.seconds()
                 return evidence.queries(evidence.registers(taken, qmp), qmp), live
         with ExitStack() as stopped_now:
-            ran = stopped_now.enter_context(self._stopped(qmp))
+            ran = stopped_now.enter_context(self._stopped(access))
             taken = evidence.queries(evidence.registers(taken, qmp), qmp)
             guest = stopped_now.enter_context(
                 stopped_guest(access, self._settings.memory, inherits=False)  # the pause is ours
@@ -222,10 +224,10 @@ class CrashCollector:
             self._budget.require_room()
 
     @contextmanager
-    def _stopped(self, qmp: GuestQmp) -> Iterator[bool]:
+    def _stopped(self, access: GuestAccess) -> Iterator[bool]:
         """Keep the guest stopped; yields whether it ran."""
         load_before_stopping()
-        with stopped(access_by(qmp), remember=self._remember_stopped, inherits=False) as pause:
+        with stopped(access, remember=self._remember_stopped, inherits=False) as pause:
             was_ours = pause.is_ours
             try:
                 yield was_ours

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 from qemu.qmp import QMPClient
 
 from qemu_dump_ext.errors import SourceError
-from qemu_dump_ext.qemu.qmp import SharedQmp
+from qemu_dump_ext.qemu.qmp import QmpQuestion, SharedQmp
 
 # What is asked around a pause, also to end it: never too late, and not by the collection alone.
 _ALWAYS = frozenset(
@@ -105,16 +106,12 @@ class LimitedQmp(SharedQmp):
         self.patience = patience
         self.pid = pid
 
-    def _begin(
-        self, command: str, arguments: dict[str, object] | None, told: str
-    ) -> Callable[[], object]:
-        if told in _ALWAYS:
-            return super()._begin(command, arguments, told)
+    def _begin_all(self, questions: Sequence[QmpQuestion]) -> list[Callable[[], object]]:
+        if all(one.told in _ALWAYS for one in questions):
+            return super()._begin_all(questions)
         self.patience.check()
-        answer = super()._begin(command, arguments, told)
+        return [partial(self._wait, answer) for answer in super()._begin_all(questions)]
 
-        def wait() -> object:
-            with self.patience.waiting():
-                return answer()
-
-        return wait
+    def _wait(self, answer: Callable[[], object]) -> object:
+        with self.patience.waiting():
+            return answer()
