@@ -109,7 +109,7 @@ class Guest:
         Raises:
             SourceError: It cannot be reached.
         """
-        return describe_guest(self._access)
+        return describe_guest(self._access.anew())
 
     @contextmanager
     def stopped(self, memory: str = AUTO) -> Iterator[StoppedGuest]:
@@ -125,8 +125,9 @@ class Guest:
             SourceError: It cannot be reached, stopped, or resumed.
         """
         dumping.prepare(DumpRequest())
-        import_plug_ins(self._access, "linux.call_trace", "linux.kernel_pages")
-        with stopped_guest(self._access, memory) as still:
+        access = self._access.anew()
+        import_plug_ins(access, "linux.call_trace", "linux.kernel_pages")
+        with stopped_guest(access, memory) as still:
             yield StoppedGuest(still)
 
     def dump(
@@ -156,7 +157,7 @@ class Guest:
         with sink_for(file, force=force) as sink:
             return dumping.dump(
                 options.of_format(format),
-                self._access,
+                self._access.anew(),
                 sink,
                 memory=memory,
                 progress=ProgressMeter(None),

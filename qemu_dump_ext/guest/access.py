@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 from qemu_dump_ext.guest.model import RamBlock
@@ -207,6 +207,13 @@ class GuestAccess(Value):
         """Reach a guest through who manages it, and by its gdbstub where there is a debugger."""
         addresses = stub.addresses() if stub else ()
         return cls(qmp, stub, qmp, addresses, qmp.rescue, qmp.pid, tuple(qmp.remarks))
+
+    def anew(self) -> Self:
+        """Return the same ways, of whose guest nothing has been asked yet.
+
+        For who keeps them: libvirt may start another QEMU for the guest.
+        """
+        return replace(self, targets=[], answers={})
 
     @property
     def lasting(self) -> AskedOnce:

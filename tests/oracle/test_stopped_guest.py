@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import qemu_dump_ext
 from qemu_dump_ext.crash_collector.collect_now import collect_crash
 from qemu_dump_ext.engine.dmesg import read_log
 from qemu_dump_ext.engine.dump import dump, dump_stopped
@@ -94,6 +95,13 @@ def test_a_crash_asks_once(machine, asked, tmp_path):
     # What is stored of QEMU's answers is another thing, and depends on QEMU.
     others = [question for question in asked.elements() if not question.startswith("query-")]
     assert len(others) <= QUESTIONS_OF_A_CRASH
+
+
+def test_each_use_of_a_connection_asks_anew(machine, asked):
+    with qemu_dump_ext.connect(str(machine.qmp_sockets[0])) as guest:
+        guest.info()
+        guest.info()
+    assert {question: asked[question] for question in ASKED_ONCE} == dict.fromkeys(ASKED_ONCE, 2)
 
 
 def test_a_refusal_is_of_its_own_question_alone(machine):
