@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import qemu_dump_ext
+from tests.support.waiting import wait_until
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text("utf-8")
 _EXAMPLE = re.compile(
@@ -30,5 +31,12 @@ def run_examples(qmp_socket: Path, *, of_linux: bool, **names: object) -> dict[s
         if (example["linux"] is not None) == of_linux:
             line = PAGE.count("\n", 0, example.start("code"))
             code = example["code"].replace(_SOCKET, str(qmp_socket))
+            # QEMU may still have to notice that the example before has left.
+            wait_until(lambda: _is_free(qmp_socket), "nobody is connected")
             exec(compile("\n" * line + code, "docs/api.md", "exec"), known)  # noqa: S102 - ours
     return known
+
+
+def _is_free(socket: Path) -> bool:
+    ways = (way for found in qemu_dump_ext.guests() for way in found.ways)
+    return any(way.address == str(socket) and not way.taken for way in ways)
