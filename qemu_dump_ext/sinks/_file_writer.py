@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 
-from qemu_dump_ext.host_limits import private_memory
+from qemu_dump_ext.host_limits import Job, WorkerThreads, private_memory
 from qemu_dump_ext.sinks._direct_io import DirectWriter
 from qemu_dump_ext.sinks._writeback import Writeback
 
@@ -20,9 +21,12 @@ class FileWriter:
         self._direct = DirectWriter(descriptor)
         self._writeback = Writeback(descriptor)
         self._lock = threading.Lock()
-        self._area = private_memory(_AREA_SIZE)
+        # One is filled while the other one is written, in a thread of its own.
+        self._areas = deque(private_memory(_AREA_SIZE) for _ in range(2))
         self._filled = 0
         self._area_offset = 0
+        self._pool = WorkerThreads(1, "writer")
+        self._pending: Job[None] | None = None
 
     def write_at(self, offset: int, view: memoryview) -> None:
         """Write at `offset`, in bytes from the start of the file; from any thread.
@@ -48,16 +52,24 @@ class FileWriter:
         while view:
             some = view[: _AREA_SIZE - self._filled]
             end = self._filled + len(some)
-            self._area[self._filled : end] = some
+            self._areas[0][self._filled : end] = some
             self._filled = end
             view = view[len(some) :]
             if end == _AREA_SIZE:
                 self._write_area()
 
     def _write_area(self) -> None:
-        self.write_at(self._area_offset, self._area[: self._filled])
+        self._collect()
+        filled = self._areas[0][: self._filled]
+        self._pending = self._pool.submit(self.write_at, self._area_offset, filled)
         self._area_offset += self._filled
         self._filled = 0
+        self._areas.rotate()
+
+    def _collect(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def finish(self) -> None:
         """Write what was collected, and wait until all is on the disk.
@@ -66,6 +78,7 @@ class FileWriter:
             OSError: Some of it could not be written.
         """
         self._write_area()
+        self._collect()
         self._writeback.close()
         os.fsync(self._descriptor)
 
@@ -75,5 +88,6 @@ class FileWriter:
         Raises:
             OSError: What was written earlier could not be.
         """
+        self._pool.close()
         self._direct.close()
         self._writeback.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import threading
 
 import pytest
 
@@ -95,6 +96,40 @@ def test_a_disk_that_is_full_is_an_error(descriptor, area, monkeypatch):
     writer = FileWriter(descriptor)
     writer.append(area[:100])
     monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(OSError, match="No space left"):
+        writer.finish()
+    writer.close()
+
+
+def test_more_is_taken_while_the_disk_is_busy(tmp_path, descriptor, area, monkeypatch):
+    write, has_more = os.pwrite, threading.Event()
+
+    def write_later(*arguments) -> int:
+        assert has_more.wait(20)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", write_later)
+    writer = FileWriter(descriptor)
+    for part in (area, area, area):  # a half more than is written at once
+        writer.append(part)
+    has_more.set()
+    writer.finish()
+    writer.close()
+    assert (tmp_path / "file").read_bytes() == bytes(area) * 3
+
+
+def test_what_could_not_be_written_is_told_though_more_could_be(descriptor, area, monkeypatch):
+    write = os.pwrite
+
+    def refuse_the_start(number: int, view: memoryview, offset: int) -> int:
+        if offset == 0:
+            raise OSError(28, "No space left on device")
+        return write(number, view, offset)
+
+    monkeypatch.setattr(os, "pwrite", refuse_the_start)
+    writer = FileWriter(descriptor)
+    for part in (area, area, area):
+        writer.append(part)
     with pytest.raises(OSError, match="No space left"):
         writer.finish()
     writer.close()
