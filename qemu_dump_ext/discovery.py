@@ -26,11 +26,14 @@ NamedT = TypeVar("NamedT", bound=Named)
 def names(package: ModuleType) -> list[str]:
     """Return the names of the public modules of `package`, sorted; none is imported.
 
+    What else lies there is none, such as `.#elf.py`, by which an editor knows that it is open.
+
     Raises:
         OSError: The host does not let us look.
     """
     files = [file for folder in package.__path__ for file in os.listdir(folder)]  # noqa: PTH208
-    return sorted(file[:-3] for file in files if file.endswith(".py") and file[0] != "_")
+    found = {file[:-3] for file in files if file.endswith(".py")}
+    return sorted(name for name in found if name.isidentifier() and name[0] != "_")
 
 
 def load(
