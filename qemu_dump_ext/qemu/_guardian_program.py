@@ -221,7 +221,7 @@ def _is_there(pid: int) -> bool:
 
 def _virsh(program: str, uri: str, *words: str) -> str | None:
     """Return what a command prints, or None: libvirt is not there, or does something else."""
-    import subprocess  # noqa: PLC0415 - for few
+    import subprocess  # noqa: PLC0415 - for few, for whom it is here already
 
     done = subprocess.run(
         [program, "-q", "-c", uri, *words],
@@ -324,6 +324,9 @@ def _object(text: str) -> dict[str, Any]:
     message = json.loads(text)
     return message if isinstance(message, dict) else {}
 
+
+if __name__ == "__main__" and sys.argv[1] == "libvirt":
+    import subprocess  # noqa: F401 - now: when it is used, its file may be gone, or another
 
 if __name__ == "__main__" and not sys.stdin.buffer.read(1):
     try:
