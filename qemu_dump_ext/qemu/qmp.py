@@ -77,9 +77,15 @@ class _Questions(Generic[ResultT]):
         self, works: Sequence[Callable[[], Coroutine[Any, Any, ResultT]]], seconds: float
     ) -> None:
         try:
-            async with asyncio.timeout(seconds):
-                results = await asyncio.gather(*(work() for work in works), return_exceptions=True)
-            self._answers = [_outcome(result) for result in results]
+            asked = [asyncio.ensure_future(work()) for work in works]
+            _, late = await asyncio.wait(asked, timeout=seconds)
+            for one in late:
+                one.cancel()
+            results = await asyncio.gather(*asked, return_exceptions=True)
+            self._answers = [
+                _outcome(TimeoutError() if one in late else result)
+                for one, result in zip(asked, results, strict=True)
+            ]
         except BaseException as error:  # noqa: BLE001 - raised in the thread that waits
             self._answers = [partial(_raise, error)] * len(works)
         finally:
