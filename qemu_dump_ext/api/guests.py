@@ -12,6 +12,7 @@ from qemu_dump_ext.api.targets import sink_for
 from qemu_dump_ext.api.views import GuestView
 from qemu_dump_ext.connections.silent import open_guest_or_memory
 from qemu_dump_ext.connections.target import parse_target
+from qemu_dump_ext.dump_formats import all_dump_formats
 from qemu_dump_ext.engine import dump as dumping
 from qemu_dump_ext.engine.guests import FoundGuest, list_guests
 from qemu_dump_ext.engine.info import GuestDescription, describe, describe_guest
@@ -125,6 +126,7 @@ class Guest:
             SourceError: It cannot be reached, stopped, or resumed.
         """
         dumping.prepare(DumpRequest())
+        all_dump_formats()  # which of them is wanted is not known yet
         access = self._access.anew()
         import_plug_ins(access, "linux.call_trace", "linux.kernel_pages")
         with stopped_guest(access, memory) as still:

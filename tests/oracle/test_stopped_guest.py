@@ -189,11 +189,18 @@ def noting(self, questions):
     return begin_all(self, questions)
 
 qmp.SharedQmp._begin_all = noting
-{use}({arguments})
+{statement}
 print(*sorted(modules["cont"] - modules["stop"]))
 print(len(started))
 print(*rounds, sep=", ")
 """
+
+
+def watched(machine: QemuMachine, path: Path, module: str, use: str, statement: str) -> list[str]:
+    words = {"module": module, "use": use, "statement": statement, "of_memory": OF_MEMORY}
+    script = WATCHED.format(**words)
+    argv: list[str | Path] = [sys.executable, "-c", script, machine.qmp_sockets[0], path]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -209,14 +216,22 @@ print(*rounds, sep=", ")
 def test_nothing_is_imported_or_started_while_the_guest_stands_still(
     running, tmp_path, module, use, arguments, decides_late
 ):
-    words = {"module": module, "use": use, "arguments": arguments, "of_memory": OF_MEMORY}
-    script = WATCHED.format(**words)
-    argv = [sys.executable, "-c", script, running.qmp_sockets[0], tmp_path / "new"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)
-    imported, started, rounds = done.stdout.splitlines()
+    imported, started, rounds = watched(
+        running, tmp_path / "new", module, use, f"{use}({arguments})"
+    )
     assert not imported
     assert int(started) == 0 or decides_late
     assert rounds == ", ".join(ASKED_IN_A_PAUSE) or decides_late
+
+
+def test_any_format_may_be_asked_for_while_the_guest_stands_still(running, tmp_path):
+    statement = (
+        "with connect(sys.argv[1]) as guest, guest.stopped() as still:"
+        " still.dump(sys.argv[2], format='kdump-zlib')"
+    )
+    imported, *_ = watched(running, tmp_path / "new", "api.guests", "connect", statement)
+    # Packages of others are imported for who asks for their codec.
+    assert not [name for name in imported.split() if name.startswith(qemu_dump_ext.__name__)]
 
 
 def test_other_qemus_of_the_host_are_not_looked_at(machine, monkeypatch):
