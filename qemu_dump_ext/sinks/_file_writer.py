@@ -18,11 +18,12 @@ class FileWriter:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
+        # One is filled while the other one is written, in a thread of its own. The first of all:
+        # where there is no memory for them, nothing else is left behind.
+        self._areas = deque(private_memory(_AREA_SIZE) for _ in range(2))
         self._direct = DirectWriter(descriptor)
         self._writeback = Writeback(descriptor)
         self._lock = threading.Lock()
-        # One is filled while the other one is written, in a thread of its own.
-        self._areas = deque(private_memory(_AREA_SIZE) for _ in range(2))
         self._filled = 0
         self._area_offset = 0
         self._pool = WorkerThreads(1, "writer")

@@ -4,10 +4,12 @@ import hashlib
 import mmap
 import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from qemu_dump_ext.sinks import _direct_io as direct_io
+from qemu_dump_ext.sinks import _file_writer
 from qemu_dump_ext.sinks._direct_io import BLOCK_SIZE, DirectWriter
 from qemu_dump_ext.sinks._file_writer import FileWriter
 
@@ -133,3 +135,15 @@ def test_what_could_not_be_written_is_told_though_more_could_be(descriptor, area
     with pytest.raises(OSError, match="No space left"):
         writer.finish()
     writer.close()
+
+
+def test_nothing_is_left_where_there_is_no_memory(descriptor, monkeypatch):
+    def refuse(_size: int) -> memoryview:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(_file_writer, "private_memory", refuse)
+    threads, files = set(threading.enumerate()), set(Path("/proc/self/fd").iterdir())
+    with pytest.raises(OSError, match="allocate"):
+        FileWriter(descriptor)
+    assert set(threading.enumerate()) <= threads
+    assert set(Path("/proc/self/fd").iterdir()) <= files
